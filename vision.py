@@ -1,0 +1,41 @@
+"""One door to torchvision, which is imported only where it is needed.
+
+Beside a torch build of another kind (a CPU-only torch with the package index's torchvision wheel, say), torchvision
+cannot load its compiled operators, and `import torchvision` dies while registering shapes for operators that do not
+exist (pytorch/vision #9085). Nothing here needs those operators, so they are declared, without a body, when and only
+when that import has failed.
+"""
+
+import importlib
+import sys
+from types import ModuleType
+
+import torch
+
+_MISSING = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_declared: list[torch.library.Library] = []  # a declaration lives as long as its Library
+
+
+def torchvision() -> ModuleType:
+    """The torchvision package with its `datasets` and `utils`."""
+    try:
+        return _import()
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]  # half imported
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _MISSING:
+        library.define(schema)
+    _declared.append(library)
+    return _import()
+
+
+def _import() -> ModuleType:
+    for name in ("torchvision.datasets", "torchvision.utils"):
+        importlib.import_module(name)
+    return sys.modules["torchvision"]
