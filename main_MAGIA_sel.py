@@ -1,0 +1,539 @@
+"""MAGIA: reconstruct the images of a whole batch from one averaged gradient, without inferring labels first.
+
+    python main_MAGIA_sel.py                                        # 16 bundled images, defaults below
+    python main_MAGIA_sel.py --sel_mode constk --sel_k 2            # a constant subset of two images
+    python main_MAGIA_sel.py --preset paper --batch_size 8          # the published settings
+    python main_MAGIA_sel.py --dataset folder --data_path photos    # your own images
+    python main_MAGIA_sel.py --update update.safetensors            # somebody's update, no truth at hand
+
+Edit the defaults below or override them with flags (-h lists all). Results land in results/<run_name>/.
+
+Source: MAGIA: Sensing Per-Image Signals from Single-Round Averaged Gradients for Label-Inference-Free Gradient
+Inversion (arXiv 2509.18170).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import DATASETS, LABEL_MODES, Batch, load_batch, open_source, parse_indices
+from gradients import SharedUpdate, share_update
+from models import MODELS, build_model, load_checkpoint, load_weights
+from objective import RESCALES, SUBSET_LOSSES, MatchingLoss
+from pixels import BOXES, PixelMap
+from priors import PRIORS, Prior
+from report import Recorder, RunDirectory, save_schedule, summary
+from runtime import OneLineParser, choose_device, interruptible, number, provenance, stream
+from schedules import MODES, subset_size
+from state import LEARNING_RATES, LINE_SEARCHES, AttackState, Terms, annealed_weight, make_optimizer
+
+# ----------------------------------------------------------------------------------------------------
+# Defaults. Each flag of the same name overrides one. The measurements behind them are in README.md, "Results".
+
+PRESET = "magia"  # magia: what stands here; paper: the published settings, see PRESETS
+
+# data: the victim's batch
+DATASET = "sample"  # sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
+DATA_PATH = None  # where a dataset lies; torchvision sets default to ./data
+BATCH_SIZE = 16  # images averaged over, B
+INDICES = None  # which images, e.g. 0,3,8-11; None: the first B
+LABELS = "random"  # dataset: the true ones; random: uniform over the classes; unique: without repetition
+IMAGE_SIZE = None  # side in pixels to crop and resize to; None: as they are
+
+# victim: the model whose gradient is shared
+MODEL = "lenet"  # lenet, mlp, convnet
+NUM_CLASSES = 100  # outputs of the head, K (the paper's head)
+WEIGHTS = None  # checkpoint to load into the model; None: random weights from the seed
+SAVE_UPDATE = None  # file to write the shared update to, .safetensors or .npz
+UPDATE = None  # file of a shared update to attack instead; the truth is then not at hand
+
+# schedule: how many images S the random subset T of a step holds
+SEL_MODE = "constk"  # const1, constk, linear_{inc,dec}_{l,total}, sigmoid
+SEL_K = 2  # S of constk
+SEL_L_ITER = 100  # steps that the _l modes ramp over
+SIG_A = -0.1  # slope of sigmoid per step; negative: S falls
+SIG_B = 200.0  # step at which sigmoid is half way
+RESAMPLE = "step"  # step: T is fixed within a step's line search; closure: redrawn in every evaluation, as published
+SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
+
+# objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
+ALPHA = 0.999  # weight of the full-batch term (published); 1 leaves the subset term out
+SUBSET_LOSS = "published"  # D_sub: published, mean, partial
+RESCALE = "inclusion"  # rho: inclusion (S/B) or none (1)
+PRIOR = "opponent"  # opponent (luma and chroma apart), rgb (isotropic), anisotropic (published mean form)
+TV_WEIGHT = 1e-2  # weight of the prior at the start
+TV_FINAL = 1e-3  # share of tv_weight that is left at the end of the annealing; 1: constant weight
+TV_EVALS = 2500  # closure evaluations that the annealing takes
+CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma (opponent)
+CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first (opponent, rgb)
+
+# variables: what the optimiser moves, and where it starts
+INIT = "grey"  # grey (0.5 + 0.02 noise), normal (clamped), uniform, or a folder or .npz of images to start from
+BOX = "sigmoid"  # sigmoid: x = sigmoid(u); clamp: projected after each step; none
+SPECTRAL_POWER = 1.0  # p of the 1/(1+f)^p scaling of image frequencies; 0: plain pixels
+CHROMA_GAIN = 0.5  # scaling of chroma relative to luma in the same map; 1: none
+LABEL_GAIN = 2.0  # label logits are this multiple of their variables
+LABEL_STD = 0.2  # standard deviation of the label logits at the start
+
+# optimiser
+OPTIMIZER = "lbfgs"  # lbfgs, adam
+N_ITER = 300  # optimiser steps
+LR = None  # step size; None: 1 for lbfgs, 0.05 for adam
+INNER_ITER = 20  # L-BFGS iterations per step; a step takes at most 5/4 of them plus 1 closure evaluations
+HISTORY = 100  # curvature pairs that L-BFGS keeps
+LINE_SEARCH = "strong_wolfe"  # strong_wolfe, none
+MAX_EVALS = None  # closure evaluations never exceeded; None: no limit but n_iter
+
+# run
+SEED = 0  # one seed for labels, weights, start and subsets
+DEVICE = "auto"  # auto: cuda where there is one, else cpu
+DTYPE = "float32"  # float32, float64
+SAVE_DIR = "results"  # where run directories go
+RUN_NAME = None  # None: <dataset>_B<batch>_<sel_mode>_seed<seed>_<timestamp>
+OVERWRITE = False  # empty a run directory that exists
+RESUME = None  # True: go on with run_name; a path: go on with that run directory
+CHECKPOINT_EVERY = 50  # steps between checkpoints; 0: only at the end
+LOG_EVERY = 1  # steps between rows of trace.csv
+QUIET = False  # print the last line only
+
+# What the paper's published script does; whatever is not named here is as above.
+PRESETS = {
+    "magia": {},
+    "paper": {
+        "resample": "closure",
+        "rescale": "none",
+        "prior": "anisotropic",
+        "tv_weight": 5e-3,
+        "tv_final": 1.0,
+        "init": "normal",
+        "box": "none",
+        "spectral_power": 0.0,
+        "chroma_gain": 1.0,
+        "label_gain": 1.0,
+        "label_std": 1.0,
+        "line_search": "none",
+        "lr": 1.0,
+    },
+}
+
+
+# ----------------------------------------------------------------------------------------------------
+# The attack
+
+
+def magia_step(
+    state: AttackState, matching: MatchingLoss, prior: Prior, pixels: PixelMap, size: int, settings: argparse.Namespace
+) -> Terms:
+    """One optimiser step on  rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x).
+
+    Images and label logits move together. T, a random subset of `size` images, stays as it is during the line search
+    unless `--resample closure` asks for the published way. Returns the terms at the iterate that was reached.
+    """
+    weight = annealed_weight(settings.tv_weight, state.evaluations, final=settings.tv_final, horizon=settings.tv_evals)
+
+    def objective() -> Terms:
+        images = pixels.decode(state.z)
+        match = matching(images, state.label_logits, state.subset)
+        roughness = prior(images)
+        return Terms(match.total + weight * roughness, match.full, match.subset, roughness)
+
+    def closure() -> Tensor:
+        if settings.resample == "closure":
+            state.draw_subset(size)
+        loss = objective().loss
+        state.backward(loss)
+        return loss
+
+    state.draw_subset(size)
+    state.optimizer.step(closure)
+    pixels.project_(state.z)
+    state.step += 1
+    return objective()  # for the record, so not counted as an evaluation
+
+
+def attack(
+    state: AttackState,
+    matching: MatchingLoss,
+    prior: Prior,
+    pixels: PixelMap,
+    settings: argparse.Namespace,
+    observe: Callable[[AttackState, int, Terms, Tensor], None],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> str:
+    """MAGIA: step after step, a subset of scheduled size, until steps or evaluations are spent.
+
+    Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
+    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns what ended the attack:
+    n_iter, max_evals, interrupt or non-finite.
+    """
+    while not (ended := state.ended(settings.n_iter, settings.max_evals)):
+        size = scheduled_size(state.step, len(state.z), settings)
+        with state.timed():
+            terms = magia_step(state, matching, prior, pixels, size, settings)
+            accepted = state.accept(terms)
+        if accepted:
+            with torch.no_grad():
+                observe(state, size, terms, pixels.decode(state.z).clamp(0, 1))
+        if interrupted():
+            return "interrupt"
+    return ended
+
+
+def scheduled_size(step: int, batch_size: int, settings: argparse.Namespace) -> int:
+    """S(t) under the flags --sel_mode, --sel_k, --sel_l_iter, --sig_a, --sig_b and --n_iter."""
+    return subset_size(
+        settings.sel_mode,
+        step,
+        batch_size=batch_size,
+        n_iter=settings.n_iter,
+        k=settings.sel_k,
+        l_iter=settings.sel_l_iter,
+        a=settings.sig_a,
+        b=settings.sig_b,
+    )
+
+
+def prepare(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace
+) -> tuple[AttackState, MatchingLoss, Prior, PixelMap]:
+    """All that `attack` needs, made from what the server has and the settings; nothing of the truth goes in."""
+    place = {"dtype": next(model.parameters()).dtype, "device": next(model.parameters()).device}
+    generator = stream(settings.seed, "attack")
+    pixels = PixelMap(
+        update.image_shape,
+        box=settings.box,
+        spectral_power=settings.spectral_power,
+        chroma_gain=settings.chroma_gain,
+        **place,
+    )
+    start = start_images(settings.init, (update.batch_size, *update.image_shape), generator)
+    logits = settings.label_std * torch.randn(update.batch_size, update.num_classes, generator=generator)
+    state = AttackState(
+        z=pixels.encode(start.to(**place)),
+        label_variables=(logits / settings.label_gain).to(**place),
+        generator=generator,
+        make_optimizer=lambda variables: make_optimizer(variables, settings),
+        label_gain=settings.label_gain,
+    )
+    matching = MatchingLoss(
+        model, update.targets(model), settings.alpha, rescale=settings.rescale, subset_loss=settings.subset_loss
+    )
+    prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
+    return state, matching, prior, pixels
+
+
+def start_images(init: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Images (B, C, H, W) in [0, 1] that the attack starts from: grey, normal, uniform, or those of a path.
+
+    Raises:
+        ValueError: the path holds too few images, or images of another shape.
+    """
+    if init == "grey":
+        return 0.5 + 0.02 * torch.randn(shape, generator=generator)
+    if init == "normal":
+        return torch.randn(shape, generator=generator).clamp(0, 1)
+    if init == "uniform":
+        return torch.rand(shape, generator=generator)
+    source = open_source("npz" if init.endswith(".npz") else "folder", init)
+    images = load_batch(
+        source, range(shape[0]), labels="random", num_classes=2, generator=generator, image_size=shape[-1]
+    ).images
+    if images.shape != shape:
+        raise ValueError(f"--init {init}: images have shape {tuple(images.shape[1:])}, the update's {shape[1:]}")
+    return images
+
+
+# ----------------------------------------------------------------------------------------------------
+# The victim
+
+
+def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module, Batch | None]:
+    """The shared update, the model it was computed on, and the truth if it is at hand (not so with --update)."""
+    if settings.update:
+        update = SharedUpdate.load(settings.update)
+        model = build_victim(settings, update.model, update.image_shape, update.num_classes)
+        if update.weights and not settings.weights:
+            load_weights(model, update.weights, settings.update)
+        model.to(**place)
+        update.targets(model)  # refuses an update that does not fit
+        return update, model, None
+    batch = load_batch(
+        open_source(settings.dataset, settings.data_path),
+        parse_indices(settings.indices) if settings.indices else range(settings.batch_size),
+        labels=settings.labels,
+        num_classes=settings.num_classes,
+        generator=stream(settings.seed, "labels"),
+        image_size=settings.image_size,
+    )
+    model = build_victim(settings, settings.model, tuple(batch.images.shape[1:]), settings.num_classes).to(**place)
+    images, labels = batch.images.to(**place), batch.labels.to(place["device"])
+    update = share_update(model, settings.model, images, labels, settings.num_classes)
+    if settings.save_update:
+        update.save(settings.save_update)
+    return update, model, batch
+
+
+def build_victim(settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int) -> nn.Module:
+    """The model the server sent out: weights from --weights, or drawn from the seed."""
+    generator = stream(settings.seed, "model")
+    model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator)
+    if settings.weights:
+        load_checkpoint(model, settings.weights)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command line
+
+
+def build_parser() -> tuple[OneLineParser, dict]:
+    """The flags, grouped, and their defaults, which come from the block at the top of this file.
+
+    The parser itself has no defaults: what it returns is what was given by hand, see `resolve`.
+    """
+    count, size, positive = number(int, 0), number(int, 1), number(float, 0, above=True)
+    weight, share, real = number(float, 0), number(float, 0, 1), number(float, -sys.float_info.max)
+    parser = OneLineParser(
+        prog=Path(__file__).name,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+    defaults = {}
+
+    def flag(group: argparse._ArgumentGroup, name: str, text: str, **kwargs: object) -> None:
+        defaults[name] = globals()[name.upper()]
+        shown = "off" if defaults[name] is False else defaults[name]
+        group.add_argument(f"--{name}", help=f"{text}; default {shown}", **kwargs)
+
+    g = parser.add_argument_group("preset")
+    flag(
+        g, "preset", "magia: the defaults; paper: the published script (arXiv 2509.18170); a flag by hand beats it",
+        choices=PRESETS,
+    )  # fmt: skip
+
+    g = parser.add_argument_group("data (victim)")
+    flag(g, "dataset", "where the images come from; sample is bundled", choices=DATASETS)
+    flag(g, "data_path", "the folder or .npz to read, or where torchvision sets lie (./data)", metavar="PATH")
+    flag(g, "batch_size", "images averaged over, B", type=size, metavar="B")
+    flag(g, "indices", "which images, e.g. 0,3,8-11 (0-based; None: the first B)", metavar="LIST")
+    flag(g, "labels", "true labels, uniform over the classes, or uniform without repetition", choices=LABEL_MODES)
+    flag(g, "image_size", "side in pixels to crop and resize to (None: as they are)", type=size, metavar="PIXELS")
+
+    g = parser.add_argument_group("model and update (what the server has)")
+    flag(g, "model", "architecture; lenet is that of DLG (arXiv 1906.08935)", choices=MODELS)
+    flag(g, "num_classes", "outputs of the head, K (the paper's: 100)", type=number(int, 2), metavar="K")
+    flag(g, "weights", "checkpoint to load (.safetensors, .npz, .pt); None: random from the seed", metavar="PATH")
+    flag(g, "save_update", "write the shared update (.safetensors, .npz) before the attack", metavar="PATH")
+    flag(g, "update", "attack a saved update, with no truth at hand", metavar="PATH")
+
+    g = parser.add_argument_group("selection schedule S(t) (paper, appendix)")
+    flag(g, "sel_mode", "how S changes over the steps", choices=MODES)
+    flag(g, "sel_k", "S of constk in images, clamped to [1, B]", type=int, metavar="K")
+    flag(g, "sel_l_iter", "steps that the _l modes ramp over", type=int, metavar="L")
+    flag(g, "sig_a", "slope of sigmoid per step", type=real, metavar="A")
+    flag(g, "sig_b", "midpoint of sigmoid in steps", type=real, metavar="B")
+    flag(g, "resample", "redraw the subset each step, or in every evaluation as published", choices=("step", "closure"))
+    flag(g, "show_schedule", "print S(t), save a plot of it, and stop", action="store_true")
+
+    g = parser.add_argument_group("objective")
+    flag(g, "alpha", "weight of the full-batch term in [0, 1] (published script)", type=share, metavar="ALPHA")
+    flag(g, "subset_loss", "D_sub, see objective.py (published script)", choices=SUBSET_LOSSES)
+    flag(g, "rescale", "inclusion: matching times S/B (derived in objective.py); none: 1", choices=RESCALES)
+    flag(g, "prior", "image prior, see priors.py (anisotropic: published script)", choices=PRIORS)
+    flag(g, "tv_weight", "weight of the prior at the start (measured; published 5e-3)", type=weight, metavar="W")
+    flag(
+        g, "tv_final", "share of tv_weight left after the annealing, 1: constant (measured)",
+        type=number(float, 0, 1, above=True), metavar="SHARE",
+    )  # fmt: skip
+    flag(g, "tv_evals", "closure evaluations that the annealing takes (measured)", type=size, metavar="N")
+    flag(g, "chroma_weight", "weight of chroma relative to luma, opponent prior (measured)", type=weight, metavar="W")
+    flag(g, "curvature_weight", "weight of second differences relative to first (measured)", type=weight, metavar="W")
+
+    g = parser.add_argument_group("variables")
+    flag(g, "init", "start: grey, normal, uniform, or a folder or .npz of images (normal: published)", metavar="INIT")
+    flag(g, "box", "how pixels are kept in [0, 1] (none: published)", choices=BOXES)
+    flag(g, "spectral_power", "p of the 1/(1+f)^p frequency scaling, 0: off (measured)", type=weight, metavar="P")
+    flag(
+        g, "chroma_gain", "scaling of chroma relative to luma variables, 1: off (measured)", type=positive, metavar="G"
+    )
+    flag(g, "label_gain", "label logits per unit of their variables (measured)", type=positive, metavar="G")
+    flag(g, "label_std", "standard deviation of the label logits at the start (measured)", type=weight, metavar="STD")
+
+    g = parser.add_argument_group("optimiser")
+    flag(g, "optimizer", "what moves images and labels", choices=tuple(LEARNING_RATES))
+    flag(g, "n_iter", "optimiser steps (paper: 300)", type=size, metavar="N")
+    flag(g, "max_evals", "stop before the step that could exceed this many closure evaluations", type=size, metavar="N")
+    flag(g, "lr", "step size (None: 1 for lbfgs, 0.05 for adam)", type=positive, metavar="LR")
+    flag(g, "inner_iter", "L-BFGS iterations per step (torch's default)", type=size, metavar="N")
+    flag(g, "history", "curvature pairs that L-BFGS keeps (torch's default)", type=size, metavar="N")
+    flag(g, "line_search", "of L-BFGS (none: published)", choices=LINE_SEARCHES)
+
+    g = parser.add_argument_group("run")
+    flag(g, "seed", "one seed for labels, weights, start and subsets", type=number(int, 0, 2**31 - 1), metavar="SEED")
+    flag(g, "device", "cpu, cuda, cuda:1, ...; auto: cuda where there is one", metavar="DEVICE")
+    flag(g, "dtype", "of the victim's gradient and the attack", choices=("float32", "float64"))
+    flag(g, "save_dir", "where run directories go", metavar="DIR")
+    flag(g, "run_name", "None: <dataset>_B<batch>_<sel_mode>_seed<seed>_<timestamp>", metavar="NAME")
+    flag(g, "overwrite", "empty a run directory that exists", action="store_true")
+    flag(
+        g, "resume", "go on from the checkpoint of a run: of DIR, or of --run_name in --save_dir",
+        nargs="?", const=True, metavar="DIR",
+    )  # fmt: skip
+    flag(g, "checkpoint_every", "steps between checkpoints, 0: only at the end", type=count, metavar="STEPS")
+    flag(g, "log_every", "steps between rows of trace.csv", type=size, metavar="STEPS")
+    flag(g, "quiet", "print the last line only", action="store_true")
+    return parser, defaults
+
+
+# What a resumed run may set anew; everything else must be as the run began.
+RESUMABLE = (
+    "n_iter", "max_evals", "device", "save_dir", "run_name", "resume", "overwrite", "quiet", "log_every",
+    "checkpoint_every", "show_schedule", "save_update",
+)  # fmt: skip
+
+
+def resolve(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict]:
+    """All settings, and those given by hand, which win over the preset's, which win over the defaults.
+
+    A resumed run takes what it began with in place of preset and defaults.
+
+    Raises:
+        ValueError: flags that contradict each other or the run that is resumed.
+    """
+    parser, defaults = build_parser()
+    given = vars(parser.parse_args(argv))
+    preset = PRESETS[given.get("preset", PRESET)]
+    settings = argparse.Namespace(**(defaults | preset | given))
+    if settings.resume:
+        began = read_config(run_path(settings))
+        for name, value in given.items():
+            if name not in RESUMABLE and value != began[name]:
+                raise ValueError(f"--{name} {value}: the run to resume began with {began[name]}")
+        settings = argparse.Namespace(**({name: began[name] for name in defaults} | given))
+    if settings.indices:
+        adopt(settings, given, {"batch_size": len(parse_indices(settings.indices))}, f"--indices {settings.indices}")
+    scheduled_size(0, settings.batch_size, settings)  # refuses what no schedule can be made of
+    return settings, given
+
+
+def adopt(settings: argparse.Namespace, given: dict, facts: dict, source: str) -> None:
+    """Set what `source` settles, unless a flag given by hand says otherwise.
+
+    Raises:
+        ValueError: it does.
+    """
+    for name, value in facts.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"--{name} {given[name]}: {source} has {value}")
+        setattr(settings, name, value)
+
+
+def run_path(settings: argparse.Namespace) -> Path:
+    """The run directory that the flags name."""
+    if isinstance(settings.resume, str):
+        return Path(settings.resume)
+    if settings.resume and not settings.run_name:
+        raise ValueError("--resume needs the run's directory, or --run_name")
+    source = "update" if settings.update else settings.dataset
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = settings.run_name or f"{source}_B{settings.batch_size}_{settings.sel_mode}_seed{settings.seed}_{stamp}"
+    return Path(settings.save_dir) / name
+
+
+def read_config(path: Path) -> dict:
+    """The config.json of a run directory.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        return json.loads((path / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"no run to resume in {path}: {error}") from None
+
+
+def show_schedule(settings: argparse.Namespace) -> None:
+    """Print step and S(t), one line per step, and save a plot."""
+    sizes = [scheduled_size(step, settings.batch_size, settings) for step in range(settings.n_iter)]
+    print("step S")
+    for step, size in enumerate(sizes):
+        print(step, size)
+    title = f"{settings.sel_mode}, B={settings.batch_size}"
+    path = Path(settings.save_dir) / f"schedule_{settings.sel_mode}_B{settings.batch_size}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_schedule(path, sizes, title)
+    print(f"plot: {path}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Exit status: 0 done, 1 no finite loss to be had, 2 wrong input, 130 interrupted."""
+    try:
+        settings, given = resolve(argv)
+        if settings.show_schedule:
+            show_schedule(settings)
+            return 0
+        device = choose_device(settings.device)
+        update, model, truth = victim(settings, {"device": device, "dtype": getattr(torch, settings.dtype)})
+        facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
+        adopt(settings, given, facts, "the update")
+        state, matching, prior, pixels = prepare(update, model, settings)
+        run = RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite)
+        checkpoint = run.read_checkpoint() if settings.resume else None
+        if checkpoint:
+            state.load_state_dict(checkpoint)
+        schedule = [scheduled_size(step, settings.batch_size, settings) for step in range(settings.n_iter)]
+        run.write_json("config.json", vars(settings) | {"device": str(device), "schedule": schedule} | provenance())
+    except (ValueError, OSError) as error:
+        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+    if not settings.quiet:
+        shape = "x".join(map(str, update.image_shape))
+        print(f"{settings.update or settings.dataset}: {update.batch_size} images {shape}, labels {settings.labels}")
+        print(f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {prior}")
+        print(f"{settings.optimizer} on {device}, {settings.dtype} | {run.path}")
+    bar = tqdm(total=settings.n_iter, initial=state.step, disable=settings.quiet, unit="step", dynamic_ncols=True)
+
+    def show(row: dict) -> None:
+        bar.update(row["step"] + 1 - bar.n)
+        psnr = {} if row["psnr_mean"] is None else {"PSNR": f"{row['psnr_mean']:.2f}"}
+        bar.set_postfix({"loss": f"{row['loss']:.2e}", "S": row["S"]} | psnr)
+
+    recorder = Recorder(
+        run,
+        truth,
+        log_every=settings.log_every,
+        checkpoint_every=settings.checkpoint_every,
+        checkpoint=checkpoint,
+        show=show,
+    )
+    with interruptible() as interrupted, bar:
+        try:
+            ended_by = attack(state, matching, prior, pixels, settings, recorder, interrupted)
+        except KeyboardInterrupt:
+            state.restore_best()  # in the middle of a step: the checkpoint stays the last one written
+            ended_by = "abort"
+    figures = recorder.finish(state, pixels.decode(state.z), ended_by)
+    if ended_by == "non-finite":
+        print(f"the loss was not finite {state.restarts} times: stopped at the best iterate", file=sys.stderr)
+    if not settings.quiet:
+        print(f"pictures: {run.path}/" + ("comparison.png" if truth else "reconstruction.png"))
+    print(summary(figures))
+    return {"non-finite": 1, "interrupt": 130, "abort": 130}.get(ended_by, 0)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

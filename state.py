@@ -1,0 +1,182 @@
+"""What moves during an attack: images, labels, optimiser, subsets, counters. Its dict is what a checkpoint holds."""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.05}
+LINE_SEARCHES = ("strong_wolfe", "none")
+MAX_RESTARTS = 3  # times that a non-finite loss is answered by going back to the best iterate
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The objective's value and its unweighted parts at one iterate, each a scalar tensor."""
+
+    loss: Tensor
+    full: Tensor
+    subset: Tensor
+    prior: Tensor
+
+    def is_finite(self) -> bool:
+        """Whether every term is a finite number."""
+        return bool(torch.stack([self.loss, self.full, self.subset, self.prior]).isfinite().all())
+
+
+@dataclass
+class AttackState:
+    """The iterate of an attack.
+
+    Args:
+        z: free image variables (B, C, H, W), see `pixels.PixelMap`.
+        label_variables: (B, K); the label logits are `label_gain` times these.
+        generator: what subsets are drawn from.
+        make_optimizer: builds the optimiser of the two variables; called again after a restart.
+        label_gain: a scaling, so that L-BFGS moves labels and pixels at comparable rates.
+    """
+
+    z: Tensor
+    label_variables: Tensor
+    generator: torch.Generator
+    make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    label_gain: float = 1.0
+    step: int = 0
+    evaluations: int = 0
+    seconds: float = 0.0
+    restarts: int = 0
+
+    def __post_init__(self) -> None:
+        self.variables = [self.z.requires_grad_(), self.label_variables.requires_grad_()]
+        self.optimizer = self.make_optimizer(self.variables)
+        self._whole_step = self.optimizer.param_groups[0].get("max_eval")  # None: not L-BFGS
+        self.subset = torch.arange(len(self.z), device=self.z.device)
+        self._remember(math.inf)
+
+    @property
+    def label_logits(self) -> Tensor:
+        """Label logits (B, K)."""
+        return self.label_gain * self.label_variables
+
+    def draw_subset(self, size: int) -> None:
+        """Set `subset` to a uniform random subset of `size` images."""
+        order = torch.randperm(len(self.z), generator=self.generator)  # on the CPU: the same draw on every device
+        self.subset = order[:size].to(self.z.device)
+
+    def ended(self, n_iter: int, max_evals: int | None) -> str | None:
+        """What has ended the attack, or None: n_iter, max_evals, or non-finite after too many restarts.
+
+        Ends before a step that could exceed `max_evals`. Only the very first step is cut to fit instead.
+        """
+        if self.restarts > MAX_RESTARTS:
+            return "non-finite"
+        if self.step >= n_iter:
+            return "n_iter"
+        group = self.optimizer.param_groups[0]
+        if self._whole_step is not None:
+            group["max_eval"] = self._whole_step
+        if max_evals is None:
+            return None
+        if self.evaluations + self._most_evaluations(self._whole_step) <= max_evals:
+            return None
+        if self.step == 0 and max_evals >= self._most_evaluations(1):
+            group["max_eval"] = max_evals - 1
+            return None
+        return "max_evals"
+
+    def _most_evaluations(self, max_eval: int | None) -> int:
+        """The most that one step takes: Adam one, L-BFGS at least two and one more than its own bound."""
+        return 1 if max_eval is None else max(2, max_eval + 1)
+
+    def backward(self, loss: Tensor) -> None:
+        """Put the gradient of `loss` where the optimiser looks for it, and count the evaluation."""
+        self.evaluations += 1
+        for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
+            variable.grad = gradient.contiguous()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the wall time of the block to `seconds`."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+    @torch.no_grad()
+    def accept(self, terms: Terms) -> bool:
+        """Keep the iterate if its terms are finite; otherwise go back to the best one with a fresh optimiser.
+
+        Best is the iterate of least full-batch loss: unlike the total, it means the same at every S and prior weight.
+        """
+        if not (terms.is_finite() and all(bool(v.isfinite().all()) for v in self.variables)):
+            self.restarts += 1
+            self.restore_best()
+            self.optimizer = self.make_optimizer(self.variables)
+            return False
+        if float(terms.full) <= self.best["full"]:
+            self._remember(float(terms.full))
+        return True
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Go back to the best iterate; the optimiser keeps what it knows."""
+        for variable, good in zip(self.variables, self.best["variables"], strict=True):
+            variable.copy_(good)
+
+    def _remember(self, full: float) -> None:
+        self.best = {"full": full, "variables": [variable.detach().clone() for variable in self.variables]}
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers only, so that it can be read back without unpickling."""
+        return {
+            "variables": [variable.detach() for variable in self.variables],
+            "generator": self.generator.get_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "counters": [self.step, self.evaluations, self.seconds, self.restarts],
+            "best": self.best,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned, on this state's own device."""
+        for variable, saved in zip(self.variables, state["variables"], strict=True):
+            variable.copy_(saved)
+        self.generator.set_state(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.evaluations, self.seconds, self.restarts = state["counters"]
+        self.best = {"full": state["best"]["full"], "variables": [v.to(self.z) for v in state["best"]["variables"]]}
+
+
+def make_optimizer(variables: list[Tensor], settings: argparse.Namespace) -> torch.optim.Optimizer:
+    """L-BFGS or Adam on the variables, as the flags --optimizer, --lr, --inner_iter, --history, --line_search say.
+
+    L-BFGS gets tolerances of 0: matching losses fall far below the library's absolute defaults long before the images
+    are sharp. A step is ended by its iterations and evaluations alone.
+    """
+    lr = settings.lr or LEARNING_RATES[settings.optimizer]
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(variables, lr=lr)
+    return torch.optim.LBFGS(
+        variables,
+        lr=lr,
+        max_iter=settings.inner_iter,
+        max_eval=settings.inner_iter * 5 // 4,
+        history_size=settings.history,
+        line_search_fn=None if settings.line_search == "none" else settings.line_search,
+        tolerance_grad=0,
+        tolerance_change=0,
+    )
+
+
+def annealed_weight(weight: float, evaluations: int, *, final: float, horizon: int) -> float:
+    """The prior's weight after so many closure evaluations: from `weight` it falls geometrically to `final * weight`.
+
+    A strong prior first gives a smooth image that L-BFGS can move as a whole; as the weight falls, the gradient is
+    matched ever more exactly and the prior decides only what the gradient leaves open. The horizon is in evaluations
+    of its own, not a share of the run: where a run is stopped does not change the way it took.
+    """
+    return weight * math.exp(math.log(final) * min(1.0, evaluations / horizon))

@@ -1,0 +1,56 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import main_MAGIA_sel as magia  # noqa: E402
+
+torch.set_num_threads(1)  # the nets are small: more threads cost more than they bring
+
+# A case that takes a second: few small images, a small head, short steps.
+SMALL = ["--batch_size", "3", "--image_size", "16", "--num_classes", "10", "--n_iter", "4", "--inner_iter", "4"]
+
+
+class Cli:
+    """Runs the command line in this process, run directories below a folder of the test's own."""
+
+    def __init__(self, folder: Path, capsys) -> None:
+        self.folder, self._capsys = folder, capsys
+
+    def __call__(self, *flags, name="run", expect=0):
+        """Run with SMALL and the given flags; returns the run directory."""
+        status = magia.main([*SMALL, "--save_dir", str(self.folder), "--run_name", name, *map(str, flags)])
+        self.out, self.err = self._capsys.readouterr()
+        assert status == expect, self.err
+        return self.folder / name
+
+    def error(self, *flags) -> str:
+        """The one line on stderr that a run with these flags is refused with."""
+        try:
+            status = magia.main([*SMALL, "--save_dir", str(self.folder), "--run_name", "bad", *map(str, flags)])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = self._capsys.readouterr()
+        assert status == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+        return err
+
+
+@pytest.fixture
+def cli(tmp_path, capsys):
+    return Cli(tmp_path, capsys)
+
+
+def metrics_of(run: Path) -> dict:
+    return json.loads((run / "metrics.json").read_text())
+
+
+def config_of(run: Path) -> dict:
+    return json.loads((run / "config.json").read_text())
