@@ -55,7 +55,7 @@ SAVE_UPDATE = None  # file to write the shared update to, .safetensors or .npz
 UPDATE = None  # file of a shared update to attack instead; the truth is then not at hand
 
 # schedule: how many images S the random subset T of a step holds
-SEL_MODE = "constk"  # const1, constk, linear_{inc,dec}_{l,total}, sigmoid
+SEL_MODE = "linear_inc_l"  # const1, constk, linear_{inc,dec}_{l,total}, sigmoid
 SEL_K = 2  # S of constk
 SEL_L_ITER = 100  # steps that the _l modes ramp over
 SIG_A = -0.1  # slope of sigmoid per step; negative: S falls
@@ -80,7 +80,7 @@ BOX = "sigmoid"  # sigmoid: x = sigmoid(u); clamp: projected after each step; no
 SPECTRAL_POWER = 1.0  # p of the 1/(1+f)^p scaling of image frequencies; 0: plain pixels
 CHROMA_GAIN = 0.5  # scaling of chroma relative to luma in the same map; 1: none
 LABEL_GAIN = 2.0  # label logits are this multiple of their variables
-LABEL_STD = 0.2  # standard deviation of the label logits at the start
+LABEL_STD = 2.0  # standard deviation of the label logits at the start: apart enough to settle on different classes
 
 # optimiser
 OPTIMIZER = "lbfgs"  # lbfgs, adam
@@ -103,10 +103,11 @@ CHECKPOINT_EVERY = 50  # steps between checkpoints; 0: only at the end
 LOG_EVERY = 1  # steps between rows of trace.csv
 QUIET = False  # print the last line only
 
-# What the paper's published script does; whatever is not named here is as above.
+# paper is what the published script does (arXiv 2509.18170): whatever is not named here is as above.
 PRESETS = {
     "magia": {},
     "paper": {
+        "sel_mode": "constk",
         "resample": "closure",
         "rescale": "none",
         "prior": "anisotropic",
@@ -488,9 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         adopt(settings, given, facts, "the update")
         state, matching, prior, pixels = prepare(update, model, settings)
         run = RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite)
-        checkpoint = run.read_checkpoint() if settings.resume else None
-        if checkpoint:
-            state.load_state_dict(checkpoint)
+        checkpoint = run.read_checkpoint(state) if settings.resume else None
         schedule = [scheduled_size(step, settings.batch_size, settings) for step in range(settings.n_iter)]
         run.write_json("config.json", vars(settings) | {"device": str(device), "schedule": schedule} | provenance())
     except (ValueError, OSError) as error:

@@ -66,16 +66,20 @@ class RunDirectory:
         """Replace checkpoint.pt; a crash in the middle leaves the one before."""
         replace_atomically(self / "checkpoint.pt", lambda temporary: torch.save(state, temporary))
 
-    def read_checkpoint(self) -> dict:
-        """The checkpoint's tensors and numbers on the CPU; never unpickles anything else.
+    def read_checkpoint(self, state: AttackState) -> dict:
+        """Load checkpoint.pt into `state` and return it; tensors and numbers only, nothing else is unpickled.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: the file is damaged, or not one of this run.
         """
+        path = self / "checkpoint.pt"
         try:
-            return torch.load(self / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            state.load_state_dict(checkpoint)
+            Film(checkpoint["film"])
         except Exception as error:  # torch raises many kinds on a damaged file
-            raise ValueError(f"{self / 'checkpoint.pt'} is damaged: {error}") from None
+            raise ValueError(f"{path} is damaged or of another run: {error}") from None
+        return checkpoint
 
 
 class Trace:

@@ -454,7 +454,9 @@ def test_flags_that_contradict_an_update_are_refused(cli, tmp_path):
 def test_a_damaged_checkpoint_is_refused(cli):
     run = cli()
     (run / "checkpoint.pt").write_bytes(b"nothing")
-    assert "checkpoint.pt" in cli.error("--resume", run)
+    assert "checkpoint.pt is damaged" in cli.error("--resume", run)
+    torch.save({"variables": []}, run / "checkpoint.pt")
+    assert "of another run" in cli.error("--resume", run)
 
 
 def test_a_gradient_that_is_not_finite_is_refused(cli, tmp_path):
