@@ -80,7 +80,7 @@ BOX = "sigmoid"  # sigmoid: x = sigmoid(u); clamp: projected after each step; no
 SPECTRAL_POWER = 1.0  # p of the 1/(1+f)^p scaling of image frequencies; 0: plain pixels
 CHROMA_GAIN = 0.5  # scaling of chroma relative to luma in the same map; 1: none
 LABEL_GAIN = 2.0  # label logits are this multiple of their variables
-LABEL_STD = 2.0  # standard deviation of the label logits at the start: apart enough to settle on different classes
+LABEL_STD = 1.0  # standard deviation of the label logits at the start: far enough apart to settle on different classes
 
 # optimiser
 OPTIMIZER = "lbfgs"  # lbfgs, adam
