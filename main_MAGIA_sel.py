@@ -108,7 +108,10 @@ PRESETS = {
     "magia": {},
     "paper": {
         "sel_mode": "constk",
+        "sel_k": 2,
         "resample": "closure",
+        "alpha": 0.999,
+        "subset_loss": "published",
         "rescale": "none",
         "prior": "anisotropic",
         "tv_weight": 5e-3,
@@ -119,6 +122,7 @@ PRESETS = {
         "chroma_gain": 1.0,
         "label_gain": 1.0,
         "label_std": 1.0,
+        "optimizer": "lbfgs",
         "line_search": "none",
         "lr": 1.0,
     },
@@ -153,9 +157,8 @@ def magia_step(
         return loss
 
     state.draw_subset(size)
-    state.optimizer.step(closure)
+    state.minimise(closure, settings.max_evals)
     pixels.project_(state.z)
-    state.step += 1
     return objective()  # for the record, so not counted as an evaluation
 
 

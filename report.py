@@ -127,11 +127,13 @@ class Film:
         """What a checkpoint keeps of the film."""
         return {"every": self.every, "frames": self.frames}
 
-    def save(self, path: Path) -> None:
-        """Write the GIF; the last frame stands longest."""
-        frames = [grid(frame / 255) for frame in self.frames]
+    def save(self, path: Path, last: Tensor) -> None:
+        """Write the GIF; it ends on the images `last`, which stand longest."""
+        final = (last * 255).round().byte()
+        frames = self.frames if self.frames and torch.equal(self.frames[-1], final) else [*self.frames, final]
+        pictures = [grid(frame / 255) for frame in frames]
         durations = [80] * (len(frames) - 1) + [1500]
-        frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
 
 class Recorder:
@@ -198,8 +200,7 @@ class Recorder:
         grid(images).save(self.run / "reconstruction.png")
         for i, image in enumerate(images):
             _picture(image).save(self.run / "images" / f"rec_{i:03d}.png")
-        if self.film.frames:
-            self.film.save(self.run / "history.gif")
+        self.film.save(self.run / "history.gif", images)
         if self.trace.rows:
             save_curves(self.run / "curves.png", self.trace.rows)
         figures = self._judge(images, state.label_logits.argmax(1).cpu()) if self.truth else {}

@@ -71,27 +71,32 @@ class AttackState:
     def ended(self, n_iter: int, max_evals: int | None) -> str | None:
         """What has ended the attack, or None: n_iter, max_evals, or non-finite after too many restarts.
 
-        Ends before a step that could exceed `max_evals`. Only the very first step is cut to fit instead.
+        `max_evals` ends it before a step that could exceed it, so that every step is whole and a resumed run goes on
+        from the end of one.
         """
         if self.restarts > MAX_RESTARTS:
             return "non-finite"
         if self.step >= n_iter:
             return "n_iter"
-        group = self.optimizer.param_groups[0]
-        if self._whole_step is not None:
-            group["max_eval"] = self._whole_step
-        if max_evals is None:
-            return None
-        if self.evaluations + self._most_evaluations(self._whole_step) <= max_evals:
-            return None
-        if self.step == 0 and max_evals >= self._most_evaluations(1):
-            group["max_eval"] = max_evals - 1
-            return None
-        return "max_evals"
+        bound = self._step_bound(max_evals)
+        # L-BFGS takes at least two evaluations, and its line search may take one more than its bound; Adam takes one.
+        most = 1 if bound is None else max(2, bound + 1)
+        if max_evals is not None and self.evaluations + most > max_evals:
+            return "max_evals"
+        return None
 
-    def _most_evaluations(self, max_eval: int | None) -> int:
-        """The most that one step takes: Adam one, L-BFGS at least two and one more than its own bound."""
-        return 1 if max_eval is None else max(2, max_eval + 1)
+    def minimise(self, closure: Callable[[], Tensor], max_evals: int | None) -> None:
+        """Take one optimiser step; the very first is cut to fit a `max_evals` that is smaller than a whole one."""
+        if self._whole_step is not None:
+            self.optimizer.param_groups[0]["max_eval"] = self._step_bound(max_evals)
+        self.optimizer.step(closure)
+        self.step += 1
+
+    def _step_bound(self, max_evals: int | None) -> int | None:
+        """L-BFGS's bound on the evaluations of the next step; None for Adam."""
+        if self._whole_step is None or max_evals is None or self.step > 0:
+            return self._whole_step
+        return min(self._whole_step, max_evals - 1)
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradient of `loss` where the optimiser looks for it, and count the evaluation."""

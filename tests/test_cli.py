@@ -480,3 +480,9 @@ def test_an_error_in_the_real_process_has_no_traceback():
 def test_config_is_strict_json(cli):
     text = (cli() / "config.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in config.json"))
+
+
+def test_the_readme_lists_every_flag_with_its_default():
+    rows = re.findall(r"^\| `--(\w+)` \| `(.*?)` \|", (ROOT / "README.md").read_text(), flags=re.M)
+    _, defaults = magia.build_parser()
+    assert dict(rows) == {name: "off" if value is False else str(value) for name, value in defaults.items()}
