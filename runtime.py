@@ -51,11 +51,12 @@ def provenance() -> dict:
             return None
 
     changes = git("status", "--porcelain")
+    versions = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
     return {
         "command": shlex.join([sys.executable, *sys.argv]),
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | versions,
     }
 
 

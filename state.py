@@ -15,6 +15,10 @@ LINE_SEARCHES = ("strong_wolfe", "none")
 MAX_RESTARTS = 3  # times that a non-finite loss is answered by going back to the best iterate
 
 
+class _BudgetSpentError(Exception):
+    """Ends an optimiser step whose next evaluation would be one too many."""
+
+
 @dataclass(frozen=True)
 class Terms:
     """The objective's value and its unweighted parts at one iterate, each a scalar tensor."""
@@ -86,10 +90,24 @@ class AttackState:
         return None
 
     def minimise(self, closure: Callable[[], Tensor], max_evals: int | None) -> None:
-        """Take one optimiser step; the very first is cut to fit a `max_evals` that is smaller than a whole one."""
+        """Take one optimiser step; the very first is cut to fit a `max_evals` that is smaller than a whole one.
+
+        The line search of older torch releases heeds no bound; a step that would exceed `max_evals` is then undone.
+        """
         if self._whole_step is not None:
             self.optimizer.param_groups[0]["max_eval"] = self._step_bound(max_evals)
-        self.optimizer.step(closure)
+        before = [variable.detach().clone() for variable in self.variables]
+
+        def counted() -> Tensor:
+            if self.evaluations == max_evals:
+                raise _BudgetSpentError
+            self.evaluations += 1
+            return closure()
+
+        try:
+            self.optimizer.step(counted)
+        except _BudgetSpentError:
+            self._restore(before)
         self.step += 1
 
     def _step_bound(self, max_evals: int | None) -> int | None:
@@ -99,8 +117,7 @@ class AttackState:
         return min(self._whole_step, max_evals - 1)
 
     def backward(self, loss: Tensor) -> None:
-        """Put the gradient of `loss` where the optimiser looks for it, and count the evaluation."""
-        self.evaluations += 1
+        """Put the gradient of `loss` where the optimiser looks for it."""
         for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
             variable.grad = gradient.contiguous()
 
@@ -126,11 +143,14 @@ class AttackState:
             self._remember(float(terms.full))
         return True
 
-    @torch.no_grad()
     def restore_best(self) -> None:
         """Go back to the best iterate; the optimiser keeps what it knows."""
-        for variable, good in zip(self.variables, self.best["variables"], strict=True):
-            variable.copy_(good)
+        self._restore(self.best["variables"])
+
+    @torch.no_grad()
+    def _restore(self, values: list[Tensor]) -> None:
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.copy_(value)
 
     def _remember(self, full: float) -> None:
         self.best = {"full": full, "variables": [variable.detach().clone() for variable in self.variables]}
@@ -148,8 +168,7 @@ class AttackState:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Go on from what `state_dict` returned, on this state's own device."""
-        for variable, saved in zip(self.variables, state["variables"], strict=True):
-            variable.copy_(saved)
+        self._restore(state["variables"])
         self.generator.set_state(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.evaluations, self.seconds, self.restarts = state["counters"]
