@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -26,12 +27,13 @@ from tqdm import tqdm
 from data import DATASETS, LABEL_MODES, Batch, load_batch, open_source, parse_indices
 from gradients import SharedUpdate, share_update
 from models import MODELS, build_model, load_checkpoint, load_weights
-from objective import RESCALES, SUBSET_LOSSES, MatchingLoss
+from objective import RESCALES, SUBSET_LOSSES, FeatureLoss, MatchingLoss
 from pixels import BOXES, PixelMap
 from priors import PRIORS, Prior
 from report import Recorder, RunDirectory, save_schedule, summary
 from runtime import OneLineParser, choose_device, interruptible, number, provenance, stream
 from schedules import MODES, subset_size
+from signals import Signals, recover_signals
 from state import LEARNING_RATES, LINE_SEARCHES, AttackState, Terms, annealed_weight, make_optimizer
 
 # ----------------------------------------------------------------------------------------------------
@@ -74,6 +76,10 @@ TV_EVALS = 2500  # closure evaluations that the annealing takes
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma (opponent)
 CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first (opponent, rgb)
 
+# signals: labels and features read from the head's gradient before the attack
+SIGNALS = "auto"  # auto: where model and noise allow; on: or fail; off: label-inference-free, as published
+FEATURE_WEIGHT = 1.0  # weight of |phi(x_i) - h_i|^2, mean over the batch, for images whose features h_i were read
+
 # variables: what the optimiser moves, and where it starts
 INIT = "grey"  # grey (0.5 + 0.02 noise), normal (clamped), uniform, or a folder or .npz of images to start from
 BOX = "sigmoid"  # sigmoid: x = sigmoid(u); clamp: projected after each step; none
@@ -113,6 +119,7 @@ PRESETS = {
         "alpha": 0.999,
         "subset_loss": "published",
         "rescale": "none",
+        "signals": "off",
         "prior": "anisotropic",
         "tv_weight": 5e-3,
         "tv_final": 1.0,
@@ -133,40 +140,48 @@ PRESETS = {
 # The attack
 
 
-def magia_step(
-    state: AttackState, matching: MatchingLoss, prior: Prior, pixels: PixelMap, size: int, settings: argparse.Namespace
-) -> Terms:
-    """One optimiser step on  rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x).
+@dataclass(frozen=True)
+class Objective:
+    """The parts of what is minimised:  matching + tv_weight prior(x) + feature_weight feature_loss(x)."""
+
+    matching: MatchingLoss
+    prior: Prior
+    features: FeatureLoss
+    pixels: PixelMap
+
+    def __call__(self, state: AttackState, prior_weight: float, feature_weight: float) -> Terms:
+        """All terms at the state's images, label logits and subset."""
+        images = self.pixels.decode(state.z)
+        match = self.matching(images, state.label_logits, state.subset)
+        roughness = self.prior(images)
+        loss = match.total + prior_weight * roughness + feature_weight * self.features(images)
+        return Terms(loss, match.full, match.subset, roughness)
+
+
+def magia_step(state: AttackState, objective: Objective, size: int, settings: argparse.Namespace) -> Terms:
+    """One optimiser step on  rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x) + features.
 
     Images and label logits move together. T, a random subset of `size` images, stays as it is during the line search
     unless `--resample closure` asks for the published way. Returns the terms at the iterate that was reached.
     """
     weight = annealed_weight(settings.tv_weight, state.evaluations, final=settings.tv_final, horizon=settings.tv_evals)
 
-    def objective() -> Terms:
-        images = pixels.decode(state.z)
-        match = matching(images, state.label_logits, state.subset)
-        roughness = prior(images)
-        return Terms(match.total + weight * roughness, match.full, match.subset, roughness)
-
     def closure() -> Tensor:
         if settings.resample == "closure":
             state.draw_subset(size)
-        loss = objective().loss
+        loss = objective(state, weight, settings.feature_weight).loss
         state.backward(loss)
         return loss
 
     state.draw_subset(size)
     state.minimise(closure, settings.max_evals)
-    pixels.project_(state.z)
-    return objective()  # for the record, so not counted as an evaluation
+    objective.pixels.project_(state.z)
+    return objective(state, weight, settings.feature_weight)  # for the record, so not counted as an evaluation
 
 
 def attack(
     state: AttackState,
-    matching: MatchingLoss,
-    prior: Prior,
-    pixels: PixelMap,
+    objective: Objective,
     settings: argparse.Namespace,
     observe: Callable[[AttackState, int, Terms, Tensor], None],
     interrupted: Callable[[], bool] = lambda: False,
@@ -180,11 +195,11 @@ def attack(
     while not (ended := state.ended(settings.n_iter, settings.max_evals)):
         size = scheduled_size(state.step, len(state.z), settings)
         with state.timed():
-            terms = magia_step(state, matching, prior, pixels, size, settings)
+            terms = magia_step(state, objective, size, settings)
             accepted = state.accept(terms)
         if accepted:
             with torch.no_grad():
-                observe(state, size, terms, pixels.decode(state.z).clamp(0, 1))
+                observe(state, size, terms, objective.pixels.decode(state.z).clamp(0, 1))
         if interrupted():
             return "interrupt"
     return ended
@@ -206,9 +221,13 @@ def scheduled_size(step: int, batch_size: int, settings: argparse.Namespace) -> 
 
 def prepare(
     update: SharedUpdate, model: nn.Module, settings: argparse.Namespace
-) -> tuple[AttackState, MatchingLoss, Prior, PixelMap]:
-    """All that `attack` needs, made from what the server has and the settings; nothing of the truth goes in."""
+) -> tuple[AttackState, Objective, Signals | None]:
+    """All that `attack` needs, made from what the server has and the settings; nothing of the truth goes in.
+
+    Images whose signals were read come first in the batch: their labels are fixed, their features matched.
+    """
     place = {"dtype": next(model.parameters()).dtype, "device": next(model.parameters()).device}
+    signals = sense(update, model, settings)
     generator = stream(settings.seed, "attack")
     pixels = PixelMap(
         update.image_shape,
@@ -225,12 +244,30 @@ def prepare(
         generator=generator,
         make_optimizer=lambda variables: make_optimizer(variables, settings),
         label_gain=settings.label_gain,
+        known_labels=signals.labels if signals else None,
     )
     matching = MatchingLoss(
         model, update.targets(model), settings.alpha, rescale=settings.rescale, subset_loss=settings.subset_loss
     )
     prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
-    return state, matching, prior, pixels
+    features = signals.features.to(**place) if signals else torch.empty(0)
+    return state, Objective(matching, prior, FeatureLoss(model, features), pixels), signals
+
+
+def sense(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> Signals | None:
+    """The per-image signals of the update, or None: switched off, not to be had, or none found.
+
+    Raises:
+        ValueError: --signals on, and model or update do not permit them.
+    """
+    if settings.signals == "off":
+        return None
+    try:
+        return recover_signals(update, model, generator=stream(settings.seed, "signals"))
+    except ValueError as error:
+        if settings.signals == "on":
+            raise ValueError(f"--signals on: {error}") from None
+        return None
 
 
 def start_images(init: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -363,6 +400,10 @@ def build_parser() -> tuple[OneLineParser, dict]:
     flag(g, "chroma_weight", "weight of chroma relative to luma, opponent prior (measured)", type=weight, metavar="W")
     flag(g, "curvature_weight", "weight of second differences relative to first (measured)", type=weight, metavar="W")
 
+    g = parser.add_argument_group("signals")
+    flag(g, "signals", "read labels and features from the head's gradient first", choices=("auto", "on", "off"))
+    flag(g, "feature_weight", "weight of the read features' squared distance (measured)", type=weight, metavar="W")
+
     g = parser.add_argument_group("variables")
     flag(g, "init", "start: grey, normal, uniform, or a folder or .npz of images (normal: published)", metavar="INIT")
     flag(g, "box", "how pixels are kept in [0, 1] (none: published)", choices=BOXES)
@@ -466,6 +507,13 @@ def read_config(path: Path) -> dict:
         raise ValueError(f"no run to resume in {path}: {error}") from None
 
 
+def report_signals(signals: Signals | None, batch_size: int) -> str:
+    """One line of what was found."""
+    if signals is None:
+        return "signals: none used"
+    return f"signals: {len(signals)} of {batch_size} images read from the head's gradient in {signals.seconds:.1f} s"
+
+
 def show_schedule(settings: argparse.Namespace) -> None:
     """Print step and S(t), one line per step, and save a plot."""
     sizes = [scheduled_size(step, settings.batch_size, settings) for step in range(settings.n_iter)]
@@ -490,7 +538,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         update, model, truth = victim(settings, {"device": device, "dtype": getattr(torch, settings.dtype)})
         facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
         adopt(settings, given, facts, "the update")
-        state, matching, prior, pixels = prepare(update, model, settings)
+        state, objective, signals = prepare(update, model, settings)
         run = RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite)
         checkpoint = run.read_checkpoint(state) if settings.resume else None
         schedule = [scheduled_size(step, settings.batch_size, settings) for step in range(settings.n_iter)]
@@ -502,7 +550,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not settings.quiet:
         shape = "x".join(map(str, update.image_shape))
         print(f"{settings.update or settings.dataset}: {update.batch_size} images {shape}, labels {settings.labels}")
-        print(f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {prior}")
+        print(f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {objective.prior}")
+        print(report_signals(signals, update.batch_size))
         print(f"{settings.optimizer} on {device}, {settings.dtype} | {run.path}")
     bar = tqdm(total=settings.n_iter, initial=state.step, disable=settings.quiet, unit="step", dynamic_ncols=True)
 
@@ -521,11 +570,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     with interruptible() as interrupted, bar:
         try:
-            ended_by = attack(state, matching, prior, pixels, settings, recorder, interrupted)
+            ended_by = attack(state, objective, settings, recorder, interrupted)
         except KeyboardInterrupt:
             state.restore_best()  # in the middle of a step: the checkpoint stays the last one written
             ended_by = "abort"
-    figures = recorder.finish(state, pixels.decode(state.z), ended_by)
+    figures = recorder.finish(state, objective.pixels.decode(state.z), ended_by, signals)
     if ended_by == "non-finite":
         print(f"the loss was not finite {state.restarts} times: stopped at the best iterate", file=sys.stderr)
     if not settings.quiet:

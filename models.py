@@ -1,7 +1,8 @@
 """Victim models, their initialisation from an explicit generator, and loading a checkpoint into them.
 
-Every model maps images (B, C, H, W) to class logits (B, K), holds a final linear layer named `head`, and is used in
-eval mode: a gradient of the batch is then the mean of the gradients of its images, which is what FL averages.
+Every model maps images (B, C, H, W) to class logits (B, K): `features` (B, d), with values in `feature_range`, then
+a final linear layer named `head`. It is used in eval mode: a gradient of the batch is then the mean of the gradients of
+its images, which is what FL averages.
 """
 
 import math
@@ -20,6 +21,8 @@ class LeNet(nn.Module):
 
     Source: Zhu, Liu, Han 2019 (arXiv 1906.08935).
     """
+
+    feature_range = (0.0, 1.0)
 
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
@@ -62,6 +65,8 @@ class _FanIn(nn.Module):
 class MLP(_FanIn):
     """Two hidden sigmoid layers of 256 units, any input."""
 
+    feature_range = (0.0, 1.0)
+
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         self.hidden1 = nn.Linear(channels * image_size * image_size, 256)
@@ -79,6 +84,8 @@ class MLP(_FanIn):
 
 class ConvNet(_FanIn):
     """A small ReLU ConvNet: 3x3 convolutions of 32, 64 and 64 channels, strides 1, 2, 2, one linear layer."""
+
+    feature_range = (0.0, math.inf)
 
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()

@@ -61,6 +61,24 @@ def subset_distance(kind: str, g_subset: Gradient, g: Gradient, *, batch_size: i
 
 
 @dataclass(frozen=True)
+class FeatureLoss:
+    """Mean over the batch of |phi(x_i) - h_i|^2, for the leading images whose features h_i (N, d) are known.
+
+    Calling it on images (B, C, H, W) gives a scalar, zero where no features are known.
+    """
+
+    model: nn.Module
+    features: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        known = len(self.features)
+        if not known:
+            return images.new_zeros(())
+        return (self.model.features(images[:known]) - self.features).square().sum() / len(images)
+
+
+@dataclass(frozen=True)
 class Matching:
     """The matching loss and its parts, each a scalar tensor: total = rho [alpha full + (1 - alpha) subset]."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import metrics
 from data import Batch
+from signals import Signals
 from state import AttackState, Terms
 from storage import replace_atomically
 from vision import torchvision
@@ -191,7 +192,7 @@ class Recorder:
         own = {"film": self.film.state(), "rows": len(self.trace.rows), "final_loss": self.final_loss}
         self.run.write_checkpoint(state.state_dict() | own)
 
-    def finish(self, state: AttackState, images: Tensor, ended_by: str) -> dict:
+    def finish(self, state: AttackState, images: Tensor, ended_by: str, signals: Signals | None = None) -> dict:
         """Write the checkpoint, the pictures and metrics.json; returns what the last holds."""
         if ended_by != "abort":
             self.checkpoint(state)
@@ -203,7 +204,8 @@ class Recorder:
         self.film.save(self.run / "history.gif", images)
         if self.trace.rows:
             save_curves(self.run / "curves.png", self.trace.rows)
-        figures = self._judge(images, state.label_logits.argmax(1).cpu()) if self.truth else {}
+        figures = self._judge(images, state.label_logits.argmax(1).cpu(), signals) if self.truth else {}
+        figures |= _signal_figures(signals)
         figures |= {
             "evaluations": state.evaluations,
             "steps": state.step,
@@ -214,11 +216,19 @@ class Recorder:
         self.run.write_json("metrics.json", figures)
         return figures
 
-    def _judge(self, images: Tensor, labels: Tensor) -> dict:
+    def _judge(self, images: Tensor, labels: Tensor, signals: Signals | None) -> dict:
         truth = self.truth
         figures = metrics.evaluate(truth.images, truth.labels, images, labels)
         grid(truth.images).save(self.run / "original.png")
-        sheet = comparison(truth.images, images[figures["assignment"]], figures["psnr"])
+        captions = [f"{psnr:.1f} dB" for psnr in figures["psnr"]]
+        if signals is not None:
+            right = 0
+            for i, j in enumerate(figures["assignment"]):
+                if j < len(signals):
+                    captions[i] += f"  c={float(signals.certificates[j]):.2f}"
+                    right += int(signals.labels[j]) == int(truth.labels[i])
+            figures["signals_label_accuracy"] = right / len(truth.labels)
+        sheet = comparison(truth.images, images[figures["assignment"]], captions)
         sheet.save(self.run / "comparison.png")
         return figures
 
@@ -231,8 +241,8 @@ def grid(images: Tensor) -> Image.Image:
     return Image.fromarray(sheet.permute(1, 2, 0).numpy())
 
 
-def comparison(truth: Tensor, reconstruction: Tensor, psnr: Sequence[float]) -> Image.Image:
-    """Every truth above its reconstruction, their PSNR beneath; both in the order of the truth."""
+def comparison(truth: Tensor, reconstruction: Tensor, captions: Sequence[str]) -> Image.Image:
+    """Every truth above its reconstruction, a caption beneath; all in the order of the truth."""
     originals, tiles = [_tile(image) for image in truth], [_tile(image) for image in reconstruction]
     side, gap, text = tiles[0].width, 4, 20
     columns = min(COLUMNS, len(tiles))
@@ -240,11 +250,11 @@ def comparison(truth: Tensor, reconstruction: Tensor, psnr: Sequence[float]) -> 
     rows = -(-len(tiles) // columns)
     sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, (original, tile, value) in enumerate(zip(originals, tiles, psnr, strict=True)):
+    for i, (original, tile, caption) in enumerate(zip(originals, tiles, captions, strict=True)):
         x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
         sheet.paste(original, (x, y))
         sheet.paste(tile, (x, y + side + gap))
-        draw.text((x + side / 2, y + 2 * (side + gap)), f"{value:.1f} dB", fill="black", font=font, anchor="ma")
+        draw.text((x + side / 2, y + 2 * (side + gap)), caption, fill="black", font=font, anchor="ma")
     return sheet
 
 
@@ -294,6 +304,20 @@ def summary(figures: Mapping) -> str:
         f"{figures['seconds']:.1f} s",
     ]
     return " | ".join(parts)
+
+
+def _signal_figures(signals: Signals | None) -> dict:
+    """What metrics.json says of the signals; image j of the list is rec_j."""
+    if signals is None:
+        return {"signals_found": 0, "signals_seconds": 0.0, "signals": []}
+    columns = (signals.labels, signals.certificates, signals.uncertainty, signals.residuals)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    names = ("label", "certificate", "uncertainty", "residual")
+    return {
+        "signals_found": len(signals),
+        "signals_seconds": round(signals.seconds, 3),
+        "signals": [dict(zip(names, row, strict=True)) for row in rows],
+    }
 
 
 def _picture(image: Tensor) -> Image.Image:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.05}
 LINE_SEARCHES = ("strong_wolfe", "none")
+CERTAIN = 100.0  # a logit so far above the others that softmax is one-hot in float64 too
 MAX_RESTARTS = 3  # times that a non-finite loss is answered by going back to the best iterate
 
 
@@ -43,6 +44,7 @@ class AttackState:
         generator: what subsets are drawn from.
         make_optimizer: builds the optimiser of the two variables; called again after a restart.
         label_gain: a scaling, so that L-BFGS moves labels and pixels at comparable rates.
+        known_labels: class indices (N,) of the leading N images, which are then not optimised.
     """
 
     z: Tensor
@@ -50,6 +52,7 @@ class AttackState:
     generator: torch.Generator
     make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     label_gain: float = 1.0
+    known_labels: Tensor | None = None
     step: int = 0
     evaluations: int = 0
     seconds: float = 0.0
@@ -64,8 +67,13 @@ class AttackState:
 
     @property
     def label_logits(self) -> Tensor:
-        """Label logits (B, K)."""
-        return self.label_gain * self.label_variables
+        """Label logits (B, K); those of known labels are certain."""
+        logits = self.label_gain * self.label_variables
+        if self.known_labels is None:
+            return logits
+        count, classes = len(self.known_labels), logits.shape[1]
+        certain = CERTAIN * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
+        return torch.cat([certain + 0 * logits[:count], logits[count:]])  # 0: all variables stay part of the graph
 
     def draw_subset(self, size: int) -> None:
         """Set `subset` to a uniform random subset of `size` images."""

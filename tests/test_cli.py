@@ -42,7 +42,7 @@ def pictures_of(run):
 
 def without_times(run):
     """All that a run leaves behind and must repeat, wall times apart."""
-    metrics = {k: v for k, v in metrics_of(run).items() if k != "seconds"}
+    metrics = {k: v for k, v in metrics_of(run).items() if not k.endswith("seconds")}
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in trace_of(run)]
     return metrics, rows, [picture.tolist() for picture in pictures_of(run)]
 
