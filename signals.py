@@ -66,7 +66,7 @@ class Signals:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """The head's gradient as far as it stands out of the noise: G = left diag(sigma) right, gamma = G right^T scale."""
 
     left: Tensor  # U (K, r)
@@ -75,7 +75,7 @@ class _Span:
     scale: Tensor  # v (r,)
 
     @classmethod
-    def of(cls, gradient: Tensor, bias_gradient: Tensor, floor: float) -> "_Span":
+    def of(cls, gradient: Tensor, bias_gradient: Tensor, floor: float) -> "Span":
         left, sigma, right = torch.linalg.svd(gradient, full_matrices=False)
         rank = int((sigma > floor).sum())
         left, sigma, right = left[:, :rank], sigma[:rank], right[:rank]
@@ -99,7 +99,7 @@ def recover_signals(update: SharedUpdate, model: nn.Module, *, generator: torch.
     raw = update.gradients["head.weight"]
     gradient, bias_gradient = raw.to(weight), update.gradients["head.bias"].to(weight)
     floor = noise_floor(gradient, raw.dtype)
-    whole = _Span.of(gradient, bias_gradient, floor)
+    whole = Span.of(gradient, bias_gradient, floor)
     if 2 * len(whole.sigma) - 1 > len(bias):
         raise ValueError(
             f"the head's gradient has rank {len(whole.sigma)}: one image alone is underdetermined beyond "
@@ -108,7 +108,7 @@ def recover_signals(update: SharedUpdate, model: nn.Module, *, generator: torch.
     found: list[tuple[Tensor, int]] = []
     strictness = 0
     for _ in range(ROUNDS):
-        span = _Span.of(gradient, bias_gradient, floor)
+        span = Span.of(gradient, bias_gradient, floor)
         if len(span.sigma) < 1:
             break
         starts = _random_features(model, update.image_shape, STARTS, generator).to(weight)
@@ -151,12 +151,12 @@ def softmax_error(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor
     return (features @ weight.T + bias).softmax(1) - nn.functional.one_hot(labels, len(bias))
 
 
-def certificate(span: _Span, features: Tensor, errors: Tensor) -> Tensor:
+def certificate(span: Span, features: Tensor, errors: Tensor) -> Tensor:
     """c = 1 / (h^T G^+ e), (N,): the weight with which e h^T is part of G; 1/B for a true image."""
     return 1 / ((features @ span.right.T / span.sigma) * (errors @ span.left)).sum(1)
 
 
-def solve(span: _Span, weight: Tensor, bias: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def solve(span: Span, weight: Tensor, bias: Tensor, q: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Levenberg-Marquardt from all starts q (N, r) at once; returns solutions (N, r) and residuals (N,).
 
     Each start has a label (N,) and a damping of its own. The unknowns are the r - 1 coordinates on {q : v^T q = 1}.
@@ -184,7 +184,8 @@ def solve(span: _Span, weight: Tensor, bias: Tensor, q: Tensor, labels: Tensor) 
         jacobian = jacobian - left @ (left.T @ jacobian)
         normal = jacobian.mT @ jacobian
         shift = damping * normal.diagonal(dim1=1, dim2=2).mean(1) + 1e-30
-        step = torch.linalg.solve(normal + shift[:, None, None] * eye, jacobian.mT @ f[:, :, None]).squeeze(2)
+        # solve_ex: a start gone singular yields a step that is not finite, and is then refused like any bad one
+        step = torch.linalg.solve_ex(normal + shift[:, None, None] * eye, jacobian.mT @ f[:, :, None])[0].squeeze(2)
         trial = q - step @ basis.T
         trial_p, trial_f = residual(trial)
         trial_cost = trial_f.square().sum(1)
@@ -196,7 +197,7 @@ def solve(span: _Span, weight: Tensor, bias: Tensor, q: Tensor, labels: Tensor) 
     return q, cost.sqrt()
 
 
-def _polish(found: list[tuple[Tensor, int]], span: _Span, weight: Tensor, bias: Tensor) -> list[tuple[Tensor, int]]:
+def _polish(found: list[tuple[Tensor, int]], span: Span, weight: Tensor, bias: Tensor) -> list[tuple[Tensor, int]]:
     """The found images solved once more against the whole gradient, free of what taking others out has left behind."""
     if not found:
         return found
@@ -209,7 +210,7 @@ def _polish(found: list[tuple[Tensor, int]], span: _Span, weight: Tensor, bias: 
 
 
 def _certified(
-    found: list[tuple[Tensor, int]], span: _Span, weight: Tensor, bias: Tensor, floor: float, batch_size: int
+    found: list[tuple[Tensor, int]], span: Span, weight: Tensor, bias: Tensor, floor: float, batch_size: int
 ) -> Signals:
     """The found images judged by the whole gradient, surest first."""
     features = torch.stack([h for h, _ in found]) if found else weight.new_zeros(0, weight.shape[1])
