@@ -76,6 +76,7 @@ class Span:
 
     @classmethod
     def of(cls, gradient: Tensor, bias_gradient: Tensor, floor: float) -> "Span":
+        """The span of G (K, d) and gamma (K,), singular values up to `floor` left out."""
         left, sigma, right = torch.linalg.svd(gradient, full_matrices=False)
         rank = int((sigma > floor).sum())
         left, sigma, right = left[:, :rank], sigma[:rank], right[:rank]
