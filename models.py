@@ -14,7 +14,24 @@ from torch import Tensor, nn
 from storage import StorageError, read_tensors
 
 
-class LeNet(nn.Module):
+class _Victim(nn.Module):
+    """What all models share: the head on the features, and the initialisation of torch's own layers."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (B, K)."""
+        return self.head(self.features(images))
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights and biases anew, uniform in +-1/sqrt(fan in)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                module.weight.uniform_(-bound, bound, generator=generator)
+                module.bias.uniform_(-bound, bound, generator=generator)
+
+
+class LeNet(_Victim):
     """The LeNet of Deep Leakage from Gradients: three 5x5 sigmoid convolutions of 12 channels, one linear layer.
 
     Strides 2, 2, 1; any square input of 16 to 64 pixels. Weights and biases uniform in +-0.5.
@@ -38,31 +55,14 @@ class LeNet(nn.Module):
             images = torch.sigmoid(conv(images))
         return images.flatten(1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, K)."""
-        return self.head(self.features(images))
-
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights and biases anew."""
+        """Draw all weights and biases anew, uniform in +-0.5."""
         for parameter in self.parameters():
             parameter.uniform_(-0.5, 0.5, generator=generator)
 
 
-class _FanIn(nn.Module):
-    """Initialisation of torch's own layers, from an explicit generator: uniform in +-1/sqrt(fan in)."""
-
-    @torch.no_grad()
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights and biases anew."""
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                module.weight.uniform_(-bound, bound, generator=generator)
-                module.bias.uniform_(-bound, bound, generator=generator)
-
-
-class MLP(_FanIn):
+class MLP(_Victim):
     """Two hidden sigmoid layers of 256 units, any input."""
 
     feature_range = (0.0, 1.0)
@@ -77,12 +77,8 @@ class MLP(_FanIn):
         """Features (B, d) that the head sees, of images (B, C, H, W)."""
         return torch.sigmoid(self.hidden2(torch.sigmoid(self.hidden1(images.flatten(1)))))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, K)."""
-        return self.head(self.features(images))
 
-
-class ConvNet(_FanIn):
+class ConvNet(_Victim):
     """A small ReLU ConvNet: 3x3 convolutions of 32, 64 and 64 channels, strides 1, 2, 2, one linear layer."""
 
     feature_range = (0.0, math.inf)
@@ -100,10 +96,6 @@ class ConvNet(_FanIn):
         for conv in (self.conv1, self.conv2, self.conv3):
             images = torch.relu(conv(images))
         return images.flatten(1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, K)."""
-        return self.head(self.features(images))
 
 
 MODELS = {"lenet": LeNet, "mlp": MLP, "convnet": ConvNet}

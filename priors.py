@@ -7,6 +7,7 @@ it is, so that a run describes itself.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ PRIORS = ("opponent", "rgb", "anisotropic")
 SMOOTHING = 1e-8
 
 
+@cache  # asked for in every evaluation of the prior
 def opponent_basis(channels: int, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
     """Orthonormal axes (C, C) whose rows are luma, red-green and yellow-blue; the identity for anything but RGB.
 

@@ -133,7 +133,10 @@ def recover_signals(update: SharedUpdate, model: nn.Module, *, generator: torch.
         strictness += not new
         if strictness == len(CERTIFICATES) or len(found) == update.batch_size:
             break
-    signals = _certified(_polish(found, whole, weight, bias), whole, weight, bias, floor, update.batch_size)
+    features = torch.stack([h for h, _ in found]) if found else weight.new_zeros(0, weight.shape[1])
+    labels = torch.tensor([y for _, y in found], dtype=torch.long, device=weight.device)
+    features = _polish(whole, weight, bias, features, labels)
+    signals = _certified(whole, weight, bias, features, labels, floor, update.batch_size)
     return replace(signals, seconds=time.perf_counter() - started)
 
 
@@ -163,13 +166,12 @@ def solve(span: Span, weight: Tensor, bias: Tensor, q: Tensor, labels: Tensor) -
     Each start has a label (N,) and a damping of its own. The unknowns are the r - 1 coordinates on {q : v^T q = 1}.
     """
     v, left = span.scale, span.left
-    basis = torch.linalg.qr(torch.cat([v[:, None], torch.eye(len(v)).to(v)], dim=1))[0][
-        :, 1:
-    ]  # (r, r-1), orthogonal to v
+    frame = torch.cat([v[:, None], torch.eye(len(v)).to(v)], dim=1)
+    basis = torch.linalg.qr(frame)[0][:, 1:]  # (r, r-1), orthogonal to v
+    eye = torch.eye(len(v) - 1).to(v)
     logits_of_q = weight @ span.right.T  # (K, r)
     logits_of_t = logits_of_q @ basis  # (K, r-1)
     onehot = nn.functional.one_hot(labels, len(bias)).to(q)
-    eye = torch.eye(basis.shape[1]).to(q)
 
     def residual(q: Tensor) -> tuple[Tensor, Tensor]:
         p = (q @ logits_of_q.T + bias).softmax(1)
@@ -198,24 +200,20 @@ def solve(span: Span, weight: Tensor, bias: Tensor, q: Tensor, labels: Tensor) -
     return q, cost.sqrt()
 
 
-def _polish(found: list[tuple[Tensor, int]], span: Span, weight: Tensor, bias: Tensor) -> list[tuple[Tensor, int]]:
-    """The found images solved once more against the whole gradient, free of what taking others out has left behind."""
-    if not found:
-        return found
-    features = torch.stack([h for h, _ in found])
-    labels = torch.tensor([y for _, y in found], device=weight.device)
+def _polish(span: Span, weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """Features (N, d) solved once more against the whole gradient, free of what taking others out has left behind."""
+    if not len(features):
+        return features
     q, _ = solve(span, weight, bias, features @ span.right.T, labels)
     polished = q @ span.right
     near = (polished - features).norm(dim=1) < 3 * SAME * features.norm(dim=1)
-    return [(polished[i] if near[i] else features[i], int(labels[i])) for i in range(len(found))]
+    return torch.where(near[:, None], polished, features)
 
 
 def _certified(
-    found: list[tuple[Tensor, int]], span: Span, weight: Tensor, bias: Tensor, floor: float, batch_size: int
+    span: Span, weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor, floor: float, batch_size: int
 ) -> Signals:
     """The found images judged by the whole gradient, surest first."""
-    features = torch.stack([h for h, _ in found]) if found else weight.new_zeros(0, weight.shape[1])
-    labels = torch.tensor([y for _, y in found], dtype=torch.long, device=weight.device)
     errors = softmax_error(features, labels, weight, bias)
     residuals = (errors - errors @ span.left @ span.left.T).norm(dim=1)
     # Noise of the floor's size turns row j of R by floor / sigma_j, and the features with it by q_j times that.
@@ -223,7 +221,7 @@ def _certified(
     certificates = batch_size * certificate(span, features, errors)
     # All images of the batch together must give the gradient back; short of that only the strictest are believed.
     rest = span.left * span.sigma @ span.right - errors.T @ features / batch_size
-    complete = len(found) == batch_size and torch.linalg.matrix_norm(rest, 2) < UNEXPLAINED * span.sigma[0]
+    complete = len(features) == batch_size and torch.linalg.matrix_norm(rest, 2) < UNEXPLAINED * span.sigma[0]
     sure = (certificates - 1).abs() < (CERTIFICATES[-1] if complete else CERTIFICATES[1])
     order = uncertainty.argsort()
     order = order[(sure & (uncertainty < UNSURE))[order]]
