@@ -511,7 +511,8 @@ def report_signals(signals: Signals | None, batch_size: int) -> str:
     """One line of what was found."""
     if signals is None:
         return "signals: none used"
-    return f"signals: {len(signals)} of {batch_size} images read from the head's gradient in {signals.seconds:.1f} s"
+    found = f"signals: {len(signals)} of {batch_size} images read from the head's gradient (rank {signals.rank})"
+    return f"{found} in {signals.seconds:.1f} s"
 
 
 def show_schedule(settings: argparse.Namespace) -> None:

@@ -309,12 +309,13 @@ def summary(figures: Mapping) -> str:
 def _signal_figures(signals: Signals | None) -> dict:
     """What metrics.json says of the signals; image j of the list is rec_j."""
     if signals is None:
-        return {"signals_found": 0, "signals_seconds": 0.0, "signals": []}
-    columns = (signals.labels, signals.certificates, signals.uncertainty, signals.residuals)
+        return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []}
+    columns = (signals.labels, signals.certificates, signals.confidence, signals.uncertainty, signals.residuals)
     rows = zip(*(column.tolist() for column in columns), strict=True)
-    names = ("label", "certificate", "uncertainty", "residual")
+    names = ("label", "certificate", "confidence", "uncertainty", "residual")
     return {
         "signals_found": len(signals),
+        "signals_rank": signals.rank,
         "signals_seconds": round(signals.seconds, 3),
         "signals": [dict(zip(names, row, strict=True)) for row in rows],
     }
