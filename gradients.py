@@ -5,6 +5,7 @@ gradient, the model it sent out, the batch size, the image shape) and nothing of
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def averaged_gradient(
     model: nn.Module, images: Tensor, labels: Tensor, *, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """Gradient of the mean cross-entropy over the batch, one tensor per parameter of `model`, in their order.
+    """Gradient of the mean cross-entropy over the batch, one tensor per trainable parameter of `model`, in their order.
 
     Args:
         images: (B, C, H, W).
@@ -32,7 +33,29 @@ def averaged_gradient(
         create_graph: keep the graph, so that the gradient can itself be differentiated by images and labels.
     """
     loss = batch_loss(model(images), labels).mean()
-    return torch.autograd.grad(loss, tuple(model.parameters()), create_graph=create_graph)
+    return torch.autograd.grad(loss, tuple(trainable(model).values()), create_graph=create_graph)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
+    """Freeze the parameters whose names start with one of the prefixes: no gradient of them is taken or shared.
+
+    Raises:
+        ValueError: a prefix fits no parameter, or nothing is left to train.
+    """
+    for prefix in prefixes:
+        fitting = [parameter for name, parameter in model.named_parameters() if name.startswith(prefix)]
+        if not fitting:
+            names = ", ".join(name for name, _ in model.named_parameters())
+            raise ValueError(f"no parameter's name starts with {prefix!r}: the model has {names}")
+        for parameter in fitting:
+            parameter.requires_grad_(False)
+    if not trainable(model):
+        raise ValueError(f"nothing is left to train with {','.join(prefixes)} frozen")
 
 
 @dataclass(frozen=True)
@@ -40,7 +63,7 @@ class SharedUpdate:
     """One averaged update as the server receives it, with the model that it was computed on.
 
     Attributes:
-        gradients: averaged gradient, by parameter name.
+        gradients: averaged gradient, by parameter name; frozen parameters have none.
         weights: state dict of the model that the server sent out; empty if the file did not bring it.
         model: name of the architecture in `models.MODELS`.
         batch_size: number of images averaged over.
@@ -106,12 +129,12 @@ class SharedUpdate:
                 raise StorageError(f"{source}: the gradient of {name!r} is not finite")
 
     def targets(self, model: nn.Module) -> tuple[Tensor, ...]:
-        """The gradients in the order, dtype and place of `model`'s parameters.
+        """The gradients in the order, dtype and place of `model`'s trainable parameters.
 
         Raises:
             ValueError: names or shapes differ from the model's.
         """
-        parameters = dict(model.named_parameters())
+        parameters = trainable(model)
         if parameters.keys() != self.gradients.keys():
             odd = sorted(parameters.keys() ^ self.gradients.keys())
             raise ValueError(f"update and model {self.model!r} disagree on parameters: {', '.join(odd)}")
@@ -132,7 +155,7 @@ def share_update(model: nn.Module, name: str, images: Tensor, labels: Tensor, nu
     """
     gradients = averaged_gradient(model, images, labels)
     update = SharedUpdate(
-        gradients={n: g.detach() for (n, _), g in zip(model.named_parameters(), gradients, strict=True)},
+        gradients={name: gradient.detach() for name, gradient in zip(trainable(model), gradients, strict=True)},
         weights={n: w.detach().clone() for n, w in model.state_dict().items()},
         model=name,
         batch_size=len(images),

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import DATASETS, LABEL_MODES, Batch, load_batch, open_source, parse_indices
-from gradients import SharedUpdate, share_update
+from defences import DEFENCES, defend
+from gradients import SharedUpdate, freeze, share_update
 from models import MODELS, build_model, load_checkpoint, load_weights
 from objective import RESCALES, SUBSET_LOSSES, FeatureLoss, MatchingLoss
 from pixels import BOXES, PixelMap
@@ -50,9 +51,11 @@ LABELS = "random"  # dataset: the true ones; random: uniform over the classes; u
 IMAGE_SIZE = None  # side in pixels to crop and resize to; None: as they are
 
 # victim: the model whose gradient is shared
-MODEL = "lenet"  # lenet, mlp, convnet
+MODEL = "lenet"  # lenet, mlp, convnet, resnet18
 NUM_CLASSES = 100  # outputs of the head, K (the paper's head)
 WEIGHTS = None  # checkpoint to load into the model; None: random weights from the seed
+FROZEN = None  # parameters that are not trained, by the beginnings of their names: head.bias, or conv1,conv2
+DEFENCE = "none"  # what the client does to its update: none, noise:STD, float16, bfloat16, topk:SHARE
 SAVE_UPDATE = None  # file to write the shared update to, .safetensors or .npz
 UPDATE = None  # file of a shared update to attack instead; the truth is then not at hand
 
@@ -246,11 +249,16 @@ def prepare(
         label_gain=settings.label_gain,
         known_labels=signals.labels if signals else None,
     )
+    features = signals.features.to(**place) if signals else torch.empty(0)
     matching = MatchingLoss(
-        model, update.targets(model), settings.alpha, rescale=settings.rescale, subset_loss=settings.subset_loss
+        model,
+        update.targets(model),
+        settings.alpha,
+        rescale=settings.rescale,
+        subset_loss=settings.subset_loss,
+        known=(signals.errors.to(**place), features) if signals else None,
     )
     prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
-    features = signals.features.to(**place) if signals else torch.empty(0)
     return state, Objective(matching, prior, FeatureLoss(model, features), pixels), signals
 
 
@@ -302,6 +310,8 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
         model = build_victim(settings, update.model, update.image_shape, update.num_classes)
         if update.weights and not settings.weights:
             load_weights(model, update.weights, settings.update)
+        absent = [name for name, _ in model.named_parameters() if name not in update.gradients]
+        freeze(model, absent)
         model.to(**place)
         update.targets(model)  # refuses an update that does not fit
         return update, model, None
@@ -314,8 +324,10 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
         image_size=settings.image_size,
     )
     model = build_victim(settings, settings.model, tuple(batch.images.shape[1:]), settings.num_classes).to(**place)
+    freeze(model, settings.frozen.split(",") if settings.frozen else [])
     images, labels = batch.images.to(**place), batch.labels.to(place["device"])
     update = share_update(model, settings.model, images, labels, settings.num_classes)
+    update = defend(update, settings.defence, generator=stream(settings.seed, "defence"))
     if settings.save_update:
         update.save(settings.save_update)
     return update, model, batch
@@ -374,6 +386,8 @@ def build_parser() -> tuple[OneLineParser, dict]:
     flag(g, "model", "architecture; lenet is that of DLG (arXiv 1906.08935)", choices=MODELS)
     flag(g, "num_classes", "outputs of the head, K (the paper's: 100)", type=number(int, 2), metavar="K")
     flag(g, "weights", "checkpoint to load (.safetensors, .npz, .pt); None: random from the seed", metavar="PATH")
+    flag(g, "frozen", "parameters not trained, by the beginnings of their names: head.bias, conv1", metavar="NAMES")
+    flag(g, "defence", f"what the client does to its update: {', '.join(DEFENCES)}", metavar="KIND")
     flag(g, "save_update", "write the shared update (.safetensors, .npz) before the attack", metavar="PATH")
     flag(g, "update", "attack a saved update, with no truth at hand", metavar="PATH")
 
@@ -465,6 +479,8 @@ def resolve(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict
             if name not in RESUMABLE and value != began[name]:
                 raise ValueError(f"--{name} {value}: the run to resume began with {began[name]}")
         settings = argparse.Namespace(**({name: began[name] for name in defaults} | given))
+    if settings.update and (settings.frozen or settings.defence != "none"):
+        raise ValueError("--frozen and --defence are the client's: a saved update comes as the client made it")
     if settings.indices:
         adopt(settings, given, {"batch_size": len(parse_indices(settings.indices))}, f"--indices {settings.indices}")
     scheduled_size(0, settings.batch_size, settings)  # refuses what no schedule can be made of

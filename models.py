@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from storage import StorageError, read_tensors
+from vision import torchvision
 
 
 class _Victim(nn.Module):
@@ -98,7 +99,42 @@ class ConvNet(_Victim):
         return images.flatten(1)
 
 
-MODELS = {"lenet": LeNet, "mlp": MLP, "convnet": ConvNet}
+class ResNet18(_Victim):
+    """torchvision's ResNet-18, its last layer apart. BatchNorm uses running statistics, as a server can in eval mode.
+
+    Source: He et al. 2016 (arXiv 1512.03385); initialised as torchvision does.
+    """
+
+    feature_range = (0.0, math.inf)
+
+    def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        self.body = torchvision().models.resnet18()
+        width = self.body.fc.in_features
+        if channels != 3:
+            self.body.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+        self.body.fc = nn.Identity()
+        self.head = nn.Linear(width, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, 512) that the head sees, of images (B, C, H, W)."""
+        return self.body(images)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Convolutions from a normal distribution (He et al. 2015, fan out), BatchNorm as the identity."""
+        for module in self.body.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = module.weight[:, 0].numel()
+                module.weight.normal_(0, math.sqrt(2 / fan_out), generator=generator)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        bound = 1 / math.sqrt(self.head.in_features)
+        for parameter in self.head.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+
+
+MODELS = {"lenet": LeNet, "mlp": MLP, "convnet": ConvNet, "resnet18": ResNet18}
 
 
 def build_model(

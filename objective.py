@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradients import averaged_gradient
+from gradients import averaged_gradient, trainable
 
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
@@ -97,6 +97,7 @@ class MatchingLoss:
         alpha: weight of the full-batch term, in [0, 1].
         rescale: `inclusion` multiplies by rho(B, S), `none` does not.
         subset_loss: one of `SUBSET_LOSSES`.
+        known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
 
     Raises:
         ValueError: alpha outside [0, 1], an unknown rescale or subset_loss.
@@ -107,6 +108,7 @@ class MatchingLoss:
     alpha: float = 0.999
     rescale: str = "inclusion"
     subset_loss: str = "published"
+    known: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -125,9 +127,23 @@ class MatchingLoss:
         if g_subset is None:
             weak = torch.zeros_like(full)
         else:
-            weak = subset_distance(self.subset_loss, g_subset, self.target, **distance)
+            weak = subset_distance(self.subset_loss, g_subset, self._subset_target(subset, batch_size), **distance)
         rho = inclusion_probability(batch_size, subset_size) if self.rescale == "inclusion" else 1.0
         return Matching(rho * (self.alpha * full + (1 - self.alpha) * weak), full, weak)
+
+    def _subset_target(self, subset: Tensor, batch_size: int) -> Gradient:
+        """What the subset's mean gradient is compared with: the shared average, which stands in for an unknown mean.
+
+        For the last layer the mean of T itself is used where every image in T was read. The published form divides
+        the average by B where it divides the subset's mean by S, so the exact mean is scaled to be divided alike.
+        """
+        if self.known is None or int(subset.max()) >= len(self.known[0]):
+            return self.target
+        errors, features = (values[subset] for values in self.known)
+        exact = {"head.weight": errors.T @ features / len(subset), "head.bias": errors.mean(0)}
+        scale = batch_size / len(subset) if self.subset_loss == "published" else 1.0
+        names = trainable(self.model)
+        return tuple(scale * exact[n] if n in exact else g for n, g in zip(names, self.target, strict=True))
 
     def _gradients(self, images: Tensor, labels: Tensor, subset: Tensor) -> tuple[Gradient, Gradient | None]:
         """Mean gradients over all images and over the subset; the second is None where alpha = 1 has no use for it.

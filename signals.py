@@ -1,4 +1,4 @@
-"""Per-image signals in closed form: the label and features of every image, from the head's averaged gradient.
+"""Per-image signals: the label and features of every image, from the head's averaged gradient.
 
 With logits z = W h + b and mean cross-entropy, image i leaves its softmax error e_i = softmax(W h_i + b) - onehot(y_i)
 and its features h_i in the averaged gradients of the last layer:
@@ -39,15 +39,16 @@ from gradients import SharedUpdate
 
 SAMPLE = 384  # random images that tell how features and softmax vary
 SPREAD = 0.7  # starts lie this far from the mean feature, in units of the distance of random images
-ATTEMPTS = 4  # times that those who did not pass start anew
 ITERATIONS = 150  # Levenberg-Marquardt iterations of an attempt, at most
+ATTEMPTS = 8  # times that those who did not pass start anew, at most
+WORK = 3e13  # and no more than this many multiplications in all, about: some minutes
 TRIAL = 6  # iterations that each plausible set of labels is tried for, where there are several
 RIVALS = 12  # sets of labels tried, at most
 PLAUSIBLE = 4.0  # squared standard deviations up to which another set of labels is as good as the likeliest
-WRONG = 2e-4  # a residual above this share of sigma_1 means a wrong label, which no fresh start mends
+FITTING = 2e-5  # a residual below this share of sigma_1 settles the choice of labels
 UNKNOWNS = 10_000  # more (100 images, say) would take too much memory: the normal matrix has their square
-EXPLAINED = {True: 15.0, False: 3.0}  # residual, in units of the noise, of a gradient that is explained: sums in
-# float32 leave errors along the mean feature that are ten times the others, added noise has no such preference
+EXPLAINED = 3.0  # a residual below this multiple of what noise leaves means that the gradient is explained
+ARITHMETIC = 4.0  # units of rounding by which the victim's own sums and exponentials err
 UNEVEN = 2.0  # noise is less even than the estimate of it takes it to be
 RESIDUAL = 5e-5  # largest |P e| of an image believed on its own
 CERTIFICATE = 1e-3  # largest |c B - 1| of an image believed on its own
@@ -147,6 +148,14 @@ class Equations:
         e = self.rows * (p - self.onehot)
         x = torch.cat([q, torch.ones_like(q[:, :1])], dim=1) if self.has_bias else q
         return Point(q, p, e, x, e.T @ x / self.batch_size - self.target)
+
+    def unexplained(self, at: "Point") -> float:
+        """|f|^2 without the part of each row along that row of the target.
+
+        An exponential that the victim rounded scales its whole row; the error that this leaves is no witness.
+        """
+        along = (at.f * nn.functional.normalize(self.target, dim=1)).sum(1)
+        return at.cost - float(along.square().sum())
 
     def pull(self, at: "Point", f: Tensor) -> Tensor:
         """J^T f, (B, r)."""
@@ -259,12 +268,13 @@ def recover_signals(update: SharedUpdate, model: nn.Module, *, generator: torch.
         return replace(_nothing(head), seconds=time.perf_counter() - started)
     q, labels = _choose_labels(head, LabelCounts.of(head, sample), fresh())
     best, least = None, math.inf
-    for _ in range(ATTEMPTS):
+    attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
+    for _ in range(attempts):
         q = solve(head.equations(labels), q, ITERATIONS)
         signals, passed, cost = _judge(head, labels, q, model.feature_range)
         if best is None or (len(signals), -cost) > (len(best), -least):
             best, least = signals, cost
-        if passed.all() or cost > (WRONG * head.span.sigma[0]) ** 2:
+        if passed.all():
             break
         q = torch.where(passed[:, None], q, fresh())
     return replace(best, seconds=time.perf_counter() - started)
@@ -283,7 +293,7 @@ class _Head:
     span: Span  # of D G, its rank no higher than B
     rank: int  # numerical rank of D G
     noise: float  # per entry of D G
-    rounded: bool  # whether rounding is what most of it is
+    arithmetic: float  # |error| of D G from rounding in the victim's computation
 
     @classmethod
     def of(cls, update: SharedUpdate, model: nn.Module) -> "_Head":
@@ -317,7 +327,7 @@ class _Head:
             span=span,
             rank=rank,
             noise=noise_level(scaled, len(span.sigma), eps),
-            rounded=bool(additive * gradient.shape[1] ** 0.5 < eps * gradient.norm(dim=1).max()),
+            arithmetic=ARITHMETIC * min(max(eps, 1e-14), torch.finfo(torch.float32).eps) * float(scaled.norm()),
         )
 
     def equations(self, labels: Tensor) -> Equations:
@@ -407,7 +417,7 @@ def _choose_labels(head: _Head, counts: LabelCounts, q: Tensor) -> tuple[Tensor,
         cost = head.equations(labels).at(tried).cost
         if cost < least:
             best, least = (tried, labels), cost
-        if cost < (WRONG / 10 * head.span.sigma[0]) ** 2:
+        if cost < (FITTING * head.span.sigma[0]) ** 2:
             break
     return best
 
@@ -429,7 +439,7 @@ def _judge(head: _Head, labels: Tensor, q: Tensor, feature_range: tuple[float, f
     in_range = ((features > least - RANGE) & (features < most + RANGE)).all(1)
     certain = uncertainty < UNSURE
     passed = certain & in_range & ((share - 1).abs() < CERTIFICATE) & (outside < RESIDUAL)
-    if at.cost < (EXPLAINED[head.rounded] * head.noise) ** 2 * freedom:
+    if equations.unexplained(at) < (EXPLAINED * head.noise) ** 2 * freedom + head.arithmetic**2:
         passed = certain & ((share - 1).abs() < WITNESS)
     order = uncertainty.argsort()
     order = order[passed[order]]
@@ -505,10 +515,13 @@ def noise_floor(gradient: Tensor, eps: float) -> float:
     """Singular values of the head's gradient (K, d), rows weighted or not, up to this are noise.
 
     The singular values of a noise matrix lie between sqrt(d) - sqrt(K) and sqrt(d) + sqrt(K) times the noise of one
-    entry. The smallest of G is the lower end, see `additive_noise`. Rounding alone adds eps times the longest row.
+    entry. The smallest of G is the lower end, see `additive_noise`. Rounding alone adds a few eps times the longest
+    row, and the decomposition itself 1e-13.
     """
     narrow, wide = _noise_edges(gradient)
-    return float(max(eps * gradient.norm(dim=1).max(), 1.2 * wide / narrow * torch.linalg.svdvals(gradient)[-1]))
+    return float(
+        max((4 * eps + 1e-13) * gradient.norm(dim=1).max(), 1.2 * wide / narrow * torch.linalg.svdvals(gradient)[-1])
+    )
 
 
 def _noise_edges(matrix: Tensor) -> tuple[float, float]:

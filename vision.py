@@ -20,7 +20,7 @@ _declared: list[torch.library.Library] = []  # a declaration lives as long as it
 
 
 def torchvision() -> ModuleType:
-    """The torchvision package with its `datasets` and `utils`."""
+    """The torchvision package with its `datasets`, `models` and `utils`."""
     try:
         return _import()
     except RuntimeError as error:
@@ -36,6 +36,6 @@ def torchvision() -> ModuleType:
 
 
 def _import() -> ModuleType:
-    for name in ("torchvision.datasets", "torchvision.utils"):
+    for name in ("torchvision.datasets", "torchvision.models", "torchvision.utils"):
         importlib.import_module(name)
     return sys.modules["torchvision"]

@@ -139,3 +139,23 @@ def test_errors_name_the_value():
         MatchingLoss(Linear(), (), subset_loss="cosine")
     with pytest.raises(ValueError, match="5"):
         inclusion_probability(4, 5)
+
+
+@pytest.mark.parametrize("kind", SUBSET_LOSSES)
+def test_the_head_of_a_known_subset_is_compared_with_its_own_mean(kind):
+    model, images, _, _ = case()
+    labels = torch.tensor([3, 1, 0, 0])
+    logits = 200.0 * torch.nn.functional.one_hot(labels, 5).double()
+    features = model.features(images).detach()
+    errors = model.head(features).detach().softmax(1) - torch.nn.functional.one_hot(labels, 5)
+    target, subset = averaged_gradient(model, images, labels), torch.tensor([3, 1])
+    known = MatchingLoss(model, target, 0.5, "none", kind, known=(errors, features))
+    blind = MatchingLoss(model, target, 0.5, "none", kind)
+    body = [i for i, (name, _) in enumerate(model.named_parameters()) if "head" not in name]
+    g_subset = averaged_gradient(model, images[subset], labels[subset])
+    rest = [tuple(g[i] for i in body) for g in (g_subset, target)]
+    expected = subset_distance(kind, *rest, batch_size=BATCH, subset_size=2)
+    assert known(images, logits, subset).subset.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert blind(images, logits, subset).subset > known(images, logits, subset).subset
+    partly = MatchingLoss(model, target, 0.5, "none", kind, known=(errors[:3], features[:3]))
+    assert partly(images, logits, subset).subset == blind(images, logits, subset).subset

@@ -1,0 +1,70 @@
+import csv
+import json
+
+import pytest
+
+import benchmark
+
+FAST = ["--image_size", "16", "--n_iter", "2", "--inner_iter", "4"]
+
+
+def run(*words, expect=0):
+    assert benchmark.main([str(word) for word in words]) == expect
+
+
+def table(out):
+    with (out / "table.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_signals_are_counted_and_plotted(tmp_path, capsys):
+    run("signals", "--batch_sizes", "2,4", "--num_classes", "20,4", "--seeds", "0", "--out", tmp_path, *FAST)
+    rows = table(tmp_path)
+    assert [(r["num_classes"], r["batch_size"]) for r in rows] == [("20", "2"), ("20", "4"), ("4", "2"), ("4", "4")]
+    for row in rows[:3]:
+        assert row["found"] == row["labels_right"] == row["within_1_percent"] == row["batch_size"]
+        assert float(row["worst_error"]) < 0.01
+    assert rows[3]["found"] == "0"
+    assert "at most 3" in rows[3]["note"]
+    assert (tmp_path / "signals.png").stat().st_size > 5000
+    assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
+    words = ["signals", "--batch_sizes", "2", "--num_classes", "20", "--seeds", "0", "--out", tmp_path, *FAST]
+    run(*words)
+    (cell,) = (tmp_path / "cells").iterdir()
+    cell.write_text(json.dumps(json.loads(cell.read_text()) | {"note": "kept"}))
+    run(*words)
+    assert table(tmp_path)[0]["note"] == "kept"
+
+
+def test_defences_are_measured_with_and_without_images(tmp_path):
+    words = ["--batch_sizes", "3", "--seeds", "0", *FAST]
+    defences = "none,--frozen=head.bias,--frozen=head,noise:1"
+    run("defences", "--defences", defences, "--out", tmp_path / "both", *words)
+    rows = {row["defence"]: row for row in table(tmp_path / "both")}
+    assert [rows[name]["found"] for name in defences.split(",")] == ["3", "3", "0", "0"]
+    assert float(rows["none"]["psnr_mean"]) > float(rows["noise:1"]["psnr_mean"])
+    assert all(row["status"] == "n_iter" for row in rows.values())
+    run("defences", "--defences", "none", "--signals_only", "--out", tmp_path / "signals", *words)
+    assert "psnr_mean" not in table(tmp_path / "signals")[0]
+
+
+def test_two_processes_measure_what_one_does(tmp_path):
+    words = ["signals", "--batch_sizes", "2,3", "--num_classes", "20", "--seeds", "0,1", *FAST]
+    run(*words, "--out", tmp_path / "one")
+    run(*words, "--out", tmp_path / "two", "--jobs", 2)
+    one, two = table(tmp_path / "one"), table(tmp_path / "two")
+    assert len(one) == 4
+    for a, b in zip(one, two, strict=True):
+        assert float(a.pop("worst_error")) == pytest.approx(float(b.pop("worst_error")), rel=1e-3)
+        assert a | {"seconds": ""} == b | {"seconds": ""}
+
+
+def test_errors_are_one_line(tmp_path, capsys):
+    run("defences", "--defences", "magic", "--seeds", "0", "--out", tmp_path, *FAST, expect=2)
+    assert "unknown defence 'magic'" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["signals", "--batch_sizes", "two", "--out", str(tmp_path)])
+    assert stop.value.code == 2
