@@ -2,6 +2,7 @@ import csv
 import json
 
 import pytest
+from PIL import Image
 
 import benchmark
 
@@ -28,6 +29,35 @@ def test_signals_are_counted_and_plotted(tmp_path, capsys):
     assert "at most 3" in rows[3]["note"]
     assert (tmp_path / "signals.png").stat().st_size > 5000
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
+
+
+def test_a_grid_compares_presets_on_the_same_updates(tmp_path, capsys):
+    words = ["--presets", "magia,paper", "--batch_sizes", "2,3", "--seeds", "0,1", "--max_evals", "12"]
+    run("grid", *words, "--out", tmp_path, "--image_size", "16", "--inner_iter", "4")
+    rows = table(tmp_path)
+    assert list(rows[0]) == [
+        "preset", "batch_size", "labels", "model", "seed", "psnr_mean", "ssim_mean", "label_accuracy", "signals_found",
+        "evaluations", "seconds", "status",
+    ]  # fmt: skip
+    assert len(rows) == 8
+    assert {(r["preset"], r["batch_size"], r["seed"]) for r in rows} == {
+        (p, b, s) for p in ("magia", "paper") for b in "23" for s in "01"
+    }
+    assert all(int(r["evaluations"]) <= 12 and float(r["psnr_mean"]) > 5 for r in rows)
+    configs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/config.json")]
+    assert {(c["preset"], c["batch_size"], c["seed"]) for c in configs} == {
+        (r["preset"], int(r["batch_size"]), int(r["seed"])) for r in rows
+    }
+    for name in ("psnr_vs_batch.png", "psnr_vs_seconds.png", "wall.png"):
+        assert Image.open(tmp_path / name).size[0] > 200
+    assert (tmp_path / "summary.md").read_text().count("\n") == 6
+    assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
+
+
+def test_a_cell_that_fails_says_so_and_the_others_go_on(tmp_path):
+    words = ["--presets", "magia", "--models", "lenet", "--batch_sizes", "2,3", "--seeds", "0", "--max_evals", "5"]
+    run("grid", *words, "--out", tmp_path, "--image_size", "16", "--num_classes", "2", "--labels", "unique")
+    assert [row["status"] for row in table(tmp_path)] == ["max_evals", "exit 2"]
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
@@ -59,7 +89,7 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert len(one) == 4
     for a, b in zip(one, two, strict=True):
         assert float(a.pop("worst_error")) == pytest.approx(float(b.pop("worst_error")), rel=1e-3)
-        assert a | {"seconds": ""} == b | {"seconds": ""}
+        assert a | {"signal_seconds": ""} == b | {"signal_seconds": ""}
 
 
 def test_errors_are_one_line(tmp_path, capsys):
