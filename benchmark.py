@@ -78,7 +78,7 @@ def _victim(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.Mo
 
 def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """One run of the command line, and what its metrics.json says."""
-    name = _key(cell)
+    name = _key(cell, flags)
     argv = [*_flags(cell), *flags, "--quiet", "--overwrite", "--save_dir", str(out / "runs"), "--run_name", name]
     with open(os.devnull, "w") as nowhere:
         stdout, sys.stdout = sys.stdout, nowhere
@@ -100,29 +100,30 @@ def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     }
 
 
-def run_cells(measure: Callable[[Cell], Cell], cells: Sequence[Cell], out: Path, jobs: int) -> list[Cell]:
+def run_cells(
+    measure: Callable[[Cell], Cell], cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace
+) -> list[Cell]:
     """All cells with what was measured, in their order; those that are finished are read back, not run again."""
-    folder = out / "cells"
+    folder, jobs = asked.out / "cells", asked.jobs
     folder.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def finish(cell: Cell) -> None:
         torch.set_num_threads(threads)
         row = json.dumps(cell | measure(cell))
-        replace_atomically(folder / f"{_key(cell)}.json", lambda temporary: temporary.write_text(row))
+        replace_atomically(folder / f"{_key(cell, flags)}.json", lambda temporary: temporary.write_text(row))
 
-    missing = [cell for cell in cells if not (folder / f"{_key(cell)}.json").is_file()]
+    missing = [cell for cell in cells if not (folder / f"{_key(cell, flags)}.json").is_file()]
     finished = Parallel(n_jobs=jobs, return_as="generator_unordered")(delayed(finish)(cell) for cell in missing)
     for _ in tqdm(finished, total=len(missing), unit="cell", dynamic_ncols=True):
         pass
-    return [json.loads((folder / f"{_key(cell)}.json").read_text()) for cell in cells]
+    return [json.loads((folder / f"{_key(cell, flags)}.json").read_text()) for cell in cells]
 
 
-def _key(cell: Cell) -> str:
-    text = json.dumps(cell, sort_keys=True)
-    return "_".join(str(v).strip("-").replace("/", "-") for v in cell.values())[:60] + (
-        "_" + hashlib.sha256(text.encode()).hexdigest()[:8]
-    )
+def _key(cell: Cell, flags: Sequence[str]) -> str:
+    """A file name of its own for each cell and set of further flags, readable as far as it goes."""
+    readable = "_".join(str(value).strip("-").replace("/", "-") for value in cell.values())[:60]
+    return f"{readable}_{hashlib.sha256(json.dumps([cell, list(flags)]).encode()).hexdigest()[:8]}"
 
 
 def _flags(cell: Cell) -> list[str]:
@@ -219,7 +220,7 @@ def picture_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path) -> None
     same = {name: value for name, value in cells[0].items() if name != "preset"}
     rows = {"truth": list(_victim(cells[0], flags)[2].images[:WALL].permute(0, 2, 3, 1).numpy())}
     for cell in cells:
-        run = out / "runs" / _key(cell)
+        run = out / "runs" / _key(cell, flags)
         if cell.items() >= same.items() and (run / "metrics.json").is_file():
             order = json.loads((run / "metrics.json").read_text())["assignment"][:WALL]
             rows[cell["preset"]] = [np.asarray(Image.open(run / "images" / f"rec_{i:03d}.png")) for i in order]
@@ -294,7 +295,7 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     values = itertools.product(asked.batch_sizes, asked.labels, asked.models, asked.seeds, asked.presets)
     names = ("batch_size", "labels", "model", "seed", "preset")
     cells = [dict(zip(names, value, strict=True)) | {"max_evals": asked.max_evals} for value in values]
-    rows = run_cells(lambda cell: measure_attack(cell, flags, asked.out), cells, asked.out, asked.jobs)
+    rows = run_cells(lambda cell: measure_attack(cell, flags, asked.out), cells, flags, asked)
     rows = [{name: row[name] for name in ("preset", "batch_size", "labels", "model", "seed", *FIGURES)} for row in rows]
     write_markdown(summarise(rows, ("preset", "batch_size", "labels", "model")), asked.out / "summary.md")
     plot_grid(rows, asked.out)
@@ -307,7 +308,7 @@ def signals(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     grid = itertools.product(asked.models, asked.num_classes, asked.labels, asked.batch_sizes, asked.seeds)
     names = ("model", "num_classes", "labels", "batch_size", "seed")
     cells = [dict(zip(names, values, strict=True)) for values in grid]
-    rows = run_cells(lambda cell: measure_signals(cell, flags), cells, asked.out, asked.jobs)
+    rows = run_cells(lambda cell: measure_signals(cell, flags), cells, flags, asked)
     plot_signals(rows, asked.out / "signals.png")
     return rows
 
@@ -321,7 +322,7 @@ def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
         read = measure_signals(cell, flags)
         return read if asked.signals_only else read | measure_attack(cell, flags, asked.out)
 
-    return run_cells(measure, cells, asked.out, asked.jobs)
+    return run_cells(measure, cells, flags, asked)
 
 
 if __name__ == "__main__":

@@ -555,8 +555,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         update, model, truth = victim(settings, {"device": device, "dtype": getattr(torch, settings.dtype)})
         facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
         adopt(settings, given, facts, "the update")
+        where = {"path": run_path(settings), "resume": bool(settings.resume), "overwrite": settings.overwrite}
+        RunDirectory.check(**where)
         state, objective, signals = prepare(update, model, settings)
-        run = RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite)
+        run = RunDirectory(**where)
         checkpoint = run.read_checkpoint(state) if settings.resume else None
         schedule = [scheduled_size(step, settings.batch_size, settings) for step in range(settings.n_iter)]
         run.write_json("config.json", vars(settings) | {"device": str(device), "schedule": schedule} | provenance())

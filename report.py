@@ -40,13 +40,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = path
-        if resume and not (path / "checkpoint.pt").is_file():
-            raise ValueError(f"{path} has no checkpoint.pt to resume from")
-        if path.exists() and not resume and (not path.is_dir() or any(path.iterdir())):
-            if not overwrite:
-                raise ValueError(f"{path} exists: give another --run_name, or --resume or --overwrite")
-            if not (path / "config.json").is_file():
-                raise ValueError(f"{path} is not a run directory (no config.json): it will not be overwritten")
+        self.check(path, resume=resume, overwrite=overwrite)
+        if path.exists() and not resume and any(path.iterdir()):
             shutil.rmtree(path)
         try:
             (path / "images").mkdir(parents=True, exist_ok=True)
@@ -54,6 +49,17 @@ class RunDirectory:
             raise ValueError(f"cannot write the run directory {path}: {error.strerror or error}") from None
         if not os.access(path, os.W_OK):
             raise ValueError(f"cannot write the run directory {path}: permission denied")
+
+    @staticmethod
+    def check(path: Path, *, resume: bool, overwrite: bool) -> None:
+        """Refuse, before anything has been computed, what the constructor would refuse; changes nothing."""
+        if resume and not (path / "checkpoint.pt").is_file():
+            raise ValueError(f"{path} has no checkpoint.pt to resume from")
+        if path.exists() and not resume and (not path.is_dir() or any(path.iterdir())):
+            if not overwrite:
+                raise ValueError(f"{path} exists: give another --run_name, or --resume or --overwrite")
+            if not (path / "config.json").is_file():
+                raise ValueError(f"{path} is not a run directory (no config.json): it will not be overwritten")
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
