@@ -205,9 +205,10 @@ def plot_grid(rows: Sequence[Cell], out: Path) -> None:
         sizes, psnr = [line["batch_size"] for line in own], [line["psnr_mean"] for line in own]
         spread = [line["psnr_spread"] or 0 for line in own]
         by_batch.errorbar(sizes, psnr, yerr=spread, marker="o", capsize=3, label=", ".join(group))
-        by_seconds.scatter([line["seconds"] for line in own], psnr, label=", ".join(group))
-        for line in own:
-            by_seconds.annotate(f"B={line['batch_size']}", (line["seconds"], line["psnr_mean"]), fontsize=7)
+        seconds_taken = [max(line["seconds"], 0.1) for line in own]  # a tenth is all that the table resolves
+        by_seconds.scatter(seconds_taken, psnr, label=", ".join(group))
+        for size, taken, value in zip(sizes, seconds_taken, psnr, strict=True):
+            by_seconds.annotate(f"B={size}", (taken, value), fontsize=7)
     by_batch.set(xlabel="batch size B", ylabel="mean PSNR (dB)", xscale="log")
     by_seconds.set(xlabel="seconds", ylabel="mean PSNR (dB)", xscale="log")
     for figure, axis, name in ((batch, by_batch, "psnr_vs_batch.png"), (seconds, by_seconds, "psnr_vs_seconds.png")):
