@@ -27,20 +27,30 @@ from tqdm import tqdm
 from data import DATASETS, LABEL_MODES, Batch, load_batch, open_source, parse_indices
 from defences import DEFENCES, defend
 from gradients import SharedUpdate, freeze, share_update
+from labels import STRATEGIES, infer_labels
 from models import MODELS, build_model, load_checkpoint, load_weights
-from objective import RESCALES, SUBSET_LOSSES, FeatureLoss, MatchingLoss
+from objective import DISTANCES, RESCALES, SUBSET_LOSSES, FeatureLoss, MatchingLoss
 from pixels import BOXES, PixelMap
 from priors import PRIORS, Prior
 from report import Recorder, RunDirectory, save_schedule, summary
 from runtime import OneLineParser, choose_device, interruptible, number, provenance, stream
 from schedules import MODES, subset_size
 from signals import Signals, recover_signals
-from state import LEARNING_RATES, LINE_SEARCHES, AttackState, Terms, annealed_weight, make_optimizer
+from state import (
+    LEARNING_RATES,
+    LINE_SEARCHES,
+    LR_SCHEDULES,
+    AttackState,
+    Terms,
+    annealed_weight,
+    learning_rate,
+    make_optimizer,
+)
 
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one. The measurements behind them are in README.md, "Results".
 
-PRESET = "magia"  # magia: what stands here; paper: the published settings, see PRESETS
+PRESET = "magia"  # magia: what stands here; paper, dlg, idlg, invertinggradients: published attacks, see PRESETS
 
 # data: the victim's batch
 DATASET = "sample"  # sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
@@ -69,6 +79,7 @@ RESAMPLE = "step"  # step: T is fixed within a step's line search; closure: redr
 SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
+DISTANCE = "l2"  # of the full-batch term: l2 (squared), cosine
 ALPHA = 0.999  # weight of the full-batch term (published); 1 leaves the subset term out
 SUBSET_LOSS = "published"  # D_sub: published, mean, partial
 RESCALE = "inclusion"  # rho: inclusion (S/B) or none (1)
@@ -83,6 +94,9 @@ CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first (oppone
 SIGNALS = "auto"  # auto: where model and noise allow; on: or fail; off: label-inference-free, as published
 FEATURE_WEIGHT = 1.0  # weight of |phi(x_i) - h_i|^2, mean over the batch, for images whose features h_i were read
 
+# labels: whether they move beside the images
+LABEL_STRATEGY = "optimise"  # optimise, known (granted, without their order), idlg, yin, ilrg; signals come first
+
 # variables: what the optimiser moves, and where it starts
 INIT = "grey"  # grey (0.5 + 0.02 noise), normal (clamped), uniform, or a folder or .npz of images to start from
 BOX = "sigmoid"  # sigmoid: x = sigmoid(u); clamp: projected after each step; none
@@ -95,6 +109,8 @@ LABEL_STD = 1.0  # standard deviation of the label logits at the start: far enou
 OPTIMIZER = "lbfgs"  # lbfgs, adam
 N_ITER = 300  # optimiser steps
 LR = None  # step size; None: 1 for lbfgs, 0.05 for adam
+LR_SCHEDULE = "constant"  # constant, step (a tenth at 3/8, 5/8, 7/8 of the run), cosine (to zero)
+SIGNED = False  # move the images by the signs of their gradient
 INNER_ITER = 20  # L-BFGS iterations per step; a step takes at most 5/4 of them plus 1 closure evaluations
 HISTORY = 100  # curvature pairs that L-BFGS keeps
 LINE_SEARCH = "strong_wolfe"  # strong_wolfe, none
@@ -112,29 +128,55 @@ CHECKPOINT_EVERY = 50  # steps between checkpoints; 0: only at the end
 LOG_EVERY = 1  # steps between rows of trace.csv
 QUIET = False  # print the last line only
 
-# paper is what the published script does (arXiv 2509.18170): whatever is not named here is as above.
+# What published attacks share: whole batches, plain pixels, nothing read beforehand, no annealing.
+PLAIN = {
+    "alpha": 1.0,
+    "rescale": "none",
+    "signals": "off",
+    "prior": "anisotropic",
+    "tv_weight": 0.0,
+    "tv_final": 1.0,
+    "init": "normal",
+    "box": "none",
+    "spectral_power": 0.0,
+    "chroma_gain": 1.0,
+    "label_gain": 1.0,
+    "label_std": 1.0,
+    "lr": 1.0,
+}
+
+# Each attack as settings of the one loop; whatever is not named is as above. README, "Presets", says what differs from
+# the source.
 PRESETS = {
     "magia": {},
-    "paper": {
+    # the published script of MAGIA (arXiv 2509.18170)
+    "paper": PLAIN
+    | {
         "sel_mode": "constk",
         "sel_k": 2,
         "resample": "closure",
         "alpha": 0.999,
         "subset_loss": "published",
-        "rescale": "none",
-        "signals": "off",
-        "prior": "anisotropic",
         "tv_weight": 5e-3,
-        "tv_final": 1.0,
-        "init": "normal",
-        "box": "none",
-        "spectral_power": 0.0,
-        "chroma_gain": 1.0,
-        "label_gain": 1.0,
-        "label_std": 1.0,
         "optimizer": "lbfgs",
         "line_search": "none",
-        "lr": 1.0,
+    },
+    # Zhu, Liu, Han 2019 (arXiv 1906.08935): L2, L-BFGS with step 1, labels beside the images, no prior
+    "dlg": PLAIN | {"optimizer": "lbfgs", "line_search": "none"},
+    # Zhao, Mopuri, Bilen 2020 (arXiv 2001.02610): DLG with labels read from the signs of the head's gradient
+    "idlg": PLAIN | {"optimizer": "lbfgs", "line_search": "none", "label_strategy": "idlg"},
+    # Geiping et al. 2020 (arXiv 2003.14053): cosine distance, signed Adam with step decay, box, TV, labels granted
+    "invertinggradients": PLAIN
+    | {
+        "distance": "cosine",
+        "optimizer": "adam",
+        "lr": 0.1,
+        "lr_schedule": "step",
+        "signed": True,
+        "n_iter": 4800,
+        "box": "clamp",
+        "tv_weight": 1e-2,
+        "label_strategy": "known",
     },
 }
 
@@ -173,9 +215,10 @@ def magia_step(state: AttackState, objective: Objective, size: int, settings: ar
         if settings.resample == "closure":
             state.draw_subset(size)
         loss = objective(state, weight, settings.feature_weight).loss
-        state.backward(loss)
+        state.backward(loss, signed=settings.signed)
         return loss
 
+    state.set_learning_rate(scheduled_rate(state, settings))
     state.draw_subset(size)
     state.minimise(closure, settings.max_evals)
     objective.pixels.project_(state.z)
@@ -222,15 +265,25 @@ def scheduled_size(step: int, batch_size: int, settings: argparse.Namespace) -> 
     )
 
 
-def prepare(
-    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace
-) -> tuple[AttackState, Objective, Signals | None]:
-    """All that `attack` needs, made from what the server has and the settings; nothing of the truth goes in.
+def scheduled_rate(state: AttackState, settings: argparse.Namespace) -> float:
+    """The step size under --lr and --lr_schedule: the run ends with --n_iter or --max_evals, whichever is nearer."""
+    ends = [state.step / settings.n_iter]
+    if settings.max_evals:
+        ends.append(state.evaluations / settings.max_evals)
+    return learning_rate(settings.lr or LEARNING_RATES[settings.optimizer], settings.lr_schedule, max(ends))
 
+
+def prepare(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace, granted: Tensor | None = None
+) -> tuple[AttackState, Objective, Signals | None]:
+    """All that `attack` needs, made from what the server has and the settings.
+
+    Nothing of the truth goes in but `granted`, the true labels (B,), where --label_strategy known asks for them.
     Images whose signals were read come first in the batch: their labels are fixed, their features matched.
     """
     place = {"dtype": next(model.parameters()).dtype, "device": next(model.parameters()).device}
     signals = sense(update, model, settings)
+    labels = infer_labels(settings.label_strategy, update, model, granted)
     generator = stream(settings.seed, "attack")
     pixels = PixelMap(
         update.image_shape,
@@ -247,7 +300,7 @@ def prepare(
         generator=generator,
         make_optimizer=lambda variables: make_optimizer(variables, settings),
         label_gain=settings.label_gain,
-        known_labels=signals.labels if signals else None,
+        known_labels=signals.labels if signals else labels,
     )
     features = signals.features.to(**place) if signals else torch.empty(0)
     matching = MatchingLoss(
@@ -256,6 +309,7 @@ def prepare(
         settings.alpha,
         rescale=settings.rescale,
         subset_loss=settings.subset_loss,
+        distance=settings.distance,
         known=(signals.errors.to(**place), features) if signals else None,
     )
     prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
@@ -370,7 +424,7 @@ def build_parser() -> tuple[OneLineParser, dict]:
 
     g = parser.add_argument_group("preset")
     flag(
-        g, "preset", "magia: the defaults; paper: the published script (arXiv 2509.18170); a flag by hand beats it",
+        g, "preset", "magia: the defaults; the others: published attacks, see README; a flag by hand beats it",
         choices=PRESETS,
     )  # fmt: skip
 
@@ -401,6 +455,7 @@ def build_parser() -> tuple[OneLineParser, dict]:
     flag(g, "show_schedule", "print S(t), save a plot of it, and stop", action="store_true")
 
     g = parser.add_argument_group("objective")
+    flag(g, "distance", "of the full-batch term; cosine: Geiping et al. 2020", choices=DISTANCES)
     flag(g, "alpha", "weight of the full-batch term in [0, 1] (published script)", type=share, metavar="ALPHA")
     flag(g, "subset_loss", "D_sub, see objective.py (published script)", choices=SUBSET_LOSSES)
     flag(g, "rescale", "inclusion: matching times S/B (derived in objective.py); none: 1", choices=RESCALES)
@@ -418,6 +473,12 @@ def build_parser() -> tuple[OneLineParser, dict]:
     flag(g, "signals", "read labels and features from the head's gradient first", choices=("auto", "on", "off"))
     flag(g, "feature_weight", "weight of the read features' squared distance (measured)", type=weight, metavar="W")
 
+    g = parser.add_argument_group("labels")
+    flag(
+        g, "label_strategy", "how labels come about where no signals are read: moved beside the images, granted, or "
+        "read by iDLG, Yin et al. 2021 or iLRG", choices=STRATEGIES,
+    )  # fmt: skip
+
     g = parser.add_argument_group("variables")
     flag(g, "init", "start: grey, normal, uniform, or a folder or .npz of images (normal: published)", metavar="INIT")
     flag(g, "box", "how pixels are kept in [0, 1] (none: published)", choices=BOXES)
@@ -433,6 +494,8 @@ def build_parser() -> tuple[OneLineParser, dict]:
     flag(g, "n_iter", "optimiser steps (paper: 300)", type=size, metavar="N")
     flag(g, "max_evals", "stop before the step that could exceed this many closure evaluations", type=size, metavar="N")
     flag(g, "lr", "step size (None: 1 for lbfgs, 0.05 for adam)", type=positive, metavar="LR")
+    flag(g, "lr_schedule", "step: a tenth at 3/8, 5/8, 7/8 of the run; cosine: to zero", choices=LR_SCHEDULES)
+    flag(g, "signed", "move the images by the signs of their gradient (Geiping et al. 2020)", action="store_true")
     flag(g, "inner_iter", "L-BFGS iterations per step (torch's default)", type=size, metavar="N")
     flag(g, "history", "curvature pairs that L-BFGS keeps (torch's default)", type=size, metavar="N")
     flag(g, "line_search", "of L-BFGS (none: published)", choices=LINE_SEARCHES)
@@ -557,7 +620,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         adopt(settings, given, facts, "the update")
         where = {"path": run_path(settings), "resume": bool(settings.resume), "overwrite": settings.overwrite}
         RunDirectory.check(**where)
-        state, objective, signals = prepare(update, model, settings)
+        granted = truth.labels.to(device) if truth and settings.label_strategy == "known" else None
+        state, objective, signals = prepare(update, model, settings, granted)
         run = RunDirectory(**where)
         checkpoint = run.read_checkpoint(state) if settings.resume else None
         schedule = [scheduled_size(step, settings.batch_size, settings) for step in range(settings.n_iter)]

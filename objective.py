@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gradients import averaged_gradient, trainable
 
+DISTANCES = ("l2", "cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
 
@@ -39,6 +40,12 @@ def inclusion_probability(batch_size: int, subset_size: int) -> float:
 def squared_distance(a: Gradient, b: Gradient) -> Tensor:
     """Sum of squared differences over all parameters."""
     return sum((p - q).square().sum() for p, q in zip(a, b, strict=True))
+
+
+def cosine_distance(a: Gradient, b: Gradient) -> Tensor:
+    """1 - cos of the angle between the gradients as one long vector each (Geiping et al. 2020, eq. 4)."""
+    product = sum((p * q).sum() for p, q in zip(a, b, strict=True))
+    return 1 - product / (sum(p.square().sum() for p in a) * sum(q.square().sum() for q in b)).sqrt()
 
 
 def subset_distance(kind: str, g_subset: Gradient, g: Gradient, *, batch_size: int, subset_size: int) -> Tensor:
@@ -97,6 +104,7 @@ class MatchingLoss:
         alpha: weight of the full-batch term, in [0, 1].
         rescale: `inclusion` multiplies by rho(B, S), `none` does not.
         subset_loss: one of `SUBSET_LOSSES`.
+        distance: of the full-batch term, one of `DISTANCES`.
         known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
 
     Raises:
@@ -108,6 +116,7 @@ class MatchingLoss:
     alpha: float = 0.999
     rescale: str = "inclusion"
     subset_loss: str = "published"
+    distance: str = "l2"
     known: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
@@ -115,6 +124,8 @@ class MatchingLoss:
             raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
         if self.rescale not in RESCALES:
             raise ValueError(f"unknown rescale {self.rescale!r}: choose one of {', '.join(RESCALES)}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"unknown distance {self.distance!r}: choose one of {', '.join(DISTANCES)}")
         if self.subset_loss not in SUBSET_LOSSES:
             raise ValueError(f"unknown subset_loss {self.subset_loss!r}: choose one of {', '.join(SUBSET_LOSSES)}")
 
@@ -122,12 +133,12 @@ class MatchingLoss:
         """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
         batch_size, subset_size = len(images), len(subset)
         g_all, g_subset = self._gradients(images, label_logits.softmax(1), subset)
-        full = squared_distance(g_all, self.target)
-        distance = {"batch_size": batch_size, "subset_size": subset_size}
+        full = (cosine_distance if self.distance == "cosine" else squared_distance)(g_all, self.target)
+        sizes = {"batch_size": batch_size, "subset_size": subset_size}
         if g_subset is None:
             weak = torch.zeros_like(full)
         else:
-            weak = subset_distance(self.subset_loss, g_subset, self._subset_target(subset, batch_size), **distance)
+            weak = subset_distance(self.subset_loss, g_subset, self._subset_target(subset, batch_size), **sizes)
         rho = inclusion_probability(batch_size, subset_size) if self.rescale == "inclusion" else 1.0
         return Matching(rho * (self.alpha * full + (1 - self.alpha) * weak), full, weak)
 

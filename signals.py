@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from gradients import SharedUpdate
+from labels import whole_counts
 
 SAMPLE = 384  # random images that tell how features and softmax vary
 SPREAD = 0.7  # starts lie this far from the mean feature, in units of the distance of random images
@@ -361,13 +362,7 @@ class LabelCounts:
 
     def likeliest(self) -> Tensor:
         """Counts (K,) that sum to B and lie nearest to what is expected: rounded, then mended exchange by exchange."""
-        counts = self.expected.clamp(min=0).floor()
-        while counts.sum() != self.batch_size:
-            rest = self.expected - counts
-            if counts.sum() < self.batch_size:
-                counts[rest.argmax()] += 1
-            else:
-                counts[torch.where(counts > 0, rest, torch.inf).argmin()] -= 1
+        counts = whole_counts(self.expected, self.batch_size)
         while True:
             price, exchange = self.exchanges(counts)[0]
             if price > -1e-9:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.05}
 LINE_SEARCHES = ("strong_wolfe", "none")
+LR_SCHEDULES = ("constant", "step", "cosine")
 CERTAIN = 100.0  # a logit so far above the others that softmax is one-hot in float64 too
 MAX_RESTARTS = 3  # times that a non-finite loss is answered by going back to the best iterate
 
@@ -118,16 +119,23 @@ class AttackState:
             self._restore(before)
         self.step += 1
 
+    def set_learning_rate(self, rate: float) -> None:
+        """Let the next step be of this size."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
     def _step_bound(self, max_evals: int | None) -> int | None:
         """L-BFGS's bound on the evaluations of the next step; None for Adam."""
         if self._whole_step is None or max_evals is None or self.step > 0:
             return self._whole_step
         return min(self._whole_step, max_evals - 1)
 
-    def backward(self, loss: Tensor) -> None:
-        """Put the gradient of `loss` where the optimiser looks for it."""
+    def backward(self, loss: Tensor, *, signed: bool = False) -> None:
+        """Put the gradient of `loss` where the optimiser looks for it; of the images' only the signs, if so asked."""
         for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
             variable.grad = gradient.contiguous()
+        if signed:
+            self.z.grad.sign_()
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -202,6 +210,22 @@ def make_optimizer(variables: list[Tensor], settings: argparse.Namespace) -> tor
         tolerance_grad=0,
         tolerance_change=0,
     )
+
+
+def learning_rate(base: float, schedule: str, progress: float) -> float:
+    """The step size after a share of the run, `progress` in [0, 1].
+
+    constant  base
+    step      a tenth of what it was after 3/8, 5/8 and 7/8 of the run (Geiping et al. 2020)
+    cosine    half a cosine from base to zero (Yin et al. 2021)
+    """
+    if schedule == "constant":
+        return base
+    if schedule == "step":
+        return base * 0.1 ** sum(progress >= share for share in (3 / 8, 5 / 8, 7 / 8))
+    if schedule == "cosine":
+        return base * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    raise ValueError(f"unknown lr_schedule {schedule!r}: choose one of {', '.join(LR_SCHEDULES)}")
 
 
 def annealed_weight(weight: float, evaluations: int, *, final: float, horizon: int) -> float:

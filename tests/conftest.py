@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main_MAGIA_sel as magia  # noqa: E402
 
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")  # a busy machine is no bug
 torch.set_num_threads(1)  # the nets are small: more threads cost more than they bring
 
 # A case that takes a second: few small images, a small head, short steps.

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from gradients import averaged_gradient
 from models import build_model
-from objective import SUBSET_LOSSES, MatchingLoss, inclusion_probability, squared_distance, subset_distance
+from objective import (
+    SUBSET_LOSSES,
+    MatchingLoss,
+    cosine_distance,
+    inclusion_probability,
+    squared_distance,
+    subset_distance,
+)
 
 BATCH = 4
 
@@ -137,6 +144,8 @@ def test_errors_name_the_value():
         MatchingLoss(Linear(), (), rescale="magic")
     with pytest.raises(ValueError, match="cosine"):
         MatchingLoss(Linear(), (), subset_loss="cosine")
+    with pytest.raises(ValueError, match="l3"):
+        MatchingLoss(Linear(), (), distance="l3")
     with pytest.raises(ValueError, match="5"):
         inclusion_probability(4, 5)
 
@@ -159,3 +168,15 @@ def test_the_head_of_a_known_subset_is_compared_with_its_own_mean(kind):
     assert blind(images, logits, subset).subset > known(images, logits, subset).subset
     partly = MatchingLoss(model, target, 0.5, "none", kind, known=(errors[:3], features[:3]))
     assert partly(images, logits, subset).subset == blind(images, logits, subset).subset
+
+
+def test_the_cosine_distance_is_that_of_the_angle_and_forgets_the_length():
+    a, b = (torch.tensor([3.0, 0.0]), torch.tensor([4.0])), (torch.tensor([0.0, 5.0]), torch.tensor([0.0]))
+    assert cosine_distance(a, b).item() == 1
+    assert cosine_distance(a, tuple(2 * p for p in a)).item() == pytest.approx(0, abs=1e-6)
+    assert cosine_distance(a, tuple(-p for p in a)).item() == pytest.approx(2)
+    model, images, logits, target = case()
+    match = MatchingLoss(model, target, 1.0, "none", distance="cosine")(images, logits, torch.tensor([0]))
+    gradient = averaged_gradient(model, images, logits.softmax(1))
+    flat = [torch.cat([p.flatten() for p in g]) for g in (gradient, target)]
+    assert match.full.item() == pytest.approx(1 - torch.cosine_similarity(*flat, dim=0).item())
