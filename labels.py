@@ -43,8 +43,7 @@ def infer_labels(strategy: str, update: SharedUpdate, model: nn.Module, granted:
         if size > len(bias):
             raise ValueError(f"--label_strategy yin finds {len(bias)} different labels at most, not {size}")
         return weight.min(1).values.argsort()[:size].sort().values
-    counts = _ilrg_counts(weight, bias, model.head, size)
-    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    return spelled_out(_ilrg_counts(weight, bias, model.head, size))
 
 
 def _ilrg_counts(weight: Tensor, bias: Tensor, head: nn.Linear, size: int) -> Tensor:
@@ -53,7 +52,12 @@ def _ilrg_counts(weight: Tensor, bias: Tensor, head: nn.Linear, size: int) -> Te
     system = logits.softmax(1).T - torch.eye(len(bias)).to(weight)
     system = torch.cat([system, torch.ones_like(bias)[None]])
     counts = torch.linalg.lstsq(system.cpu(), torch.cat([size * bias, bias.new_tensor([size])])[:, None].cpu()).solution
-    return whole_counts(counts[:, 0].to(weight), size).long()
+    return whole_counts(counts[:, 0].to(weight), size)
+
+
+def spelled_out(counts: Tensor) -> Tensor:
+    """Class indices (B,) in ascending order, class k as often as whole counts (K,) say."""
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts.long())
 
 
 def whole_counts(expected: Tensor, total: int) -> Tensor:

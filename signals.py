@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from gradients import SharedUpdate
-from labels import whole_counts
+from labels import spelled_out, whole_counts
 
 SAMPLE = 384  # random images that tell how features and softmax vary
 SPREAD = 0.7  # starts lie this far from the mean feature, in units of the distance of random images
@@ -389,10 +389,10 @@ class LabelCounts:
         while queue and len(reached) < 4 * RIVALS:
             distance, counts = queue.pop(0)
             for price, other in self.exchanges(counts):
-                key = tuple(other.tolist())
-                if distance + price < PLAUSIBLE and key not in reached:
-                    reached[key] = distance + price
-                    queue.append((distance + price, other))
+                key, farther = tuple(other.tolist()), distance + max(0.0, price)  # below 0 by rounding: a tie
+                if farther < PLAUSIBLE and key not in reached:
+                    reached[key] = farther
+                    queue.append((farther, other))
             queue.sort(key=lambda entry: entry[0])
         return [first.new_tensor(key) for key in sorted(reached, key=reached.get)[:RIVALS]]
 
@@ -402,14 +402,14 @@ def _choose_labels(head: _Head, counts: LabelCounts, q: Tensor) -> tuple[Tensor,
 
     One wrong label keeps the residual a hundred times higher than labels that are right.
     """
-    plausible = counts.plausible()
+    plausible = [spelled_out(rival) for rival in counts.plausible()]
+    if len(plausible) == 1:
+        return q, plausible[0]
     best, least = None, math.inf
-    for rival in plausible:
-        labels = torch.repeat_interleave(torch.arange(len(rival), device=q.device), rival.long())
-        if len(plausible) == 1:
-            return q, labels
-        tried = solve(head.equations(labels), q, TRIAL)
-        cost = head.equations(labels).at(tried).cost
+    for labels in plausible:
+        equations = head.equations(labels)
+        tried = solve(equations, q, TRIAL)
+        cost = equations.at(tried).cost
         if cost < least:
             best, least = (tried, labels), cost
         if cost < (FITTING * head.span.sigma[0]) ** 2:
