@@ -11,11 +11,13 @@ interrupted grid goes on where it stopped; delete the file to measure anew. Unkn
 import argparse
 import csv
 import hashlib
+import io
 import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -80,24 +82,14 @@ def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """One run of the command line, and what its metrics.json says."""
     name = _key(cell, flags)
     argv = [*_flags(cell), *flags, "--quiet", "--overwrite", "--save_dir", str(out / "runs"), "--run_name", name]
-    with open(os.devnull, "w") as nowhere:
-        stdout, sys.stdout = sys.stdout, nowhere
-        try:
-            status = magia.main(argv)
-        finally:
-            sys.stdout = stdout
+    with redirect_stdout(io.StringIO()):
+        status = magia.main(argv)
     if status:
         return dict.fromkeys(FIGURES) | {"status": f"exit {status}"}
     figures = json.loads((out / "runs" / name / "metrics.json").read_text())
-    return {
-        "psnr_mean": figures["psnr_mean"],
-        "ssim_mean": figures["ssim_mean"],
-        "label_accuracy": figures["label_accuracy"],
-        "signals_found": figures["signals_found"],
-        "evaluations": figures["evaluations"],
-        "seconds": round(figures["seconds"] + figures["signals_seconds"], 1),
-        "status": figures["ended_by"],
-    }
+    seconds = round(figures["seconds"] + figures["signals_seconds"], 1)
+    own = {"seconds": seconds, "status": figures["ended_by"]}
+    return {name: own[name] if name in own else figures[name] for name in FIGURES}
 
 
 def run_cells(
@@ -171,7 +163,7 @@ def plot_signals(rows: Sequence[Cell], path: Path) -> None:
         own = [row for row in rows if (row["num_classes"], row["labels"]) == (classes, labels)]
         sizes = sorted({row["batch_size"] for row in own})
         counts = [[row["within_1_percent"] for row in own if row["batch_size"] == size] for size in sizes]
-        axis.plot(sizes, [sum(c) / len(c) for c in counts], marker="o", label=f"{classes} classes, {labels} labels")
+        axis.plot(sizes, [mean(c) for c in counts], marker="o", label=f"{classes} classes, {labels} labels")
     axis.set(xlabel="batch size B", ylabel="images whose features are read within 1 %")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -188,7 +180,7 @@ def summarise(rows: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
 def _means(rows: Sequence[Cell]) -> Cell:
     done = [row for row in rows if row["psnr_mean"] is not None]
     means: Cell = {"runs": len(done)}
-    for name in ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found", "evaluations", "seconds"):
+    for name in FIGURES[:-1]:  # all but the status
         means[name] = round(mean(row[name] for row in done), 3) if done else None
     means["psnr_spread"] = round(stdev(row["psnr_mean"] for row in done), 3) if len(done) > 1 else None
     return means
