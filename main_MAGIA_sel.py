@@ -15,6 +15,7 @@ Inversion (arXiv 2509.18170).
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,11 +28,20 @@ from tqdm import tqdm
 from data import DATASETS, LABEL_MODES, Batch, load_batch, open_source, parse_indices
 from defences import DEFENCES, defend
 from gradients import SharedUpdate, freeze, share_update
+from ica import unmixed_features
 from labels import STRATEGIES, infer_labels
 from models import MODELS, build_model, load_checkpoint, load_weights
-from objective import DISTANCES, RESCALES, SUBSET_LOSSES, FeatureLoss, MatchingLoss
+from objective import (
+    DISTANCES,
+    RESCALES,
+    SUBSET_LOSSES,
+    BatchNormLoss,
+    FeatureLoss,
+    MatchingLoss,
+    disagreement,
+)
 from pixels import BOXES, PixelMap
-from priors import PRIORS, Prior
+from priors import PRIORS, Prior, contrast
 from report import Recorder, RunDirectory, save_schedule, summary
 from runtime import OneLineParser, choose_device, interruptible, number, provenance, stream
 from schedules import MODES, subset_size
@@ -50,7 +60,7 @@ from state import (
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one. The measurements behind them are in README.md, "Results".
 
-PRESET = "magia"  # magia: what stands here; paper, dlg, idlg, invertinggradients: published attacks, see PRESETS
+PRESET = "magia"  # magia: what stands here; the others: published attacks, see PRESETS
 
 # data: the victim's batch
 DATASET = "sample"  # sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
@@ -89,10 +99,13 @@ TV_FINAL = 1e-3  # share of tv_weight that is left at the end of the annealing; 
 TV_EVALS = 2500  # closure evaluations that the annealing takes
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma (opponent)
 CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first (opponent, rgb)
+L2_WEIGHT = 0.0  # weight of the mean squared distance from mid-grey
+BN_WEIGHT = 0.0  # weight of the distance from the running statistics of BatchNorm layers, where the model has them
 
 # signals: labels and features read from the head's gradient before the attack
-SIGNALS = "auto"  # auto: where model and noise allow; on: or fail; off: label-inference-free, as published
+SIGNALS = "auto"  # auto: where model and noise allow; on: or fail; off: label-inference-free; ica: features alone
 FEATURE_WEIGHT = 1.0  # weight of |phi(x_i) - h_i|^2, mean over the batch, for images whose features h_i were read
+FEATURE_DISTANCE = "l2"  # of that term: l2 (squared), cosine
 
 # labels: whether they move beside the images
 LABEL_STRATEGY = "optimise"  # optimise, known (granted, without their order), idlg, yin, ilrg; signals come first
@@ -104,6 +117,8 @@ SPECTRAL_POWER = 1.0  # p of the 1/(1+f)^p scaling of image frequencies; 0: plai
 CHROMA_GAIN = 0.5  # scaling of chroma relative to luma in the same map; 1: none
 LABEL_GAIN = 2.0  # label logits are this multiple of their variables
 LABEL_STD = 1.0  # standard deviation of the label logits at the start: far enough apart to settle on different classes
+RESTARTS = 1  # starts attacked side by side, R; the one that matches best is the result. R evaluations per closure call
+GROUP_WEIGHT = 0.0  # weight of the squared distance of the R copies from their mean
 
 # optimiser
 OPTIMIZER = "lbfgs"  # lbfgs, adam
@@ -115,6 +130,7 @@ INNER_ITER = 20  # L-BFGS iterations per step; a step takes at most 5/4 of them 
 HISTORY = 100  # curvature pairs that L-BFGS keeps
 LINE_SEARCH = "strong_wolfe"  # strong_wolfe, none
 MAX_EVALS = None  # closure evaluations never exceeded; None: no limit but n_iter
+MAX_SECONDS = None  # wall time, signals included, after which no further step begins; None: no limit
 
 # run
 SEED = 0  # one seed for labels, weights, start and subsets
@@ -178,6 +194,35 @@ PRESETS = {
         "tv_weight": 1e-2,
         "label_strategy": "known",
     },
+    # Yin et al. 2021 (arXiv 2104.07586): L2, Adam with cosine decay, TV, L2 and BatchNorm priors, group of starts
+    "gradinversion": PLAIN
+    | {
+        "optimizer": "adam",
+        "lr": 0.1,
+        "lr_schedule": "cosine",
+        "n_iter": 20000,
+        "box": "clamp",
+        "tv_weight": 3.0,
+        "l2_weight": 1e-6,
+        "bn_weight": 0.1,
+        "restarts": 2,
+        "group_weight": 1e-2,
+        "label_strategy": "yin",
+    },
+    # Kariyappa et al. 2023 (arXiv 2209.05578): ICA on the head's gradient, then features and gradients by cosine, TV
+    "cpa": PLAIN
+    | {
+        "signals": "ica",
+        "feature_weight": 0.1,
+        "feature_distance": "cosine",
+        "distance": "cosine",
+        "optimizer": "adam",
+        "lr": 0.1,
+        "lr_schedule": "cosine",
+        "n_iter": 25000,
+        "box": "clamp",
+        "tv_weight": 1e-2,
+    },
 }
 
 
@@ -187,34 +232,51 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Objective:
-    """The parts of what is minimised:  matching + tv_weight prior(x) + feature_weight feature_loss(x)."""
+    """What is minimised:  matching + tv_weight prior(x) + sum_j weight_j penalty_j(x).
+
+    It is the mean over the copies of the batch that --restarts asks for, with group_weight |x - mean over copies|^2 on
+    top of it.
+    """
 
     matching: MatchingLoss
     prior: Prior
-    features: FeatureLoss
     pixels: PixelMap
+    penalties: Sequence[tuple[float, Callable[[Tensor], Tensor]]] = ()  # weights above 0 and what they weigh
+    group_weight: float = 0.0
 
-    def __call__(self, state: AttackState, prior_weight: float, feature_weight: float) -> Terms:
+    def images(self, state: AttackState) -> Tensor:
+        """The state's images (R, B, C, H, W)."""
+        return self.pixels.decode(state.z).unflatten(0, (state.copies, -1))
+
+    def __call__(self, state: AttackState, prior_weight: float) -> Terms:
         """All terms at the state's images, label logits and subset."""
-        images = self.pixels.decode(state.z)
-        match = self.matching(images, state.label_logits, state.subset)
-        roughness = self.prior(images)
-        loss = match.total + prior_weight * roughness + feature_weight * self.features(images)
-        return Terms(loss, match.full, match.subset, roughness)
+        copies = self.images(state)
+        each = [self._copy(*copy, state.subset, prior_weight) for copy in zip(copies, state.label_logits, strict=True)]
+        loss, full, subset, roughness = map(torch.stack, zip(*each, strict=True))
+        loss = loss.mean()
+        if self.group_weight:
+            loss = loss + self.group_weight * disagreement(copies)
+        return Terms(loss, full, subset, roughness)
+
+    def _copy(self, images: Tensor, logits: Tensor, subset: Tensor, prior_weight: float) -> tuple[Tensor, ...]:
+        match, roughness = self.matching(images, logits, subset), self.prior(images)
+        loss = match.total + prior_weight * roughness + sum(weight * of(images) for weight, of in self.penalties)
+        return loss, match.full, match.subset, roughness
 
 
 def magia_step(state: AttackState, objective: Objective, size: int, settings: argparse.Namespace) -> Terms:
-    """One optimiser step on  rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x) + features.
+    """One optimiser step on  rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x) + penalties.
 
     Images and label logits move together. T, a random subset of `size` images, stays as it is during the line search
     unless `--resample closure` asks for the published way. Returns the terms at the iterate that was reached.
     """
-    weight = annealed_weight(settings.tv_weight, state.evaluations, final=settings.tv_final, horizon=settings.tv_evals)
+    calls = state.evaluations / state.copies
+    weight = annealed_weight(settings.tv_weight, calls, final=settings.tv_final, horizon=settings.tv_evals)
 
     def closure() -> Tensor:
         if settings.resample == "closure":
             state.draw_subset(size)
-        loss = objective(state, weight, settings.feature_weight).loss
+        loss = objective(state, weight).loss
         state.backward(loss, signed=settings.signed)
         return loss
 
@@ -222,7 +284,7 @@ def magia_step(state: AttackState, objective: Objective, size: int, settings: ar
     state.draw_subset(size)
     state.minimise(closure, settings.max_evals)
     objective.pixels.project_(state.z)
-    return objective(state, weight, settings.feature_weight)  # for the record, so not counted as an evaluation
+    return objective(state, weight)  # for the record, so not counted as an evaluation
 
 
 def attack(
@@ -232,20 +294,20 @@ def attack(
     observe: Callable[[AttackState, int, Terms, Tensor], None],
     interrupted: Callable[[], bool] = lambda: False,
 ) -> str:
-    """MAGIA: step after step, a subset of scheduled size, until steps or evaluations are spent.
+    """MAGIA: step after step, a subset of scheduled size, until steps, evaluations or seconds are spent.
 
     Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
     ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns what ended the attack:
-    n_iter, max_evals, interrupt or non-finite.
+    n_iter, max_evals, max_seconds, interrupt or non-finite.
     """
-    while not (ended := state.ended(settings.n_iter, settings.max_evals)):
-        size = scheduled_size(state.step, len(state.z), settings)
+    while not (ended := state.ended(settings.n_iter, settings.max_evals, settings.max_seconds)):
+        size = scheduled_size(state.step, state.batch_size, settings)
         with state.timed():
             terms = magia_step(state, objective, size, settings)
             accepted = state.accept(terms)
         if accepted:
             with torch.no_grad():
-                observe(state, size, terms, objective.pixels.decode(state.z).clamp(0, 1))
+                observe(state, size, terms, objective.images(state)[state.leader].clamp(0, 1))
         if interrupted():
             return "interrupt"
     return ended
@@ -266,10 +328,12 @@ def scheduled_size(step: int, batch_size: int, settings: argparse.Namespace) -> 
 
 
 def scheduled_rate(state: AttackState, settings: argparse.Namespace) -> float:
-    """The step size under --lr and --lr_schedule: the run ends with --n_iter or --max_evals, whichever is nearer."""
+    """The step size under --lr and --lr_schedule, by the share that is spent of the budget that will end the run."""
     ends = [state.step / settings.n_iter]
     if settings.max_evals:
         ends.append(state.evaluations / settings.max_evals)
+    if settings.max_seconds:
+        ends.append(state.seconds / settings.max_seconds)
     return learning_rate(settings.lr or LEARNING_RATES[settings.optimizer], settings.lr_schedule, max(ends))
 
 
@@ -281,8 +345,10 @@ def prepare(
     Nothing of the truth goes in but `granted`, the true labels (B,), where --label_strategy known asks for them.
     Images whose signals were read come first in the batch: their labels are fixed, their features matched.
     """
+    started = time.perf_counter()
     place = {"dtype": next(model.parameters()).dtype, "device": next(model.parameters()).device}
     signals = sense(update, model, settings)
+    features = known_features(update, model, settings, signals).to(**place)
     labels = infer_labels(settings.label_strategy, update, model, granted)
     generator = stream(settings.seed, "attack")
     pixels = PixelMap(
@@ -292,8 +358,9 @@ def prepare(
         chroma_gain=settings.chroma_gain,
         **place,
     )
-    start = start_images(settings.init, (update.batch_size, *update.image_shape), generator)
-    logits = settings.label_std * torch.randn(update.batch_size, update.num_classes, generator=generator)
+    count = settings.restarts * update.batch_size
+    start = start_images(settings.init, (update.batch_size, *update.image_shape), settings.restarts, generator)
+    logits = settings.label_std * torch.randn(count, update.num_classes, generator=generator)
     state = AttackState(
         z=pixels.encode(start.to(**place)),
         label_variables=(logits / settings.label_gain).to(**place),
@@ -301,8 +368,9 @@ def prepare(
         make_optimizer=lambda variables: make_optimizer(variables, settings),
         label_gain=settings.label_gain,
         known_labels=signals.labels if signals else labels,
+        copies=settings.restarts,
+        seconds=time.perf_counter() - started,
     )
-    features = signals.features.to(**place) if signals else torch.empty(0)
     matching = MatchingLoss(
         model,
         update.targets(model),
@@ -313,16 +381,23 @@ def prepare(
         known=(signals.errors.to(**place), features) if signals else None,
     )
     prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
-    return state, Objective(matching, prior, FeatureLoss(model, features), pixels), signals
+    batchnorm = BatchNormLoss(model)
+    penalties = [
+        (settings.feature_weight if len(features) else 0, FeatureLoss(model, features, settings.feature_distance)),
+        (settings.l2_weight, contrast),
+        (settings.bn_weight if batchnorm.layers else 0, batchnorm),
+    ]
+    penalties = [(weight, penalty) for weight, penalty in penalties if weight]
+    return state, Objective(matching, prior, pixels, penalties, settings.group_weight), signals
 
 
 def sense(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> Signals | None:
-    """The per-image signals of the update, or None: switched off, not to be had, or none found.
+    """The per-image signals of the update, or None: not asked for, not to be had, or none found.
 
     Raises:
         ValueError: --signals on, and model or update do not permit them.
     """
-    if settings.signals == "off":
+    if settings.signals in ("off", "ica"):
         return None
     try:
         return recover_signals(update, model, generator=stream(settings.seed, "signals"))
@@ -332,18 +407,40 @@ def sense(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) 
         return None
 
 
-def start_images(init: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Images (B, C, H, W) in [0, 1] that the attack starts from: grey, normal, uniform, or those of a path.
+def known_features(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace, signals: Signals | None
+) -> Tensor:
+    """Features (N, d) of the leading images: those of the signals, those that ICA unmixes, or none.
 
     Raises:
-        ValueError: the path holds too few images, or images of another shape.
+        ValueError: --signals ica, and model or update do not permit it.
     """
+    if signals:
+        return signals.features
+    if settings.signals != "ica":
+        return torch.empty(0)
+    try:
+        return unmixed_features(update, model, generator=stream(settings.seed, "signals"))
+    except ValueError as error:
+        raise ValueError(f"--signals ica: {error}") from None
+
+
+def start_images(init: str, shape: tuple[int, ...], copies: int, generator: torch.Generator) -> Tensor:
+    """Images (R B, C, H, W) in [0, 1] that the attack starts from, `shape` those of one copy: grey, normal, uniform, or
+    those of a path.
+
+    Raises:
+        ValueError: the path holds too few images, or images of another shape, or would start all copies alike.
+    """
+    drawn = (copies * shape[0], *shape[1:])
     if init == "grey":
-        return 0.5 + 0.02 * torch.randn(shape, generator=generator)
+        return 0.5 + 0.02 * torch.randn(drawn, generator=generator)
     if init == "normal":
-        return torch.randn(shape, generator=generator).clamp(0, 1)
+        return torch.randn(drawn, generator=generator).clamp(0, 1)
     if init == "uniform":
-        return torch.rand(shape, generator=generator)
+        return torch.rand(drawn, generator=generator)
+    if copies > 1:
+        raise ValueError(f"--init {init}: {copies} restarts would all start from the same images")
     source = open_source("npz" if init.endswith(".npz") else "folder", init)
     images = load_batch(
         source, range(shape[0]), labels="random", num_classes=2, generator=generator, image_size=shape[-1]
@@ -468,10 +565,19 @@ def build_parser() -> tuple[OneLineParser, dict]:
     flag(g, "tv_evals", "closure evaluations that the annealing takes (measured)", type=size, metavar="N")
     flag(g, "chroma_weight", "weight of chroma relative to luma, opponent prior (measured)", type=weight, metavar="W")
     flag(g, "curvature_weight", "weight of second differences relative to first (measured)", type=weight, metavar="W")
+    flag(g, "l2_weight", "weight of the squared distance from mid-grey (Yin et al. 2021)", type=weight, metavar="W")
+    flag(
+        g, "bn_weight", "weight of the distance from BatchNorm's running statistics (Yin et al. 2021); nothing in "
+        "models without it", type=weight, metavar="W",
+    )  # fmt: skip
 
     g = parser.add_argument_group("signals")
-    flag(g, "signals", "read labels and features from the head's gradient first", choices=("auto", "on", "off"))
-    flag(g, "feature_weight", "weight of the read features' squared distance (measured)", type=weight, metavar="W")
+    flag(
+        g, "signals", "read labels and features from the head's gradient first; on: or fail; off: label-inference-free; "
+        "ica: features alone (Kariyappa et al. 2023)", choices=("auto", "on", "off", "ica"),
+    )  # fmt: skip
+    flag(g, "feature_weight", "weight of the read features' distance (measured)", type=weight, metavar="W")
+    flag(g, "feature_distance", "of the features; cosine: Kariyappa et al. 2023", choices=DISTANCES)
 
     g = parser.add_argument_group("labels")
     flag(
@@ -488,11 +594,19 @@ def build_parser() -> tuple[OneLineParser, dict]:
     )
     flag(g, "label_gain", "label logits per unit of their variables (measured)", type=positive, metavar="G")
     flag(g, "label_std", "standard deviation of the label logits at the start (measured)", type=weight, metavar="STD")
+    flag(
+        g, "restarts", "starts attacked side by side, R; the best match is the result, R evaluations a closure call",
+        type=size, metavar="R",
+    )  # fmt: skip
+    flag(g, "group_weight", "weight of the R copies' squared distance from their mean", type=weight, metavar="W")
 
     g = parser.add_argument_group("optimiser")
     flag(g, "optimizer", "what moves images and labels", choices=tuple(LEARNING_RATES))
     flag(g, "n_iter", "optimiser steps (paper: 300)", type=size, metavar="N")
     flag(g, "max_evals", "stop before the step that could exceed this many closure evaluations", type=size, metavar="N")
+    flag(
+        g, "max_seconds", "begin no step after this much wall time, signals included", type=positive, metavar="SECONDS"
+    )
     flag(g, "lr", "step size (None: 1 for lbfgs, 0.05 for adam)", type=positive, metavar="LR")
     flag(g, "lr_schedule", "step: a tenth at 3/8, 5/8, 7/8 of the run; cosine: to zero", choices=LR_SCHEDULES)
     flag(g, "signed", "move the images by the signs of their gradient (Geiping et al. 2020)", action="store_true")
@@ -519,7 +633,7 @@ def build_parser() -> tuple[OneLineParser, dict]:
 
 # What a resumed run may set anew; everything else must be as the run began.
 RESUMABLE = (
-    "n_iter", "max_evals", "device", "save_dir", "run_name", "resume", "overwrite", "quiet", "log_every",
+    "n_iter", "max_evals", "max_seconds", "device", "save_dir", "run_name", "resume", "overwrite", "quiet", "log_every",
     "checkpoint_every", "show_schedule", "save_update",
 )  # fmt: skip
 
@@ -657,9 +771,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             state.restore_best()  # in the middle of a step: the checkpoint stays the last one written
             ended_by = "abort"
-    figures = recorder.finish(state, objective.pixels.decode(state.z), ended_by, signals)
+    figures = recorder.finish(state, objective.images(state)[state.leader], ended_by, signals)
     if ended_by == "non-finite":
-        print(f"the loss was not finite {state.restarts} times: stopped at the best iterate", file=sys.stderr)
+        print(f"the loss was not finite {state.setbacks} times: stopped at the best iterate", file=sys.stderr)
     if not settings.quiet:
         print(f"pictures: {run.path}/" + ("comparison.png" if truth else "reconstruction.png"))
     print(summary(figures))

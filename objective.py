@@ -69,20 +69,63 @@ def subset_distance(kind: str, g_subset: Gradient, g: Gradient, *, batch_size: i
 
 @dataclass(frozen=True)
 class FeatureLoss:
-    """Mean over the batch of |phi(x_i) - h_i|^2, for the leading images whose features h_i (N, d) are known.
+    """How far the features of the leading images are from those that are known, h_i (N, d), as a mean over the batch.
 
-    Calling it on images (B, C, H, W) gives a scalar, zero where no features are known.
+    l2 takes |phi(x_i) - h_i|^2, cosine 1 - cos (Kariyappa et al. 2023).
     """
 
     model: nn.Module
     features: Tensor
+    distance: str = "l2"
 
     def __call__(self, images: Tensor) -> Tensor:
         """The loss of images (B, C, H, W)."""
-        known = len(self.features)
-        if not known:
-            return images.new_zeros(())
-        return (self.model.features(images[:known]) - self.features).square().sum() / len(images)
+        features = self.model.features(images[: len(self.features)])
+        if self.distance == "cosine":
+            return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
+        return (features - self.features).square().sum() / len(images)
+
+
+@dataclass(frozen=True)
+class BatchNormLoss:
+    """How far the batch's statistics are from the running ones of the model's BatchNorm layers.
+
+    Sum over layers of |mean(x) - running mean| + |var(x) - running variance|, of what goes into the layer.
+
+    Source: Yin et al. 2021 (arXiv 2104.07586), eq. 11.
+    """
+
+    model: nn.Module
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers compared; none in a model without BatchNorm."""
+        return [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        distances = []
+
+        def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            variance, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+            distances.extend([(mean - layer.running_mean).norm(), (variance - layer.running_var).norm()])
+
+        hooks = [layer.register_forward_pre_hook(compare) for layer in self.layers]
+        try:
+            self.model.features(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(distances).sum()
+
+
+def disagreement(copies: Tensor) -> Tensor:
+    """Mean squared distance of copies (R, B, C, H, W) of a batch from their mean image, a scalar.
+
+    Source: group consistency, Yin et al. 2021 (arXiv 2104.07586), eq. 12, where copies are first registered to each
+    other; here the mean is that of the pixels as they are.
+    """
+    return (copies - copies.mean(0)).square().mean()
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ def anisotropic_variation(images: Tensor) -> Tensor:
     return (images[..., 1:, :] - images[..., :-1, :]).abs().mean() + (images[..., 1:] - images[..., :-1]).abs().mean()
 
 
+def contrast(images: Tensor) -> Tensor:
+    """Mean squared distance from mid-grey: the L2 image prior (Yin et al. 2021), there on images of zero mean."""
+    return (images - 0.5).square().mean()
+
+
 @dataclass(frozen=True)
 class Prior:
     """A named prior with its weights; call it on images (B, C, H, W) in [0, 1].

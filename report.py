@@ -180,9 +180,9 @@ class Recorder:
                 "step": step,
                 "S": size,
                 "loss": float(terms.loss),
-                "loss_full": float(terms.full),
-                "loss_subset": float(terms.subset),
-                "prior": float(terms.prior),
+                "loss_full": float(terms.full[state.leader]),
+                "loss_subset": float(terms.subset[state.leader]),
+                "prior": float(terms.prior[state.leader]),
                 "evaluations": state.evaluations,
                 "seconds": round(state.seconds, 3),
                 "psnr_mean": metrics.mean_psnr(self.truth.images, images) if self.truth else None,
@@ -204,13 +204,11 @@ class Recorder:
             self.checkpoint(state)
         self.trace.close()
         images = images.detach().clamp(0, 1).cpu()
-        grid(images).save(self.run / "reconstruction.png")
-        for i, image in enumerate(images):
-            _picture(image).save(self.run / "images" / f"rec_{i:03d}.png")
+        save_images(self.run, images)
         self.film.save(self.run / "history.gif", images)
         if self.trace.rows:
             save_curves(self.run / "curves.png", self.trace.rows)
-        figures = self._judge(images, state.label_logits.argmax(1).cpu(), signals) if self.truth else {}
+        figures = self._judge(images, state.label_logits[state.leader].argmax(1).cpu(), signals) if self.truth else {}
         figures |= _signal_figures(signals)
         figures |= {
             "evaluations": state.evaluations,
@@ -237,6 +235,13 @@ class Recorder:
         sheet = comparison(truth.images, images[figures["assignment"]], captions)
         sheet.save(self.run / "comparison.png")
         return figures
+
+
+def save_images(run: RunDirectory, images: Tensor) -> None:
+    """reconstruction.png and images/rec_000.png ... of images (B, C, H, W) in [0, 1]."""
+    grid(images).save(run / "reconstruction.png")
+    for i, image in enumerate(images):
+        _picture(image).save(run / "images" / f"rec_{i:03d}.png")
 
 
 def grid(images: Tensor) -> Image.Image:

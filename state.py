@@ -14,7 +14,7 @@ LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.05}
 LINE_SEARCHES = ("strong_wolfe", "none")
 LR_SCHEDULES = ("constant", "step", "cosine")
 CERTAIN = 100.0  # a logit so far above the others that softmax is one-hot in float64 too
-MAX_RESTARTS = 3  # times that a non-finite loss is answered by going back to the best iterate
+MAX_SETBACKS = 3  # times that a non-finite loss is answered by going back to the best iterate
 
 
 class _BudgetSpentError(Exception):
@@ -23,7 +23,7 @@ class _BudgetSpentError(Exception):
 
 @dataclass(frozen=True)
 class Terms:
-    """The objective's value and its unweighted parts at one iterate, each a scalar tensor."""
+    """The objective's value, a scalar tensor, and its unweighted parts (R,), one for each of R copies."""
 
     loss: Tensor
     full: Tensor
@@ -32,7 +32,12 @@ class Terms:
 
     def is_finite(self) -> bool:
         """Whether every term is a finite number."""
-        return bool(torch.stack([self.loss, self.full, self.subset, self.prior]).isfinite().all())
+        return all(bool(term.isfinite().all()) for term in (self.loss, self.full, self.subset, self.prior))
+
+    @property
+    def leader(self) -> int:
+        """The copy of least full-batch loss."""
+        return int(self.full.argmin())
 
 
 @dataclass
@@ -40,12 +45,16 @@ class AttackState:
     """The iterate of an attack.
 
     Args:
-        z: free image variables (B, C, H, W), see `pixels.PixelMap`.
-        label_variables: (B, K); the label logits are `label_gain` times these.
+        z: free image variables (R B, C, H, W) of R copies of the batch, see `pixels.PixelMap`.
+        label_variables: (R B, K); the label logits are `label_gain` times these.
         generator: what subsets are drawn from.
-        make_optimizer: builds the optimiser of the two variables; called again after a restart.
+        make_optimizer: builds the optimiser of the two variables; called again after a setback.
         label_gain: a scaling, so that L-BFGS moves labels and pixels at comparable rates.
-        known_labels: class indices (N,) of the leading N images, which are then not optimised.
+        known_labels: class indices (N,) of the leading N images of each copy, which are then not optimised.
+        copies: R, starts that are attacked side by side. Each closure call then counts as R evaluations.
+        seconds: wall time spent before the first step.
+
+    `leader` is the copy that matches the gradient best, the one that is shown and judged.
     """
 
     z: Tensor
@@ -54,47 +63,57 @@ class AttackState:
     make_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     label_gain: float = 1.0
     known_labels: Tensor | None = None
+    copies: int = 1
+    seconds: float = 0.0
     step: int = 0
     evaluations: int = 0
-    seconds: float = 0.0
-    restarts: int = 0
+    setbacks: int = 0
+    leader: int = 0
 
     def __post_init__(self) -> None:
         self.variables = [self.z.requires_grad_(), self.label_variables.requires_grad_()]
         self.optimizer = self.make_optimizer(self.variables)
         self._whole_step = self.optimizer.param_groups[0].get("max_eval")  # None: not L-BFGS
-        self.subset = torch.arange(len(self.z), device=self.z.device)
+        self.subset = torch.arange(self.batch_size, device=self.z.device)
         self._remember(math.inf)
 
     @property
+    def batch_size(self) -> int:
+        """B, images in a copy."""
+        return len(self.z) // self.copies
+
+    @property
     def label_logits(self) -> Tensor:
-        """Label logits (B, K); those of known labels are certain."""
-        logits = self.label_gain * self.label_variables
+        """Label logits (R, B, K); those of known labels are certain."""
+        logits = (self.label_gain * self.label_variables).unflatten(0, (self.copies, -1))
         if self.known_labels is None:
             return logits
-        count, classes = len(self.known_labels), logits.shape[1]
+        count, classes = len(self.known_labels), logits.shape[2]
         certain = CERTAIN * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
-        return torch.cat([certain + 0 * logits[:count], logits[count:]])  # 0: all variables stay part of the graph
+        # 0: all variables stay part of the graph
+        return torch.cat([certain + 0 * logits[:, :count], logits[:, count:]], dim=1)
 
     def draw_subset(self, size: int) -> None:
-        """Set `subset` to a uniform random subset of `size` images."""
-        order = torch.randperm(len(self.z), generator=self.generator)  # on the CPU: the same draw on every device
+        """Set `subset` to a uniform random subset of `size` images, the same in every copy."""
+        order = torch.randperm(self.batch_size, generator=self.generator)  # on the CPU: the same on every device
         self.subset = order[:size].to(self.z.device)
 
-    def ended(self, n_iter: int, max_evals: int | None) -> str | None:
-        """What has ended the attack, or None: n_iter, max_evals, or non-finite after too many restarts.
+    def ended(self, n_iter: int, max_evals: int | None = None, max_seconds: float | None = None) -> str | None:
+        """What has ended the attack, or None: n_iter, max_evals, max_seconds, or non-finite after too many setbacks.
 
         `max_evals` ends it before a step that could exceed it, so that every step is whole and a resumed run goes on
-        from the end of one.
+        from the end of one. `max_seconds` ends it after the step that reached it.
         """
-        if self.restarts > MAX_RESTARTS:
+        if self.setbacks > MAX_SETBACKS:
             return "non-finite"
         if self.step >= n_iter:
             return "n_iter"
+        if max_seconds is not None and self.seconds >= max_seconds:
+            return "max_seconds"
         bound = self._step_bound(max_evals)
-        # L-BFGS takes at least two evaluations, and its line search may take one more than its bound; Adam takes one.
+        # L-BFGS calls its closure at least twice, and its line search may call it once more than its bound; Adam once.
         most = 1 if bound is None else max(2, bound + 1)
-        if max_evals is not None and self.evaluations + most > max_evals:
+        if max_evals is not None and self.evaluations + most * self.copies > max_evals:
             return "max_evals"
         return None
 
@@ -108,9 +127,9 @@ class AttackState:
         before = [variable.detach().clone() for variable in self.variables]
 
         def counted() -> Tensor:
-            if self.evaluations == max_evals:
+            if max_evals is not None and self.evaluations + self.copies > max_evals:
                 raise _BudgetSpentError
-            self.evaluations += 1
+            self.evaluations += self.copies
             return closure()
 
         try:
@@ -125,10 +144,10 @@ class AttackState:
             group["lr"] = rate
 
     def _step_bound(self, max_evals: int | None) -> int | None:
-        """L-BFGS's bound on the evaluations of the next step; None for Adam."""
+        """L-BFGS's bound on the closure calls of the next step; None for Adam."""
         if self._whole_step is None or max_evals is None or self.step > 0:
             return self._whole_step
-        return min(self._whole_step, max_evals - 1)
+        return min(self._whole_step, max_evals // self.copies - 1)
 
     def backward(self, loss: Tensor, *, signed: bool = False) -> None:
         """Put the gradient of `loss` where the optimiser looks for it; of the images' only the signs, if so asked."""
@@ -151,16 +170,19 @@ class AttackState:
         Best is the iterate of least full-batch loss: unlike the total, it means the same at every S and prior weight.
         """
         if not (terms.is_finite() and all(bool(v.isfinite().all()) for v in self.variables)):
-            self.restarts += 1
+            self.setbacks += 1
             self.restore_best()
             self.optimizer = self.make_optimizer(self.variables)
             return False
-        if float(terms.full) <= self.best["full"]:
-            self._remember(float(terms.full))
+        self.leader = terms.leader
+        least = float(terms.full[self.leader])
+        if least <= self.best["full"]:
+            self._remember(least)
         return True
 
     def restore_best(self) -> None:
         """Go back to the best iterate; the optimiser keeps what it knows."""
+        self.leader = self.best["leader"]
         self._restore(self.best["variables"])
 
     @torch.no_grad()
@@ -169,7 +191,8 @@ class AttackState:
             variable.copy_(value)
 
     def _remember(self, full: float) -> None:
-        self.best = {"full": full, "variables": [variable.detach().clone() for variable in self.variables]}
+        variables = [variable.detach().clone() for variable in self.variables]
+        self.best = {"full": full, "leader": self.leader, "variables": variables}
 
     def state_dict(self) -> dict:
         """Tensors and numbers only, so that it can be read back without unpickling."""
@@ -177,7 +200,7 @@ class AttackState:
             "variables": [variable.detach() for variable in self.variables],
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),
-            "counters": [self.step, self.evaluations, self.seconds, self.restarts],
+            "counters": [self.step, self.evaluations, self.seconds, self.setbacks, self.leader],
             "best": self.best,
         }
 
@@ -187,8 +210,8 @@ class AttackState:
         self._restore(state["variables"])
         self.generator.set_state(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.evaluations, self.seconds, self.restarts = state["counters"]
-        self.best = {"full": state["best"]["full"], "variables": [v.to(self.z) for v in state["best"]["variables"]]}
+        self.step, self.evaluations, self.seconds, self.setbacks, self.leader = state["counters"]
+        self.best = state["best"] | {"variables": [v.to(self.z) for v in state["best"]["variables"]]}
 
 
 def make_optimizer(variables: list[Tensor], settings: argparse.Namespace) -> torch.optim.Optimizer:

@@ -37,7 +37,7 @@ def test_a_grid_compares_presets_on_the_same_updates(tmp_path, capsys):
     rows = table(tmp_path)
     assert list(rows[0]) == [
         "preset", "batch_size", "labels", "model", "seed", "psnr_mean", "ssim_mean", "label_accuracy", "signals_found",
-        "evaluations", "seconds", "status",
+        "evaluations", "seconds", "status", "max_evals",
     ]  # fmt: skip
     assert len(rows) == 8
     assert {(r["preset"], r["batch_size"], r["seed"]) for r in rows} == {
@@ -48,10 +48,33 @@ def test_a_grid_compares_presets_on_the_same_updates(tmp_path, capsys):
     assert {(c["preset"], c["batch_size"], c["seed"]) for c in configs} == {
         (r["preset"], int(r["batch_size"]), int(r["seed"])) for r in rows
     }
-    for name in ("psnr_vs_batch.png", "psnr_vs_seconds.png", "wall.png"):
+    plots = [f"{measure}_vs_{x}.png" for measure in ("psnr", "ssim") for x in ("batch", "evaluations", "seconds")]
+    for name in (*plots, "wall.png"):
         assert Image.open(tmp_path / name).size[0] > 200
     assert (tmp_path / "summary.md").read_text().count("\n") == 6
     assert capsys.readouterr().out == (tmp_path / "table.md").read_text()
+
+
+def test_peers_run_on_the_same_updates(tmp_path):
+    words = ["--presets", "magia", "--peer", "breaching", "--peer_attacks", "modern,deepleakage", "--seeds", "0"]
+    run("grid", *words, "--batch_sizes", "2", "--max_evals", "20,40", "--out", tmp_path, "--image_size", "16")
+    rows = table(tmp_path)
+    names = ["magia", "breaching modern", "breaching deepleakage"]
+    assert [row["preset"] for row in rows] == [name for name in names for _ in range(2)]
+    assert [row["evaluations"] for row in rows[2:]] == ["20", "40", "20", "40"]
+    assert all(float(row["psnr_mean"]) > 3 for row in rows)
+    originals = {(file.parent.name, file.read_bytes()) for file in (tmp_path / "runs").glob("*/images/rec_000.png")}
+    assert len(originals) == 6
+    with Image.open(tmp_path / "wall.png") as wall:
+        assert wall.size[1] > 1.5 * wall.size[0] * 0.5
+
+
+def test_a_budget_of_seconds_ends_every_run(tmp_path):
+    words = ["--presets", "magia,dlg", "--batch_sizes", "2", "--seeds", "0", "--max_seconds", "0.5"]
+    run("grid", *words, "--out", tmp_path, "--image_size", "16", "--inner_iter", "4")
+    for row in table(tmp_path):
+        assert row["status"] == "max_seconds"
+        assert 0.5 <= float(row["seconds"]) < 5
 
 
 def test_a_cell_that_fails_says_so_and_the_others_go_on(tmp_path):
@@ -95,6 +118,15 @@ def test_two_processes_measure_what_one_does(tmp_path):
 def test_errors_are_one_line(tmp_path, capsys):
     run("defences", "--defences", "magic", "--seeds", "0", "--out", tmp_path, *FAST, expect=2)
     assert "unknown defence 'magic'" in capsys.readouterr().err.splitlines()[-1]
+    run("grid", "--peer", "breaching", "--peer_attacks", "magic", "--out", tmp_path, expect=2)
+    assert "breaching has invertinggradients, modern" in capsys.readouterr().err
+    run("grid", "--peer", "breaching", "--max_seconds", "9", "--out", tmp_path, expect=2)
+    assert "bounded by evaluations" in capsys.readouterr().err
+    for words in (["--presets", "magic"], ["--models", "magic"], ["--labels", "magic"]):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(["grid", *words, "--out", str(tmp_path)])
+        assert stop.value.code == 2
+        assert "'magic' is none of" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["signals", "--batch_sizes", "two", "--out", str(tmp_path)])
     assert stop.value.code == 2

@@ -81,6 +81,9 @@ def test_every_selection_mode_runs_and_follows_its_schedule(cli, mode):
         "--subset_loss partial --alpha 0.9 --sel_k 99",
         "--dtype float64 --tv_final 1 --spectral_power 0 --chroma_gain 1",
         "--indices 5,1-2 --labels dataset",
+        "--restarts 2 --group_weight 0.1 --l2_weight 0.1",
+        "--model resnet18 --image_size 32 --bn_weight 0.01 --restarts 2",
+        "--signals ica --feature_distance cosine",
     ],
 )
 def test_flags_run(cli, flags):
@@ -145,6 +148,52 @@ def test_max_evals_is_never_exceeded(cli, optimizer, budget):
     assert figures["ended_by"] == "max_evals"
     assert figures["evaluations"] >= budget - 6
     assert figures["evaluations"] > 0 or budget == 1
+
+
+def test_max_seconds_begins_no_further_step(cli):
+    run = cli("--max_seconds", 0.3, "--n_iter", 100_000, "--checkpoint_every", 0)
+    figures, rows = metrics_of(run), trace_of(run)
+    assert figures["ended_by"] == "max_seconds"
+    assert figures["seconds"] >= 0.3
+    assert float(rows[-2]["seconds"]) < 0.3 if len(rows) > 1 else True
+    assert 0 < figures["signals_seconds"] < figures["seconds"]
+    cli("--resume", run, "--max_seconds", 0.6)
+    assert metrics_of(run)["seconds"] >= 0.6
+    assert len(trace_of(run)) > len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- restarts
+
+
+def test_the_restart_that_matches_best_is_the_result(cli):
+    run = cli("--restarts", 3, "--optimizer", "adam", "--signals", "off", "--n_iter", 6)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["variables"][0].shape == (9, 3, 16, 16)
+    assert state["counters"][1] == 18
+    settings, _ = magia.resolve([*SMALL, "--restarts", "3", "--signals", "off"])
+    update, model, _ = magia.victim(settings, {"device": torch.device("cpu"), "dtype": torch.float32})
+    attack, objective, _ = magia.prepare(update, model, settings)
+    attack.load_state_dict(state | {"optimizer": attack.optimizer.state_dict()})
+    copies = objective.images(attack).detach()
+    losses = [
+        float(objective.matching(images, logits, torch.arange(3)).full)
+        for images, logits in zip(copies, attack.label_logits, strict=True)
+    ]
+    assert losses.index(min(losses)) == attack.leader
+    assert max(losses) > min(losses)
+    shown = torch.from_numpy(np.stack(pictures_of(run))).permute(0, 3, 1, 2) / 255
+    distance = (copies - shown).abs().amax((1, 2, 3, 4))
+    assert int(distance.argmin()) == attack.leader
+    assert float(distance.min()) < 0.5 / 255 + 1e-6
+
+
+def test_group_consistency_draws_restarts_together(cli):
+    def spread(*flags, name):
+        run = cli("--restarts", 2, "--n_iter", 8, "--signals", "off", *flags, name=name)
+        z = torch.load(run / "checkpoint.pt", weights_only=True)["variables"][0]
+        return float((z[:3] - z[3:]).square().mean())
+
+    assert spread("--group_weight", 100, name="together") < 0.5 * spread(name="apart")
 
 
 # ---------------------------------------------------------------------------------------------------- run directory
@@ -319,7 +368,9 @@ def test_an_update_without_weights_takes_them_from_the_seed_or_a_checkpoint(cli,
         assert [p.tolist() for p in pictures_of(run)] == [p.tolist() for p in pictures_of(inside)]
 
 
-@pytest.mark.parametrize("flags", ["", "--optimizer adam", "--resample closure", "--checkpoint_every 0"])
+@pytest.mark.parametrize(
+    "flags", ["", "--optimizer adam", "--resample closure", "--checkpoint_every 0", "--restarts 2"]
+)
 def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(cli, flags):
     flags = ["--sel_mode", "constk", *flags.split()]
     whole = cli(*flags, "--n_iter", 9, name="whole")
@@ -426,6 +477,10 @@ def test_a_diverging_run_goes_back_and_never_writes_nan(cli):
         ("--update /nowhere.npz", ["/nowhere.npz"]),
         ("--save_update update.txt", ["update.txt", ".safetensors"]),
         ("--init /nowhere", ["/nowhere"]),
+        ("--init photos --restarts 2", ["--init photos", "2 restarts"]),
+        ("--signals ica --frozen head", ["--signals ica", "linear head"]),
+        ("--max_seconds 0", ["--max_seconds", "above 0"]),
+        ("--restarts 0", ["--restarts", "at least 1"]),
         ("--device tpu9", ["tpu9"]),
         ("--resume", ["bad"]),
         ("--resume /nowhere", ["/nowhere"]),

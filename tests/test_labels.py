@@ -77,11 +77,3 @@ def test_known_labels_of_a_saved_update_are_refused(cli, tmp_path):
     path = tmp_path / "u.npz"
     cli("--save_update", path)
     assert "not at hand" in cli.error("--update", path, "--label_strategy", "known")
-
-
-@pytest.mark.parametrize("preset", ["dlg", "idlg", "invertinggradients"])
-def test_every_published_attack_is_a_setting_of_the_loop(cli, preset):
-    run = cli("--preset", preset)
-    config = config_of(run)
-    assert (config["signals"], config["alpha"]) == ("off", 1.0)
-    assert metrics_of(run)["psnr_mean"] > 3

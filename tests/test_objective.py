@@ -10,8 +10,11 @@ from gradients import averaged_gradient
 from models import build_model
 from objective import (
     SUBSET_LOSSES,
+    BatchNormLoss,
+    FeatureLoss,
     MatchingLoss,
     cosine_distance,
+    disagreement,
     inclusion_probability,
     squared_distance,
     subset_distance,
@@ -180,3 +183,42 @@ def test_the_cosine_distance_is_that_of_the_angle_and_forgets_the_length():
     gradient = averaged_gradient(model, images, logits.softmax(1))
     flat = [torch.cat([p.flatten() for p in g]) for g in (gradient, target)]
     assert match.full.item() == pytest.approx(1 - torch.cosine_similarity(*flat, dim=0).item())
+
+
+def test_feature_distances_of_a_hand_computed_case():
+    class Model:
+        def features(self, images):
+            return images.flatten(1)
+
+    images = torch.tensor([[3.0, 4.0], [0.0, 2.0], [9.0, 9.0]]).view(3, 1, 1, 2)
+    known = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    assert float(FeatureLoss(Model(), known)(images)) == pytest.approx((16 + 1) / 3)
+    assert float(FeatureLoss(Model(), known, "cosine")(images)) == pytest.approx((1 - 3 / 5) / 3)
+
+
+def test_batchnorm_loss_compares_with_the_running_statistics():
+    model = build_model("resnet18", image_shape=(3, 32, 32), num_classes=5, generator=generator()).double()
+    images = torch.rand(4, 3, 32, 32, dtype=torch.float64, generator=generator(1))
+    loss = BatchNormLoss(model)
+    assert float(loss(images)) > 1
+    model.train()
+    for layer in loss.layers:
+        layer.momentum = None  # running statistics become those of this batch
+        layer.reset_running_stats()
+    model(images)
+    model.eval()
+    for layer in loss.layers[:1]:  # what goes into the first does not depend on running statistics
+        inputs = model.body.conv1(images)
+        assert torch.allclose(layer.running_mean, inputs.mean((0, 2, 3)))
+    first = BatchNormLoss(torch.nn.Sequential(model.body.conv1, model.body.bn1))
+    object.__setattr__(first.model, "features", first.model.forward)
+    size = images[:, 0].numel() / 4  # running variances are unbiased, the loss's are not
+    expected = (model.body.bn1.running_var / size).norm()
+    assert float(first(images)) == pytest.approx(float(expected), rel=1e-6)
+    assert torch.autograd.gradcheck(first, torch.rand(2, 3, 8, 8, dtype=torch.float64).requires_grad_())
+    assert not BatchNormLoss(build_model("lenet", image_shape=(3, 16, 16), num_classes=5, generator=generator())).layers
+
+
+def test_disagreement_of_a_hand_computed_case():
+    copies = torch.tensor([[0.0, 1.0], [1.0, 1.0]]).view(2, 1, 1, 1, 2)
+    assert float(disagreement(copies)) == pytest.approx(2 * 0.25 / 4)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state import LR_SCHEDULES, AttackState, learning_rate
+from state import LR_SCHEDULES, AttackState, Terms, learning_rate
 
 
 @given(st.sampled_from(LR_SCHEDULES), st.floats(0, 1), st.floats(1e-3, 10))
@@ -40,3 +40,67 @@ def test_signed_gradients_move_every_pixel_alike_and_leave_labels():
     assert torch.equal(state.z.detach(), -0.5 * slope.sign())
     assert torch.equal(state.label_variables.detach(), torch.full((1, 3), -0.125))
     assert math.isclose(state.optimizer.param_groups[0]["lr"], 0.5)
+
+
+def quadratic(copies, target):
+    """A state of two numbers in each copy, and the terms of its squared distance to a target."""
+    state = AttackState(
+        z=torch.arange(2.0 * copies).view(2 * copies, 1, 1, 1),
+        label_variables=torch.zeros(2 * copies, 3),
+        generator=torch.Generator().manual_seed(0),
+        make_optimizer=lambda variables: torch.optim.SGD(variables, lr=0.1),
+        copies=copies,
+    )
+
+    def terms():
+        full = (state.z.view(copies, 2) - target).square().sum(1) + 0 * state.label_variables.sum()
+        return Terms(full.mean(), full, torch.zeros(copies), torch.zeros(copies))
+
+    return state, terms
+
+
+def test_the_copy_that_matches_best_leads():
+    state, terms = quadratic(3, torch.tensor([2.0, 3.5]))
+    assert state.batch_size == 2
+    assert state.label_logits.shape == (3, 2, 3)
+    assert state.accept(terms())
+    assert state.leader == 1
+    with torch.no_grad():
+        state.z[:2] = torch.tensor([2.0, 3.5]).view(2, 1, 1, 1)
+    assert state.accept(terms())
+    assert (state.leader, state.best["leader"]) == (0, 0)
+    with torch.no_grad():
+        state.z.fill_(math.nan)
+    assert not state.accept(terms())
+    assert state.z[:2].flatten().tolist() == [2.0, 3.5]
+    assert state.setbacks == 1
+
+
+def test_each_copy_counts_as_an_evaluation_and_the_budget_holds():
+    state, terms = quadratic(3, torch.zeros(2))
+
+    def closure():
+        loss = terms().loss
+        state.backward(loss)
+        return loss
+
+    steps = 0
+    while not state.ended(100, 10):
+        state.minimise(closure, 10)
+        steps += 1
+    assert (steps, state.evaluations, state.ended(100, 10)) == (3, 9, "max_evals")
+
+
+def test_seconds_end_an_attack():
+    state, _ = quadratic(1, torch.zeros(2))
+    assert state.ended(5, None, 1.0) is None
+    state.seconds = 1.5
+    assert state.ended(5, None, 1.0) == "max_seconds"
+    assert state.ended(5, None, None) is None
+
+
+def test_known_labels_hold_in_every_copy():
+    state, _ = quadratic(2, torch.zeros(2))
+    state.known_labels = torch.tensor([2])
+    assert state.label_logits.argmax(2)[:, 0].tolist() == [2, 2]
+    assert torch.equal(state.label_logits[:, 1], torch.zeros(2, 3))

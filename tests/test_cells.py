@@ -1,0 +1,101 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+from distributed import LocalCluster
+
+import benchmark
+from cells import cell_name, run_cells
+
+CELLS = [{"number": number} for number in range(6)]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A scheduler and two workers, each a process of its own that is started anew when it dies."""
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+def logged(log, seconds=0.0):
+    """A measurement that notes in `log` that it has begun, and takes so long."""
+
+    def measure(cell):
+        with log.open("a") as file:
+            file.write(f"{cell['number']}\n")
+        time.sleep(seconds)
+        return {"square": cell["number"] ** 2}
+
+    return measure
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_cells_are_measured_once_and_read_back_in_order(tmp_path):
+    rows = run_cells(logged(tmp_path / "log"), CELLS, [], out=tmp_path)
+    assert rows == [{"number": n, "square": n * n} for n in range(6)]
+    (tmp_path / "cells" / f"{cell_name(CELLS[2], [])}.json").unlink()
+    assert run_cells(logged(tmp_path / "log"), CELLS, [], out=tmp_path) == rows
+    assert (tmp_path / "log").read_text().split() == ["0", "1", "2", "3", "4", "5", "2"]
+    run_cells(logged(tmp_path / "log"), CELLS[:1], ["--seed", "1"], out=tmp_path)  # further flags: another cell
+    assert len(list((tmp_path / "cells").iterdir())) == 7
+
+
+def test_a_dask_worker_that_is_killed_costs_its_cell_only(tmp_path, cluster):
+    log, rows = tmp_path / "log", []
+
+    def run():
+        rows.extend(run_cells(logged(log, 0.5), CELLS, [], out=tmp_path, scheduler=cluster.scheduler_address))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_for(lambda: log.exists() and len(log.read_text().split()) >= 3)  # the third has just begun
+    os.kill(cluster.workers[0].process.pid, signal.SIGKILL)
+    thread.join(120)
+    assert rows == [{"number": n, "square": n * n} for n in range(6)]
+    assert len(list((tmp_path / "cells").iterdir())) == 6
+    assert sorted(set(log.read_text().split())) == list("012345")
+    assert 7 <= len(log.read_text().split()) <= 8  # the killed worker's cell twice, and one it may have been handed
+
+
+def test_a_local_process_that_is_killed_costs_the_cells_under_way(tmp_path):
+    log = tmp_path / "log"
+
+    def measure(cell):
+        row = logged(log, 0.1)(cell)
+        if cell["number"] == 3 and log.read_text().split().count("3") == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+    assert len(run_cells(measure, CELLS, [], out=tmp_path, jobs=2)) == 6
+    assert 7 <= len(log.read_text().split()) <= 8
+
+
+def test_a_process_that_always_dies_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="died 3 times"):
+        run_cells(lambda cell: os.kill(os.getpid(), signal.SIGKILL), CELLS[:2], [], out=tmp_path, jobs=2)
+
+
+def test_a_cluster_measures_what_one_process_does(tmp_path, cluster, capsys):
+    words = ["signals", "--batch_sizes", "2,3", "--num_classes", "20", "--seeds", "0,1", "--image_size", "16"]
+    assert benchmark.main([*words, "--out", str(tmp_path / "here")]) == 0
+    assert benchmark.main([*words, "--out", str(tmp_path / "there"), "--scheduler", cluster.scheduler_address]) == 0
+    here, there = ((tmp_path / name / "table.md").read_text().splitlines() for name in ("here", "there"))
+    assert len(here) == 6
+    assert [line.split("|")[:9] for line in here] == [line.split("|")[:9] for line in there]
+
+
+def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypatch):
+    import dask
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
+        words = ["signals", "--batch_sizes", "2", "--out", str(tmp_path), "--scheduler", "tcp://127.0.0.1:1"]
+        assert benchmark.main(words) == 2
+    assert "tcp://127.0.0.1:1" in capsys.readouterr().err.splitlines()[-1]
