@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def _victim(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.Mo
 def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """One run of the command line, and what its metrics.json says."""
     name = cell_name(cell, flags)
-    argv = [*_flags(cell), *flags, "--quiet", "--overwrite", "--save_dir", str(out / "runs"), "--run_name", name]
+    argv = [*_flags(cell), *flags, "--quiet", "--save_dir", str(out / "runs"), "--run_name", name]
     shutil.rmtree(out / "runs" / name, ignore_errors=True)  # what a process that died there has left
     with redirect_stdout(io.StringIO()):
         status = magia.main(argv)
@@ -94,19 +95,21 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     attack = str(cell["preset"]).split()[1]
     update, model, truth, settings = _victim(cell | {"preset": "magia"}, flags)
     started = time.perf_counter()
-    images, labels, evaluations = breaching_attack(
-        attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed
-    )
+    try:
+        images, labels, evaluations = breaching_attack(
+            attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed
+        )
+    except Exception as error:  # of another package: whatever it is, it costs this cell only
+        return dict.fromkeys(FIGURES) | {"status": f"{type(error).__name__}: {error}".splitlines()[0]}
     seconds = time.perf_counter() - started
-    images = images.cpu()
-    figures = metrics.evaluate(truth.images, truth.labels, images, labels.cpu())
-    figures |= {"signals_found": 0, "evaluations": evaluations, "seconds": seconds, "ended_by": "max_evals"}
+    figures = metrics.evaluate(truth.images, truth.labels, images.cpu(), labels.cpu())
+    figures |= {"signals_found": 0, "evaluations": evaluations, "seconds": seconds, "status": "max_evals"}
     path = out / "runs" / cell_name(cell, flags)
     shutil.rmtree(path, ignore_errors=True)
     run = RunDirectory(path)
-    save_images(run, images)
+    save_images(run, images.cpu())
     run.write_json("metrics.json", figures)
-    return {name: figures[name] for name in MEANS} | {"status": figures["ended_by"]}
+    return {name: figures[name] for name in FIGURES}
 
 
 def _flags(cell: Cell) -> list[str]:
@@ -187,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 2 wrong input."""
     asked, flags = build_parser().parse_known_args(argv)
     try:
+        magia.resolve(flags)  # refuses at once what no cell could run with
         rows = {"grid": grid, "signals": signals, "defences": defences}[asked.command](asked, flags)
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -200,7 +204,7 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     """The grid of `grid`: rows, means over seeds in summary.csv and .md, plots, and a wall of pictures.
 
     Raises:
-        ValueError: an attack that the peer does not have, or a peer under a budget of seconds.
+        ValueError: a peer that is not installed or has no such attack, or a peer under a budget of seconds.
     """
     attacks = [*asked.presets, *peer_attacks(asked)]
     budget = "max_seconds" if asked.max_seconds else "max_evals"
@@ -223,7 +227,11 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 def peer_attacks(asked: argparse.Namespace) -> list[str]:
     """The attacks of the peer that are asked for, each with the package's name before it."""
     if not asked.peer:
+        if asked.peer_attacks:
+            raise ValueError("--peer_attacks: whose? give --peer")
         return []
+    if find_spec(asked.peer) is None:
+        raise ValueError(f"--peer {asked.peer}: pip install -r requirements-benchmark.txt")
     if asked.max_seconds:
         raise ValueError("--max_seconds: the attacks of a peer are bounded by evaluations, give --max_evals")
     for name in asked.peer_attacks or ():

@@ -161,8 +161,8 @@ PLAIN = {
     "lr": 1.0,
 }
 
-# Each attack as settings of the one loop; whatever is not named is as above. README, "Presets", says what differs from
-# the source.
+# Each attack as settings of the one loop; whatever is not named is as above. All start from clamped normal noise; what
+# else differs from the source is said here in short and in README, "Presets", at length.
 PRESETS = {
     "magia": {},
     # the published script of MAGIA (arXiv 2509.18170)
@@ -179,9 +179,11 @@ PRESETS = {
     },
     # Zhu, Liu, Han 2019 (arXiv 1906.08935): L2, L-BFGS with step 1, labels beside the images, no prior
     "dlg": PLAIN | {"optimizer": "lbfgs", "line_search": "none"},
-    # Zhao, Mopuri, Bilen 2020 (arXiv 2001.02610): DLG with labels read from the signs of the head's gradient
+    # Zhao, Mopuri, Bilen 2020 (arXiv 2001.02610): DLG with labels read from the signs of the head's gradient. Differs:
+    # they read one image's label, here as many as are negative
     "idlg": PLAIN | {"optimizer": "lbfgs", "line_search": "none", "label_strategy": "idlg"},
-    # Geiping et al. 2020 (arXiv 2003.14053): cosine distance, signed Adam with step decay, box, TV, labels granted
+    # Geiping et al. 2020 (arXiv 2003.14053): cosine distance, signed Adam with step decay, box, TV, labels granted.
+    # Differs: one start, TV weight measured
     "invertinggradients": PLAIN
     | {
         "distance": "cosine",
@@ -194,7 +196,8 @@ PRESETS = {
         "tv_weight": 1e-2,
         "label_strategy": "known",
     },
-    # Yin et al. 2021 (arXiv 2104.07586): L2, Adam with cosine decay, TV, L2 and BatchNorm priors, group of starts
+    # Yin et al. 2021 (arXiv 2104.07586): L2, Adam with cosine decay, TV, L2 and BatchNorm priors, group of starts.
+    # Differs: two starts of eight, not registered to each other, no Langevin noise, TV weight measured
     "gradinversion": PLAIN
     | {
         "optimizer": "adam",
@@ -209,7 +212,8 @@ PRESETS = {
         "group_weight": 1e-2,
         "label_strategy": "yin",
     },
-    # Kariyappa et al. 2023 (arXiv 2209.05578): ICA on the head's gradient, then features and gradients by cosine, TV
+    # Kariyappa et al. 2023 (arXiv 2209.05578): ICA on the head's gradient, then features and gradients by cosine, TV.
+    # Differs: the ICA, see ica.py; weights measured
     "cpa": PLAIN
     | {
         "signals": "ica",
@@ -573,7 +577,7 @@ def build_parser() -> tuple[OneLineParser, dict]:
 
     g = parser.add_argument_group("signals")
     flag(
-        g, "signals", "read labels and features from the head's gradient first; on: or fail; off: label-inference-free; "
+        g, "signals", "read labels and features from the head's gradient first; on: or fail; off: no label inference; "
         "ica: features alone (Kariyappa et al. 2023)", choices=("auto", "on", "off", "ica"),
     )  # fmt: skip
     flag(g, "feature_weight", "weight of the read features' distance (measured)", type=weight, metavar="W")

@@ -53,17 +53,16 @@ def breaching_attack(
             order is not known.
 
     Raises:
-        ValueError: breaching is not installed, or parameters are frozen, which it does not provide for.
+        ImportError: breaching is not installed.
+        ValueError: parameters are frozen, which it does not provide for.
     """
     torchvision()  # lets the package import it where its compiled operators are missing
-    try:
-        import breaching
-        from omegaconf import OmegaConf
-    except ImportError:
-        raise ValueError("--peer breaching: pip install -r requirements-benchmark.txt") from None
+    import breaching
+    from omegaconf import OmegaConf
+
     gradients = update.targets(model)
     if len(gradients) < len(list(model.parameters())):
-        raise ValueError("--peer breaching: it cannot attack updates with frozen parameters")
+        raise ValueError("breaching cannot attack updates with frozen parameters")
     like = gradients[0]
     channels = update.image_shape[0]
     about = {"shape": list(update.image_shape), "classes": update.num_classes, "modality": "vision"}

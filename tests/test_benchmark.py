@@ -115,13 +115,31 @@ def test_two_processes_measure_what_one_does(tmp_path):
         assert a | {"signal_seconds": ""} == b | {"signal_seconds": ""}
 
 
-def test_errors_are_one_line(tmp_path, capsys):
+def test_a_peer_that_fails_costs_its_cell_only(tmp_path):
+    words = ["--presets", "magia", "--peer", "breaching", "--peer_attacks", "modern", "--seeds", "0"]
+    run("grid", *words, "--batch_sizes", "2", "--max_evals", "90", "--out", tmp_path, "--frozen", "conv1", *FAST)
+    ours, peer = table(tmp_path)
+    assert ours["status"] == "n_iter"
+    assert peer["status"] == "ValueError: breaching cannot attack updates with frozen parameters"
+    assert peer["psnr_mean"] == ""
+
+
+def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
     run("defences", "--defences", "magic", "--seeds", "0", "--out", tmp_path, *FAST, expect=2)
     assert "unknown defence 'magic'" in capsys.readouterr().err.splitlines()[-1]
     run("grid", "--peer", "breaching", "--peer_attacks", "magic", "--out", tmp_path, expect=2)
     assert "breaching has invertinggradients, modern" in capsys.readouterr().err
     run("grid", "--peer", "breaching", "--max_seconds", "9", "--out", tmp_path, expect=2)
     assert "bounded by evaluations" in capsys.readouterr().err
+    run("grid", "--peer_attacks", "modern", "--out", tmp_path, expect=2)
+    assert "give --peer" in capsys.readouterr().err
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None)
+    run("grid", "--peer", "breaching", "--out", tmp_path, expect=2)
+    assert "requirements-benchmark.txt" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["grid", "--out", str(tmp_path), "--unknown", "1"])
+    assert stop.value.code == 2
+    assert "--unknown" in capsys.readouterr().err
     for words in (["--presets", "magic"], ["--models", "magic"], ["--labels", "magic"]):
         with pytest.raises(SystemExit) as stop:
             benchmark.main(["grid", *words, "--out", str(tmp_path)])
