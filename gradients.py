@@ -128,6 +128,24 @@ class SharedUpdate:
             if not gradient.isfinite().all():
                 raise StorageError(f"{source}: the gradient of {name!r} is not finite")
 
+    def noise(self) -> float:
+        """Standard deviation of the noise in an entry of the gradients, such as a client adds or rounding leaves.
+
+        Softmax errors sum to zero over the classes, so the columns of the head's gradient (K, d) do: what they sum to
+        is the noise of K entries. Their mean is left out, since pruning errs to one side. 0 where the head's gradient
+        is missing or a single column. Exact within a few percent for noise and rounding; pruning, whose errors are not
+        independent, comes out as much as nine times too large.
+        """
+        head = self.gradients.get("head.weight")
+        if head is None or head.shape[1] < 2:
+            return 0.0
+        return float(head.double().sum(0).std()) / self.num_classes**0.5
+
+    def strength(self) -> float:
+        """Root mean square over all entries of the gradients."""
+        squares = sum(float(gradient.double().square().sum()) for gradient in self.gradients.values())
+        return (squares / sum(gradient.numel() for gradient in self.gradients.values())) ** 0.5
+
     def targets(self, model: nn.Module) -> tuple[Tensor, ...]:
         """The gradients in the order, dtype and place of `model`'s trainable parameters.
 

@@ -97,6 +97,7 @@ PRIOR = "opponent"  # opponent (luma and chroma apart), rgb (isotropic), anisotr
 TV_WEIGHT = 1e-2  # weight of the prior at the start
 TV_FINAL = 1e-3  # share of tv_weight that is left at the end of the annealing; 1: constant weight
 TV_EVALS = 2500  # closure evaluations that the annealing takes
+NOISE_WEIGHT = 600.0  # the prior's weight stays above this times noise times root mean square of the update; 0: off
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma (opponent)
 CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first (opponent, rgb)
 L2_WEIGHT = 0.0  # weight of the mean squared distance from mid-grey
@@ -152,6 +153,7 @@ PLAIN = {
     "prior": "anisotropic",
     "tv_weight": 0.0,
     "tv_final": 1.0,
+    "noise_weight": 0.0,
     "init": "normal",
     "box": "none",
     "spectral_power": 0.0,
@@ -239,7 +241,7 @@ class Objective:
     """What is minimised:  matching + tv_weight prior(x) + sum_j weight_j penalty_j(x).
 
     It is the mean over the copies of the batch that --restarts asks for, with group_weight |x - mean over copies|^2 on
-    top of it.
+    top of it. The annealing of tv_weight ends at `least_prior`, which grows with the noise in the update.
     """
 
     matching: MatchingLoss
@@ -247,6 +249,7 @@ class Objective:
     pixels: PixelMap
     penalties: Sequence[tuple[float, Callable[[Tensor], Tensor]]] = ()  # weights above 0 and what they weigh
     group_weight: float = 0.0
+    least_prior: float = 0.0
 
     def images(self, state: AttackState) -> Tensor:
         """The state's images (R, B, C, H, W)."""
@@ -274,8 +277,13 @@ def magia_step(state: AttackState, objective: Objective, size: int, settings: ar
     Images and label logits move together. T, a random subset of `size` images, stays as it is during the line search
     unless `--resample closure` asks for the published way. Returns the terms at the iterate that was reached.
     """
-    calls = state.evaluations / state.copies
-    weight = annealed_weight(settings.tv_weight, calls, final=settings.tv_final, horizon=settings.tv_evals)
+    weight = annealed_weight(
+        settings.tv_weight,
+        state.evaluations / state.copies,
+        final=settings.tv_final,
+        horizon=settings.tv_evals,
+        least=objective.least_prior,
+    )
 
     def closure() -> Tensor:
         if settings.resample == "closure":
@@ -392,7 +400,8 @@ def prepare(
         (settings.bn_weight if batchnorm.layers else 0, batchnorm),
     ]
     penalties = [(weight, penalty) for weight, penalty in penalties if weight]
-    return state, Objective(matching, prior, pixels, penalties, settings.group_weight), signals
+    least_prior = settings.noise_weight * update.noise() * update.strength()
+    return state, Objective(matching, prior, pixels, penalties, settings.group_weight, least_prior), signals
 
 
 def sense(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> Signals | None:
@@ -567,6 +576,10 @@ def build_parser() -> tuple[OneLineParser, dict]:
         type=number(float, 0, 1, above=True), metavar="SHARE",
     )  # fmt: skip
     flag(g, "tv_evals", "closure evaluations that the annealing takes (measured)", type=size, metavar="N")
+    flag(
+        g, "noise_weight", "the prior's weight stays above this times noise times root mean square of the update's "
+        "entries, 0: off (measured)", type=weight, metavar="W",
+    )  # fmt: skip
     flag(g, "chroma_weight", "weight of chroma relative to luma, opponent prior (measured)", type=weight, metavar="W")
     flag(g, "curvature_weight", "weight of second differences relative to first (measured)", type=weight, metavar="W")
     flag(g, "l2_weight", "weight of the squared distance from mid-grey (Yin et al. 2021)", type=weight, metavar="W")

@@ -251,11 +251,12 @@ def learning_rate(base: float, schedule: str, progress: float) -> float:
     raise ValueError(f"unknown lr_schedule {schedule!r}: choose one of {', '.join(LR_SCHEDULES)}")
 
 
-def annealed_weight(weight: float, evaluations: int, *, final: float, horizon: int) -> float:
+def annealed_weight(weight: float, evaluations: float, *, final: float, horizon: int, least: float = 0.0) -> float:
     """The prior's weight after so many closure evaluations: from `weight` it falls geometrically to `final * weight`.
 
     A strong prior first gives a smooth image that L-BFGS can move as a whole; as the weight falls, the gradient is
     matched ever more exactly and the prior decides only what the gradient leaves open. The horizon is in evaluations
-    of its own, not a share of the run: where a run is stopped does not change the way it took.
+    of its own, not a share of the run: where a run is stopped does not change the way it took. It never falls below
+    `least`, which is what noise asks for: a gradient that is matched more closely than it is known is matched to noise.
     """
-    return weight * math.exp(math.log(final) * min(1.0, evaluations / horizon))
+    return max(least, weight * math.exp(math.log(final) * min(1.0, evaluations / horizon)))

@@ -6,6 +6,7 @@ from conftest import config_of, metrics_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+import main_MAGIA_sel as magia
 from defences import defend
 from gradients import SharedUpdate
 
@@ -107,3 +108,38 @@ def test_freezing_errors_name_the_value(cli):
 def test_rounded_and_plain_updates_differ_only_in_gradients():
     plain = update()
     assert dataclasses.replace(defend(plain, "float16", generator=generator()), gradients=plain.gradients) == plain
+
+
+def real_update():
+    """The update of eight real images on a LeNet, as `defend` gets it."""
+    settings, _ = magia.resolve(["--batch_size", "8", "--image_size", "16"])
+    return magia.victim(settings, {"device": torch.device("cpu"), "dtype": torch.float32})[0]
+
+
+@pytest.mark.parametrize("defence", ["noise:1e-5", "noise:1e-3", "noise:0.1", "float16", "bfloat16"])
+def test_the_server_can_tell_how_noisy_an_update_is(defence):
+    plain = real_update()
+    noisy = defend(plain, defence, generator=generator())
+    actual = (noisy.gradients["head.weight"] - plain.gradients["head.weight"]).square().mean().sqrt()
+    assert noisy.noise() == pytest.approx(float(actual), rel=0.15)
+    assert plain.noise() < 1e-6 * plain.strength()
+
+
+def test_an_update_without_the_heads_gradient_says_nothing_of_its_noise():
+    assert update().noise() == 0
+
+
+@given(st.floats(1e-6, 1e6))
+def test_noise_and_strength_scale_with_the_update(factor):
+    plain = real_update()
+    scaled = dataclasses.replace(plain, gradients={n: g.double() * factor for n, g in plain.gradients.items()})
+    assert scaled.noise() == pytest.approx(factor * plain.noise(), rel=1e-6)
+    assert scaled.strength() == pytest.approx(factor * plain.strength(), rel=1e-6)
+
+
+def test_heeding_the_noise_pays(cli):
+    flags = ["--batch_size", 4, "--num_classes", 20, "--defence", "noise:1e-3", "--n_iter", 40, "--inner_iter", 20]
+    flags += ["--tv_evals", 400, "--max_evals", 600]
+    heeded = metrics_of(cli(*flags, name="heeded"))
+    ignored = metrics_of(cli(*flags, "--noise_weight", 0, name="ignored"))
+    assert heeded["psnr_mean"] > ignored["psnr_mean"] + 1

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state import LR_SCHEDULES, AttackState, Terms, learning_rate
+from state import LR_SCHEDULES, AttackState, Terms, annealed_weight, learning_rate
 
 
 @given(st.sampled_from(LR_SCHEDULES), st.floats(0, 1), st.floats(1e-3, 10))
@@ -104,3 +104,12 @@ def test_known_labels_hold_in_every_copy():
     state.known_labels = torch.tensor([2])
     assert state.label_logits.argmax(2)[:, 0].tolist() == [2, 2]
     assert torch.equal(state.label_logits[:, 1], torch.zeros(2, 3))
+
+
+@given(st.floats(0, 1e4), st.floats(1e-6, 1), st.floats(0, 1))
+def test_annealing_ends_at_its_share_and_never_below_what_noise_asks(evaluations, final, least):
+    weight = annealed_weight(0.1, evaluations, final=final, horizon=2500, least=least)
+    assert max(least, 0.1 * final) <= weight * (1 + 1e-9)
+    assert weight <= max(least, 0.1) * (1 + 1e-9)
+    if evaluations >= 2500:
+        assert weight == pytest.approx(max(least, 0.1 * final))
