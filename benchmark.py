@@ -28,7 +28,7 @@ import main_MAGIA_sel as magia
 import metrics
 from cells import Cell, cell_name, run_cells
 from data import LABEL_MODES, Batch
-from figures import MEANS, picture_wall, plot_grid, plot_signals, summarise, write_table
+from figures import MEANS, WALL, picture_wall, plot_grid, plot_signals, summarise, write_table
 from gradients import SharedUpdate
 from models import MODELS
 from peers import PEERS, breaching_attack
@@ -217,10 +217,10 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     lines = summarise(rows, ("preset", "batch_size", "labels", "model", budget))
     write_table(lines, asked.out / "summary")
     plot_grid(lines, budget, asked.out)
-    pictured = [cell for cell in cells if cell == cells[0] | {"preset": cell["preset"]}]
-    runs = {cell["preset"]: asked.out / "runs" / cell_name(cell, flags) for cell in pictured}
+    shown = cells[0] | {"batch_size": min(asked.batch_sizes, key=lambda size: (size < WALL, abs(size - WALL)))}
+    runs = {name: asked.out / "runs" / cell_name(shown | {"preset": name}, flags) for name in attacks}
     runs = {name: run for name, run in runs.items() if (run / "metrics.json").is_file()}
-    picture_wall(_victim(cells[0] | {"preset": "magia"}, flags)[2].images, runs, asked.out / "wall.png")
+    picture_wall(_victim(shown | {"preset": "magia"}, flags)[2].images, runs, asked.out / "wall.png")
     return rows
 
 

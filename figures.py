@@ -18,7 +18,7 @@ LEAST_SECONDS = 0.1  # what the tables resolve: shorter runs have their place on
 MEANS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found", "evaluations", "seconds")
 MEASURES = {"psnr": "mean PSNR (dB)", "ssim": "mean SSIM"}
 PANEL = {"batch_size": "B = {}", "max_evals": "{} evaluations", "max_seconds": "{} seconds"}
-MARKERS = "os^v"  # one for every ten lines
+MARKERS = "os^v"  # the next for every ten lines
 PANELS = 3  # in a row
 
 
@@ -107,9 +107,15 @@ def plot_lines(lines: Sequence[Cell], path: Path, measure: str, *, x: str, panel
             own = sorted((line for line in own if line[panel] == value), key=lambda line: line[x])
             spread = [line["psnr_spread"] or 0 for line in own] if measure == "psnr" else None
             at, y = [line[x] for line in own], [line[f"{measure}_mean"] for line in own]
-            axis.errorbar(at, y, spread, label=name, color=f"C{number % 10}", marker=MARKERS[number // 10], capsize=3)
+            axis.errorbar(
+                at, y, spread, label=name, color=f"C{number % 10}", marker=MARKERS[number // 10 % 4], capsize=3
+            )
         axis.set(xlabel="batch size B" if x == "batch_size" else x, ylabel=MEASURES[measure], xscale="log")
         axis.set_title(PANEL[panel].format(value))
+        if x == "batch_size":
+            sizes = sorted({line[x] for line in lines})
+            axis.set_xticks(sizes, map(str, sizes))
+            axis.minorticks_off()
     for axis in axes[len(values) :]:
         axis.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)

@@ -14,6 +14,7 @@ Inversion (arXiv 2509.18170).
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -144,6 +145,8 @@ RESUME = None  # True: go on with run_name; a path: go on with that run director
 CHECKPOINT_EVERY = 50  # steps between checkpoints; 0: only at the end
 LOG_EVERY = 1  # steps between rows of trace.csv
 QUIET = False  # print the last line only
+
+SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
 
 # What published attacks share: whole batches, plain pixels, nothing read beforehand, no annealing.
 PLAIN = {
@@ -413,7 +416,8 @@ def sense(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) 
     if settings.signals in ("off", "ica"):
         return None
     try:
-        return recover_signals(update, model, generator=stream(settings.seed, "signals"))
+        seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
+        return recover_signals(update, model, generator=stream(settings.seed, "signals"), max_seconds=seconds)
     except ValueError as error:
         if settings.signals == "on":
             raise ValueError(f"--signals on: {error}") from None

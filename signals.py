@@ -204,14 +204,16 @@ class Point:
         return float(self.f.square().sum())
 
 
-def solve(equations: Equations, q: Tensor, iterations: int) -> Tensor:
+def solve(equations: Equations, q: Tensor, iterations: int, deadline: float = math.inf) -> Tensor:
     """Levenberg-Marquardt with geodesic acceleration from q (B, r).
 
-    It ends after so many iterations, when no step lowers the residual, or when six in a row lowered it by less than
-    one in a thousand. Damping follows the gain ratio (Nielsen 1999).
+    It ends after so many iterations, at the deadline (of `time.perf_counter`), when no step lowers the residual, or
+    when six in a row lowered it by less than one in a thousand. Damping follows the gain ratio (Nielsen 1999).
     """
     at, damping, slow = equations.at(q), 1e-3, 0
     for _ in range(iterations):
+        if time.perf_counter() > deadline:
+            break
         gradient, matrix = equations.pull(at, at.f), equations.normal(at)
         diagonal = matrix.diagonal().clone()
         unit = diagonal.mean()
@@ -246,11 +248,14 @@ def _step(equations: Equations, at: Point, gradient: Tensor, matrix: Tensor) -> 
     return equations.at(at.q + step + acceleration / 2), step
 
 
-def recover_signals(update: SharedUpdate, model: nn.Module, *, generator: torch.Generator) -> Signals:
+def recover_signals(
+    update: SharedUpdate, model: nn.Module, *, generator: torch.Generator, max_seconds: float = math.inf
+) -> Signals:
     """Find the images that the head's gradient gives away, in float64, from the update and the model alone.
 
     An update without the bias's gradient is taken too. A column of equations is then missing, and the labels come from
-    G and the mean feature, which is right as far as features resemble each other.
+    G and the mean feature, which is right as far as features resemble each other. What is not found within
+    `max_seconds` of wall time, as long as an iteration takes more or less, is not found.
 
     Raises:
         ValueError: the model's last layer is not linear, its gradient is not in the update, or the batch is larger
@@ -267,15 +272,16 @@ def recover_signals(update: SharedUpdate, model: nn.Module, *, generator: torch.
 
     if not len(head.span.sigma):
         return replace(_nothing(head), seconds=time.perf_counter() - started)
-    q, labels = _choose_labels(head, LabelCounts.of(head, sample), fresh())
+    deadline = started + max_seconds
+    q, labels = _choose_labels(head, LabelCounts.of(head, sample), fresh(), deadline)
     best, least = None, math.inf
     attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
     for _ in range(attempts):
-        q = solve(head.equations(labels), q, ITERATIONS)
+        q = solve(head.equations(labels), q, ITERATIONS, deadline)
         signals, passed, cost = _judge(head, labels, q, model.feature_range)
         if best is None or (len(signals), -cost) > (len(best), -least):
             best, least = signals, cost
-        if passed.all():
+        if passed.all() or time.perf_counter() > deadline:
             break
         q = torch.where(passed[:, None], q, fresh())
     return replace(best, seconds=time.perf_counter() - started)
@@ -397,7 +403,7 @@ class LabelCounts:
         return [first.new_tensor(key) for key in sorted(reached, key=reached.get)[:RIVALS]]
 
 
-def _choose_labels(head: _Head, counts: LabelCounts, q: Tensor) -> tuple[Tensor, Tensor]:
+def _choose_labels(head: _Head, counts: LabelCounts, q: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
     """Start (B, r) and labels (B,): of all plausible labels those that fit best after a trial, likeliest first.
 
     One wrong label keeps the residual a hundred times higher than labels that are right.
@@ -408,7 +414,7 @@ def _choose_labels(head: _Head, counts: LabelCounts, q: Tensor) -> tuple[Tensor,
     best, least = None, math.inf
     for labels in plausible:
         equations = head.equations(labels)
-        tried = solve(equations, q, TRIAL)
+        tried = solve(equations, q, TRIAL, deadline)
         cost = equations.at(tried).cost
         if cost < least:
             best, least = (tried, labels), cost

@@ -283,3 +283,9 @@ def test_images_that_share_a_label_come_out_sharper_with_signals(cli):
     read = metrics_of(cli(*flags, name="on"))
     mixed = metrics_of(cli(*flags, "--signals", "off", name="off"))
     assert read["psnr_mean"] > mixed["psnr_mean"] + 3
+
+
+def test_a_search_ends_when_its_time_is_up():
+    update, model, labels, _ = case([3, 11, 0, 19, 5])
+    assert len(recover_signals(update, model, generator=generator(), max_seconds=0)) == 0
+    assert len(recover_signals(update, model, generator=generator(), max_seconds=600)) == len(labels)
