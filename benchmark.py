@@ -149,6 +149,7 @@ def build_parser() -> OneLineParser:
         command.add_argument("--seeds", type=listed(int), default=[0, 1, 2], metavar="LIST")
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, plots and cells go")
         command.add_argument("--jobs", type=size, default=1, metavar="N", help="cells at a time; default 1")
+        command.add_argument("--threads", type=size, metavar="N", help="of each process; default the cores shared out")
         command.add_argument(
             "--scheduler", metavar="ADDRESS", help="run cells on this Dask cluster, tcp://host:8786 say"
         )
@@ -270,7 +271,8 @@ def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 def _measured(
     measure: Callable[[Cell], Cell], cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace
 ) -> list[Cell]:
-    return run_cells(measure, cells, flags, out=asked.out, jobs=asked.jobs, scheduler=asked.scheduler)
+    how = {"jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
+    return run_cells(measure, cells, flags, out=asked.out, **how)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def run_cells(
     *,
     out: Path,
     jobs: int = 1,
+    threads: int | None = None,
     scheduler: str | None = None,
 ) -> list[Cell]:
     """All cells with what was measured, in their order; those that are finished are read back, not run again.
@@ -38,7 +39,9 @@ def run_cells(
         measure: maps a cell to its figures. It runs in other processes where there are several.
         flags: further flags that all cells share; they are part of a cell's name.
         out: the folder that holds `cells`; with a scheduler all machines must see it.
-        jobs: local processes; the machine's cores are shared out among them.
+        jobs: local processes.
+        threads: of each process; None shares the machine's cores out among them, and leaves a cluster's workers as
+            they were started.
         scheduler: address of a Dask scheduler that runs the cells instead.
 
     Raises:
@@ -48,7 +51,8 @@ def run_cells(
     folder = out.resolve() / "cells"
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{cell_name(cell, flags)}.json" for cell in cells]
-    threads = None if scheduler else max(1, (os.cpu_count() or 1) // jobs)
+    if threads is None and scheduler is None:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def finish(cell: Cell, file: Path) -> None:
         if threads:
@@ -57,7 +61,8 @@ def run_cells(
         replace_atomically(file, lambda temporary: temporary.write_text(row))
 
     def missing() -> list[tuple[Cell, Path]]:
-        return [(cell, file) for cell, file in zip(cells, files, strict=True) if not file.is_file()]
+        # the last first: batch sizes mostly ascend, and a long cell at the end would leave the other processes idle
+        return [(cell, file) for cell, file in zip(cells, files, strict=True) if not file.is_file()][::-1]
 
     with processes(jobs, scheduler), tqdm(total=len(missing()), unit="cell", dynamic_ncols=True) as bar:
         for attempt in range(1, ATTEMPTS + 1):

@@ -43,7 +43,7 @@ def test_cells_are_measured_once_and_read_back_in_order(tmp_path):
     assert rows == [{"number": n, "square": n * n} for n in range(6)]
     (tmp_path / "cells" / f"{cell_name(CELLS[2], [])}.json").unlink()
     assert run_cells(logged(tmp_path / "log"), CELLS, [], out=tmp_path) == rows
-    assert (tmp_path / "log").read_text().split() == ["0", "1", "2", "3", "4", "5", "2"]
+    assert (tmp_path / "log").read_text().split() == ["5", "4", "3", "2", "1", "0", "2"]
     run_cells(logged(tmp_path / "log"), CELLS[:1], ["--seed", "1"], out=tmp_path)  # further flags: another cell
     assert len(list((tmp_path / "cells").iterdir())) == 7
 
