@@ -7,6 +7,7 @@ the cells it was at: they are started anew. Delete a file to measure its cell an
 import hashlib
 import json
 import os
+import site
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,7 +88,10 @@ def processes(jobs: int, scheduler: str | None) -> Iterator[None]:
         from distributed import Client
     except ImportError:
         raise ValueError("--scheduler needs Dask: pip install -r requirements-cluster.txt") from None
-    with Client(scheduler), parallel_config(backend="dask"):
+    with Client(scheduler) as client, parallel_config(backend="dask"):
+        home = str(Path(__file__).parent)
+        client.run_on_scheduler(site.addsitedir, home)  # it reads what it hands on, and waits for ever if it cannot
+        client.run(site.addsitedir, home)  # workers that join later need a PYTHONPATH
         yield
 
 

@@ -1,10 +1,14 @@
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
-from distributed import LocalCluster
+from conftest import ROOT
+from distributed import Client
 
 import benchmark
 from cells import cell_name, run_cells
@@ -13,10 +17,25 @@ CELLS = [{"number": number} for number in range(6)]
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A scheduler and two workers, each a process of its own that is started anew when it dies."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        yield cluster
+def scheduler(tmp_path_factory):
+    """The address of a scheduler with two workers, started as the README does; workers that die are started anew."""
+    folder = tmp_path_factory.mktemp("cluster")
+    file, python = folder / "scheduler.json", [sys.executable, "-m"]
+    words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    processes = [subprocess.Popen([*python, *words, "--scheduler-file", file], cwd=folder)]
+    try:
+        wait_for(file.exists)
+        address = json.loads(file.read_text())["address"]
+        words = ["distributed.cli.dask_worker", address, "--nworkers", "2", "--nthreads", "1", "--no-dashboard"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen([*python, *words], cwd=folder, env=environment))
+        with Client(address) as client:
+            client.wait_for_workers(2, timeout=60)
+        yield address
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(30)
 
 
 def logged(log, seconds=0.0):
@@ -48,16 +67,18 @@ def test_cells_are_measured_once_and_read_back_in_order(tmp_path):
     assert len(list((tmp_path / "cells").iterdir())) == 7
 
 
-def test_a_dask_worker_that_is_killed_costs_its_cell_only(tmp_path, cluster):
+def test_a_dask_worker_that_is_killed_costs_its_cell_only(tmp_path, scheduler):
     log, rows = tmp_path / "log", []
 
     def run():
-        rows.extend(run_cells(logged(log, 0.5), CELLS, [], out=tmp_path, scheduler=cluster.scheduler_address))
+        rows.extend(run_cells(logged(log, 0.5), CELLS, [], out=tmp_path, scheduler=scheduler))
 
+    with Client(scheduler) as client:
+        workers = list(client.run(os.getpid).values())
     thread = threading.Thread(target=run)
     thread.start()
     wait_for(lambda: log.exists() and len(log.read_text().split()) >= 3)  # the third has just begun
-    os.kill(cluster.workers[0].process.pid, signal.SIGKILL)
+    os.kill(workers[0], signal.SIGKILL)
     thread.join(120)
     assert rows == [{"number": n, "square": n * n} for n in range(6)]
     assert len(list((tmp_path / "cells").iterdir())) == 6
@@ -83,10 +104,10 @@ def test_a_process_that_always_dies_is_an_error(tmp_path):
         run_cells(lambda cell: os.kill(os.getpid(), signal.SIGKILL), CELLS[:2], [], out=tmp_path, jobs=2)
 
 
-def test_a_cluster_measures_what_one_process_does(tmp_path, cluster, capsys):
+def test_a_cluster_measures_what_one_process_does(tmp_path, scheduler, capsys):
     words = ["signals", "--batch_sizes", "2,3", "--num_classes", "20", "--seeds", "0,1", "--image_size", "16"]
     assert benchmark.main([*words, "--out", str(tmp_path / "here")]) == 0
-    assert benchmark.main([*words, "--out", str(tmp_path / "there"), "--scheduler", cluster.scheduler_address]) == 0
+    assert benchmark.main([*words, "--out", str(tmp_path / "there"), "--scheduler", scheduler]) == 0
     here, there = ((tmp_path / name / "table.md").read_text().splitlines() for name in ("here", "there"))
     assert len(here) == 6
     assert [line.split("|")[:9] for line in here] == [line.split("|")[:9] for line in there]
