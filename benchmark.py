@@ -218,11 +218,24 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     lines = summarise(rows, ("preset", "batch_size", "labels", "model", budget))
     write_table(lines, asked.out / "summary")
     plot_grid(lines, budget, asked.out)
-    shown = cells[0] | {"batch_size": min(asked.batch_sizes, key=lambda size: (size < WALL, abs(size - WALL)))}
-    runs = {name: asked.out / "runs" / cell_name(shown | {"preset": name}, flags) for name in attacks}
-    runs = {name: run for name, run in runs.items() if (run / "metrics.json").is_file()}
-    picture_wall(_victim(shown | {"preset": "magia"}, flags)[2].images, runs, asked.out / "wall.png")
+    write_wall(cells, attacks, flags, asked.out)
     return rows
+
+
+def write_wall(cells: Sequence[Cell], attacks: Sequence[str], flags: Sequence[str], out: Path) -> None:
+    """wall.png of the grid's first labels, model, seed and budget, at the batch size that best fills a row."""
+    alike = [cell for cell in cells if cell.items() >= {k: cells[0][k] for k in ("labels", "model", "seed")}.items()]
+    ran = [cell for cell in alike if (out / "runs" / cell_name(cell, flags) / "metrics.json").is_file()]
+    if not ran:
+        return
+    shown = min(ran, key=lambda cell: (cell["batch_size"] < WALL, abs(cell["batch_size"] - WALL)))
+    runs = {
+        cell["preset"]: out / "runs" / cell_name(cell, flags)
+        for cell in ran
+        if cell == shown | {"preset": cell["preset"]}
+    }
+    runs = {name: runs[name] for name in attacks if name in runs}
+    picture_wall(_victim(shown | {"preset": "magia"}, flags)[2].images, runs, out / "wall.png")
 
 
 def peer_attacks(asked: argparse.Namespace) -> list[str]:

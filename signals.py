@@ -403,7 +403,7 @@ class LabelCounts:
         return [first.new_tensor(key) for key in sorted(reached, key=reached.get)[:RIVALS]]
 
 
-def _choose_labels(head: _Head, counts: LabelCounts, q: Tensor, deadline: float) -> tuple[Tensor, Tensor]:
+def _choose_labels(head: _Head, counts: LabelCounts, q: Tensor, deadline: float = math.inf) -> tuple[Tensor, Tensor]:
     """Start (B, r) and labels (B,): of all plausible labels those that fit best after a trial, likeliest first.
 
     One wrong label keeps the residual a hundred times higher than labels that are right.
