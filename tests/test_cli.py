@@ -157,7 +157,7 @@ def test_max_seconds_begins_no_further_step(cli):
     assert figures["seconds"] >= 0.3
     assert float(rows[-2]["seconds"]) < 0.3 if len(rows) > 1 else True
     assert 0 < figures["signals_seconds"] < figures["seconds"]
-    cli("--resume", run, "--max_seconds", 0.6)
+    cli("--resume", run, "--max_seconds", 0.6, "--n_iter", 100_000)
     assert metrics_of(run)["seconds"] >= 0.6
     assert len(trace_of(run)) > len(rows)
 
