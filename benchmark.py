@@ -79,14 +79,14 @@ def _victim(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.Mo
 
 def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """One run of the command line, and what its metrics.json says."""
-    name = cell_name(cell, flags)
-    argv = [*_flags(cell), *flags, "--quiet", "--save_dir", str(out / "runs"), "--run_name", name]
-    shutil.rmtree(out / "runs" / name, ignore_errors=True)  # what a process that died there has left
+    path = _run_path(cell, flags, out)
+    argv = [*_flags(cell), *flags, "--quiet", "--save_dir", str(path.parent), "--run_name", path.name]
+    shutil.rmtree(path, ignore_errors=True)  # what a process that died there has left
     with redirect_stdout(io.StringIO()):
         status = magia.main(argv)
     if status:
         return dict.fromkeys(FIGURES) | {"status": f"exit {status}"}
-    figures = json.loads((out / "runs" / name / "metrics.json").read_text())
+    figures = json.loads((path / "metrics.json").read_text())
     return {name: figures[name] for name in MEANS} | {"status": figures["ended_by"]}
 
 
@@ -104,12 +104,16 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     seconds = time.perf_counter() - started
     figures = metrics.evaluate(truth.images, truth.labels, images.cpu(), labels.cpu())
     figures |= {"signals_found": 0, "evaluations": evaluations, "seconds": seconds, "status": "max_evals"}
-    path = out / "runs" / cell_name(cell, flags)
+    path = _run_path(cell, flags, out)
     shutil.rmtree(path, ignore_errors=True)
     run = RunDirectory(path)
     save_images(run, images.cpu())
     run.write_json("metrics.json", figures)
     return {name: figures[name] for name in FIGURES}
+
+
+def _run_path(cell: Cell, flags: Sequence[str], out: Path) -> Path:
+    return out / "runs" / cell_name(cell, flags)
 
 
 def _flags(cell: Cell) -> list[str]:
@@ -218,23 +222,19 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     lines = summarise(rows, ("preset", "batch_size", "labels", "model", budget))
     write_table(lines, asked.out / "summary")
     plot_grid(lines, budget, asked.out)
-    write_wall(cells, attacks, flags, asked.out)
+    write_wall(cells, flags, asked.out)
     return rows
 
 
-def write_wall(cells: Sequence[Cell], attacks: Sequence[str], flags: Sequence[str], out: Path) -> None:
+def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path) -> None:
     """wall.png of the grid's first labels, model, seed and budget, at the batch size that best fills a row."""
     alike = [cell for cell in cells if cell.items() >= {k: cells[0][k] for k in ("labels", "model", "seed")}.items()]
-    ran = [cell for cell in alike if (out / "runs" / cell_name(cell, flags) / "metrics.json").is_file()]
+    ran = [cell for cell in alike if (_run_path(cell, flags, out) / "metrics.json").is_file()]
     if not ran:
         return
     shown = min(ran, key=lambda cell: (cell["batch_size"] < WALL, abs(cell["batch_size"] - WALL)))
-    runs = {
-        cell["preset"]: out / "runs" / cell_name(cell, flags)
-        for cell in ran
-        if cell == shown | {"preset": cell["preset"]}
-    }
-    runs = {name: runs[name] for name in attacks if name in runs}
+    beside = [cell for cell in ran if cell == shown | {"preset": cell["preset"]}]
+    runs = {cell["preset"]: _run_path(cell, flags, out) for cell in beside}
     picture_wall(_victim(shown | {"preset": "magia"}, flags)[2].images, runs, out / "wall.png")
 
 
