@@ -1,10 +1,11 @@
 # make run    set up, reconstruct 16 bundled images from one averaged gradient, say where the pictures are
 # make test   set up, lint, run the tests
+# make docs   write docs/flags.md from the comments at the top of main_MAGIA_sel.py
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: run test lint clean
+.PHONY: run test lint docs clean
 
 run: .venv/installed
 	$(BIN)/python main_MAGIA_sel.py $(ARGS)
@@ -15,6 +16,10 @@ test: lint
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+docs: .venv/installed
+	$(BIN)/python -m cli.docs
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

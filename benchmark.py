@@ -1,4 +1,4 @@
-"""The measurements behind the README's tables and plots.
+"""The measurements behind the tables and plots of docs/results.md and docs/defences.md.
 
     python benchmark.py grid --presets magia,paper --batch_sizes 4,8 --seeds 0,1 --max_evals 300 --out results/grid
     python benchmark.py signals --out results/signals      # images read from the head's gradient, against batch size
@@ -9,123 +9,35 @@ interrupted grid goes on where it stopped; delete the file to measure anew. Unkn
 """
 
 import argparse
-import io
 import itertools
-import json
-import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from scipy.optimize import linear_sum_assignment
-
 import main_MAGIA_sel as magia
-import metrics
-from cells import Cell, cell_name, run_cells
-from data import LABEL_MODES, Batch
-from figures import MEANS, WALL, picture_wall, plot_grid, plot_signals, summarise, write_table
-from gradients import SharedUpdate
-from models import MODELS
-from peers import PEERS, breaching_attack
-from report import RunDirectory, save_images
-from runtime import OneLineParser, number, stream
-from signals import recover_signals
+from attack.published.presets import PRESETS
+from bench.cells import Cell, run_cells
+from bench.figures import WALL, picture_wall, plot_grid, plot_signals, summarise, write_table
+from bench.measures import (
+    FIGURES,
+    measure_attack,
+    measure_peer,
+    measure_signals,
+    run_folder,
+    victim_of,
+)
+from bench.peers import PEERS
+from cli.flags import OneLineParser, number
+from cli.settings import resolve
+from data import LABEL_MODES
+from update.models import MODELS
 
-CLOSE = 0.01  # features count as read when their relative error is below this
-MANY_STEPS = 100_000  # so that seconds end a run, where they are its budget
 DEFENCES = (
     "none", "--frozen=head.bias", "--frozen=head", "float16", "bfloat16", "topk:0.5", "topk:0.1", "topk:0.01",
     "noise:1e-6", "noise:1e-5", "noise:1e-4", "noise:1e-3", "noise:1e-2",
 )  # fmt: skip
-
-FIGURES = (*MEANS, "status")
-
-
-# ----------------------------------------------------------------------------------------------------
-# What is measured in a cell
-
-
-def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
-    """How many images of one batch the head's gradient gives away, judged by the true labels and features."""
-    update, model, truth, settings = _victim(cell, flags)
-    row = {"found": 0, "labels_right": 0, "within_1_percent": 0, "worst_error": None, "signal_seconds": 0.0, "note": ""}
-    try:
-        signals = recover_signals(update, model, generator=stream(settings.seed, "signals"))
-    except ValueError as error:
-        return row | {"note": str(error)}
-    row |= {"found": len(signals), "signal_seconds": round(signals.seconds, 2)}
-    if len(signals):
-        with torch.no_grad():
-            features = model.features(truth.images.to(next(model.parameters()))).to(signals.features)
-        distance = torch.cdist(signals.features, features) / features.norm(dim=1)
-        found, true = (torch.from_numpy(i) for i in linear_sum_assignment(distance.cpu().numpy()))
-        error = distance[found, true]
-        row["labels_right"] = int((signals.labels.cpu()[found] == truth.labels[true]).sum())
-        row["within_1_percent"] = int((error < CLOSE).sum())
-        row["worst_error"] = float(error.max())
-    return row
-
-
-def _victim(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.Module, Batch, argparse.Namespace]:
-    settings, _ = magia.resolve([*_flags(cell), *flags])
-    place = {"device": magia.choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
-    return *magia.victim(settings, place), settings
-
-
-def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """One run of the command line, and what its metrics.json says."""
-    path = _run_path(cell, flags, out)
-    argv = [*_flags(cell), *flags, "--quiet", "--save_dir", str(path.parent), "--run_name", path.name]
-    shutil.rmtree(path, ignore_errors=True)  # what a process that died there has left
-    with redirect_stdout(io.StringIO()):
-        status = magia.main(argv)
-    if status:
-        return dict.fromkeys(FIGURES) | {"status": f"exit {status}"}
-    figures = json.loads((path / "metrics.json").read_text())
-    return {name: figures[name] for name in MEANS} | {"status": figures["ended_by"]}
-
-
-def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """One run of another package's attack on the update that the presets get, judged and pictured like theirs."""
-    attack = str(cell["preset"]).split()[1]
-    update, model, truth, settings = _victim(cell | {"preset": "magia"}, flags)
-    started = time.perf_counter()
-    try:
-        images, labels, evaluations = breaching_attack(
-            attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed
-        )
-    except Exception as error:  # of another package: whatever it is, it costs this cell only
-        return dict.fromkeys(FIGURES) | {"status": f"{type(error).__name__}: {error}".splitlines()[0]}
-    seconds = time.perf_counter() - started
-    figures = metrics.evaluate(truth.images, truth.labels, images.cpu(), labels.cpu())
-    figures |= {"signals_found": 0, "evaluations": evaluations, "seconds": seconds, "status": "max_evals"}
-    path = _run_path(cell, flags, out)
-    shutil.rmtree(path, ignore_errors=True)
-    run = RunDirectory(path)
-    save_images(run, images.cpu())
-    run.write_json("metrics.json", figures)
-    return {name: figures[name] for name in FIGURES}
-
-
-def _run_path(cell: Cell, flags: Sequence[str], out: Path) -> Path:
-    return out / "runs" / cell_name(cell, flags)
-
-
-def _flags(cell: Cell) -> list[str]:
-    """The cell as flags of main_MAGIA_sel.py; a value that is a flag itself stands as it is.
-
-    Steps are as many as a budget of evaluations or seconds could ever take, so that it is what ends the run.
-    """
-    if "max_evals" in cell or "max_seconds" in cell:
-        cell = {"n_iter": cell.get("max_evals", MANY_STEPS)} | cell
-    pairs = [([str(v)] if str(v).startswith("--") else [f"--{name}", str(v)]) for name, v in cell.items()]
-    return [word for pair in pairs for word in pair]
-
 
 # ----------------------------------------------------------------------------------------------------
 # The command line
@@ -159,7 +71,7 @@ def build_parser() -> OneLineParser:
         )
 
     command = commands.add_parser("grid", help="presets and peers against each other on the same updates")
-    command.add_argument("--presets", type=listed(str, magia.PRESETS), default=list(magia.PRESETS), metavar="LIST")
+    command.add_argument("--presets", type=listed(str, PRESETS), default=list(PRESETS), metavar="LIST")
     command.add_argument("--peer", choices=PEERS, help="also run this package's attacks on the same updates")
     command.add_argument(
         "--peer_attacks", type=listed(str), metavar="LIST", help="which of them; default all that are known"
@@ -195,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 2 wrong input."""
     asked, flags = build_parser().parse_known_args(argv)
     try:
-        magia.resolve(flags)  # refuses at once what no cell could run with
+        resolve(flags, magia.FLAGS)  # refuses at once what no cell could run with
         rows = {"grid": grid, "signals": signals, "defences": defences}[asked.command](asked, flags)
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -229,13 +141,13 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path) -> None:
     """wall.png of the grid's first labels, model, seed and budget, at the batch size that best fills a row."""
     alike = [cell for cell in cells if cell.items() >= {k: cells[0][k] for k in ("labels", "model", "seed")}.items()]
-    ran = [cell for cell in alike if (_run_path(cell, flags, out) / "metrics.json").is_file()]
+    ran = [cell for cell in alike if (run_folder(cell, flags, out) / "metrics.json").is_file()]
     if not ran:
         return
     shown = min(ran, key=lambda cell: (cell["batch_size"] < WALL, abs(cell["batch_size"] - WALL)))
     beside = [cell for cell in ran if cell == shown | {"preset": cell["preset"]}]
-    runs = {cell["preset"]: _run_path(cell, flags, out) for cell in beside}
-    picture_wall(_victim(shown | {"preset": "magia"}, flags)[2].images, runs, out / "wall.png")
+    runs = {cell["preset"]: run_folder(cell, flags, out) for cell in beside}
+    picture_wall(victim_of(shown | {"preset": "magia"}, flags)[2].images, runs, out / "wall.png")
 
 
 def peer_attacks(asked: argparse.Namespace) -> list[str]:
@@ -256,7 +168,7 @@ def peer_attacks(asked: argparse.Namespace) -> list[str]:
 
 def measure_preset_or_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """What a cell of `grid` measures."""
-    return (measure_attack if cell["preset"] in magia.PRESETS else measure_peer)(cell, flags, out)
+    return (measure_attack if cell["preset"] in PRESETS else measure_peer)(cell, flags, out)
 
 
 def signals(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:

@@ -1,8 +1,8 @@
 """Image priors: what natural images look like, without any training data.
 
 Every prior maps images (B, C, H, W) in [0, 1] to one non-negative scalar, the mean over images and pixels, so that
-its weight means the same at every batch and image size. `make_prior` builds one from its flags; its repr says what
-it is, so that a run describes itself.
+its weight means the same at every batch and image size. The repr of a `Prior` says what it is, so that a run
+describes itself.
 """
 
 import math
@@ -23,7 +23,7 @@ def opponent_basis(channels: int, *, dtype: torch.dtype = torch.float32, device:
     """Orthonormal axes (C, C) whose rows are luma, red-green and yellow-blue; the identity for anything but RGB.
 
     Natural images vary most along luma, and their edges along the chroma axes are few: a prior that sees the three
-    apart, and holds chroma tighter, is worth several dB (README, "What each part is worth").
+    apart, and holds chroma tighter, is worth several dB (docs/results.md, "What each part is worth").
     """
     if channels != 3:
         return torch.eye(channels, dtype=dtype, device=device)
@@ -90,11 +90,12 @@ class Prior:
 
     `opponent` is  R(luma) + chroma_weight * R(chroma)  with  R = total_variation + curvature_weight * curvature,
     luma one channel and chroma the two others taken together. `rgb` is R on the channels as they are, `anisotropic`
-    the published mean form, which has no further weights.
+    the published mean form, which has no further weights. Without weights all three are plain: chroma as heavy as luma,
+    no curvature.
     """
 
-    name: str = "opponent"
-    chroma_weight: float = 2.0
+    name: str
+    chroma_weight: float = 1.0
     curvature_weight: float = 0.0
 
     def __post_init__(self) -> None:

@@ -14,7 +14,9 @@ with t the 0-based step. Every S is clamped to 1 <= S <= B.
 """
 
 import math
+from dataclasses import dataclass
 
+RESAMPLES = ("step", "closure")
 MODES = ("const1", "constk", "linear_inc_l", "linear_inc_total", "linear_dec_l", "linear_dec_total", "sigmoid")
 
 
@@ -78,3 +80,37 @@ def subset_size(mode: str, step: int, *, batch_size: int, n_iter: int, k: int, l
         case "sigmoid":
             size = math.ceil(batch_size * sigmoid_decay(step, a, b))
     return max(1, min(batch_size, size))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """S(t) of a run, and when the subset is drawn: once a step, or (closure) in every evaluation, as published.
+
+    Raises:
+        ValueError: what `subset_size` refuses, when it is made.
+    """
+
+    mode: str
+    batch_size: int
+    n_iter: int
+    k: int
+    l_iter: int
+    a: float
+    b: float
+    resample: str = "step"
+
+    def __post_init__(self) -> None:
+        self.size(0)
+
+    def size(self, step: int) -> int:
+        """S of 0-based step `step`."""
+        return subset_size(
+            self.mode,
+            step,
+            batch_size=self.batch_size,
+            n_iter=self.n_iter,
+            k=self.k,
+            l_iter=self.l_iter,
+            a=self.a,
+            b=self.b,
+        )

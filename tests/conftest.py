@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main_MAGIA_sel as magia  # noqa: E402
+from cli.settings import resolve  # noqa: E402
 
 settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")  # a busy machine is no bug
@@ -49,6 +50,18 @@ class Cli:
 @pytest.fixture
 def cli(tmp_path, capsys):
     return Cli(tmp_path, capsys)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def resolved(*words):
+    """The settings of a command line."""
+    return resolve([str(word) for word in words], magia.FLAGS)[0]
+
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
 
 def metrics_of(run: Path) -> dict:

@@ -1,0 +1,1 @@
+"""What the server does with a shared update. Nothing here takes true images, true labels, or what follows from them."""

@@ -1,0 +1,243 @@
+"""The MAGIA matching loss: the full batch against the shared average, and a random subset against it.
+
+    L = rho(B, S) [ alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g) ] + tv_weight * prior(x)
+
+g is the shared average, g_all and g_T are the mean gradients over all dummy images and over the subset T of S of
+them. Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
+
+Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from update.gradients import averaged_gradient, trainable
+from update.head import Head
+
+DISTANCES = ("l2", "cosine")
+SUBSET_LOSSES = ("published", "mean", "partial")
+RESCALES = ("inclusion", "none")
+
+Gradient = tuple[Tensor, ...]
+
+
+def inclusion_probability(batch_size: int, subset_size: int) -> float:
+    """rho(B, S) = S / B, the weight of the matching loss under `--rescale inclusion`.
+
+    The paper names a closed-form combinatorial rescaling; the helper that computes it was never published. This one
+    is derived here, not quoted. Of the C(B, S) subsets of size S, image i is in C(B-1, S-1): fix i, choose the rest.
+    So over a uniform T each image is included with probability C(B-1, S-1) / C(B, S) = S / B, and the partial average
+    that a subset contributes, (1/B) sum_{i in T} g_i, has the mean  E_T = rho g_all.  Multiplying the matching loss by
+    rho weighs a step by the share of the batch its subset speaks for. Beside a prior of fixed weight, a schedule of S
+    is then an annealing of the prior.
+    """
+    if not 1 <= subset_size <= batch_size:
+        raise ValueError(f"subset_size must be in [1, {batch_size}], got {subset_size}")
+    return subset_size / batch_size
+
+
+def squared_distance(a: Gradient, b: Gradient) -> Tensor:
+    """Sum of squared differences over all parameters."""
+    return sum((p - q).square().sum() for p, q in zip(a, b, strict=True))
+
+
+def cosine_distance(a: Gradient, b: Gradient) -> Tensor:
+    """1 - cos of the angle between the gradients as one long vector each (Geiping et al. 2020, eq. 4)."""
+    product = sum((p * q).sum() for p, q in zip(a, b, strict=True))
+    return 1 - product / (sum(p.square().sum() for p in a) * sum(q.square().sum() for q in b)).sqrt()
+
+
+def subset_distance(kind: str, g_subset: Gradient, g: Gradient, *, batch_size: int, subset_size: int) -> Tensor:
+    """D_sub between the subset's mean gradient and the shared average.
+
+    published   sum over layers of  mean((g_T / S - g / B)^2);  both are means already, so it divides twice
+    mean        |g_T - g|^2
+    partial     |(S/B) (g_T - g)|^2
+
+    In expectation over T, `mean` is |g_all - g|^2 + (B-S) / (S (B-1)) Var_i(g_i): it punishes the images for
+    differing. docs/results.md, "What the subset term is worth", has the measurements.
+    """
+    if kind == "published":
+        return sum((p / subset_size - q / batch_size).square().mean() for p, q in zip(g_subset, g, strict=True))
+    if kind == "mean":
+        return squared_distance(g_subset, g)
+    if kind == "partial":
+        return (subset_size / batch_size) ** 2 * squared_distance(g_subset, g)
+    raise ValueError(f"unknown subset_loss {kind!r}: choose one of {', '.join(SUBSET_LOSSES)}")
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A term beside matching and prior, by its name: weight times what `loss` makes of images (B, C, H, W)."""
+
+    name: str
+    weight: float
+    loss: Callable[[Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The weighted term, a scalar."""
+        return self.weight * self.loss(images)
+
+    def __repr__(self) -> str:
+        return f"{self.weight:g} {self.name}"
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """How far the features of the leading images are from those that are known, h_i (N, d), as a mean over the batch.
+
+    l2 takes |phi(x_i) - h_i|^2, cosine 1 - cos (Kariyappa et al. 2023).
+    """
+
+    model: nn.Module
+    features: Tensor
+    distance: str = "l2"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        features = self.model.features(images[: len(self.features)])
+        if self.distance == "cosine":
+            return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
+        return (features - self.features).square().sum() / len(images)
+
+
+@dataclass(frozen=True)
+class BatchNormLoss:
+    """How far the batch's statistics are from the running ones of the model's BatchNorm layers.
+
+    Sum over layers of |mean(x) - running mean| + |var(x) - running variance|, of what goes into the layer.
+
+    Source: Yin et al. 2021 (arXiv 2104.07586), eq. 11.
+    """
+
+    model: nn.Module
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers compared; none in a model without BatchNorm."""
+        return [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        distances = []
+
+        def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            variance, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+            distances.extend([(mean - layer.running_mean).norm(), (variance - layer.running_var).norm()])
+
+        hooks = [layer.register_forward_pre_hook(compare) for layer in self.layers]
+        try:
+            self.model.features(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(distances).sum()
+
+
+def disagreement(copies: Tensor) -> Tensor:
+    """Mean squared distance of copies (R, B, C, H, W) of a batch from their mean image, a scalar.
+
+    Source: group consistency, Yin et al. 2021 (arXiv 2104.07586), eq. 12, where copies are first registered to each
+    other; here the mean is that of the pixels as they are.
+    """
+    return (copies - copies.mean(0)).square().mean()
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The matching loss and its parts, each a scalar tensor: total = rho [alpha full + (1 - alpha) subset]."""
+
+    total: Tensor
+    full: Tensor
+    subset: Tensor
+
+
+@dataclass(frozen=True)
+class MatchingLoss:
+    """The matching loss of dummy images and label logits against one shared average.
+
+    Args:
+        model: the model that the server sent out.
+        target: the shared averaged gradient, one tensor per parameter.
+        alpha: weight of the full-batch term, in [0, 1].
+        rescale: `inclusion` multiplies by rho(B, S), `none` does not.
+        subset_loss: one of `SUBSET_LOSSES`.
+        distance: of the full-batch term, one of `DISTANCES`.
+        known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
+
+    Raises:
+        ValueError: alpha outside [0, 1], an unknown rescale or subset_loss.
+    """
+
+    model: nn.Module
+    target: Gradient
+    alpha: float = 0.999
+    rescale: str = "inclusion"
+    subset_loss: str = "published"
+    distance: str = "l2"
+    known: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        if self.rescale not in RESCALES:
+            raise ValueError(f"unknown rescale {self.rescale!r}: choose one of {', '.join(RESCALES)}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"unknown distance {self.distance!r}: choose one of {', '.join(DISTANCES)}")
+        if self.subset_loss not in SUBSET_LOSSES:
+            raise ValueError(f"unknown subset_loss {self.subset_loss!r}: choose one of {', '.join(SUBSET_LOSSES)}")
+
+    def __repr__(self) -> str:
+        if self.alpha == 1:
+            return f"{self.distance} matching"
+        return f"{self.distance} matching (subset term {self.subset_loss}, alpha {self.alpha:g}, rho {self.rescale})"
+
+    def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
+        """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
+        batch_size, subset_size = len(images), len(subset)
+        g_all, g_subset = self._gradients(images, label_logits.softmax(1), subset)
+        full = (cosine_distance if self.distance == "cosine" else squared_distance)(g_all, self.target)
+        sizes = {"batch_size": batch_size, "subset_size": subset_size}
+        if g_subset is None:
+            weak = torch.zeros_like(full)
+        else:
+            weak = subset_distance(self.subset_loss, g_subset, self._subset_target(subset, batch_size), **sizes)
+        rho = inclusion_probability(batch_size, subset_size) if self.rescale == "inclusion" else 1.0
+        return Matching(rho * (self.alpha * full + (1 - self.alpha) * weak), full, weak)
+
+    def _subset_target(self, subset: Tensor, batch_size: int) -> Gradient:
+        """What the subset's mean gradient is compared with: the shared average, which stands in for an unknown mean.
+
+        For the last layer the mean of T itself is used where every image in T was read. The published form divides
+        the average by B where it divides the subset's mean by S, so the exact mean is scaled to be divided alike.
+        """
+        if self.known is None or int(subset.max()) >= len(self.known[0]):
+            return self.target
+        errors, features = (values[subset] for values in self.known)
+        head = Head.of(self.model)
+        exact = {head.weight: errors.T @ features / len(subset), head.bias: errors.mean(0)}
+        scale = batch_size / len(subset) if self.subset_loss == "published" else 1.0
+        names = trainable(self.model)
+        return tuple(scale * exact[n] if n in exact else g for n, g in zip(names, self.target, strict=True))
+
+    def _gradients(self, images: Tensor, labels: Tensor, subset: Tensor) -> tuple[Gradient, Gradient | None]:
+        """Mean gradients over all images and over the subset; the second is None where alpha = 1 has no use for it.
+
+        The batch is split into T and the rest, and the full mean put together from the two: each image goes through
+        the model once, so the subset term costs next to nothing on top.
+        """
+        batch_size, subset_size = len(images), len(subset)
+        if self.alpha == 1:
+            return averaged_gradient(self.model, images, labels, create_graph=True), None
+        if subset_size == batch_size:
+            g_all = averaged_gradient(self.model, images, labels, create_graph=True)
+            return g_all, g_all
+        outside = torch.ones(batch_size, dtype=torch.bool, device=images.device)
+        outside[subset] = False
+        g_subset = averaged_gradient(self.model, images[subset], labels[subset], create_graph=True)
+        g_rest = averaged_gradient(self.model, images[outside], labels[outside], create_graph=True)
+        share = subset_size / batch_size
+        return tuple(share * p + (1 - share) * q for p, q in zip(g_subset, g_rest, strict=True)), g_subset

@@ -1,0 +1,66 @@
+"""What an attack starts from: what is known of the images beforehand, first images, first labels."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attack.signals import Signals
+
+NOISE = 0.02  # around the grey start: enough to tell images apart, too little to be seen in them
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was read, or granted, of the batch before the first step. Images whose signals were read come first.
+
+    Attributes:
+        signals: of the leading N images, or None.
+        features: (M, d) of the leading M images, M = 0 if none are known.
+        labels: class indices of the leading images, which then stay as they are, or None if all are to be optimised.
+    """
+
+    signals: Signals | None
+    features: Tensor
+    labels: Tensor | None
+
+
+def all_labels(signals: Signals | None, others: Tensor | None) -> Tensor | None:
+    """Labels of the leading images: those of the signals, then whatever `others` (B,) has beyond them.
+
+    `others` comes from another source and knows no order: its labels are matched to those of the signals one by one,
+    and what is left belongs to the images that were not read. A label of the signals that it does not have takes the
+    place of its last.
+    """
+    if signals is None or others is None:
+        return others if signals is None else signals.labels
+    left = Counter(others.tolist())
+    left.subtract(signals.labels.tolist())
+    rest = [label for label in sorted(left) for _ in range(left[label])][: len(others) - len(signals)]
+    return torch.cat([signals.labels, signals.labels.new_tensor(rest)])
+
+
+def start_images(
+    init: str, shape: tuple[int, ...], copies: int, generator: torch.Generator, given: Tensor | None = None
+) -> Tensor:
+    """Images (R B, C, H, W) in [0, 1] that R copies of a batch of `shape` (B, C, H, W) start from.
+
+    grey (0.5 and a little noise), normal (clamped), uniform; or the images `given`, whose source `init` then names.
+
+    Raises:
+        ValueError: the images given have another shape, or would start all copies alike.
+    """
+    drawn = (copies * shape[0], *shape[1:])
+    if init == "grey":
+        return 0.5 + NOISE * torch.randn(drawn, generator=generator)
+    if init == "normal":
+        return torch.randn(drawn, generator=generator).clamp(0, 1)
+    if init == "uniform":
+        return torch.rand(drawn, generator=generator)
+    if copies > 1:
+        raise ValueError(f"--init {init}: {copies} restarts would all start from the same images")
+    if given is None or given.shape != shape:
+        found = "nothing" if given is None else f"images of shape {tuple(given.shape[1:])}"
+        raise ValueError(f"--init {init}: it holds {found}, the update's images have {shape[1:]}")
+    return given

@@ -1,0 +1,73 @@
+"""Features unmixed from the head's gradient by independent component analysis: the first half of Cocktail Party Attack.
+
+The averaged gradient of the last layer, G = (1/B) sum_i e_i h_i^T, mixes the features h_i with the softmax errors e_i.
+Taken as B sound tracks of d samples each, they can be told apart if they are independent and not Gaussian.
+
+Source: Kariyappa et al. 2023 (arXiv 2209.05578). What differs: the mean feature of random images is taken off first,
+without which the features of an untrained net are 0.99 correlated and nothing is unmixed; the unmixing is by FastICA's
+fixed point (Hyvarinen 1999), the source descends on the same contrast; and the sign and scale of a track, which ICA
+leaves open, come from its error, whose one large entry is softmax - 1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from attack.signals.features import SAMPLE, random_features
+from update.head import Head
+from update.shared import SharedUpdate
+
+ITERATIONS = 500  # of the fixed point, at most
+SETTLED = 1e-8  # it has converged once every direction turns by less than this in one iteration
+
+
+def unmixed_features(update: SharedUpdate, model: nn.Module, *, generator: torch.Generator) -> Tensor:
+    """Features (B, d) in no particular order, float64. They are estimates, and say nothing of how good they are.
+
+    Raises:
+        ValueError: the model's last layer is not linear, its gradient is not in the update, or there are more images
+            than the gradient has dimensions.
+    """
+    head, size = Head.of(model), update.batch_size
+    gradient, gamma = head.gradients(update)
+    if gradient is None or gamma is None:
+        raise ValueError("the update holds no gradient of the head's weight and bias")
+    gradient, gamma = gradient.double(), gamma.double()
+    if size > min(gradient.shape) - 1:
+        raise ValueError(f"batch_size is {size}: the head's gradient holds at most {min(gradient.shape) - 1} tracks")
+    sample = random_features(model, update.image_shape, SAMPLE, generator).double()
+    mean = sample.mean(0)
+    weight, bias = head.layer.weight.detach().double(), head.layer.bias.detach().double()
+    softmax = nn.functional.linear(sample, weight, bias).softmax(1).mean(0)
+    left, sigma, right = torch.linalg.svd(gradient - gamma[:, None] * mean, full_matrices=False)
+    unmixing = fast_ica(right[:size], generator)
+    tracks = unmixing @ right[:size]  # (B, d)
+    errors = size * torch.linalg.solve(unmixing.T, (left[:, :size] * sigma[:size]).T)  # (B, K), each times its track
+    own = errors.abs().argmax(1, keepdim=True)
+    return mean + tracks * errors.gather(1, own) / (softmax[own] - 1)
+
+
+def fast_ica(mixed: Tensor, generator: torch.Generator) -> Tensor:
+    """The matrix (r, r) that unmixes tracks (r, d) into independent ones of unit variance: symmetric, log cosh.
+
+    Source: Hyvarinen 1999, eqs. 20 and 38.
+    """
+    centred = mixed - mixed.mean(1, keepdim=True)
+    variance, axes = torch.linalg.eigh(centred @ centred.T / centred.shape[1])
+    whitening = axes / variance.sqrt() @ axes.T
+    white = whitening @ centred
+    start = torch.randn(len(mixed), len(mixed), generator=generator, dtype=torch.float64).to(mixed)
+    rotation = _nearest_rotation(start)
+    for _ in range(ITERATIONS):
+        slope = (rotation @ white).tanh()
+        turned = slope @ white.T / white.shape[1] - (1 - slope.square()).mean(1, keepdim=True) * rotation
+        turned = _nearest_rotation(turned)
+        turn = (1 - (turned * rotation).sum(1).abs()).max()
+        rotation = turned
+        if turn < SETTLED:
+            break
+    return rotation @ whitening
+
+
+def _nearest_rotation(matrix: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(matrix)
+    return left @ right

@@ -1,0 +1,16 @@
+"""What features look like before anything is known of the images: those of random ones."""
+
+import torch
+from torch import Tensor, nn
+
+SAMPLE = 384  # random images that tell how features and softmax vary
+
+
+@torch.no_grad()
+def random_features(model: nn.Module, shape: tuple[int, int, int], count: int, generator: torch.Generator) -> Tensor:
+    """Features (count, d) of random smooth images: noise on a 4x4 grid, enlarged, around a random colour."""
+    channels, height, width = shape
+    coarse = 1.5 * torch.randn(count, channels, 4, 4, generator=generator)
+    colour = torch.randn(count, channels, 1, 1, generator=generator)
+    images = torch.sigmoid(nn.functional.interpolate(coarse, size=(height, width), mode="bilinear") + colour)
+    return model.features(images.to(next(model.parameters())))

@@ -1,0 +1,1 @@
+"""The command line: flags and their texts, settings, seeds, device, Ctrl-C, provenance."""

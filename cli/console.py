@@ -1,0 +1,56 @@
+"""What a person sees in the terminal: what is attacked and how, progress, and S(t) on request."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from attack.signals import Signals
+from judge.pictures import save_schedule
+from schedules import Schedule
+from update.shared import SharedUpdate
+
+
+class Progress(tqdm):
+    """A bar of optimiser steps with loss, S and, where truth is known, PSNR."""
+
+    def __init__(self, n_iter: int, step: int, *, quiet: bool) -> None:
+        super().__init__(total=n_iter, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
+
+    def show(self, row: Mapping) -> None:
+        """Advance to the step of this row of the trace."""
+        self.update(row["step"] + 1 - self.n)
+        psnr = {} if row["psnr_mean"] is None else {"PSNR": f"{row['psnr_mean']:.2f}"}
+        self.set_postfix({"loss": f"{row['loss']:.2e}", "S": row["S"]} | psnr)
+
+
+def introduction(
+    update: SharedUpdate, settings: argparse.Namespace, objective: object, signals: Signals | None, path: Path
+) -> str:
+    """Four lines: the batch, the objective, the signals, the optimiser and where the results go."""
+    shape = "x".join(map(str, update.image_shape))
+    source = settings.update or f"{settings.dataset}, labels {settings.labels}"
+    found = "signals: none used"
+    if signals is not None:
+        found = f"signals: {len(signals)} of {update.batch_size} images read from the head's gradient"
+        found += f" (rank {signals.rank}) in {signals.seconds:.1f} s"
+    return (
+        f"{source}: {update.batch_size} images {shape}\n"
+        f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {objective}\n"
+        f"{found}\n"
+        f"{settings.optimizer}, {settings.dtype} | {path}"
+    )
+
+
+def show_schedule(schedule: Schedule, folder: Path) -> int:
+    """Print step and S(t), one line per step, and save a plot of it in the folder. Returns the exit status."""
+    sizes = [schedule.size(step) for step in range(schedule.n_iter)]
+    print("step S")
+    for step, size in enumerate(sizes):
+        print(step, size)
+    path = folder / f"schedule_{schedule.mode}_B{schedule.batch_size}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_schedule(path, sizes, f"{schedule.mode}, B={schedule.batch_size}")
+    print(f"plot: {path}")
+    return 0

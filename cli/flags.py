@@ -1,0 +1,218 @@
+"""Flags, made from the script's block of defaults: the comment beside a default is its flag's help and documentation.
+
+The block holds assignments, each with a comment. A comment line after a blank line heads a group; one that follows an
+assignment continues its comment. What is added here is each flag's type.
+"""
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from attack.objective import DISTANCES, RESCALES, SUBSET_LOSSES
+from attack.optimisers import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
+from attack.pixels import BOXES
+from attack.published.labels import STRATEGIES
+from attack.published.presets import PRESETS
+from data import DATASETS, LABEL_MODES
+from priors import PRIORS
+from schedules import MODES, RESAMPLES
+from update.models import MODELS
+
+SIGNALS = ("auto", "on", "off", "ica")
+DTYPES = ("float32", "float64")
+BANNER = re.compile(r"^# -{20,}$", re.MULTILINE)  # above each section of the script; the block is the first
+ASSIGNMENT = re.compile(r"([A-Z][A-Z_0-9]*) = (?:\"[^\"]*\"|'[^']*'|[^#\"'])*(?:# (.*))?")
+NEGATIVE = re.compile(r"-\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # a number that argparse takes for a flag
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One setting: its name, the default that stands in the script, the text beside it, the heading above it."""
+
+    name: str
+    default: object
+    text: str
+    group: str
+
+    @property
+    def shown(self) -> str:
+        """The default as help and documentation show it."""
+        return "off" if self.default is False else str(self.default)
+
+
+def read_flags(script: Path, values: Mapping[str, object]) -> list[Flag]:
+    """The flags of the script's block of defaults; `values` are the running module's globals, which hold them."""
+    flags, group, before = [], "", ""
+    for line in BANNER.split(script.read_text(encoding="utf-8"))[1].splitlines():
+        comment = line.removeprefix("# ") if line.startswith("# ") else ""
+        if assignment := ASSIGNMENT.fullmatch(line):
+            name, text = assignment.groups()
+            flags.append(Flag(name.lower(), values[name], text or "", group))
+        elif comment and not before:
+            group = comment
+        elif comment and ASSIGNMENT.fullmatch(before):
+            flags[-1] = replace(flags[-1], text=f"{flags[-1].text} {comment}")
+        before = before if comment and before else line
+    return flags
+
+
+def number(kind: type, least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite number of the kind within [least, most], or above least."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
+        if value in (math.inf, -math.inf) or not least <= value <= most or (above and value == least):
+            bound = f"above {least}" if above else f"at least {least}"
+            bound += f" and at most {most}" if math.isfinite(most) else ""
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range: it must be {bound}")
+        return value
+
+    return parse
+
+
+def one_of(choices: Collection[str]) -> Callable[[str], str]:
+    """An argparse type: one of the choices, which the flag's own text names."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+        return text
+
+    parse.choices = tuple(choices)
+    return parse
+
+
+_MANY = 10**9
+_steps, _size, _count = number(int, 1, _MANY), number(int, 1, 10**6), number(int, 0, _MANY)
+_positive, _weight, _share = number(float, 0, above=True), number(float, 0), number(float, 0, 1)
+_real = number(float, -sys.float_info.max)
+
+# Every flag that is not a plain string, by its type. True and False: a switch.
+TYPES: dict[str, Callable[[str], object]] = {
+    "preset": one_of(PRESETS),
+    "dataset": one_of(DATASETS),
+    "batch_size": _size,
+    "labels": one_of(LABEL_MODES),
+    "image_size": number(int, 1, 1024),
+    "model": one_of(MODELS),
+    "num_classes": number(int, 2, 100_000),
+    "sel_mode": one_of(MODES),
+    "sel_k": _size,
+    "sel_l_iter": _count,
+    "sig_a": _real,
+    "sig_b": _real,
+    "resample": one_of(RESAMPLES),
+    "distance": one_of(DISTANCES),
+    "alpha": _share,
+    "subset_loss": one_of(SUBSET_LOSSES),
+    "rescale": one_of(RESCALES),
+    "prior": one_of(PRIORS),
+    "tv_weight": _weight,
+    "tv_final": number(float, 0, 1, above=True),
+    "tv_evals": _steps,
+    "noise_weight": _weight,
+    "chroma_weight": _weight,
+    "curvature_weight": _weight,
+    "l2_weight": _weight,
+    "bn_weight": _weight,
+    "signals": one_of(SIGNALS),
+    "feature_weight": _weight,
+    "feature_distance": one_of(DISTANCES),
+    "label_strategy": one_of(STRATEGIES),
+    "box": one_of(BOXES),
+    "spectral_power": _weight,
+    "chroma_gain": _positive,
+    "label_gain": _positive,
+    "label_std": _weight,
+    "restarts": number(int, 1, 1000),
+    "group_weight": _weight,
+    "optimizer": one_of(LEARNING_RATES),
+    "n_iter": _steps,
+    "lr": _positive,
+    "lr_schedule": one_of(LR_SCHEDULES),
+    "inner_iter": number(int, 1, 10**6),
+    "history": number(int, 1, 10**4),
+    "line_search": one_of(LINE_SEARCHES),
+    "max_evals": _steps,
+    "max_seconds": _positive,
+    "seed": number(int, 0, 2**31 - 1),
+    "dtype": one_of(DTYPES),
+    "checkpoint_every": _count,
+    "log_every": _steps,
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is answered by one line on stderr, and -1e3 is a number."""
+
+    def error(self, message: str) -> None:
+        """Print the message on stderr and exit with status 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
+        """As argparse does, with numbers such as -1e3 joined to the flag before them."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if NEGATIVE.fullmatch(word) and words and words[-1].startswith("--"):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_known_args(words, namespace)
+
+
+def build_parser(flags: Sequence[Flag], description: str) -> OneLineParser:
+    """The parser of the flags, in their groups. It has no defaults of its own: it returns what was given by hand.
+
+    Raises:
+        ValueError: a default, as it stands in the script, is not of its flag's type.
+    """
+    parser = OneLineParser(
+        prog="main_MAGIA_sel.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for flag in flags:
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(flag.group)
+        text = f"{flag.text}; default {flag.shown}".replace("%", "%%")
+        groups[flag.group].add_argument(f"--{flag.name}", help=text, **_how(flag))
+    return parser
+
+
+def _how(flag: Flag) -> dict[str, object]:
+    """How argparse is to read a flag; its default is checked on the way."""
+    if flag.default is False or flag.default is True:
+        return {"action": argparse.BooleanOptionalAction} if flag.default else {"action": "store_true"}
+    parse = TYPES.get(flag.name, str)
+    if flag.default is not None:
+        try:
+            parse(str(flag.default))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{flag.name.upper()} = {flag.default!r} in the script: {error}") from None
+    how = {"type": parse, "metavar": flag.name.upper()}
+    return how | {"nargs": "?", "const": True} if flag.name == "resume" else how
+
+
+def flags_page(flags: Sequence[Flag]) -> str:
+    """docs/flags.md: every group a table of its flags."""
+    lines = [
+        "# Which flag does what, and what is its default?",
+        "",
+        "`make docs` makes this page from the comments at the top of `main_MAGIA_sel.py`: change them there.",
+        "A flag given by hand beats `--preset`, which beats these defaults.",
+    ]
+    for group in dict.fromkeys(flag.group for flag in flags):
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", "| flag | default | |", "|---|---|---|"]
+        own = [flag for flag in flags if flag.group == group]
+        lines += [f"| `--{f.name}` | `{f.shown}` | {f.text.replace('|', chr(92) + '|')} |" for f in own]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,42 @@
+"""Where a run comes from: the command that repeats it, the commit, the versions."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "matplotlib")
+
+
+def provenance(argv: Sequence[str]) -> dict:
+    """The command with these words, the git commit (None outside a checkout), and the versions that figures depend on.
+
+    The words come from the caller: in a process that serves many runs, such as a benchmark's, `sys.argv` is another's.
+    """
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    changes = git("status", "--porcelain")
+    versions = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
+    return {
+        "command": shlex.join(["python", "main_MAGIA_sel.py", *argv]),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_dirty": None if changes is None else bool(changes),
+        "versions": {"python": platform.python_version()} | versions,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

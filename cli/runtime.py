@@ -1,0 +1,58 @@
+"""What surrounds a run: the seed's streams, the device, Ctrl-C."""
+
+import hashlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def stream(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for each use of the seed, so that drawing more for one leaves the others as they were."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch heeds no more than 32 bits
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device, set to exact and repeatable arithmetic.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name}: not available here; use auto, cpu or cuda") from None
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would drown the small residuals that matter
+    return torch.device(device)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C (or SIGTERM) was asked for: the first lets the step finish, a second stops at once.
+
+    Only the main thread gets signals; in another, a cluster's worker say, nothing is ever asked.
+    """
+    asked = False
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("\nstopping after this step (again: at once)", file=sys.stderr)
+
+    before = {sign: signal.signal(sign, ask) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)

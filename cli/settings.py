@@ -1,0 +1,98 @@
+"""From a command line to settings: flags by hand beat the preset, which beats the defaults; contradictions end it."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from attack.published.presets import PRESETS
+from cli.flags import Flag, build_parser
+from data import parse_indices
+
+# What the client did is not known of an update that comes from a file.
+CLIENT = ("dataset", "data_path", "indices", "labels", "image_size", "frozen", "defence", "save_update")
+
+# What a resumed run may set anew; everything else must be as the run began.
+RESUMABLE = (
+    "n_iter", "max_evals", "max_seconds", "device", "save_dir", "run_name", "resume", "overwrite", "quiet", "log_every",
+    "checkpoint_every", "show_schedule", "save_update",
+)  # fmt: skip
+
+
+def resolve(
+    argv: Sequence[str] | None, flags: Sequence[Flag], description: str = ""
+) -> tuple[argparse.Namespace, dict[str, object]]:
+    """All settings, and those given by hand.
+
+    A resumed run takes what it began with in place of preset and defaults.
+
+    Raises:
+        ValueError: flags that contradict each other or the run that is resumed.
+    """
+    given = vars(build_parser(flags, description).parse_args(argv))
+    defaults = {flag.name: flag.default for flag in flags}
+    preset = PRESETS[given.get("preset", defaults["preset"])]
+    settings = argparse.Namespace(**(defaults | preset | given))
+    if settings.resume:
+        settings = _resumed(settings, given, defaults)
+    if settings.update:
+        for name in ("frozen", "defence"):
+            if name in given:
+                raise ValueError(f"--{name} is the client's: a saved update comes as the client made it")
+        vars(settings).update(dict.fromkeys(CLIENT))
+    if settings.indices:
+        adopt(settings, given, {"batch_size": len(parse_indices(settings.indices))}, f"--indices {settings.indices}")
+    return settings, given
+
+
+def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) -> argparse.Namespace:
+    """The settings that the run in the run directory began with, and what may be set anew."""
+    path = run_path(settings)
+    began = read_config(path)
+    missing = [name for name in defaults if name not in began]
+    if missing:
+        raise ValueError(f"{path / 'config.json'} is not of a run of this program: it has no {missing[0]!r}")
+    for name, value in given.items():
+        if name not in RESUMABLE and value != began[name]:
+            raise ValueError(f"--{name} {value}: the run to resume began with {began[name]}")
+    return argparse.Namespace(**({name: began[name] for name in defaults} | given))
+
+
+def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: str) -> None:
+    """Set what `source` settles, unless a flag given by hand says otherwise.
+
+    Raises:
+        ValueError: it does.
+    """
+    for name, value in facts.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"--{name} {given[name]}: {source} has {value}")
+        setattr(settings, name, value)
+
+
+def run_path(settings: argparse.Namespace) -> Path:
+    """The run directory that the flags name."""
+    if isinstance(settings.resume, str):
+        return Path(settings.resume)
+    if settings.resume and not settings.run_name:
+        raise ValueError("--resume needs the run's directory, or --run_name")
+    source = "update" if settings.update else settings.dataset
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    name = settings.run_name or f"{source}_B{settings.batch_size}_{settings.sel_mode}_seed{settings.seed}_{stamp}"
+    return Path(settings.save_dir) / name
+
+
+def read_config(path: Path) -> dict:
+    """The config.json of a run directory.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no run to resume in {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"no run to resume in {path}: config.json holds no settings")
+    return config

@@ -1,0 +1,87 @@
+"""What the flags name: the victim's batch, the model the server sent out, the update that is shared or was saved."""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from cli.runtime import stream
+from client.victim import share_update
+from data import Batch, load_batch, open_source, parse_indices
+from update.gradients import freeze
+from update.models import build_model, load_checkpoint, load_weights
+from update.shared import SharedUpdate
+
+
+def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module, Batch | None]:
+    """The shared update, the model it was computed on, and the truth if it is at hand (not so with --update).
+
+    `place` is the device and dtype of the model, and with it of the whole attack.
+
+    Raises:
+        ValueError: data, model or update cannot be used as the flags say; the message names the value.
+    """
+    if settings.update:
+        return *saved_update(settings, place), None
+    batch = load_batch(
+        open_source(settings.dataset, settings.data_path),
+        parse_indices(settings.indices) if settings.indices else range(settings.batch_size),
+        labels=settings.labels,
+        num_classes=settings.num_classes,
+        generator=stream(settings.seed, "labels"),
+        image_size=settings.image_size,
+    )
+    model = server_model(settings, settings.model, tuple(batch.images.shape[1:]), settings.num_classes).to(**place)
+    update = share_update(
+        model,
+        settings.model,
+        batch.images.to(**place),
+        batch.labels.to(place["device"]),
+        settings.num_classes,
+        frozen=parse_names(settings.frozen),
+        defence=settings.defence,
+        generator=stream(settings.seed, "defence"),
+    )
+    return update, model, batch
+
+
+def saved_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
+    """The update in the file of --update, and its model; parameters that the update says nothing of are frozen."""
+    update = SharedUpdate.load(settings.update)
+    model = server_model(settings, update.model, update.image_shape, update.num_classes)
+    if update.weights and not settings.weights:
+        load_weights(model, update.weights, settings.update)
+    freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
+    model.to(**place)
+    update.targets(model)  # refuses an update that does not fit
+    return update, model
+
+
+def server_model(settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int) -> nn.Module:
+    """The model that the server sent out: weights from --weights, or drawn from the seed."""
+    generator = stream(settings.seed, "model")
+    model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator)
+    if settings.weights:
+        load_checkpoint(model, settings.weights)
+    return model
+
+
+def images_named(init: str, batch_size: int, side: int, generator: torch.Generator) -> Tensor | None:
+    """The first images (B, C, H, W) of the folder or .npz that --init names; None where it names no files."""
+    if init in ("grey", "normal", "uniform"):
+        return None
+    source = open_source("npz" if init.endswith(".npz") else "folder", init)
+    how = {"labels": "random", "num_classes": 2, "generator": generator, "image_size": side}
+    return load_batch(source, range(batch_size), **how).images
+
+
+def parse_names(text: str | None) -> list[str]:
+    """The names in a list such as "head.bias, conv1"; none in None.
+
+    Raises:
+        ValueError: one of them is empty, and would fit every parameter.
+    """
+    names = [name.strip() for name in text.split(",")] if text is not None else []
+    if "" in names:
+        raise ValueError(f"--frozen {text!r}: a name is missing before or after a comma")
+    return names

@@ -1,0 +1,1 @@
+"""Where truth and reconstruction meet again: figures, pictures, and the run directory."""

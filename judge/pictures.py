@@ -1,0 +1,124 @@
+"""Pictures of a run: grids, truth beside reconstruction, the film of how they came to be, curves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from judge.run_directory import RunDirectory
+from update.vision import torchvision
+
+COLUMNS = 8  # images per row of a grid
+TILE = 96  # least side in screen pixels of an image in a grid: small images are enlarged by a whole factor
+GIF_FRAMES = 60
+
+
+class Film:
+    """The frames of history.gif: at most GIF_FRAMES, every n-th step, n doubling as the run grows longer."""
+
+    def __init__(self, state: Mapping | None = None) -> None:
+        self.every: int = state["every"] if state else 1
+        self.frames: list[Tensor] = list(state["frames"]) if state else []  # uint8 (B, C, H, W)
+
+    def shoot(self, step: int, images: Tensor) -> None:
+        """Keep a frame of images (B, C, H, W) in [0, 1], if the film's pace asks for one at this step."""
+        if step % self.every:
+            return
+        self.frames.append((images.detach().clamp(0, 1) * 255).round().byte().cpu())
+        if len(self.frames) > GIF_FRAMES:
+            self.frames = self.frames[::2]
+            self.every *= 2
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of the film."""
+        return {"every": self.every, "frames": self.frames}
+
+    def save(self, path: Path, last: Tensor) -> None:
+        """Write the GIF; it ends on the images `last`, which stand longest."""
+        final = (last * 255).round().byte()
+        frames = self.frames if self.frames and torch.equal(self.frames[-1], final) else [*self.frames, final]
+        pictures = [grid(frame / 255) for frame in frames]
+        durations = [80] * (len(frames) - 1) + [1500]
+        pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
+
+
+def save_images(run: RunDirectory, images: Tensor) -> None:
+    """reconstruction.png and images/rec_000.png ... of images (B, C, H, W) in [0, 1]."""
+    run.write("reconstruction.png", save_png(grid(images)))
+    for i, image in enumerate(images):
+        run.write(f"images/rec_{i:03d}.png", save_png(_picture(image)))
+
+
+def save_png(picture: Image.Image) -> Callable[[Path], None]:
+    """What writes the picture to a path of any name."""
+    return lambda path: picture.save(path, format="PNG")
+
+
+def grid(images: Tensor) -> Image.Image:
+    """A picture of images (B, C, H, W) in [0, 1], COLUMNS to a row, enlarged without smoothing."""
+    tiles = [_tile(image) for image in images]
+    pixels = torch.stack([torch.from_numpy(np.array(tile)) for tile in tiles]).permute(0, 3, 1, 2)
+    sheet = torchvision().utils.make_grid(pixels, nrow=COLUMNS, padding=4, pad_value=255)
+    return Image.fromarray(sheet.permute(1, 2, 0).numpy())
+
+
+def comparison(truth: Tensor, reconstruction: Tensor, captions: Sequence[str]) -> Image.Image:
+    """Every truth above its reconstruction, a caption beneath; all in the order of the truth."""
+    originals, tiles = [_tile(image) for image in truth], [_tile(image) for image in reconstruction]
+    side, gap, text = tiles[0].width, 4, 20
+    columns = min(COLUMNS, len(tiles))
+    cell_width, cell_height = side + gap, 2 * (side + gap) + text + gap
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for i, (original, tile, caption) in enumerate(zip(originals, tiles, captions, strict=True)):
+        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
+        sheet.paste(original, (x, y))
+        sheet.paste(tile, (x, y + side + gap))
+        draw.text((x + side / 2, y + 2 * (side + gap)), caption, fill="black", font=font, anchor="ma")
+    return sheet
+
+
+def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Losses, subset size and, where truth is known, PSNR against closure evaluations."""
+    x = [int(row["evaluations"]) for row in rows]
+    known = [row["psnr_mean"] != "" for row in rows]
+    figure = Figure(figsize=(7, 7.5 if any(known) else 5.5), layout="constrained")
+    axes = figure.subplots(3 if any(known) else 2, sharex=True)
+    for name in ("loss", "loss_full", "loss_subset", "prior"):
+        y = np.array([float(row[name]) for row in rows])
+        axes[0].plot(x, np.where(y > 0, y, np.nan), label=name)
+    axes[0].set(yscale="log", ylabel="loss")
+    axes[0].legend()
+    axes[1].step(x, [int(row["S"]) for row in rows], where="post")
+    axes[1].set(ylabel="subset size S")
+    if any(known):
+        axes[2].plot(x, [float(row["psnr_mean"]) if k else np.nan for row, k in zip(rows, known, strict=True)])
+        axes[2].set(ylabel="mean PSNR (dB)")
+    axes[-1].set(xlabel="closure evaluations")
+    figure.savefig(path, dpi=110, format="png")
+
+
+def save_schedule(path: Path, sizes: Sequence[int], title: str) -> None:
+    """A plot of S(t) over the 0-based steps."""
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    axis.step(range(len(sizes)), sizes, where="post")
+    axis.set(xlabel="step t", ylabel="subset size S(t)", title=title, ylim=(0, None))
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """One image (C, H, W) in [0, 1] as an 8-bit picture of its own size, grey or RGB."""
+    pixels = (image * 255).round().byte().numpy()
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0).copy())
+
+
+def _tile(image: Tensor) -> Image.Image:
+    picture = _picture(image).convert("RGB")
+    factor = max(1, -(-TILE // picture.width))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -1,0 +1,164 @@
+"""The record of one run, kept while it runs and completed when it ends."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from attack.signals import Signals
+from attack.state import AttackState, Terms
+from data import Batch
+from judge import metrics
+from judge.pictures import Film, comparison, grid, save_curves, save_images, save_png
+from judge.run_directory import RunDirectory, Trace
+
+NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
+
+
+class Recorder:
+    """Keeps the record of one run: a trace row and a frame per step, checkpoints, and at the end everything else.
+
+    Args:
+        run: where it goes.
+        truth: the client's batch, or None when there is none to compare with.
+        signals: what was read before the first step; it stays in the checkpoint, so that a resumed run has the same.
+        log_every, checkpoint_every: steps between rows and between checkpoints (0: only at the end).
+        checkpoint: what a resumed run continues from.
+        show: called with the row of every logged step; None in a quiet run.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        truth: Batch | None,
+        signals: Signals | None,
+        *,
+        log_every: int,
+        checkpoint_every: int,
+        checkpoint: Mapping | None = None,
+        show: Callable[[Mapping], None] | None = None,
+    ) -> None:
+        self.run, self.truth, self.signals, self.show = run, truth, signals, show
+        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.film = Film(checkpoint["film"] if checkpoint else None)
+        self.sizes: list[int] = list(checkpoint["sizes"]) if checkpoint else []
+        self.trace = Trace(run, keep=checkpoint["rows"] if checkpoint else 0)
+        self.final_loss: float | None = checkpoint["final_loss"] if checkpoint else None
+
+    def __call__(self, state: AttackState, size: int, terms: Terms, images: Tensor) -> None:
+        """Record the step that `state` has just ended, its subset size, terms and images (B, C, H, W) in [0, 1]."""
+        step = state.step - 1  # 0-based, as the schedules count
+        self.final_loss = float(terms.loss)
+        self.sizes.append(size)
+        self.film.shoot(step, images)
+        if step % self.log_every == 0:
+            row = {
+                "step": step,
+                "S": size,
+                "loss": float(terms.loss),
+                "loss_full": float(terms.full[state.leader]),
+                "loss_subset": float(terms.subset[state.leader]),
+                "prior": float(terms.prior[state.leader]),
+                "evaluations": state.evaluations,
+                "seconds": round(state.seconds, 3),
+                "psnr_mean": metrics.mean_psnr(self.truth.images, images) if self.truth else None,
+            }
+            self.trace.append(row)
+            if self.show:
+                self.show(row)
+        if self.checkpoint_every and state.step % self.checkpoint_every == 0:
+            self.checkpoint(state)
+
+    def checkpoint(self, state: AttackState) -> None:
+        """Write all that --resume needs."""
+        self.run.write_checkpoint(
+            resumable(state, self.signals)
+            | {
+                "film": self.film.state(),
+                "sizes": self.sizes,
+                "rows": len(self.trace.rows),
+                "final_loss": self.final_loss,
+            }
+        )
+
+    def finish(self, state: AttackState, images: Tensor, ended_by: str, config: Mapping) -> dict:
+        """Write the checkpoint, the pictures, config.json with the schedule as it was run, and metrics.json.
+
+        Returns what metrics.json holds.
+        """
+        run = self.run
+        if ended_by != "abort":
+            self.checkpoint(state)
+        self.trace.close()
+        images = images.detach().clamp(0, 1).cpu()
+        save_images(run, images)
+        run.write("history.gif", lambda path: self.film.save(path, images))
+        if self.trace.rows:
+            run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
+        labels = state.label_logits[state.leader].argmax(1).cpu()
+        figures = self._judge(images, labels) if self.truth else {}
+        figures |= _signal_figures(self.signals)
+        figures |= {
+            "evaluations": state.evaluations,
+            "steps": state.step,
+            "seconds": round(state.seconds, 3),
+            "final_loss": self.final_loss,
+            "ended_by": ended_by,
+        }
+        run.write_json("config.json", {**config, "schedule": self.sizes})
+        run.write_json("metrics.json", figures)
+        return figures
+
+    def _judge(self, images: Tensor, labels: Tensor) -> dict:
+        truth, signals = self.truth, self.signals
+        figures = metrics.evaluate(truth.images, truth.labels, images, labels)
+        self.run.write("original.png", save_png(grid(truth.images)))
+        captions = [f"{psnr:.1f} dB" for psnr in figures["psnr"]]
+        if signals is not None:
+            right = 0
+            for i, j in enumerate(figures["assignment"]):
+                if j < len(signals):
+                    captions[i] += f"  c={float(signals.certificates[j]):.2f}"
+                    right += int(signals.labels[j]) == int(truth.labels[i])
+            figures["signals_label_accuracy"] = right / len(truth.labels)
+        sheet = comparison(truth.images, images[figures["assignment"]], captions)
+        self.run.write("comparison.png", save_png(sheet))
+        return figures
+
+
+def resumable(state: AttackState, signals: Signals | None) -> dict:
+    """What a run can be resumed from: the attack's state, and the signals by which its slots mean these images."""
+    return state.state_dict() | {"signals": None if signals is None else vars(signals)} | NOTHING_RECORDED
+
+
+def summary(figures: Mapping) -> str:
+    """The one line that ends a run's stdout."""
+    parts = []
+    if "psnr_mean" in figures:
+        right = round(figures["label_accuracy"] * len(figures["psnr"]))
+        parts = [
+            f"PSNR {figures['psnr_mean']:.2f} dB",
+            f"SSIM {figures['ssim_mean']:.2f}",
+            f"labels {right}/{len(figures['psnr'])}",
+        ]
+    if figures["final_loss"] is not None:
+        parts.append(f"loss {figures['final_loss']:.3e}")
+    parts += [
+        f"{figures['evaluations']} evaluations",
+        f"{figures['seconds']:.1f} s",
+    ]
+    return " | ".join(parts)
+
+
+def _signal_figures(signals: Signals | None) -> dict:
+    """What metrics.json says of the signals; image j of the list is rec_j."""
+    if signals is None:
+        return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []}
+    columns = (signals.labels, signals.certificates, signals.confidence, signals.uncertainty, signals.residuals)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    names = ("label", "certificate", "confidence", "uncertainty", "residual")
+    return {
+        "signals_found": len(signals),
+        "signals_rank": signals.rank,
+        "signals_seconds": round(signals.seconds, 3),
+        "signals": [dict(zip(names, row, strict=True)) for row in rows],
+    }

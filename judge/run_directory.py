@@ -1,0 +1,273 @@
+"""The run directory: which files a run writes, who may write there, and how nothing in it is ever lost."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from update.storage import replace_atomically
+
+# All that a run writes; --overwrite removes these and nothing else.
+FILES = (
+    "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png", "comparison.png",
+    "history.gif", "curves.png", "images/rec_*.png",
+)  # fmt: skip
+OWN_KEYS = {"sel_mode", "tv_weight", "versions"}  # a config.json with these is one of ours: no model's has them
+CHECKPOINT_KEYS = {"variables", "optimizer", "signals", "film", "sizes", "rows", "final_loss"}
+TRACE = ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations", "seconds", "psnr_mean")
+
+
+class RunDirectory:
+    """`save_dir/run_name`, held by one process at a time, until `close`.
+
+    A new run is built beside the directory and takes its place, whole, in `begin`: a process that dies before has
+    changed nothing. What cannot be written later is noted in `failures` and costs nothing but itself.
+
+    Args:
+        path: the directory.
+        resume: it must exist with a checkpoint, and is continued.
+        overwrite: an earlier run in it is replaced.
+
+    Raises:
+        ValueError: the directory exists and neither was asked for, is no run directory, is held by another process, or
+            cannot be written.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.path, self.overwrite, self.failures = path, overwrite, []
+        self._staging, self._old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
+        self._lock = _lock(path)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future | None = None
+        try:
+            if self._old.is_dir() and not path.exists():  # a process died between the two renames of `begin`
+                self._old.rename(path)
+            _check(path, resume=resume, overwrite=overwrite)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def begin(self, config: Mapping, checkpoint: Mapping) -> None:
+        """Let a new run take the directory: what it is, and a state that it can be resumed from.
+
+        Raises:
+            ValueError: the directory cannot be written.
+        """
+        try:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            (self._staging / "images").mkdir(parents=True)
+            (self._staging / "config.json").write_text(_json(config), encoding="utf-8")
+            torch.save(dict(checkpoint), self._staging / "checkpoint.pt")
+            replaced = self.path.exists()
+            if replaced:
+                self.path.rename(self._old)
+            self._staging.rename(self.path)
+            if replaced:
+                _remove_run(self._old)
+                _move_rest(self._old, self.path)
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+            shutil.rmtree(self._staging, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot write the run directory {self.path}: {reason}") from None
+
+    def close(self) -> None:
+        """Wait for what is still being written, and let others have the directory."""
+        self._wait()
+        self._writer.shutdown()
+        self._lock.release()
+
+    def write(self, name: str, write: Callable[[Path], None]) -> None:
+        """Replace the file `name` by what `write` makes of a temporary path; a failure is noted, and told once."""
+        try:
+            replace_atomically(self / name, write)
+        except (OSError, RuntimeError) as error:
+            self.fail(name, error)
+
+    def fail(self, name: str, error: Exception) -> None:
+        """Note that the file `name` could not be written."""
+        if name not in self.failures:
+            self.failures.append(name)
+            print(f"{self / name} could not be written: {' '.join(str(error).split())}", file=sys.stderr)
+
+    def write_json(self, name: str, content: Mapping) -> None:
+        """Write `content` as strict JSON; NaN and infinity are refused."""
+        self.write(name, lambda temporary: temporary.write_text(_json(content), encoding="utf-8"))
+
+    def write_checkpoint(self, state: Mapping) -> None:
+        """Replace checkpoint.pt, in the background; a crash in the middle leaves the one before.
+
+        It holds all of L-BFGS's curvature pairs, by far most of its size: without them a resumed run would take another
+        way than one that never stopped. They are copied here, so the run goes on while they are written.
+        """
+        copy = _copied(state)
+        self._wait()
+        save = lambda temporary: torch.save(copy, temporary)  # noqa: E731
+        self._writing = self._writer.submit(self.write, "checkpoint.pt", save)
+
+    def read_checkpoint(self) -> dict:
+        """What checkpoint.pt holds; tensors and numbers only, nothing else is unpickled.
+
+        Raises:
+            ValueError: the file is damaged, or not of a run.
+        """
+        path = self / "checkpoint.pt"
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many kinds on a damaged file
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from None
+        if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
+            raise ValueError(f"{path} is not the checkpoint of a run of this version")
+        return checkpoint
+
+    def _wait(self) -> None:
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+
+class Trace:
+    """trace.csv, one row per logged step, flushed as it grows; a resumed run keeps the rows up to its checkpoint.
+
+    Raises:
+        ValueError: the file of the run to be resumed is not such a table.
+    """
+
+    def __init__(self, run: RunDirectory, *, keep: int = 0) -> None:
+        self.rows: list[dict[str, str]] = _read_trace(run / "trace.csv")[:keep] if keep else []
+        self._run, self._file = run, None
+        try:
+            self._file = (run / "trace.csv").open("w", newline="", encoding="utf-8")
+            self._writer = csv.DictWriter(self._file, TRACE)
+            self._writer.writeheader()
+            self._write(self.rows)
+        except OSError as error:
+            self._fail(error)
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Write one row; None becomes an empty cell."""
+        text = {name: "" if row[name] is None else str(row[name]) for name in TRACE}
+        self.rows.append(text)
+        self._write([text])
+
+    def close(self) -> None:
+        """Close the file; `rows` stays."""
+        if self._file:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._fail(error)
+
+    def _write(self, rows: Sequence[Mapping[str, str]]) -> None:
+        if self._file:
+            try:
+                self._writer.writerows(rows)
+                self._file.flush()
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._run.fail("trace.csv", error)
+        with suppress(OSError):
+            self._file.close()
+        self._file = None
+
+
+def _lock(path: Path) -> FileLock:
+    """The lock of a run directory, an empty file that stays in `.locks`; that of a process that died does not hold."""
+    folder = path.parent / ".locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / path.name, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{path}: another run is writing there; give another --run_name, or wait for it") from None
+    except OSError as error:
+        raise ValueError(f"cannot write the run directory {path}: {error.strerror or error}") from None
+    return lock
+
+
+def _check(path: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and not (path / "checkpoint.pt").is_file():
+        raise ValueError(f"{path} has no checkpoint.pt to resume from")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"cannot write the run directory {path}: permission denied")
+    if resume or not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+        return
+    if not overwrite:
+        raise ValueError(f"{path} exists: give another --run_name, or --resume or --overwrite")
+    if path.is_symlink():
+        raise ValueError(f"{path} is a symbolic link: it will not be overwritten, name the directory itself")
+    if not is_run(path):
+        raise ValueError(f"{path} is not a run directory (no config.json of a run): it will not be overwritten")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run wrote the config.json in this directory."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.keys() >= OWN_KEYS
+
+
+def _remove_run(path: Path) -> None:
+    """Remove the files that a run writes, and the directories that this leaves empty."""
+    for file in (file for name in FILES for file in path.glob(name)):
+        file.unlink()
+    for folder in (path / "images", path):
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _move_rest(old: Path, new: Path) -> None:
+    """Whatever else lay in the old directory lies in the new one."""
+    for entry in old.iterdir() if old.is_dir() else ():
+        if entry.is_dir() and (new / entry.name).is_dir():
+            _move_rest(entry, new / entry.name)
+        else:
+            entry.rename(new / entry.name)
+    with suppress(OSError):
+        old.rmdir()
+
+
+def _read_trace(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if tuple(reader.fieldnames or ()) != TRACE:
+        raise ValueError(f"{path} is not the trace of a run: its columns must be {', '.join(TRACE)}")
+    return rows
+
+
+def _json(content: Mapping) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
+
+
+def _copied(state: object) -> object:
+    """The same tensors and numbers, none shared with the original."""
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Mapping):
+        return {key: _copied(value) for key, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state

@@ -1,0 +1,87 @@
+"""Published attacks as settings of the one loop: what each minimises and moves, read off its trace."""
+
+import csv
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, ROOT, metrics_of, resolved
+
+import main_MAGIA_sel as magia
+from attack.published.presets import PRESETS
+from cli.victim import victim
+
+PEERS = [name for name in PRESETS if name != "magia"]
+
+
+def run_of(cli, preset, *flags):
+    """The figures of a short run, and the columns of its trace."""
+    words = ["--batch_size", 2, "--n_iter", 1000, "--max_evals", 120, "--inner_iter", 20]
+    run = cli("--preset", preset, *words, *flags, name=preset)
+    with (run / "trace.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = ("S", "loss", "loss_full", "loss_subset", "prior")
+    return metrics_of(run), {name: np.array([float(row[name]) for row in rows]) for name in names}
+
+
+@pytest.mark.parametrize("preset", PEERS)
+def test_every_published_attack_uses_its_budget_and_comes_nearer_to_the_gradient(cli, preset):
+    figures, trace = run_of(cli, preset)
+    assert 90 < figures["evaluations"] <= 120
+    assert figures["signals_found"] == 0
+    assert trace["loss_full"].min() < 0.5 * trace["loss_full"][0]
+
+
+@pytest.mark.parametrize("preset", ["dlg", "idlg"])
+def test_deep_leakage_minimises_the_squared_distance_alone(cli, preset):
+    _, trace = run_of(cli, preset)
+    assert trace["loss"] == pytest.approx(trace["loss_full"], rel=1e-5)
+
+
+def test_the_paper_mixes_full_batch_subsets_of_two_and_a_prior_of_constant_weight(cli):
+    _, trace = run_of(cli, "paper", "--batch_size", 3)
+    assert set(trace["S"]) == {2}
+    expected = 0.999 * trace["loss_full"] + 0.001 * trace["loss_subset"] + 5e-3 * trace["prior"]
+    assert trace["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_inverting_gradients_takes_angles_signs_and_granted_labels(cli):
+    figures, trace = run_of(cli, "invertinggradients", "--labels", "unique")
+    assert trace["loss"] == pytest.approx(trace["loss_full"] + 1e-2 * trace["prior"], rel=1e-4)
+    assert trace["loss_full"].max() <= 2
+    assert figures["label_accuracy"] in (0, 1)  # granted without their order
+    state = torch.load(cli.folder / "invertinggradients" / "checkpoint.pt", weights_only=True)
+    update, model, _ = victim(resolved("--preset", "invertinggradients", "--batch_size", 2), CPU)
+    fresh, objective, _ = magia.prepare(
+        update, model, resolved("--preset", "invertinggradients"), granted=torch.tensor([1, 2])
+    )
+    fresh.backward(objective(fresh, 1e-2).loss)
+    assert set(fresh.z.grad.unique().tolist()) <= {-1.0, 0.0, 1.0}
+    assert state["variables"][0].min() >= 0
+    assert state["variables"][0].max() <= 1
+
+
+def test_gradinversion_starts_twice_and_cpa_matches_unmixed_features_by_angle(cli):
+    figures, trace = run_of(cli, "gradinversion")
+    assert figures["evaluations"] == 2 * len(trace["S"])
+    _, trace = run_of(cli, "cpa")
+    features = (trace["loss"] - trace["loss_full"] - 1e-2 * trace["prior"]) / 0.1
+    assert (features > -1e-5).all()
+    assert features.max() <= 2
+    assert features[-1] < features[0]
+
+
+@pytest.mark.parametrize(("model", "there"), [("resnet18", True), ("lenet", False)])
+def test_batchnorm_statistics_enter_where_the_model_has_them(model, there):
+    settings = resolved("--preset", "gradinversion", "--batch_size", 2, "--model", model)
+    update, net, _ = victim(settings, CPU)
+    penalties = magia.prepare(update, net, settings)[1].penalties
+    assert ("batchnorm" in [penalty.name for penalty in penalties]) == there
+    assert ("0.1 batchnorm" in map(repr, penalties)) == there
+
+
+def test_the_documentation_says_of_every_preset_what_it_is():
+    text = (ROOT / "docs" / "benchmark.md").read_text()
+    table = text[text.index("## Presets") :]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.M) == list(PRESETS)

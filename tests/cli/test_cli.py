@@ -1,0 +1,545 @@
+"""The command line as people use it: flags, run directory, presets, resume, saved updates, errors."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU, ROOT, SMALL, config_of, metrics_of, resolved
+from PIL import Image
+
+import main_MAGIA_sel as magia
+from cli.flags import flags_page
+from cli.settings import resolve
+from cli.victim import victim
+from judge.run_directory import TRACE
+from schedules import MODES, subset_size
+from update.shared import SharedUpdate
+
+SPEC_COMMANDS = [
+    "--sel_mode constk --sel_k 2",
+    "--sel_mode linear_inc_l --sel_l_iter 100",
+    "--sel_mode linear_dec_total",
+    "--sel_mode sigmoid --sig_a -0.1 --sig_b 200",
+    "--sel_mode const1 --n_iter 300 --batch_size 32 --tv_weight 5e-3 --optimizer lbfgs",
+]
+
+
+def trace_of(run):
+    with (run / "trace.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pictures_of(run):
+    return [np.asarray(Image.open(file)) for file in sorted((run / "images").iterdir())]
+
+
+def without_times(run):
+    """All that a run leaves behind and must repeat, wall times apart."""
+    metrics = {k: v for k, v in metrics_of(run).items() if not k.endswith("seconds")}
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in trace_of(run)]
+    return metrics, rows, [picture.tolist() for picture in pictures_of(run)]
+
+
+# ---------------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("command", SPEC_COMMANDS)
+def test_the_commands_of_the_source_document_resolve_as_written(command):
+    words = command.split()
+    settings, given = resolve(words, magia.FLAGS)
+    assert [f"--{name}" for name in given] == words[::2]
+    for name, text in zip(given, words[1::2], strict=True):
+        assert getattr(settings, name) == type(given[name])(text)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_selection_mode_runs_and_follows_its_schedule(cli, mode):
+    run = cli("--sel_mode", mode, "--sel_k", 2, "--sel_l_iter", 3, "--sig_a", -1, "--sig_b", 2)
+    sizes = [int(row["S"]) for row in trace_of(run)]
+    settings = {"batch_size": 3, "n_iter": 4, "k": 2, "l_iter": 3, "a": -1.0, "b": 2.0}
+    assert sizes == [subset_size(mode, t, **settings) for t in range(4)]
+    assert config_of(run)["schedule"] == sizes
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model mlp",
+        "--model convnet --labels unique",
+        "--optimizer adam --lr 0.1",
+        "--box clamp --init uniform",
+        "--box none --init normal --prior anisotropic --line_search none --resample closure --rescale none",
+        "--prior rgb --chroma_weight 0 --curvature_weight 0",
+        "--subset_loss mean --alpha 0.9",
+        "--subset_loss partial --alpha 0.9 --sel_k 99",
+        "--dtype float64 --tv_final 1 --spectral_power 0 --chroma_gain 1",
+        "--indices 5,1-2 --labels dataset",
+        "--restarts 2 --group_weight 0.1 --l2_weight 0.1",
+        "--model resnet18 --image_size 32 --bn_weight 0.01 --restarts 2 --optimizer adam",
+        "--signals ica --feature_distance cosine",
+    ],
+)
+def test_flags_run(cli, flags):
+    run = cli(*flags.split())
+    assert math.isfinite(metrics_of(run)["psnr_mean"])
+    losses = [float(row["loss"]) for row in trace_of(run)]
+    assert all(map(math.isfinite, losses))
+    assert len(losses) == 4
+
+
+def test_help_names_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        magia.main(["-h"])
+    assert stop.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())  # as if lines did not wrap
+    defaults = {flag.name for flag in magia.FLAGS}
+    for name in defaults:
+        assert f"--{name}" in out
+    assert out.count("; default") == len(defaults)
+    for flag in ("sel_mode", "sel_k", "sel_l_iter", "sig_a", "sig_b", "n_iter", "batch_size", "tv_weight", "seed"):
+        assert flag in defaults
+
+
+def test_defaults_are_edited_in_the_script(tmp_path):
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, tmp_path / file.name)
+    for folder in ("attack", "cli", "client", "judge", "samples", "update"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    script = tmp_path / "main_MAGIA_sel.py"
+    text = re.sub(r"^SEL_MODE = .*$", 'SEL_MODE = "const1"', script.read_text(), flags=re.M)
+    script.write_text(re.sub(r"^N_ITER = .*$", "N_ITER = 2", text, flags=re.M))
+    flags = ["--batch_size", "2", "--image_size", "16", "--run_name", "edited"]
+    subprocess.run([sys.executable, script, *flags], cwd=tmp_path, check=True, capture_output=True)
+    assert config_of(tmp_path / "results" / "edited")["schedule"] == [1, 1]
+
+
+def test_a_flag_given_by_hand_beats_the_preset():
+    paper = resolved("--preset", "paper")
+    assert (paper.box, paper.tv_weight, paper.line_search) == ("none", 5e-3, "none")
+    mixed = resolved("--preset", "paper", "--box", "clamp")
+    assert (mixed.box, mixed.tv_weight) == ("clamp", 5e-3)
+    plain = resolved()
+    assert {k: v for k, v in vars(plain).items() if k != "preset"} == {
+        k: v for k, v in vars(resolved("--preset", "magia")).items() if k != "preset"
+    }
+
+
+def test_show_schedule_prints_and_plots_and_stops(cli, tmp_path):
+    cli("--show_schedule", "--sel_mode", "linear_inc_total", "--n_iter", 6)
+    lines = cli.out.splitlines()
+    assert lines[1:7] == ["0 1", "1 1", "2 2", "3 2", "4 3", "5 3"]
+    plot = lines[-1].removeprefix("plot: ")
+    assert Image.open(plot).size[0] > 300
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "budget"), [("lbfgs", 1), ("lbfgs", 2), ("lbfgs", 5), ("lbfgs", 17), ("adam", 3)]
+)
+def test_max_evals_is_never_exceeded(cli, optimizer, budget):
+    run = cli("--optimizer", optimizer, "--max_evals", budget, "--n_iter", 50)
+    figures = metrics_of(run)
+    assert figures["evaluations"] <= budget
+    assert figures["ended_by"] == "max_evals"
+    assert figures["evaluations"] >= budget - 6
+    assert figures["evaluations"] > 0 or budget == 1
+
+
+def test_max_seconds_begins_no_further_step(cli):
+    run = cli("--max_seconds", 0.3, "--n_iter", 100_000, "--checkpoint_every", 0)
+    figures, rows = metrics_of(run), trace_of(run)
+    assert figures["ended_by"] == "max_seconds"
+    assert figures["seconds"] >= 0.3
+    assert float(rows[-2]["seconds"]) < 0.3 if len(rows) > 1 else True
+    assert 0 < figures["signals_seconds"] < figures["seconds"]
+    cli("--resume", run, "--max_seconds", 0.6, "--n_iter", 100_000)
+    assert metrics_of(run)["seconds"] >= 0.6
+    assert len(trace_of(run)) > len(rows)
+
+
+# ---------------------------------------------------------------------------------------------------- restarts
+
+
+def test_the_restart_that_matches_best_is_the_result(cli):
+    run = cli("--restarts", 3, "--optimizer", "adam", "--signals", "off", "--n_iter", 6)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert state["variables"][0].shape == (9, 3, 16, 16)
+    assert state["counters"][1] == 18
+    settings = resolved(*SMALL, "--restarts", "3", "--signals", "off")
+    update, model, _ = victim(settings, CPU)
+    attack, objective, _ = magia.prepare(update, model, settings)
+    attack.load_state_dict(state | {"optimizer": attack.optimizer.state_dict()})
+    copies = objective.images(attack).detach()
+    losses = [
+        float(objective.matching(images, logits, torch.arange(3)).full)
+        for images, logits in zip(copies, attack.label_logits, strict=True)
+    ]
+    assert losses.index(min(losses)) == attack.leader
+    assert max(losses) > min(losses)
+    shown = torch.from_numpy(np.stack(pictures_of(run))).permute(0, 3, 1, 2) / 255
+    distance = (copies - shown).abs().amax((1, 2, 3, 4))
+    assert int(distance.argmin()) == attack.leader
+    assert float(distance.min()) < 0.5 / 255 + 1e-6
+
+
+def test_group_consistency_draws_restarts_together(cli):
+    def spread(*flags, name):
+        run = cli("--restarts", 2, "--n_iter", 8, "--signals", "off", *flags, name=name)
+        z = torch.load(run / "checkpoint.pt", weights_only=True)["variables"][0]
+        return float((z[:3] - z[3:]).square().mean())
+
+    assert spread("--group_weight", 100, name="together") < 0.5 * spread(name="apart")
+
+
+# ---------------------------------------------------------------------------------------------------- run directory
+
+
+def test_the_run_directory_is_complete(cli):
+    run = cli("--seed", 3)
+    names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
+    images = {f"images/rec_{i:03d}.png" for i in range(3)}
+    assert names == images | {
+        "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png",
+        "comparison.png", "history.gif", "curves.png",
+    }  # fmt: skip
+    config, figures = config_of(run), metrics_of(run)
+    assert {flag.name for flag in magia.FLAGS} <= config.keys()
+    assert config["seed"] == 3
+    assert config["device"] in ("cpu", "cuda")
+    assert config["versions"]["torch"] == torch.__version__
+    assert {"command", "git_commit", "git_dirty"} <= config.keys()
+    assert list(trace_of(run)[0]) == list(TRACE)
+    assert sorted(figures["assignment"]) == [0, 1, 2]
+    for name in ("psnr_mean", "ssim_mean", "mse_mean", "label_accuracy", "recovered", "psnr_mean_best_match",
+                 "evaluations", "seconds", "final_loss"):  # fmt: skip
+        assert math.isfinite(figures[name])
+    assert len(figures["psnr"]) == len(figures["ssim"]) == 3
+    assert pictures_of(run)[0].shape == (16, 16, 3)
+    assert Image.open(run / "history.gif").n_frames == 4
+    assert float(trace_of(run)[-1]["psnr_mean"]) == pytest.approx(figures["psnr_mean"], abs=1e-3)
+    last = cli.out.splitlines()[-1]
+    assert re.fullmatch(r"PSNR \d+\.\d\d dB \| SSIM -?\d\.\d\d \| labels \d/3 \| loss .* evaluations \| .* s", last)
+
+
+def test_quiet_prints_the_last_line_only(cli):
+    cli("--quiet")
+    assert len(cli.out.splitlines()) == 1
+    assert cli.err == ""
+
+
+def test_log_every_thins_the_trace(cli):
+    run = cli("--log_every", 3, "--n_iter", 7, "--max_evals", 1000)
+    assert [row["step"] for row in trace_of(run)] == ["0", "3", "6"]
+
+
+def test_the_default_name_says_what_the_run_is(tmp_path):
+    assert (
+        magia.main([*SMALL, "--n_iter", "1", "--save_dir", str(tmp_path), "--seed", "4", "--sel_mode", "const1"]) == 0
+    )
+    (run,) = (entry for entry in tmp_path.iterdir() if not entry.name.startswith("."))
+    assert re.fullmatch(r"sample_B3_const1_seed4_\d{8}-\d{6}", run.name)
+
+
+def test_grey_images_work(cli, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "grey.npz", images=rng.integers(0, 256, (4, 28, 28), np.uint8), labels=np.arange(4))
+    run = cli("--dataset", "npz", "--data_path", tmp_path / "grey.npz", "--labels", "dataset")
+    assert pictures_of(run)[0].shape == (16, 16)
+
+
+def test_a_run_starts_from_the_images_of_another(cli):
+    first = cli("--n_iter", 12, name="first")
+    second = cli("--init", first / "images", "--n_iter", 1, "--tv_weight", 0, name="second")
+    start = cli("--n_iter", 1, "--tv_weight", 0, name="grey")
+    assert metrics_of(second)["psnr_mean"] > metrics_of(start)["psnr_mean"] + 1
+
+
+def test_an_existing_run_is_kept_unless_told(cli):
+    run = cli()
+    stamp = (run / "metrics.json").stat().st_mtime_ns
+    assert "run exists" in cli.error("--run_name", "run")
+    assert (run / "metrics.json").stat().st_mtime_ns == stamp
+    (run / "images" / "rec_999.png").write_bytes(b"stale")
+    cli("--overwrite")
+    assert not (run / "images" / "rec_999.png").exists()
+
+
+def test_overwrite_never_empties_a_folder_that_is_no_run(cli, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    assert "not a run directory" in cli.error("--run_name", "precious", "--overwrite")
+    assert (precious / "thesis.tex").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- quality
+
+
+def test_two_real_images_are_reconstructed(cli):
+    flags = "--batch_size 2 --image_size 32 --num_classes 100 --inner_iter 20 --max_evals 700 --n_iter 300"
+    run = cli(*flags.split())
+    figures = metrics_of(run)
+    assert figures["psnr_mean"] > 24  # 30 dB measured
+    assert figures["label_accuracy"] == 1
+    assert figures["recovered"] == 1
+
+
+def test_the_published_settings_run_and_are_beaten(cli):
+    flags = [
+        "--batch_size",
+        "2",
+        "--image_size",
+        "32",
+        "--num_classes",
+        "100",
+        "--inner_iter",
+        "20",
+        "--max_evals",
+        "200",
+        "--n_iter",
+        "300",
+    ]
+    paper = metrics_of(cli("--preset", "paper", *flags, name="paper"))
+    ours = metrics_of(cli(*flags, name="magia"))
+    assert ours["psnr_mean"] > paper["psnr_mean"] + 3
+    assert paper["psnr_mean"] > 4  # it runs, and what it gives is images
+
+
+# ---------------------------------------------------------------------------------------------------- repeatability
+
+
+def test_one_seed_repeats_a_run_and_another_does_not(cli):
+    first, again, other = cli(name="a"), cli(name="b"), cli("--seed", 1, name="c")
+    assert without_times(first) == without_times(again)
+    assert without_times(first) != without_times(other)
+
+
+def test_the_global_generators_are_left_alone(cli):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist())
+    cli("--labels", "random", "--init", "uniform")
+    assert (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()) == expected
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors"])
+def test_an_attack_on_a_saved_update_is_bit_for_bit_the_in_process_one(cli, tmp_path, ending):
+    path = tmp_path / f"update{ending}"
+    inside = cli("--save_update", path, name="inside")
+    outside = cli("--update", path, name="outside")
+    assert [p.tolist() for p in pictures_of(inside)] == [p.tolist() for p in pictures_of(outside)]
+    mine, theirs = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (inside, outside))
+    for a, b in zip(mine["variables"], theirs["variables"], strict=True):
+        assert torch.equal(a, b)
+    for name in ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations"):
+        assert [row[name] for row in trace_of(inside)] == [row[name] for row in trace_of(outside)]
+    assert [row["psnr_mean"] for row in trace_of(outside)] == [""] * 4
+    assert not (outside / "original.png").exists()
+    assert not (outside / "comparison.png").exists()
+    assert "psnr_mean" not in metrics_of(outside)
+    assert cli.out.splitlines()[-1].startswith("loss ")
+
+
+def test_an_update_brings_its_own_model_and_batch_size(cli, tmp_path):
+    path = tmp_path / "update.npz"
+    cli("--save_update", path, "--seed", 5, name="inside")
+    flags = ["--n_iter", "1", "--inner_iter", "2", "--save_dir", str(tmp_path), "--run_name", "outside"]
+    assert magia.main([*flags, "--update", str(path)]) == 0
+    config = config_of(tmp_path / "outside")
+    assert (config["batch_size"], config["num_classes"], config["model"]) == (3, 10, "lenet")
+
+
+def test_an_update_without_weights_takes_them_from_the_seed_or_a_checkpoint(cli, tmp_path):
+    path = tmp_path / "update.npz"
+    inside = cli("--save_update", path, name="inside")
+    update = SharedUpdate.load(path)
+    bare = SharedUpdate(**{**vars(update), "weights": {}})
+    bare.save(tmp_path / "bare.npz")
+    np.savez(tmp_path / "weights.npz", **{name: w.numpy() for name, w in update.weights.items()})
+    seeded = cli("--update", tmp_path / "bare.npz", name="seeded")
+    loaded = cli("--update", tmp_path / "bare.npz", "--weights", tmp_path / "weights.npz", name="loaded")
+    for run in (seeded, loaded):
+        assert [p.tolist() for p in pictures_of(run)] == [p.tolist() for p in pictures_of(inside)]
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--optimizer adam", "--resample closure", "--checkpoint_every 0", "--restarts 2"]
+)
+def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(cli, flags):
+    flags = ["--sel_mode", "constk", *flags.split()]
+    whole = cli(*flags, "--n_iter", 9, name="whole")
+    half = cli(*flags, "--n_iter", 5, name="half")
+    cli("--resume", half, "--n_iter", 9, name="half")
+    assert without_times(half) == without_times(whole)
+
+
+def test_resume_by_budget_and_name(cli):
+    whole = cli("--n_iter", 30, "--max_evals", 60, name="whole")
+    half = cli("--n_iter", 30, "--max_evals", 25, name="half")
+    cli("--n_iter", 30, "--max_evals", 60, "--resume", name="half")
+    assert without_times(half) == without_times(whole)
+
+
+def test_a_resumed_run_keeps_the_settings_it_began_with(cli):
+    run = cli("--tv_weight", 0.5)
+    cli("--resume", run, "--n_iter", 7)
+    assert config_of(run)["tv_weight"] == 0.5
+    assert len(trace_of(run)) == 7
+    message = cli.error("--resume", run, "--batch_size", 4)
+    assert "--batch_size 4" in message
+    assert "began with 3" in message
+
+
+def test_rows_and_frames_after_the_checkpoint_are_taken_back(cli):
+    whole = cli("--n_iter", 6, name="whole")
+    crashed = cli("--n_iter", 4, name="crashed")
+    with (crashed / "trace.csv").open("a") as file:  # what a run that was killed after its checkpoint leaves
+        file.write("4,2,9,9,9,9,99,9,9\n")
+    cli("--resume", crashed, "--n_iter", 6, name="crashed")
+    assert without_times(crashed) == without_times(whole)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_a_complete_run_that_can_go_on(tmp_path, sign):
+    flags = [*SMALL, "--n_iter", "100000", "--save_dir", str(tmp_path), "--run_name", "run"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main_MAGIA_sel.py", *flags],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    run = tmp_path / "run"
+    deadline = time.time() + 60
+    while not (run / "trace.csv").exists() or len((run / "trace.csv").read_text().splitlines()) < 3:
+        assert time.time() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert out.splitlines()[-1].startswith("PSNR ")
+    assert str(run) in out
+    figures = metrics_of(run)
+    assert figures["ended_by"] == "interrupt"
+    assert figures["steps"] == len(trace_of(run))
+    assert len(list((run / "images").iterdir())) == 3
+    assert (run / "comparison.png").exists()
+    steps = figures["steps"]
+    assert magia.main(["--resume", str(run), "--n_iter", str(steps + 2), "--quiet"]) == 0
+    assert metrics_of(run)["steps"] == steps + 2
+
+
+# ---------------------------------------------------------------------------------------------------- wrong numbers
+
+
+def test_a_diverging_run_goes_back_and_never_writes_nan(cli):
+    run = cli("--line_search", "none", "--lr", 1e18, "--box", "none", "--n_iter", 10, "--dtype", "float32", expect=1)
+    assert "not finite" in cli.err
+    assert metrics_of(run)["ended_by"] == "non-finite"
+    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert all(v.isfinite().all() for v in checkpoint["variables"])
+    assert math.isfinite(metrics_of(run)["psnr_mean"])
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--sel_mode cosine", ["cosine", "sigmoid"]),
+        ("--sel_l_iter -4", ["l_iter", "-4"]),
+        ("--n_iter 0", ["--n_iter", "0", "at least 1"]),
+        ("--batch_size -1", ["--batch_size", "-1", "at least 1"]),
+        ("--batch_size two", ["two", "integer"]),
+        ("--batch_size 129", ["129", "128"]),
+        ("--tv_weight -1", ["--tv_weight", "-1"]),
+        ("--tv_weight nan", ["--tv_weight", "nan"]),
+        ("--alpha 1.5", ["--alpha", "1.5", "at most 1"]),
+        ("--sig_a inf", ["--sig_a", "inf"]),
+        ("--optimizer sgd", ["sgd", "adam"]),
+        ("--unknown 1", ["--unknown"]),
+        ("--indices 1,200,3", ["200", "0 to 127"]),
+        ("--indices 1,x", ["'x'"]),
+        ("--indices 1,2", ["--batch_size 3", "2"]),
+        ("--labels unique --batch_size 11", ["11", "10"]),
+        ("--labels dataset --num_classes 2", ["label 2", "--num_classes"]),
+        ("--image_size 8", ["8x8", "16"]),
+        ("--dataset folder", ["--data_path"]),
+        ("--dataset folder --data_path /nowhere", ["/nowhere"]),
+        ("--dataset npz --data_path /nowhere.npz", ["/nowhere.npz"]),
+        ("--weights /nowhere.pt", ["/nowhere.pt"]),
+        ("--update /nowhere.npz", ["/nowhere.npz"]),
+        ("--save_update update.txt", ["update.txt", ".safetensors"]),
+        ("--init /nowhere", ["/nowhere"]),
+        ("--init photos --restarts 2", ["--init photos", "2 restarts"]),
+        ("--signals ica --frozen head", ["--signals ica", "no gradient of the head"]),
+        ("--max_seconds 0", ["--max_seconds", "above 0"]),
+        ("--restarts 0", ["--restarts", "at least 1"]),
+        ("--device tpu9", ["tpu9"]),
+        ("--resume", ["bad"]),
+        ("--resume /nowhere", ["/nowhere"]),
+        ("--save_dir /proc/nowhere", ["/proc/nowhere"]),
+    ],
+)
+def test_wrong_input_is_one_line_that_names_the_value(cli, flags, words):
+    message = cli.error(*flags.split())
+    for word in words:
+        assert word in message
+
+
+def test_a_damaged_update_is_refused(cli, tmp_path):
+    path = tmp_path / "update.safetensors"
+    cli("--save_update", path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "update.safetensors is damaged" in cli.error("--update", path)
+
+
+def test_flags_that_contradict_an_update_are_refused(cli, tmp_path):
+    cli("--save_update", tmp_path / "four.npz", "--batch_size", 4)
+    message = cli.error("--update", tmp_path / "four.npz")
+    assert "--batch_size 3: the update has 4" in message
+
+
+def test_a_damaged_checkpoint_is_refused(cli):
+    run = cli()
+    (run / "checkpoint.pt").write_bytes(b"nothing")
+    assert "checkpoint.pt is damaged" in cli.error("--resume", run)
+    torch.save({"variables": []}, run / "checkpoint.pt")
+    assert "not the checkpoint of a run" in cli.error("--resume", run)
+
+
+def test_a_gradient_that_is_not_finite_is_refused(cli, tmp_path):
+    cli("--save_update", tmp_path / "good.npz")
+    update = SharedUpdate.load(tmp_path / "good.npz")
+    update.gradients["head.bias"][0] = math.inf
+    update.save(tmp_path / "bad.npz")
+    message = cli.error("--update", tmp_path / "bad.npz")
+    assert "head.bias" in message
+    assert "not finite" in message
+
+
+def test_an_error_in_the_real_process_has_no_traceback():
+    command = [sys.executable, ROOT / "main_MAGIA_sel.py", "--batch_size", "500"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_config_is_strict_json(cli):
+    text = (cli() / "config.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in config.json"))
+
+
+def test_the_flags_page_is_what_make_docs_writes():
+    assert (ROOT / "docs" / "flags.md").read_text() == flags_page(magia.FLAGS)

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from skimage.metrics import peak_signal_noise_ratio
+
+from judge.metrics import assign, evaluate, mean_psnr, psnr_matrix
+
+
+def images(count=5, seed=0):
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def test_psnr_agrees_with_scikit_image():
+    truth, guess = images(3), images(3, seed=1)
+    matrix = psnr_matrix(truth, guess)
+    for i in range(3):
+        for j in range(3):
+            expected = peak_signal_noise_ratio(truth[i].numpy(), guess[j].numpy(), data_range=1)
+            assert matrix[i, j] == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.permutations(range(5)))
+def test_a_shuffled_batch_is_matched_back(order):
+    truth = images()
+    noisy = (truth + 0.01 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
+    labels = torch.arange(5)
+    figures = evaluate(truth, labels, noisy[order], labels[order])
+    assert [order[j] for j in figures["assignment"]] == list(range(5))
+    assert figures["label_accuracy"] == 1
+    assert figures["recovered"] == 1
+    assert figures["psnr_mean"] == pytest.approx(40, abs=0.7)
+    assert figures["psnr_mean"] == pytest.approx(mean_psnr(truth, noisy))
+
+
+def test_assignment_is_one_to_one_where_best_match_is_not():
+    truth = torch.stack([torch.full((1, 16, 16), v) for v in (0.50, 0.52)])
+    guess = torch.stack([torch.full((1, 16, 16), v) for v in (0.51, 0.90)])
+    figures = evaluate(truth, torch.tensor([0, 1]), guess, torch.tensor([1, 1]))
+    assert sorted(figures["assignment"]) == [0, 1]
+    assert figures["psnr_mean_best_match"] > figures["psnr_mean"] + 10
+    assert figures["label_accuracy"] == 0.5
+
+
+def test_assignment_maximises_the_sum():
+    psnr = np.array([[30.0, 29.0], [28.0, 10.0]])
+    assert assign(psnr).tolist() == [1, 0]
+
+
+def test_identical_images_are_capped_not_infinite():
+    figures = evaluate(images(2), torch.tensor([0, 0]), images(2), torch.tensor([0, 0]))
+    assert figures["psnr_mean"] == 100
+    assert figures["ssim_mean"] == pytest.approx(1)
+    assert figures["mse_mean"] == 0

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+
+from update.models import MODELS, build_model, load_checkpoint
+from update.storage import write_tensors
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def model(name="lenet", channels=3, side=16, num_classes=10, seed=0):
+    return build_model(name, image_shape=(channels, side, side), num_classes=num_classes, generator=generator(seed))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("channels", "side"), [(1, 16), (3, 28), (3, 33), (3, 64)])
+def test_models_take_every_square_input(name, channels, side):
+    net = model(name, channels, side, 7)
+    images = torch.rand(2, channels, side, side, generator=generator())
+    assert net(images).shape == (2, 7)
+    assert net.features(images).shape == (2, net.head.in_features)
+    assert torch.equal(net.head(net.features(images)), net(images))
+    assert not net.training
+
+
+def test_lenet_is_that_of_deep_leakage_from_gradients():
+    net = model(side=32, num_classes=100)
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    assert shapes["conv1.weight"] == (12, 3, 5, 5)
+    assert shapes["head.weight"] == (100, 768)
+    assert [net.conv1.stride, net.conv2.stride, net.conv3.stride] == [(2, 2), (2, 2), (1, 1)]
+    for parameter in net.parameters():
+        assert parameter.abs().max() <= 0.5
+    assert net.head.weight.abs().mean().item() == pytest.approx(0.25, rel=0.05)
+
+
+def test_weights_come_from_the_generator_alone():
+    before = torch.random.get_rng_state()
+    one, same, other = model(seed=1), model(seed=1), model(seed=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(one.conv1.weight, same.conv1.weight)
+    assert not torch.equal(one.conv1.weight, other.conv1.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"name": "vgg"}, "vgg"), ({"side": 8}, "8x8"), ({"side": 65}, "65x65"), ({"num_classes": 1}, "1")],
+)
+def test_errors_name_the_value(change, word):
+    with pytest.raises(ValueError, match=word):
+        model(**change)
+
+
+@pytest.mark.parametrize("ending", [".pt", ".npz", ".safetensors"])
+def test_checkpoints_load_from_every_format(tmp_path, ending):
+    source, target = model(seed=1), model(seed=2)
+    path = tmp_path / f"weights{ending}"
+    torch.save(source.state_dict(), path) if ending == ".pt" else write_tensors(path, source.state_dict())
+    load_checkpoint(target, path)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+
+
+def test_a_checkpoint_is_never_unpickled(tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({"conv1.weight": Path_like()}, path)
+    with pytest.raises(ValueError, match="safely"):
+        load_checkpoint(model(), path)
+
+
+class Path_like:  # noqa: N801
+    """Any class that only unpickling could bring back."""
+
+
+def test_a_checkpoint_that_does_not_fit_names_the_weight(tmp_path):
+    weights = model().state_dict()
+    weights["head.weight"] = weights["head.weight"][:, :-1]
+    write_tensors(tmp_path / "a.npz", weights)
+    with pytest.raises(ValueError, match=r"head\.weight.*\(10, 191\).*\(10, 192\)"):
+        load_checkpoint(model(), tmp_path / "a.npz")
+    del weights["head.weight"]
+    write_tensors(tmp_path / "b.npz", weights)
+    with pytest.raises(ValueError, match=r"head\.weight' is missing"):
+        load_checkpoint(model(), tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", extra=np.zeros(2), **{k: v.numpy() for k, v in model().state_dict().items()})
+    with pytest.raises(ValueError, match="extra"):
+        load_checkpoint(model(), tmp_path / "c.npz")
+    with pytest.raises(ValueError, match="no such file"):
+        load_checkpoint(model(), tmp_path / "none.pt")

@@ -1,0 +1,114 @@
+"""The one object between client and server.
+
+`SharedUpdate` holds what an honest-but-curious server has (the averaged gradient, the model it sent out, the batch
+size, the image shape) and nothing of the images or labels.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from update.gradients import trainable
+from update.storage import StorageError, read_tensors, write_tensors
+
+FORMAT = "magia-update-1"
+
+
+@dataclass(frozen=True)
+class SharedUpdate:
+    """One averaged update as the server receives it, with the model that it was computed on.
+
+    Attributes:
+        gradients: averaged gradient, by parameter name; frozen parameters have none.
+        weights: state dict of the model that the server sent out; empty if the file did not bring it.
+        model: name of the architecture in `models.MODELS`.
+        batch_size: number of images averaged over.
+        image_shape: (C, H, W) of one image.
+        num_classes: K.
+    """
+
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    model: str
+    batch_size: int
+    image_shape: tuple[int, int, int]
+    num_classes: int
+
+    def save(self, path: str | Path) -> None:
+        """Write the update to a `.safetensors` or `.npz` file.
+
+        Raises:
+            StorageError: the name's ending is neither, or the file cannot be written.
+        """
+        tensors = {f"gradient/{name}": tensor for name, tensor in self.gradients.items()}
+        tensors |= {f"weight/{name}": tensor for name, tensor in self.weights.items()}
+        facts = {
+            "format": FORMAT,
+            "model": self.model,
+            "batch_size": self.batch_size,
+            "image_shape": list(self.image_shape),
+            "num_classes": self.num_classes,
+        }
+        write_tensors(path, tensors, {"update": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SharedUpdate":
+        """Read an update that `save` wrote.
+
+        Raises:
+            StorageError: the file is missing, damaged, not an update, or holds numbers that are not finite.
+        """
+        tensors, text = read_tensors(path)
+        try:
+            facts = json.loads(text["update"])
+            if facts["format"] != FORMAT:
+                raise KeyError(facts["format"])
+            update = cls(
+                gradients=_section(tensors, "gradient/"),
+                weights=_section(tensors, "weight/"),
+                model=str(facts["model"]),
+                batch_size=int(facts["batch_size"]),
+                image_shape=tuple(int(side) for side in facts["image_shape"]),
+                num_classes=int(facts["num_classes"]),
+            )
+        except (KeyError, TypeError, ValueError):
+            raise StorageError(f"{path} is not a shared update ({FORMAT}) as --save_update writes it") from None
+        if update.batch_size < 1 or len(update.image_shape) != 3 or not update.gradients:
+            raise StorageError(f"{path}: the update's batch_size, image_shape or gradients make no sense")
+        update.check_finite(str(path))
+        return update
+
+    def check_finite(self, source: str) -> None:
+        """Raise a ValueError that names the first gradient holding NaN or infinity."""
+        for name, gradient in self.gradients.items():
+            if not gradient.isfinite().all():
+                raise StorageError(f"{source}: the gradient of {name!r} is not finite")
+
+    def strength(self) -> float:
+        """Root mean square over all entries of the gradients."""
+        squares = sum(float(gradient.double().square().sum()) for gradient in self.gradients.values())
+        return (squares / sum(gradient.numel() for gradient in self.gradients.values())) ** 0.5
+
+    def targets(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """The gradients in the order, dtype and place of `model`'s trainable parameters.
+
+        Raises:
+            ValueError: names or shapes differ from the model's.
+        """
+        parameters = trainable(model)
+        if parameters.keys() != self.gradients.keys():
+            odd = sorted(parameters.keys() ^ self.gradients.keys())
+            raise ValueError(f"update and model {self.model!r} disagree on parameters: {', '.join(odd)}")
+        for name, parameter in parameters.items():
+            if parameter.shape != self.gradients[name].shape:
+                raise ValueError(
+                    f"gradient {name!r} has shape {tuple(self.gradients[name].shape)}, "
+                    f"the model's parameter {tuple(parameter.shape)}"
+                )
+        return tuple(self.gradients[name].to(parameter) for name, parameter in parameters.items())
+
+
+def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
