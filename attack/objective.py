@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from update.gradients import averaged_gradient, trainable
+from update.gradients import averaged_gradient, gradient_and_part, trainable
 from update.head import Head
 
 DISTANCES = ("l2", "cosine")
@@ -224,20 +224,10 @@ class MatchingLoss:
         return tuple(scale * exact[n] if n in exact else g for n, g in zip(names, self.target, strict=True))
 
     def _gradients(self, images: Tensor, labels: Tensor, subset: Tensor) -> tuple[Gradient, Gradient | None]:
-        """Mean gradients over all images and over the subset; the second is None where alpha = 1 has no use for it.
-
-        The batch is split into T and the rest, and the full mean put together from the two: each image goes through
-        the model once, so the subset term costs next to nothing on top.
-        """
-        batch_size, subset_size = len(images), len(subset)
+        """Mean gradients over all images and over the subset; the second is None where alpha = 1 has no use for it."""
         if self.alpha == 1:
             return averaged_gradient(self.model, images, labels, create_graph=True), None
-        if subset_size == batch_size:
+        if len(subset) == len(images):
             g_all = averaged_gradient(self.model, images, labels, create_graph=True)
             return g_all, g_all
-        outside = torch.ones(batch_size, dtype=torch.bool, device=images.device)
-        outside[subset] = False
-        g_subset = averaged_gradient(self.model, images[subset], labels[subset], create_graph=True)
-        g_rest = averaged_gradient(self.model, images[outside], labels[outside], create_graph=True)
-        share = subset_size / batch_size
-        return tuple(share * p + (1 - share) * q for p, q in zip(g_subset, g_rest, strict=True)), g_subset
+        return gradient_and_part(self.model, images, labels, subset)

@@ -25,6 +25,70 @@ def averaged_gradient(
     return torch.autograd.grad(loss, tuple(trainable(model).values()), create_graph=create_graph)
 
 
+def gradient_and_part(
+    model: nn.Module, images: Tensor, labels: Tensor, subset: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The averaged gradient of the batch and that of a part of it, both differentiable by images and labels.
+
+    Each image goes through the model once, there and back: what the losses make of every layer's output is kept, and
+    from it and the layer's input the part's gradient is put together layer by layer, for its images alone. A model with
+    other layers than `_PARTS` knows takes a second pass instead.
+
+    Args:
+        images: (B, C, H, W).
+        labels: class indices (B,) or class probabilities (B, K).
+        subset: indices (S,) of the part's images.
+    """
+    parameters = trainable(model)
+    layers = [layer for layer in model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))]
+    if not all(type(layer) in _PARTS and not layer.training for layer in layers):
+        loss = batch_loss(model(images), labels)
+        return tuple(_gradient(values.mean(), parameters) for values in (loss, loss[subset]))
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        calls.append((layer, inputs[0], output))
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        loss = batch_loss(model(images), labels).mean()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    outputs = [output for _, _, output in calls]
+    found = torch.autograd.grad(loss, [*parameters.values(), *outputs], create_graph=True)
+    part: dict[nn.Parameter, Tensor] = {}
+    for (layer, inputs, _), delta in zip(calls, found[len(parameters) :], strict=True):
+        weight, bias = _PARTS[type(layer)](layer, inputs[subset], delta[subset])
+        part[layer.weight] = part.get(layer.weight, 0) + weight
+        if layer.bias is not None:
+            part[layer.bias] = part.get(layer.bias, 0) + bias
+    share = len(images) / len(subset)  # the deltas are those of the mean over the whole batch
+    return found[: len(parameters)], tuple(share * part[parameter] for parameter in parameters.values())
+
+
+def _gradient(loss: Tensor, parameters: dict[str, nn.Parameter]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, tuple(parameters.values()), create_graph=True)
+
+
+def _linear_part(layer: nn.Linear, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    return delta.T @ inputs, delta.sum(0)
+
+
+def _convolution_part(layer: nn.Conv2d, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    shape, how = layer.weight.shape, (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return nn.grad.conv2d_weight(inputs, shape, delta, *how), delta.sum((0, 2, 3))
+
+
+def _batchnorm_part(layer: nn.BatchNorm2d, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    mean, scale = layer.running_mean[:, None, None], (layer.running_var + layer.eps).sqrt()[:, None, None]
+    return (delta * (inputs - mean) / scale).sum((0, 2, 3)), delta.sum((0, 2, 3))
+
+
+# By kind of layer: gradients of weight and bias, from some images' inputs and what their losses make of its outputs.
+_PARTS = {nn.Linear: _linear_part, nn.Conv2d: _convolution_part, nn.BatchNorm2d: _batchnorm_part}
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are not frozen, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -5,7 +5,7 @@ from bench.peers import BREACHING, breaching_attack
 from client.victim import share_update
 from data import load_batch, open_source
 from judge import metrics
-from update.gradients import freeze
+from update.gradients import freeze, named_by
 from update.models import build_model
 
 
@@ -55,7 +55,7 @@ def test_a_peer_gets_somewhere():
 
 def test_frozen_parameters_are_refused():
     update, model, batch = case()
-    freeze(model, ["conv1"])
+    freeze(model, named_by(model, ["conv1"]))
     del update.gradients["conv1.weight"], update.gradients["conv1.bias"]
     with pytest.raises(ValueError, match="frozen"):
         breaching_attack("modern", update, model, batch.labels, max_evals=2, seed=0)
