@@ -45,7 +45,11 @@ class Flag:
 
 
 def read_flags(script: Path, values: Mapping[str, object]) -> list[Flag]:
-    """The flags of the script's block of defaults; `values` are the running module's globals, which hold them."""
+    """The flags of the script's block of defaults; `values` are the running module's globals, which hold them.
+
+    Raises:
+        ValueError: a line of the block is neither assignment nor comment.
+    """
     flags, group, before = [], "", ""
     for line in BANNER.split(script.read_text(encoding="utf-8"))[1].splitlines():
         comment = line.removeprefix("# ") if line.startswith("# ") else ""
@@ -56,6 +60,8 @@ def read_flags(script: Path, values: Mapping[str, object]) -> list[Flag]:
             group = comment
         elif comment and ASSIGNMENT.fullmatch(before):
             flags[-1] = replace(flags[-1], text=f"{flags[-1].text} {comment}")
+        elif line and not comment:
+            raise ValueError(f"{script.name}: defaults look like NAME = value  # what it means; cannot read {line!r}")
         before = before if comment and before else line
     return flags
 

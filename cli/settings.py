@@ -9,6 +9,7 @@ from pathlib import Path
 from attack.published.presets import PRESETS
 from cli.flags import Flag, build_parser
 from data import parse_indices
+from judge.run_directory import restore
 
 # What the client did is not known of an update that comes from a file.
 CLIENT = ("dataset", "data_path", "indices", "labels", "image_size", "frozen", "defence", "save_update")
@@ -49,6 +50,7 @@ def resolve(
 def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) -> argparse.Namespace:
     """The settings that the run in the run directory began with, and what may be set anew."""
     path = run_path(settings)
+    restore(path)
     began = read_config(path)
     missing = [name for name in defaults if name not in began]
     if missing:

@@ -49,8 +49,7 @@ class RunDirectory:
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         try:
-            if self._old.is_dir() and not path.exists():  # a process died between the two renames of `begin`
-                self._old.rename(path)
+            restore(path)
             _check(path, resume=resume, overwrite=overwrite)
         except BaseException:
             self.close()
@@ -188,6 +187,13 @@ class Trace:
         with suppress(OSError):
             self._file.close()
         self._file = None
+
+
+def restore(path: Path) -> None:
+    """Bring back a run whose process died between the two renames of `RunDirectory.begin`."""
+    old = path.with_name(f".{path.name}.old")
+    if old.is_dir() and not os.path.lexists(path):
+        old.rename(path)
 
 
 def _lock(path: Path) -> FileLock:

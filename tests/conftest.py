@@ -1,10 +1,13 @@
+import csv
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -70,3 +73,19 @@ def metrics_of(run: Path) -> dict:
 
 def config_of(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())
+
+
+def trace_of(run):
+    with (run / "trace.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pictures_of(run):
+    return [np.asarray(Image.open(file)) for file in sorted((run / "images").iterdir())]
+
+
+def without_times(run):
+    """All that a run leaves behind and must repeat, wall times apart."""
+    metrics = {k: v for k, v in metrics_of(run).items() if not k.endswith("seconds")}
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in trace_of(run)]
+    return metrics, rows, [picture.tolist() for picture in pictures_of(run)]

@@ -32,7 +32,7 @@ def gradient_and_part(
 
     Each image goes through the model once, there and back: what the losses make of every layer's output is kept, and
     from it and the layer's input the part's gradient is put together layer by layer, for its images alone. A model with
-    other layers than `_PARTS` knows takes a second pass instead.
+    other layers than `_PARTS` knows, or that changes outputs in place, takes a second pass instead.
 
     Args:
         images: (B, C, H, W).
@@ -41,7 +41,8 @@ def gradient_and_part(
     """
     parameters = trainable(model)
     layers = [layer for layer in model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))]
-    if not all(type(layer) in _PARTS and not layer.training for layer in layers):
+    in_place = any(getattr(module, "inplace", False) for module in model.modules())
+    if in_place or not all(type(layer) in _PARTS and not layer.training for layer in layers):
         loss = batch_loss(model(images), labels)
         return tuple(_gradient(values.mean(), parameters) for values in (loss, loss[subset]))
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []

@@ -114,6 +114,9 @@ class ResNet18(_Victim):
         if channels != 3:
             self.body.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
         self.body.fc = nn.Identity()
+        for module in self.body.modules():
+            if isinstance(module, nn.ReLU):
+                module.inplace = False  # what a layer gave out stays as it was for whoever keeps it
         self.head = nn.Linear(width, num_classes)
 
     def features(self, images: Tensor) -> Tensor:

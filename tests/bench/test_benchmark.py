@@ -43,7 +43,10 @@ def test_a_grid_compares_presets_on_the_same_updates(tmp_path, capsys):
     assert {(r["preset"], r["batch_size"], r["seed"]) for r in rows} == {
         (p, b, s) for p in ("magia", "paper") for b in "23" for s in "01"
     }
-    assert all(int(r["evaluations"]) <= 12 and float(r["psnr_mean"]) > 5 for r in rows)
+    assert all(int(r["evaluations"]) <= 12 for r in rows)
+    judged = {json.loads(file.read_text())["psnr_mean"] for file in (tmp_path / "runs").glob("*/metrics.json")}
+    assert {float(r["psnr_mean"]) for r in rows} == judged
+    assert len(judged) == 8
     configs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/config.json")]
     assert {(c["preset"], c["batch_size"], c["seed"]) for c in configs} == {
         (r["preset"], int(r["batch_size"]), int(r["seed"])) for r in rows
@@ -62,7 +65,8 @@ def test_peers_run_on_the_same_updates(tmp_path):
     names = ["magia", "breaching modern", "breaching deepleakage"]
     assert [row["preset"] for row in rows] == [name for name in names for _ in range(2)]
     assert [row["evaluations"] for row in rows[2:]] == ["20", "40", "20", "40"]
-    assert all(float(row["psnr_mean"]) > 3 for row in rows)
+    judged = {json.loads(file.read_text())["psnr_mean"] for file in (tmp_path / "runs").glob("*/metrics.json")}
+    assert {float(row["psnr_mean"]) for row in rows} == judged
     originals = {(file.parent.name, file.read_bytes()) for file in (tmp_path / "runs").glob("*/images/rec_000.png")}
     assert len(originals) == 6
     with Image.open(tmp_path / "wall.png") as wall:

@@ -1,11 +1,8 @@
 """The command line as people use it: flags, run directory, presets, resume, saved updates, errors."""
 
-import csv
 import json
 import math
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +11,12 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, SMALL, config_of, metrics_of, resolved
+from conftest import CPU, ROOT, SMALL, config_of, metrics_of, pictures_of, resolved, trace_of, without_times
 from PIL import Image
 
 import main_MAGIA_sel as magia
-from cli.flags import flags_page
 from cli.settings import resolve
 from cli.victim import victim
-from judge.run_directory import TRACE
 from schedules import MODES, subset_size
 from update.shared import SharedUpdate
 
@@ -32,22 +27,6 @@ SPEC_COMMANDS = [
     "--sel_mode sigmoid --sig_a -0.1 --sig_b 200",
     "--sel_mode const1 --n_iter 300 --batch_size 32 --tv_weight 5e-3 --optimizer lbfgs",
 ]
-
-
-def trace_of(run):
-    with (run / "trace.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def pictures_of(run):
-    return [np.asarray(Image.open(file)) for file in sorted((run / "images").iterdir())]
-
-
-def without_times(run):
-    """All that a run leaves behind and must repeat, wall times apart."""
-    metrics = {k: v for k, v in metrics_of(run).items() if not k.endswith("seconds")}
-    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in trace_of(run)]
-    return metrics, rows, [picture.tolist() for picture in pictures_of(run)]
 
 
 # ---------------------------------------------------------------------------------------------------- flags
@@ -95,32 +74,6 @@ def test_flags_run(cli, flags):
     losses = [float(row["loss"]) for row in trace_of(run)]
     assert all(map(math.isfinite, losses))
     assert len(losses) == 4
-
-
-def test_help_names_every_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        magia.main(["-h"])
-    assert stop.value.code == 0
-    out = " ".join(capsys.readouterr().out.split())  # as if lines did not wrap
-    defaults = {flag.name for flag in magia.FLAGS}
-    for name in defaults:
-        assert f"--{name}" in out
-    assert out.count("; default") == len(defaults)
-    for flag in ("sel_mode", "sel_k", "sel_l_iter", "sig_a", "sig_b", "n_iter", "batch_size", "tv_weight", "seed"):
-        assert flag in defaults
-
-
-def test_defaults_are_edited_in_the_script(tmp_path):
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, tmp_path / file.name)
-    for folder in ("attack", "cli", "client", "judge", "samples", "update"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    script = tmp_path / "main_MAGIA_sel.py"
-    text = re.sub(r"^SEL_MODE = .*$", 'SEL_MODE = "const1"', script.read_text(), flags=re.M)
-    script.write_text(re.sub(r"^N_ITER = .*$", "N_ITER = 2", text, flags=re.M))
-    flags = ["--batch_size", "2", "--image_size", "16", "--run_name", "edited"]
-    subprocess.run([sys.executable, script, *flags], cwd=tmp_path, check=True, capture_output=True)
-    assert config_of(tmp_path / "results" / "edited")["schedule"] == [1, 1]
 
 
 def test_a_flag_given_by_hand_beats_the_preset():
@@ -201,87 +154,6 @@ def test_group_consistency_draws_restarts_together(cli):
     assert spread("--group_weight", 100, name="together") < 0.5 * spread(name="apart")
 
 
-# ---------------------------------------------------------------------------------------------------- run directory
-
-
-def test_the_run_directory_is_complete(cli):
-    run = cli("--seed", 3)
-    names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
-    images = {f"images/rec_{i:03d}.png" for i in range(3)}
-    assert names == images | {
-        "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png",
-        "comparison.png", "history.gif", "curves.png",
-    }  # fmt: skip
-    config, figures = config_of(run), metrics_of(run)
-    assert {flag.name for flag in magia.FLAGS} <= config.keys()
-    assert config["seed"] == 3
-    assert config["device"] in ("cpu", "cuda")
-    assert config["versions"]["torch"] == torch.__version__
-    assert {"command", "git_commit", "git_dirty"} <= config.keys()
-    assert list(trace_of(run)[0]) == list(TRACE)
-    assert sorted(figures["assignment"]) == [0, 1, 2]
-    for name in ("psnr_mean", "ssim_mean", "mse_mean", "label_accuracy", "recovered", "psnr_mean_best_match",
-                 "evaluations", "seconds", "final_loss"):  # fmt: skip
-        assert math.isfinite(figures[name])
-    assert len(figures["psnr"]) == len(figures["ssim"]) == 3
-    assert pictures_of(run)[0].shape == (16, 16, 3)
-    assert Image.open(run / "history.gif").n_frames == 4
-    assert float(trace_of(run)[-1]["psnr_mean"]) == pytest.approx(figures["psnr_mean"], abs=1e-3)
-    last = cli.out.splitlines()[-1]
-    assert re.fullmatch(r"PSNR \d+\.\d\d dB \| SSIM -?\d\.\d\d \| labels \d/3 \| loss .* evaluations \| .* s", last)
-
-
-def test_quiet_prints_the_last_line_only(cli):
-    cli("--quiet")
-    assert len(cli.out.splitlines()) == 1
-    assert cli.err == ""
-
-
-def test_log_every_thins_the_trace(cli):
-    run = cli("--log_every", 3, "--n_iter", 7, "--max_evals", 1000)
-    assert [row["step"] for row in trace_of(run)] == ["0", "3", "6"]
-
-
-def test_the_default_name_says_what_the_run_is(tmp_path):
-    assert (
-        magia.main([*SMALL, "--n_iter", "1", "--save_dir", str(tmp_path), "--seed", "4", "--sel_mode", "const1"]) == 0
-    )
-    (run,) = (entry for entry in tmp_path.iterdir() if not entry.name.startswith("."))
-    assert re.fullmatch(r"sample_B3_const1_seed4_\d{8}-\d{6}", run.name)
-
-
-def test_grey_images_work(cli, tmp_path):
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "grey.npz", images=rng.integers(0, 256, (4, 28, 28), np.uint8), labels=np.arange(4))
-    run = cli("--dataset", "npz", "--data_path", tmp_path / "grey.npz", "--labels", "dataset")
-    assert pictures_of(run)[0].shape == (16, 16)
-
-
-def test_a_run_starts_from_the_images_of_another(cli):
-    first = cli("--n_iter", 12, name="first")
-    second = cli("--init", first / "images", "--n_iter", 1, "--tv_weight", 0, name="second")
-    start = cli("--n_iter", 1, "--tv_weight", 0, name="grey")
-    assert metrics_of(second)["psnr_mean"] > metrics_of(start)["psnr_mean"] + 1
-
-
-def test_an_existing_run_is_kept_unless_told(cli):
-    run = cli()
-    stamp = (run / "metrics.json").stat().st_mtime_ns
-    assert "run exists" in cli.error("--run_name", "run")
-    assert (run / "metrics.json").stat().st_mtime_ns == stamp
-    (run / "images" / "rec_999.png").write_bytes(b"stale")
-    cli("--overwrite")
-    assert not (run / "images" / "rec_999.png").exists()
-
-
-def test_overwrite_never_empties_a_folder_that_is_no_run(cli, tmp_path):
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.tex").write_text("years of work")
-    assert "not a run directory" in cli.error("--run_name", "precious", "--overwrite")
-    assert (precious / "thesis.tex").exists()
-
-
 # ---------------------------------------------------------------------------------------------------- quality
 
 
@@ -292,27 +164,6 @@ def test_two_real_images_are_reconstructed(cli):
     assert figures["psnr_mean"] > 24  # 30 dB measured
     assert figures["label_accuracy"] == 1
     assert figures["recovered"] == 1
-
-
-def test_the_published_settings_run_and_are_beaten(cli):
-    flags = [
-        "--batch_size",
-        "2",
-        "--image_size",
-        "32",
-        "--num_classes",
-        "100",
-        "--inner_iter",
-        "20",
-        "--max_evals",
-        "200",
-        "--n_iter",
-        "300",
-    ]
-    paper = metrics_of(cli("--preset", "paper", *flags, name="paper"))
-    ours = metrics_of(cli(*flags, name="magia"))
-    assert ours["psnr_mean"] > paper["psnr_mean"] + 3
-    assert paper["psnr_mean"] > 4  # it runs, and what it gives is images
 
 
 # ---------------------------------------------------------------------------------------------------- repeatability
@@ -539,7 +390,3 @@ def test_an_error_in_the_real_process_has_no_traceback():
 def test_config_is_strict_json(cli):
     text = (cli() / "config.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in config.json"))
-
-
-def test_the_flags_page_is_what_make_docs_writes():
-    assert (ROOT / "docs" / "flags.md").read_text() == flags_page(magia.FLAGS)

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.victim import share_update
-from update.gradients import averaged_gradient, batch_loss
+from update.gradients import averaged_gradient, batch_loss, freeze, gradient_and_part, named_by, trainable
 from update.models import build_model
 from update.shared import SharedUpdate
 from update.storage import StorageError, read_tensors, write_tensors
@@ -134,3 +134,51 @@ def test_targets_refuse_another_models_update():
     wider = build_model("lenet", image_shape=(3, 16, 16), num_classes=6, generator=generator())
     with pytest.raises(ValueError, match=r"head\.weight"):
         update.targets(wider)
+
+
+@pytest.mark.parametrize("name", ["lenet", "mlp", "convnet", "resnet18"])
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_a_part_of_the_batch_has_its_own_mean_in_the_same_pass(name, labels):
+    model, images, hard = case(name=name)
+    chosen = hard if labels == "hard" else torch.rand(3, 5, generator=generator(2)).double().softmax(1)
+    images.requires_grad_()
+    subset = torch.tensor([2, 0])
+    whole, part = gradient_and_part(model, images, chosen, subset)
+    expected = (
+        averaged_gradient(model, images, chosen, create_graph=True),
+        averaged_gradient(model, images[subset], chosen[subset], create_graph=True),
+    )
+    for mine, theirs in zip((whole, part), expected, strict=True):
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(mine, theirs, strict=True))
+        slopes = [
+            torch.autograd.grad(sum(g.square().sum() for g in t), images, retain_graph=True) for t in (mine, theirs)
+        ]
+        assert torch.allclose(*(slope for (slope,) in slopes), rtol=1e-6, atol=1e-12)
+
+
+def test_a_part_in_a_model_with_frozen_or_unknown_layers():
+    model, images, labels = case()
+    freeze(model, ["conv1.weight", "conv1.bias", "head.bias"])
+    subset = torch.tensor([1])
+    for net in (model, torch.nn.Sequential(model, torch.nn.PReLU(dtype=torch.float64))):
+        whole, part = gradient_and_part(net, images, labels, subset)
+        for mine, rows in ((whole, slice(None)), (part, subset)):
+            expected = averaged_gradient(net, images[rows], labels[rows])
+            assert len(mine) == len(expected)
+            assert all(torch.allclose(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+def test_freezing_goes_by_whole_names_and_prefixes_are_spelled_out_first():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.ab = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+
+    model = Two()
+    freeze(model, ["a"])
+    assert list(trainable(model)) == ["ab"]
+    assert named_by(Two(), ["a"]) == ["a", "ab"]
+    with pytest.raises(ValueError, match="nothing is left"):
+        freeze(model, ["a", "ab"])
+    with pytest.raises(ValueError, match=r"'b'.*the model has a, ab"):
+        named_by(model, ["b"])

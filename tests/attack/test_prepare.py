@@ -1,0 +1,66 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import CPU, SMALL, generator, resolved
+from hypothesis import given
+from hypothesis import strategies as st
+
+import main_MAGIA_sel as magia
+from attack.prepare import all_labels, start_images
+from attack.signals import Signals
+from cli.victim import victim
+
+labels = st.lists(st.integers(0, 5), min_size=1, max_size=8)
+
+
+def read(*some):
+    """Signals of so many images with these labels."""
+    label, empty = torch.tensor(some), torch.zeros(len(some))
+    return Signals(label, torch.zeros(len(some), 4), torch.zeros(len(some), 6), empty, empty, empty, rank=len(some))
+
+
+@given(labels, st.data())
+def test_what_was_read_comes_first_and_what_was_granted_follows_once(granted, data):
+    found = data.draw(st.lists(st.sampled_from(range(len(granted))), unique=True))
+    signals = read(*[granted[i] for i in found])
+    known = all_labels(signals, torch.tensor(granted))
+    assert known[: len(signals)].tolist() == signals.labels.tolist()
+    assert sorted(known.tolist()) == sorted(granted)
+
+
+def test_labels_of_one_source_alone():
+    assert all_labels(None, None) is None
+    assert all_labels(read(3, 1), None).tolist() == [3, 1]
+    assert all_labels(None, torch.tensor([2, 2])).tolist() == [2, 2]
+    assert all_labels(read(5), torch.tensor([0, 1])).tolist() == [5, 0]  # the sources disagree: signals are surer
+
+
+def test_with_partial_signals_the_other_granted_labels_stay(monkeypatch):
+    settings = resolved(*SMALL, "--label_strategy", "known", "--labels", "unique")
+    update, model, truth = victim(settings, CPU)
+    whole = magia.recover_signals(update, model, generator=generator())
+    part = {name: value[:1] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
+    monkeypatch.setattr(magia, "recover_signals", lambda *_, **__: dataclasses.replace(whole, **part))
+    state, _, known = magia.prepare(update, model, settings, granted=truth.labels)
+    assert len(known.signals) == 1
+    chosen = state.label_logits[0].argmax(1)
+    assert chosen[0] == whole.labels[0]
+    assert sorted(chosen.tolist()) == sorted(truth.labels.tolist())
+
+
+def test_starts():
+    shape = (2, 3, 4, 4)
+    grey = start_images("grey", shape, 3, generator())
+    assert grey.shape == (6, 3, 4, 4)
+    assert 0.01 < float((grey - 0.5).abs().mean()) < 0.03
+    normal = start_images("normal", shape, 1, generator())
+    assert (normal == 0).float().mean() > 0.3
+    uniform = start_images("uniform", shape, 1, generator())
+    assert 0 < uniform.min() < 0.1 < 0.9 < uniform.max() < 1
+    given_images = torch.rand(shape)
+    assert start_images("photos", shape, 1, generator(), given_images) is given_images
+    with pytest.raises(ValueError, match=r"photos: it holds images of shape \(3, 4, 4\).*\(3, 8, 8\)"):
+        start_images("photos", (2, 3, 8, 8), 1, generator(), given_images)
+    with pytest.raises(ValueError, match="2 restarts"):
+        start_images("photos", shape, 2, generator(), given_images)
