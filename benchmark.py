@@ -34,6 +34,8 @@ from cli.settings import resolve
 from data import LABEL_MODES
 from update.models import MODELS
 
+# flags that each cell sets itself
+OWN = ("resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "quiet")
 DEFENCES = (
     "none", "--frozen=head.bias", "--frozen=head", "float16", "bfloat16", "topk:0.5", "topk:0.1", "topk:0.01",
     "noise:1e-6", "noise:1e-5", "noise:1e-4", "noise:1e-3", "noise:1e-2",
@@ -53,7 +55,7 @@ def build_parser() -> OneLineParser:
 
     def listed(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callable[[str], list]:
         def parse(text: str) -> list:
-            values = [kind(part) for part in text.split(",")]
+            values = list(dict.fromkeys(kind(part) for part in text.split(",")))  # each once
             for value in values:
                 if choices and value not in choices:
                     raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(choices)}")
@@ -104,9 +106,10 @@ def build_parser() -> OneLineParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit status: 0 done, 2 wrong input."""
+    """Run the command line. Exit status: 0 done, 1 some cells failed, 2 wrong input."""
     asked, flags = build_parser().parse_known_args(argv)
     try:
+        refuse_own(flags)
         resolve(flags, magia.FLAGS)  # refuses at once what no cell could run with
         rows = {"grid": grid, "signals": signals, "defences": defences}[asked.command](asked, flags)
     except (ValueError, OSError) as error:
@@ -114,7 +117,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     write_table(rows, asked.out / "table")
     print((asked.out / "table.md").read_text(), end="")
-    return 0
+    failed = [row for row in rows if failed_cell(row)]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} cells failed: {failed_cell(failed[0])}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def refuse_own(flags: Sequence[str]) -> None:
+    """Refuse further flags that a cell of a benchmark sets itself, or cannot have.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for flag in flags:
+        if flag.split("=")[0].removeprefix("--") in OWN:
+            raise ValueError(
+                f"{flag.split('=')[0]}: not in a benchmark, whose cells have runs and updates of their own"
+            )
+
+
+def failed_cell(row: Cell) -> str:
+    """Why a cell has no figures; empty where it has."""
+    status = str(row.get("status") or "")
+    return status if row.get("psnr_mean", 0) is None else ""
 
 
 def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:

@@ -4,6 +4,7 @@ Every source follows torchvision's dataset protocol, `len(source)` and `source[i
 `load_batch` turns chosen entries of one into a tensor batch.
 """
 
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ TORCHVISION_SETS = {
 DATASETS = ("sample", *TORCHVISION_SETS, "folder", "npz")
 LABEL_MODES = ("dataset", "random", "unique")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+MOST_TEXT, MOST_INDICES = 100_000, 10**6  # of --indices: what could be meant, not what memory could hold
+MOST_PIXELS = 5 * 10**7  # of an image file, before it is decoded
 
 
 class DataError(ValueError):
@@ -103,10 +108,17 @@ class FolderImages:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, label = self._files[index]
         try:
-            with Image.open(file) as image:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below
+                image = Image.open(file)
+            with image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise DataError(f"{file} has {image.width}x{image.height} pixels: at most {MOST_PIXELS} are read")
                 image.load()
                 return ImageOps.exif_transpose(image), label
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except DataError:
+            raise
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{file} is not an image that can be read: {error}") from None
 
 
@@ -142,10 +154,14 @@ def parse_indices(text: str) -> list[int]:
         DataError: anything else.
     """
     indices: list[int] = []
+    if len(text) > MOST_TEXT:
+        raise DataError(f"indices {text[:20]}...: at most {MOST_TEXT} characters")
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise DataError(f"indices must look like 0,3,8-11; cannot read {part.strip()!r}")
+        if int(last or first) - int(first) >= MOST_INDICES:
+            raise DataError(f"indices {part.strip()!r}: at most {MOST_INDICES} images")
         indices.extend(range(int(first), int(last or first) + 1))
     return indices
 
@@ -155,7 +171,7 @@ def load_batch(
     indices: Sequence[int],
     *,
     labels: str,
-    num_classes: int,
+    num_classes: int | None,
     generator: torch.Generator,
     image_size: int | None = None,
 ) -> Batch:
@@ -165,7 +181,7 @@ def load_batch(
         source: where they come from, see `open_source`.
         indices: 0-based positions in the source.
         labels: `dataset` for the true ones; `random`, drawn uniformly from the classes; `unique`, without repetition.
-        num_classes: K, the classes of the victim's head.
+        num_classes: K, the classes of the victim's head; None, for `dataset` alone, takes any label.
         generator: what `random` and `unique` draw from.
         image_size: side in pixels to crop and resize to; None keeps the images' own, which must then all agree.
 
@@ -183,7 +199,7 @@ def load_batch(
     return Batch(images, _labels(labels, [label for _, label in entries], num_classes, generator))
 
 
-def _labels(mode: str, own: list[int], num_classes: int, generator: torch.Generator) -> Tensor:
+def _labels(mode: str, own: list[int], num_classes: int | None, generator: torch.Generator) -> Tensor:
     batch_size = len(own)
     if mode == "random":
         return torch.randint(num_classes, (batch_size,), generator=generator)
@@ -193,7 +209,7 @@ def _labels(mode: str, own: list[int], num_classes: int, generator: torch.Genera
         return torch.randperm(num_classes, generator=generator)[:batch_size]
     if mode != "dataset":
         raise DataError(f"unknown labels {mode!r}: choose one of {', '.join(LABEL_MODES)}")
-    for label in own:
+    for label in own if num_classes is not None else ():
         if not 0 <= label < num_classes:
             raise DataError(f"label {label} has no class: the head has {num_classes}; set --num_classes {max(own) + 1}")
     return torch.tensor(own)

@@ -31,12 +31,12 @@ from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.signals import Signals, recover_signals
 from attack.state import AttackState, Terms
-from cli.console import Progress, introduction, show_schedule
+from cli.console import Progress, Search, introduction, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, interruptible, stream
-from cli.settings import adopt, resolve, run_path
-from cli.victim import images_named, victim
+from cli.settings import adopt, resolve, run_path, schedule_of
+from cli.victim import images_named, save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, resumable, summary
 from judge.run_directory import RunDirectory
@@ -60,6 +60,7 @@ BATCH_SIZE = 16  # images averaged over, B
 INDICES = None  # which images, e.g. 0,3,8-11 (0-based; None: the first B)
 LABELS = "random"  # dataset: the true ones; random: uniform over the classes; unique: random without repetition
 IMAGE_SIZE = None  # side in pixels to crop and resize to (None: as they are)
+SAVE_BATCH = None  # .npz to write the images and their own labels to, for --dataset npz, and stop
 
 # model and update (what the server has)
 MODEL = "lenet"  # architecture: lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18
@@ -274,7 +275,8 @@ def read_ahead(
     elif settings.signals in ("auto", "on"):
         seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
         try:
-            signals = recover_signals(update, model, generator=generator, max_seconds=seconds)
+            with Search(quiet=settings.quiet) as bar:
+                signals = recover_signals(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
         except ValueError as error:
             if settings.signals == "on":
                 raise ValueError(f"--signals on: {error}") from None
@@ -348,20 +350,6 @@ def build_objective(
     )
 
 
-def schedule_of(settings: argparse.Namespace) -> Schedule:
-    """S(t) under the flags --sel_mode, --sel_k, --sel_l_iter, --sig_a, --sig_b and --resample."""
-    return Schedule(
-        settings.sel_mode,
-        batch_size=settings.batch_size,
-        n_iter=settings.n_iter,
-        k=settings.sel_k,
-        l_iter=settings.sel_l_iter,
-        a=settings.sig_a,
-        b=settings.sig_b,
-        resample=settings.resample,
-    )
-
-
 # ----------------------------------------------------------------------------------------------------
 # The command line
 
@@ -377,6 +365,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         schedule = schedule_of(settings)
         if settings.show_schedule:
             return show_schedule(schedule, Path(settings.save_dir))
+        if settings.save_batch:
+            return save_batch(settings)
         place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
         update, model, truth = victim(settings, place)
         facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
@@ -411,9 +401,6 @@ def run_attack(
         run.write_json("config.json", config | {"schedule": began["sizes"]})
     else:
         run.begin(config | {"schedule": []}, resumable(state, known.signals))
-    if not settings.quiet:
-        print(introduction(update, settings, objective, known.signals, run.path))
-    bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)
     recorder = Recorder(
         run,
         truth,
@@ -421,8 +408,12 @@ def run_attack(
         log_every=settings.log_every,
         checkpoint_every=settings.checkpoint_every,
         checkpoint=began,
-        show=bar.show,
     )
+    if not settings.quiet:
+        print(introduction(update, settings, objective, known.signals, run.path))
+    if not began:
+        recorder.start(objective.images(state)[state.leader])
+    recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)
     budget = Budget(settings.n_iter, settings.max_evals, settings.max_seconds)
     with interruptible() as interrupted, bar:
         try:
@@ -433,10 +424,13 @@ def run_attack(
     figures = recorder.finish(state, objective.images(state)[state.leader], ended_by, config)
     if ended_by == "non-finite":
         print(f"the loss was not finite {state.setbacks} times: stopped at the best iterate", file=sys.stderr)
+    elif not recorder.sizes:
+        print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not settings.quiet:
         print(f"pictures: {run.path}/" + ("comparison.png" if truth else "reconstruction.png"))
     print(summary(figures))
-    return {"non-finite": 1, "interrupt": 130, "abort": 130}.get(ended_by, 0)
+    failed = ended_by == "non-finite" or not recorder.sizes or run.failures
+    return 130 if ended_by in ("interrupt", "abort") else int(bool(failed))
 
 
 if __name__ == "__main__":

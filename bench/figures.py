@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
@@ -19,6 +20,7 @@ MEANS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found", "evaluatio
 MEASURES = {"psnr": "mean PSNR (dB)", "ssim": "mean SSIM"}
 PANEL = {"batch_size": "B = {}", "max_evals": "{} evaluations", "max_seconds": "{} seconds"}
 MARKERS = "os^v"  # the next for every ten lines
+DECADE = 10
 PANELS = 3  # in a row
 
 
@@ -110,7 +112,12 @@ def plot_lines(lines: Sequence[Cell], path: Path, measure: str, *, x: str, panel
             axis.errorbar(
                 at, y, spread, label=name, color=f"C{number % 10}", marker=MARKERS[number // 10 % 4], capsize=3
             )
-        axis.set(xlabel="batch size B" if x == "batch_size" else x, ylabel=MEASURES[measure], xscale="log")
+        axis.set(xlabel="batch size B" if x == "batch_size" else x, ylabel=MEASURES[measure])
+        reach = [line[x] for line in lines if line[panel] == value]
+        if max(reach) > DECADE * min(reach):  # on less, a logarithmic axis has no place for its labels
+            axis.set_xscale("log")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_title(PANEL[panel].format(value))
         if x == "batch_size":
             sizes = sorted({line[x] for line in lines})

@@ -11,6 +11,8 @@ from judge.pictures import save_schedule
 from schedules import Schedule
 from update.shared import SharedUpdate
 
+POINTS = 10_000  # of a plot, at most
+
 
 class Progress(tqdm):
     """A bar of optimiser steps with loss, S and, where truth is known, PSNR."""
@@ -18,11 +20,18 @@ class Progress(tqdm):
     def __init__(self, n_iter: int, step: int, *, quiet: bool) -> None:
         super().__init__(total=n_iter, initial=step, disable=quiet, unit="step", dynamic_ncols=True)
 
-    def show(self, row: Mapping) -> None:
+    def __call__(self, row: Mapping) -> None:
         """Advance to the step of this row of the trace."""
         self.update(row["step"] + 1 - self.n)
         psnr = {} if row["psnr_mean"] is None else {"PSNR": f"{row['psnr_mean']:.2f}"}
         self.set_postfix({"loss": f"{row['loss']:.2e}", "S": row["S"]} | psnr)
+
+
+class Search(tqdm):
+    """A counter of the iterations that the search for signals takes, shown where it takes longer than a second."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__(desc="reading signals", unit=" iterations", delay=1, leave=False, disable=quiet)
 
 
 def introduction(
@@ -45,12 +54,12 @@ def introduction(
 
 def show_schedule(schedule: Schedule, folder: Path) -> int:
     """Print step and S(t), one line per step, and save a plot of it in the folder. Returns the exit status."""
-    sizes = [schedule.size(step) for step in range(schedule.n_iter)]
     print("step S")
-    for step, size in enumerate(sizes):
-        print(step, size)
+    for step in range(schedule.n_iter):
+        print(step, schedule.size(step))
+    steps = range(0, schedule.n_iter, -(-schedule.n_iter // POINTS))
     path = folder / f"schedule_{schedule.mode}_B{schedule.batch_size}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_schedule(path, sizes, f"{schedule.mode}, B={schedule.batch_size}")
+    save_schedule(path, steps, [schedule.size(step) for step in steps], f"{schedule.mode}, B={schedule.batch_size}")
     print(f"plot: {path}")
     return 0

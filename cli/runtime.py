@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the meta device holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {name}: not available here; use auto, cpu or cuda") from None
     torch.backends.cudnn.deterministic = True

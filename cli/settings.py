@@ -10,9 +10,10 @@ from attack.published.presets import PRESETS
 from cli.flags import Flag, build_parser
 from data import parse_indices
 from judge.run_directory import restore
+from schedules import Schedule
 
 # What the client did is not known of an update that comes from a file.
-CLIENT = ("dataset", "data_path", "indices", "labels", "image_size", "frozen", "defence", "save_update")
+CLIENT = ("dataset", "data_path", "indices", "labels", "image_size", "frozen", "defence", "save_update", "save_batch")
 
 # What a resumed run may set anew; everything else must be as the run began.
 RESUMABLE = (
@@ -35,6 +36,10 @@ def resolve(
     defaults = {flag.name: flag.default for flag in flags}
     preset = PRESETS[given.get("preset", defaults["preset"])]
     settings = argparse.Namespace(**(defaults | preset | given))
+    if settings.run_name in (".", "..") or Path(settings.run_name or "a").name != (settings.run_name or "a"):
+        raise ValueError(f"--run_name {settings.run_name}: a name, without separators; --save_dir says where it goes")
+    if isinstance(settings.resume, str) and given.get("run_name") not in (None, Path(settings.resume).name):
+        raise ValueError(f"--run_name {settings.run_name}: the run to resume is {settings.resume}")
     if settings.resume:
         settings = _resumed(settings, given, defaults)
     if settings.update:
@@ -71,6 +76,20 @@ def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: 
         if given.get(name, value) != value:
             raise ValueError(f"--{name} {given[name]}: {source} has {value}")
         setattr(settings, name, value)
+
+
+def schedule_of(settings: argparse.Namespace) -> Schedule:
+    """S(t) under the flags --sel_mode, --sel_k, --sel_l_iter, --sig_a, --sig_b and --resample."""
+    return Schedule(
+        settings.sel_mode,
+        batch_size=settings.batch_size,
+        n_iter=settings.n_iter,
+        k=settings.sel_k,
+        l_iter=settings.sel_l_iter,
+        a=settings.sig_a,
+        b=settings.sig_b,
+        resample=settings.resample,
+    )
 
 
 def run_path(settings: argparse.Namespace) -> Path:

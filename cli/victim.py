@@ -1,7 +1,9 @@
 """What the flags name: the victim's batch, the model the server sent out, the update that is shared or was saved."""
 
 import argparse
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from data import Batch, load_batch, open_source, parse_indices
 from update.gradients import freeze
 from update.models import build_model, load_checkpoint, load_weights
 from update.shared import SharedUpdate
+from update.storage import replace_atomically
 
 
 def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module, Batch | None]:
@@ -23,14 +26,7 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
     """
     if settings.update:
         return *saved_update(settings, place), None
-    batch = load_batch(
-        open_source(settings.dataset, settings.data_path),
-        parse_indices(settings.indices) if settings.indices else range(settings.batch_size),
-        labels=settings.labels,
-        num_classes=settings.num_classes,
-        generator=stream(settings.seed, "labels"),
-        image_size=settings.image_size,
-    )
+    batch = client_batch(settings, settings.labels, settings.num_classes)
     model = server_model(settings, settings.model, tuple(batch.images.shape[1:]), settings.num_classes).to(**place)
     update = share_update(
         model,
@@ -43,6 +39,40 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
         generator=stream(settings.seed, "defence"),
     )
     return update, model, batch
+
+
+def save_batch(settings: argparse.Namespace) -> int:
+    """Write the batch's images and their own labels to the .npz of --save_batch. Returns the exit status.
+
+    Raises:
+        ValueError: data cannot be used as the flags say, or the file cannot be written.
+    """
+    path = Path(settings.save_batch)
+    if path.suffix != ".npz":
+        raise ValueError(f"--save_batch {path}: the name must end in .npz")
+    batch = client_batch(settings, labels="dataset", num_classes=None)
+    pixels = (batch.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_atomically(path, lambda temporary: _save_npz(temporary, images=pixels, labels=batch.labels.numpy()))
+    print(f"{len(pixels)} images: {path}")
+    return 0
+
+
+def _save_npz(path: Path, **arrays: np.ndarray) -> None:
+    with path.open("wb") as file:  # savez itself would add .npz to the name
+        np.savez_compressed(file, **arrays)
+
+
+def client_batch(settings: argparse.Namespace, labels: str, num_classes: int | None) -> Batch:
+    """The images that the flags name, with labels as in `data.load_batch`."""
+    return load_batch(
+        open_source(settings.dataset, settings.data_path),
+        parse_indices(settings.indices) if settings.indices else range(settings.batch_size),
+        labels=labels,
+        num_classes=num_classes,
+        generator=stream(settings.seed, "labels"),
+        image_size=settings.image_size,
+    )
 
 
 def saved_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:

@@ -35,7 +35,7 @@ def defend(update: SharedUpdate, defence: str, *, generator: torch.Generator | N
     else:
         raise ValueError(f"unknown defence {defence!r}: choose one of {', '.join(DEFENCES)}")
     defended = dataclasses.replace(update, gradients=gradients)
-    defended.check_finite(f"--defence {defence}")  # float16 ends at 65,504
+    defended.check(f"--defence {defence}")  # float16 ends at 65,504
     return defended
 
 

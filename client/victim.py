@@ -41,5 +41,5 @@ def share_update(
         image_shape=tuple(images.shape[1:]),
         num_classes=num_classes,
     )
-    update.check_finite("the client's update")
+    update.check("the client's update")
     return defend(update, defence, generator=generator)

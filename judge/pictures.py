@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -13,29 +14,31 @@ from judge.run_directory import RunDirectory
 from update.vision import torchvision
 
 COLUMNS = 8  # images per row of a grid
+FONT, LINE = 12, 16  # size of captions and height of their lines, in pixels
 TILE = 96  # least side in screen pixels of an image in a grid: small images are enlarged by a whole factor
-GIF_FRAMES = 60
+PACE = 12  # 50 frames of 300 steps, 100 of 25,000
 
 
 class Film:
-    """The frames of history.gif: at most GIF_FRAMES, every n-th step, n doubling as the run grows longer."""
+    """The frames of history.gif: the start, then every step, ever fewer as the run goes on.
+
+    Most happens early: after `PACE` steps the next frame is a share 1/PACE of the steps so far later.
+    """
 
     def __init__(self, state: Mapping | None = None) -> None:
-        self.every: int = state["every"] if state else 1
+        self.next: int = state["next"] if state else 0
         self.frames: list[Tensor] = list(state["frames"]) if state else []  # uint8 (B, C, H, W)
 
-    def shoot(self, step: int, images: Tensor) -> None:
-        """Keep a frame of images (B, C, H, W) in [0, 1], if the film's pace asks for one at this step."""
-        if step % self.every:
+    def shoot(self, taken: int, images: Tensor) -> None:
+        """Keep a frame of images (B, C, H, W) in [0, 1] after so many steps, if the film's pace asks for one."""
+        if taken < self.next:
             return
         self.frames.append((images.detach().clamp(0, 1) * 255).round().byte().cpu())
-        if len(self.frames) > GIF_FRAMES:
-            self.frames = self.frames[::2]
-            self.every *= 2
+        self.next = taken + 1 + taken // PACE
 
     def state(self) -> dict:
         """What a checkpoint keeps of the film."""
-        return {"every": self.every, "frames": self.frames}
+        return {"next": self.next, "frames": self.frames}
 
     def save(self, path: Path, last: Tensor) -> None:
         """Write the GIF; it ends on the images `last`, which stand longest."""
@@ -66,21 +69,41 @@ def grid(images: Tensor) -> Image.Image:
     return Image.fromarray(sheet.permute(1, 2, 0).numpy())
 
 
-def comparison(truth: Tensor, reconstruction: Tensor, captions: Sequence[str]) -> Image.Image:
-    """Every truth above its reconstruction, a caption beneath; all in the order of the truth."""
+def comparison(truth: Tensor, reconstruction: Tensor, captions: Sequence[Sequence[str]], note: str = "") -> Image.Image:
+    """Every truth above its reconstruction, lines of caption beneath; all in the order of the truth.
+
+    The rows are named at the left, `note` explains the captions below.
+    """
     originals, tiles = [_tile(image) for image in truth], [_tile(image) for image in reconstruction]
-    side, gap, text = tiles[0].width, 4, 20
+    side, gap, margin = tiles[0].width, 4, 22
+    text = LINE * max(map(len, captions)) + gap
     columns = min(COLUMNS, len(tiles))
     cell_width, cell_height = side + gap, 2 * (side + gap) + text + gap
     rows = -(-len(tiles) // columns)
-    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for i, (original, tile, caption) in enumerate(zip(originals, tiles, captions, strict=True)):
-        x, y = gap + i % columns * cell_width, gap + i // columns * cell_height
+    font = ImageFont.load_default(FONT)
+    width = max(margin + columns * cell_width + gap, int(font.getlength(note)) + 2 * gap)
+    sheet = Image.new("RGB", (width, rows * cell_height + gap + LINE * bool(note)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row in range(rows):
+        for line, name in enumerate(("truth", "result")):
+            _write_upwards(sheet, name, gap, gap + row * cell_height + line * (side + gap) + side // 2)
+    for i, (original, tile, lines) in enumerate(zip(originals, tiles, captions, strict=True)):
+        x, y = margin + i % columns * cell_width, gap + i // columns * cell_height
         sheet.paste(original, (x, y))
         sheet.paste(tile, (x, y + side + gap))
-        draw.text((x + side / 2, y + 2 * (side + gap)), caption, fill="black", font=font, anchor="ma")
+        for number, line in enumerate(lines):
+            at = (x + side / 2, y + 2 * (side + gap) + number * LINE)
+            draw.text(at, line, fill="black", font=font, anchor="ma")
+    draw.text((gap, rows * cell_height + gap), note, fill="black", font=font)
     return sheet
+
+
+def _write_upwards(sheet: Image.Image, text: str, left: int, middle: int) -> None:
+    font = ImageFont.load_default(FONT)
+    strip = Image.new("RGB", (int(font.getlength(text)) + 2, LINE), "white")
+    ImageDraw.Draw(strip).text((0, 0), text, fill="black", font=font)
+    turned = strip.rotate(90, expand=True)
+    sheet.paste(turned, (left, middle - turned.height // 2))
 
 
 def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -95,7 +118,8 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     axes[0].set(yscale="log", ylabel="loss")
     axes[0].legend()
     axes[1].step(x, [int(row["S"]) for row in rows], where="post")
-    axes[1].set(ylabel="subset size S")
+    axes[1].set(ylabel="subset size S", ylim=(0, 1.1 * max(int(row["S"]) for row in rows)))
+    axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
     if any(known):
         axes[2].plot(x, [float(row["psnr_mean"]) if k else np.nan for row, k in zip(rows, known, strict=True)])
         axes[2].set(ylabel="mean PSNR (dB)")
@@ -103,11 +127,11 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     figure.savefig(path, dpi=110, format="png")
 
 
-def save_schedule(path: Path, sizes: Sequence[int], title: str) -> None:
-    """A plot of S(t) over the 0-based steps."""
+def save_schedule(path: Path, steps: Sequence[int], sizes: Sequence[int], title: str) -> None:
+    """A plot of S(t) over 0-based steps."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
-    axis.step(range(len(sizes)), sizes, where="post")
+    axis.step(steps, sizes, where="post")
     axis.set(xlabel="step t", ylabel="subset size S(t)", title=title, ylim=(0, None))
     figure.savefig(path, dpi=110, format="png")
 

@@ -11,6 +11,7 @@ from judge import metrics
 from judge.pictures import Film, comparison, grid, save_curves, save_images, save_png
 from judge.run_directory import RunDirectory, Trace
 
+CERTAIN = 0.999  # the confidence from which on a signal is called certain
 NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
 
 
@@ -23,8 +24,11 @@ class Recorder:
         signals: what was read before the first step; it stays in the checkpoint, so that a resumed run has the same.
         log_every, checkpoint_every: steps between rows and between checkpoints (0: only at the end).
         checkpoint: what a resumed run continues from.
-        show: called with the row of every logged step; None in a quiet run.
+
+    `show`, once set, is called with the row of every logged step.
     """
+
+    show: Callable[[Mapping], None] | None = None
 
     def __init__(
         self,
@@ -35,21 +39,24 @@ class Recorder:
         log_every: int,
         checkpoint_every: int,
         checkpoint: Mapping | None = None,
-        show: Callable[[Mapping], None] | None = None,
     ) -> None:
-        self.run, self.truth, self.signals, self.show = run, truth, signals, show
+        self.run, self.truth, self.signals = run, truth, signals
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.film = Film(checkpoint["film"] if checkpoint else None)
         self.sizes: list[int] = list(checkpoint["sizes"]) if checkpoint else []
         self.trace = Trace(run, keep=checkpoint["rows"] if checkpoint else 0)
         self.final_loss: float | None = checkpoint["final_loss"] if checkpoint else None
 
+    def start(self, images: Tensor) -> None:
+        """Record the images (B, C, H, W) in [0, 1] that a new run starts from."""
+        self.film.shoot(0, images)
+
     def __call__(self, state: AttackState, size: int, terms: Terms, images: Tensor) -> None:
         """Record the step that `state` has just ended, its subset size, terms and images (B, C, H, W) in [0, 1]."""
         step = state.step - 1  # 0-based, as the schedules count
         self.final_loss = float(terms.loss)
         self.sizes.append(size)
-        self.film.shoot(step, images)
+        self.film.shoot(state.step, images)
         if step % self.log_every == 0:
             row = {
                 "step": step,
@@ -63,7 +70,7 @@ class Recorder:
                 "psnr_mean": metrics.mean_psnr(self.truth.images, images) if self.truth else None,
             }
             self.trace.append(row)
-            if self.show:
+            if self.show is not None:
                 self.show(row)
         if self.checkpoint_every and state.step % self.checkpoint_every == 0:
             self.checkpoint(state)
@@ -112,15 +119,17 @@ class Recorder:
         truth, signals = self.truth, self.signals
         figures = metrics.evaluate(truth.images, truth.labels, images, labels)
         self.run.write("original.png", save_png(grid(truth.images)))
-        captions = [f"{psnr:.1f} dB" for psnr in figures["psnr"]]
+        captions = [[f"{psnr:.1f} dB"] for psnr in figures["psnr"]]
         if signals is not None:
             right = 0
             for i, j in enumerate(figures["assignment"]):
                 if j < len(signals):
-                    captions[i] += f"  c={float(signals.certificates[j]):.2f}"
+                    captions[i] += in_words(signals, j)
                     right += int(signals.labels[j]) == int(truth.labels[i])
             figures["signals_label_accuracy"] = right / len(truth.labels)
-        sheet = comparison(truth.images, images[figures["assignment"]], captions)
+        note = "signal: features read from the gradient; ±: their expected relative error"
+        matched = images[figures["assignment"]]
+        sheet = comparison(truth.images, matched, captions, note if signals is not None and len(signals) else "")
         self.run.write("comparison.png", save_png(sheet))
         return figures
 
@@ -147,6 +156,13 @@ def summary(figures: Mapping) -> str:
         f"{figures['seconds']:.1f} s",
     ]
     return " | ".join(parts)
+
+
+def in_words(signals: Signals, index: int) -> list[str]:
+    """How sure one signal is, as lines of a picture's caption."""
+    confidence, error = float(signals.confidence[index]), float(signals.uncertainty[index])
+    sure = "certain" if confidence > CERTAIN else f"{100 * confidence:.0f} % sure"
+    return [f"signal {sure}", f"±{error:.0e}".replace("e-0", "e-")]
 
 
 def _signal_figures(signals: Signals | None) -> dict:

@@ -74,15 +74,20 @@ class RunDirectory:
             shutil.rmtree(self._staging, ignore_errors=True)
             (self._staging / "images").mkdir(parents=True)
             (self._staging / "config.json").write_text(_json(config), encoding="utf-8")
-            torch.save(dict(checkpoint), self._staging / "checkpoint.pt")
             replaced = self.path.exists()
+            try:
+                torch.save(dict(checkpoint), self._staging / "checkpoint.pt")
+            except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+                if replaced:  # the old run is worth more than one that cannot be kept
+                    raise
+                self.fail("checkpoint.pt", error)
             if replaced:
                 self.path.rename(self._old)
             self._staging.rename(self.path)
             if replaced:
                 _remove_run(self._old)
                 _move_rest(self._old, self.path)
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        except (OSError, RuntimeError) as error:
             shutil.rmtree(self._staging, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
             raise ValueError(f"cannot write the run directory {self.path}: {reason}") from None

@@ -38,8 +38,10 @@ class Cli:
 
     def error(self, *flags) -> str:
         """The one line on stderr that a run with these flags is refused with."""
+        words = list(map(str, flags))
+        named = [] if "--resume" in words[:-1] else ["--run_name", "bad"]
         try:
-            status = magia.main([*SMALL, "--save_dir", str(self.folder), "--run_name", "bad", *map(str, flags)])
+            status = magia.main([*SMALL, "--save_dir", str(self.folder), *named, *words])
         except SystemExit as stop:
             status = stop.code
         out, err = self._capsys.readouterr()

@@ -1,5 +1,7 @@
 import gzip
 import struct
+import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -210,3 +212,17 @@ def test_source_errors():
     for dataset in ("folder", "npz"):
         with pytest.raises(DataError, match="--data_path"):
             open_source(dataset, None)
+
+
+@pytest.mark.parametrize("side", [12_000, 30_000])
+def test_a_picture_too_large_to_be_meant_is_refused_before_it_is_decoded(tmp_path, side):
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    chunk = b"IDAT" + zlib.compress(b"\0")
+    png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "huge.png").write_bytes(png + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match=r"huge\.png"):
+            load(FolderImages(tmp_path), [0], image_size=16)

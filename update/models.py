@@ -185,6 +185,10 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
                 f"{source}: weight {name!r} has shape {tuple(weights[name].shape)}, "
                 f"the model needs {tuple(own[name].shape)}"
             )
+        if own[name].is_floating_point() != weights[name].is_floating_point() or weights[name].is_complex():
+            raise ValueError(
+                f"{source}: weight {name!r} holds {weights[name].dtype}, the model needs {own[name].dtype}"
+            )
     model.load_state_dict(weights)
 
 

@@ -58,7 +58,7 @@ class SharedUpdate:
         """Read an update that `save` wrote.
 
         Raises:
-            StorageError: the file is missing, damaged, not an update, or holds numbers that are not finite.
+            StorageError: the file is missing, damaged, not an update, or holds what no client sends, see `check`.
         """
         tensors, text = read_tensors(path)
         try:
@@ -75,16 +75,30 @@ class SharedUpdate:
             )
         except (KeyError, TypeError, ValueError):
             raise StorageError(f"{path} is not a shared update ({FORMAT}) as --save_update writes it") from None
-        if update.batch_size < 1 or len(update.image_shape) != 3 or not update.gradients:
-            raise StorageError(f"{path}: the update's batch_size, image_shape or gradients make no sense")
-        update.check_finite(str(path))
+        sizes = {"batch_size": [update.batch_size], "image_shape": update.image_shape}
+        for name, numbers in sizes.items():
+            if not all(1 <= number <= 10**6 for number in numbers) or (name == "image_shape" and len(numbers) != 3):
+                raise StorageError(f"{path}: {name} {facts[name]} makes no sense")
+        if not update.gradients:
+            raise StorageError(f"{path}: the update holds no gradients")
+        update.check(str(path))
         return update
 
-    def check_finite(self, source: str) -> None:
-        """Raise a ValueError that names the first gradient holding NaN or infinity."""
-        for name, gradient in self.gradients.items():
-            if not gradient.isfinite().all():
-                raise StorageError(f"{source}: the gradient of {name!r} is not finite")
+    def check(self, source: str) -> None:
+        """Refuse what no client sends, whether it was computed or read from a file.
+
+        Raises:
+            StorageError: a tensor that holds no real numbers, or NaN or infinity, or gradients that are all zero.
+        """
+        tensors = [(f"gradient of {name!r}", tensor) for name, tensor in self.gradients.items()]
+        for name, tensor in tensors:
+            if not tensor.is_floating_point():
+                raise StorageError(f"{source}: the {name} must hold floating-point numbers, not {tensor.dtype}")
+        for name, tensor in tensors + [(f"weight {name!r}", tensor) for name, tensor in self.weights.items()]:
+            if not tensor.isfinite().all():
+                raise StorageError(f"{source}: the {name} is not finite")
+        if not any(gradient.any() for gradient in self.gradients.values()):
+            raise StorageError(f"{source}: all gradients are zero, nothing can be reconstructed from them")
 
     def strength(self) -> float:
         """Root mean square over all entries of the gradients."""

@@ -63,8 +63,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             arrays = dict(file)
     except (SafetensorError, OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise StorageError(f"{path} is damaged or not a {path.suffix} file: {error}") from None
-    text = {name.removeprefix(_METADATA): str(arrays.pop(name)) for name in [*arrays] if name.startswith(_METADATA)}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}, text
+    try:
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if not name.startswith(_METADATA)}
+    except TypeError as error:
+        raise StorageError(f"{path} holds an array that is not of numbers: {error}") from None
+    text = {name.removeprefix(_METADATA): str(array) for name, array in arrays.items() if name.startswith(_METADATA)}
+    return tensors, text
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:

@@ -7,6 +7,7 @@ with D G = U diag(sigma) R the span of the row-scaled gradient; `attack.signals.
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -133,16 +134,24 @@ class Point:
         return float(self.f.square().sum())
 
 
-def solve(equations: Equations, q: Tensor, iterations: int, deadline: float = math.inf) -> Tensor:
+def solve(
+    equations: Equations,
+    q: Tensor,
+    iterations: int,
+    deadline: float = math.inf,
+    tick: Callable[[], object] = lambda: None,
+) -> Tensor:
     """Levenberg-Marquardt with geodesic acceleration from q (B, r).
 
     It ends after so many iterations, at the deadline (of `time.perf_counter`), when no step lowers the residual, or
-    when six in a row lowered it by less than one in a thousand. Damping follows the gain ratio (Nielsen 1999).
+    when six in a row lowered it by less than one in a thousand. `tick` is called at each iteration. Damping follows the
+    gain ratio (Nielsen 1999).
     """
     at, damping, slow = equations.at(q), FIRST_DAMPING, 0
     for _ in range(iterations):
         if time.perf_counter() > deadline:
             break
+        tick()
         gradient, matrix = equations.pull(at, at.f), equations.normal(at)
         diagonal = matrix.diagonal().clone()
         unit = diagonal.mean()

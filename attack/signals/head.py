@@ -11,6 +11,7 @@ from update.head import Head
 from update.shared import SharedUpdate
 
 UNKNOWNS = 10_000  # more (100 images, say) would take too much memory: the normal matrix has their square
+CLASSES = 8192  # more would take too much memory: the covariance of label counts is 0.5 GB
 ARITHMETIC = 4.0  # units of rounding by which the victim's own sums and exponentials err
 
 
@@ -48,6 +49,8 @@ class HeadGradient:
             raise ValueError(
                 f"batch_size is {update.batch_size}: the head's gradient tells at most {most} images apart"
             )
+        if len(weight) > CLASSES:
+            raise ValueError(f"num_classes is {len(weight)}: labels are told apart among {CLASSES} classes at most")
         if update.batch_size**2 > UNKNOWNS:
             raise ValueError(f"batch_size is {update.batch_size}: more than {UNKNOWNS} unknowns")
         eps = precision_of(raw)

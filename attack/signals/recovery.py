@@ -30,6 +30,7 @@ Relatives: Cocktail Party Attack (Kariyappa et al. 2022, arXiv 2209.05578) unmix
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,13 +95,18 @@ class Signals:
 
 
 def recover_signals(
-    update: SharedUpdate, model: nn.Module, *, generator: torch.Generator, max_seconds: float = math.inf
+    update: SharedUpdate,
+    model: nn.Module,
+    *,
+    generator: torch.Generator,
+    max_seconds: float = math.inf,
+    tick: Callable[[], object] = lambda: None,
 ) -> Signals:
     """Find the images that the head's gradient gives away, in float64, from the update and the model alone.
 
     An update without the bias's gradient is taken too. A column of equations is then missing, and the labels come from
-    G and the mean feature, which is right as far as features resemble each other. What is not found within
-    `max_seconds` of wall time, as long as an iteration takes more or less, is not found.
+    G and the mean feature, which is right as far as features resemble each other. The
+    search ends after `max_seconds` of wall time, give or take an iteration. `tick` is called at every iteration.
 
     Raises:
         ValueError: the model's last layer is not linear, its gradient is not in the update, or the batch is larger
@@ -122,7 +128,7 @@ def recover_signals(
     best, least = None, math.inf
     attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
     for _ in range(attempts):
-        q = solve(head.equations(labels), q, ITERATIONS, deadline)
+        q = solve(head.equations(labels), q, ITERATIONS, deadline, tick)
         signals, passed, cost = _judge(head, labels, q, model.feature_range)
         if best is None or (len(signals), -cost) > (len(best), -least):
             best, least = signals, cost

@@ -81,10 +81,24 @@ def test_a_budget_of_seconds_ends_every_run(tmp_path):
         assert 0.5 <= float(row["seconds"]) < 5
 
 
-def test_a_cell_that_fails_says_so_and_the_others_go_on(tmp_path):
+def test_a_cell_that_fails_says_so_and_the_others_go_on(tmp_path, capsys):
     words = ["--presets", "magia", "--models", "lenet", "--batch_sizes", "2,3", "--seeds", "0", "--max_evals", "5"]
-    run("grid", *words, "--out", tmp_path, "--image_size", "16", "--num_classes", "2", "--labels", "unique")
+    run("grid", *words, "--out", tmp_path, "--image_size", "16", "--num_classes", "2", "--labels", "unique", expect=1)
     assert [row["status"] for row in table(tmp_path)] == ["max_evals", "exit 2"]
+    assert "1 of 2 cells failed: exit 2" in capsys.readouterr().err
+
+
+def test_a_grid_of_which_nothing_ran_says_so(tmp_path, capsys):
+    words = ["--presets", "magia", "--batch_sizes", "500", "--seeds", "0,0", "--max_evals", "5"]
+    run("grid", *words, "--out", tmp_path, expect=1)
+    assert len(table(tmp_path)) == 1
+    assert "1 of 1 cells failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--run_name", "--save_dir", "--update", "--show_schedule"])
+def test_flags_that_a_cell_sets_itself_are_refused(tmp_path, capsys, flag):
+    run("grid", "--out", tmp_path, f"{flag}=x", expect=2)
+    assert f"{flag}: not in a benchmark" in capsys.readouterr().err
 
 
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
@@ -121,7 +135,20 @@ def test_two_processes_measure_what_one_does(tmp_path):
 
 def test_a_peer_that_fails_costs_its_cell_only(tmp_path):
     words = ["--presets", "magia", "--peer", "breaching", "--peer_attacks", "modern", "--seeds", "0"]
-    run("grid", *words, "--batch_sizes", "2", "--max_evals", "90", "--out", tmp_path, "--frozen", "conv1", *FAST)
+    run(
+        "grid",
+        *words,
+        "--batch_sizes",
+        "2",
+        "--max_evals",
+        "90",
+        "--out",
+        tmp_path,
+        "--frozen",
+        "conv1",
+        *FAST,
+        expect=1,
+    )
     ours, peer = table(tmp_path)
     assert ours["status"] == "n_iter"
     assert peer["status"] == "ValueError: breaching cannot attack updates with frozen parameters"

@@ -100,7 +100,9 @@ def test_show_schedule_prints_and_plots_and_stops(cli, tmp_path):
     ("optimizer", "budget"), [("lbfgs", 1), ("lbfgs", 2), ("lbfgs", 5), ("lbfgs", 17), ("adam", 3)]
 )
 def test_max_evals_is_never_exceeded(cli, optimizer, budget):
-    run = cli("--optimizer", optimizer, "--max_evals", budget, "--n_iter", 50)
+    too_small = (optimizer, budget) == ("lbfgs", 1)  # its first step takes two evaluations
+    run = cli("--optimizer", optimizer, "--max_evals", budget, "--n_iter", 50, expect=int(too_small))
+    assert ("no step succeeded before max_evals ended" in cli.err) == too_small
     figures = metrics_of(run)
     assert figures["evaluations"] <= budget
     assert figures["ended_by"] == "max_evals"
@@ -309,6 +311,22 @@ def test_a_diverging_run_goes_back_and_never_writes_nan(cli):
     [
         ("--sel_mode cosine", ["cosine", "sigmoid"]),
         ("--sel_l_iter -4", ["l_iter", "-4"]),
+        ("--sel_k -5", ["--sel_k", "-5", "at least 1"]),
+        (f"--n_iter {'9' * 400}", ["--n_iter", "out of range"]),
+        ("--num_classes 100000000", ["--num_classes", "100000000", "at most 100000"]),
+        ("--image_size 100000", ["--image_size", "100000", "at most 1024"]),
+        ("--image_size 65", ["65x65"]),
+        ("--indices 0-99999999999", ["0-99999999999", "at most 1000000"]),
+        ("--chroma_gain 1e-40", ["--chroma_gain", "1e-40"]),
+        ("--spectral_power 100", ["--spectral_power", "100"]),
+        ("--defence noise:1e308", ["noise:1e308", "not finite"]),
+        ("--device meta", ["meta"]),
+        ("--run_name ../x", ["../x", "--save_dir"]),
+        ("--run_name ..", ["--run_name .."]),
+        ("--frozen head.bias,", ["head.bias,", "comma"]),
+        ("--resume /nowhere/run --run_name other", ["--run_name other", "/nowhere/run"]),
+        ("--save_batch batch.npy", ["batch.npy", ".npz"]),
+        ("--save_batch batch.npz --batch_size 500", ["500", "128"]),
         ("--n_iter 0", ["--n_iter", "0", "at least 1"]),
         ("--batch_size -1", ["--batch_size", "-1", "at least 1"]),
         ("--batch_size two", ["two", "integer"]),
@@ -348,6 +366,53 @@ def test_wrong_input_is_one_line_that_names_the_value(cli, flags, words):
         assert word in message
 
 
+def test_numbers_with_exponents_are_not_taken_for_flags():
+    assert resolved("--sig_b", "-1e308", "--sig_a", "-1E-2").sig_b == -1e308
+
+
+@pytest.mark.parametrize("flags", ["--lr 1e308", "--label_std 1e308", "--tv_weight 1e308", "--defence noise:1e30"])
+@pytest.mark.parametrize("budget", ["--max_evals 60", "--n_iter 3"])
+def test_where_no_step_succeeds_the_status_says_so(cli, flags, budget):
+    run = cli(*flags.split(), *budget.split(), expect=1)
+    assert "no step succeeded" in cli.err or "not finite" in cli.err
+    assert len(pictures_of(run)) == 3
+
+
+def test_a_budget_of_no_time_is_said(cli):
+    cli("--max_seconds", 1e-9, expect=1)
+    assert "no step succeeded before max_seconds ended" in cli.err
+
+
+def test_names_of_frozen_parameters_may_be_set_apart_by_spaces(cli, tmp_path):
+    cli("--frozen", "head.bias, conv1", "--save_update", tmp_path / "u.npz")
+    assert set(SharedUpdate.load(tmp_path / "u.npz").gradients) == {
+        "conv2.weight", "conv2.bias", "conv3.weight", "conv3.bias", "head.weight",
+    }  # fmt: skip
+
+
+def test_a_saved_batch_is_the_data_it_came_from(cli, tmp_path):
+    path = tmp_path / "batch.npz"
+    cli("--save_batch", path, "--image_size", 32, "--indices", "5,0,7")
+    assert not (tmp_path / "run").exists()
+    with np.load(path) as batch, np.load(ROOT / "samples" / "cifar10_sample128.npz") as sample:
+        assert np.array_equal(batch["images"], sample["images"][[5, 0, 7]])
+        assert np.array_equal(batch["labels"], sample["labels"][[5, 0, 7]])
+    flags = ["--labels", "dataset", "--image_size", 32]
+    there = cli("--dataset", "npz", "--data_path", path, *flags, name="there")
+    here = cli("--indices", "5,0,7", *flags, name="here")
+    assert [p.tolist() for p in pictures_of(here)] == [p.tolist() for p in pictures_of(there)]
+
+
+def test_a_run_that_is_not_one_cannot_be_resumed(cli):
+    run = cli()
+    (run / "trace.csv").write_text("a,b\n1,2\n")
+    assert "trace.csv is not the trace of a run" in cli.error("--resume", run)
+    (run / "config.json").write_text("{}")
+    assert "config.json is not of a run" in cli.error("--resume", run)
+    (run / "config.json").write_text("[1]")
+    assert "holds no settings" in cli.error("--resume", run)
+
+
 def test_a_damaged_update_is_refused(cli, tmp_path):
     path = tmp_path / "update.safetensors"
     cli("--save_update", path)
@@ -367,6 +432,51 @@ def test_a_damaged_checkpoint_is_refused(cli):
     assert "checkpoint.pt is damaged" in cli.error("--resume", run)
     torch.save({"variables": []}, run / "checkpoint.pt")
     assert "not the checkpoint of a run" in cli.error("--resume", run)
+
+
+def wrong(update, **changes):
+    """The update with one of its parts replaced."""
+    return SharedUpdate(**{**vars(update), **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda u: wrong(u, image_shape=(-3, 32, 32)), ["image_shape", "-3"]),
+        (lambda u: wrong(u, image_shape=(3, 10**9, 10**9)), ["image_shape", "1000000000"]),
+        (lambda u: wrong(u, batch_size=0), ["batch_size 0"]),
+        (lambda u: wrong(u, gradients={}), ["no gradients"]),
+        (lambda u: wrong(u, gradients={n: 0 * g for n, g in u.gradients.items()}), ["all gradients are zero"]),
+        (lambda u: wrong(u, gradients={n: g.int() for n, g in u.gradients.items()}), ["conv1.weight", "int32"]),
+        (lambda u: wrong(u, gradients={n: g + 0j for n, g in u.gradients.items()}), ["conv1.weight", "complex64"]),
+        (lambda u: wrong(u, weights={n: g / 0 for n, g in u.weights.items()}), ["weight 'conv1.weight'", "not finite"]),
+        (lambda u: wrong(u, weights={n: g.int() for n, g in u.weights.items()}), ["conv1.bias", "int32"]),
+        (lambda u: wrong(u, weights={n: g + 0j for n, g in u.weights.items()}), ["conv1.bias", "complex64"]),
+    ],
+)
+def test_what_no_client_sends_is_refused(cli, tmp_path, change, words):
+    cli("--save_update", tmp_path / "good.npz")
+    change(SharedUpdate.load(tmp_path / "good.npz")).save(tmp_path / "bad.npz")
+    message = cli.error("--update", tmp_path / "bad.npz")
+    for word in ("bad.npz", *words):
+        assert word in message
+
+
+def test_an_update_with_words_for_numbers_is_refused(cli, tmp_path):
+    cli("--save_update", tmp_path / "good.npz")
+    with np.load(tmp_path / "good.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "bad.npz", **(arrays | {"gradient/head.bias": np.array(["many", "words"])}))
+    assert "not of numbers" in cli.error("--update", tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-30])
+def test_gradients_of_any_size_end(cli, tmp_path, factor):
+    cli("--save_update", tmp_path / "good.npz")
+    update = SharedUpdate.load(tmp_path / "good.npz")
+    wrong(update, gradients={n: g * factor for n, g in update.gradients.items()}).save(tmp_path / "odd.npz")
+    flags = [*SMALL, "--save_dir", str(tmp_path), "--run_name", "odd", "--update", str(tmp_path / "odd.npz")]
+    assert magia.main(flags) in (0, 1)
 
 
 def test_a_gradient_that_is_not_finite_is_refused(cli, tmp_path):

@@ -2,18 +2,39 @@
 
 import math
 import os
+import random
 import re
+import resource
 import shlex
+import signal
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, config_of, metrics_of, pictures_of, trace_of
+from conftest import SMALL, config_of, metrics_of, pictures_of, trace_of, without_times
 from PIL import Image
 
 import main_MAGIA_sel as magia
 from judge.run_directory import TRACE, RunDirectory
 from update.storage import replace_atomically
+
+
+def in_a_child(action, *, limit=None, stderr=os.devnull):
+    """The exit status of a process that acts, its files no larger than `limit` bytes."""
+    child = os.fork()
+    if child == 0:
+        status = 99
+        try:
+            sys.stderr = open(stderr, "w", buffering=1)  # noqa: SIM115
+            if limit is not None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond it then fails as on a full disk
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            status = action()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_the_run_directory_is_complete(cli):
@@ -37,7 +58,7 @@ def test_the_run_directory_is_complete(cli):
         assert math.isfinite(figures[name])
     assert len(figures["psnr"]) == len(figures["ssim"]) == 3
     assert pictures_of(run)[0].shape == (16, 16, 3)
-    assert Image.open(run / "history.gif").n_frames == 4
+    assert Image.open(run / "history.gif").n_frames == 5  # the start and four steps
     assert float(trace_of(run)[-1]["psnr_mean"]) == pytest.approx(figures["psnr_mean"], abs=1e-3)
     last = cli.out.splitlines()[-1]
     assert re.fullmatch(r"PSNR \d+\.\d\d dB \| SSIM -?\d\.\d\d \| labels \d/3 \| loss .* evaluations \| .* s", last)
@@ -177,11 +198,8 @@ def test_what_stops_a_run_that_is_being_prepared_costs_the_old_one_nothing(cli, 
     for culprit in ("prepare", "resumable"):
         with monkeypatch.context() as patch:
             patch.setattr(magia, culprit, lambda *_, **__: os._exit(9))
-            child = os.fork()
-            if child == 0:
-                magia.main([*SMALL, "--save_dir", str(cli.folder), "--run_name", "run", "--overwrite"])
-                os._exit(0)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            words = [*SMALL, "--save_dir", str(cli.folder), "--run_name", "run", "--overwrite"]
+            assert in_a_child(lambda: magia.main(words)) == 9  # noqa: B023
         assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     cli("--overwrite")
 
@@ -206,11 +224,7 @@ def test_two_runs_at_once_do_not_mix(cli, flag):
 
 def test_a_dead_processs_lock_does_not_hold(cli):
     run = cli("--n_iter", 2)
-    child = os.fork()
-    if child == 0:
-        RunDirectory(run, resume=True)
-        os._exit(9)
-    os.waitpid(child, 0)
+    assert in_a_child(lambda: bool(RunDirectory(run, resume=True))) == 1
     cli("--overwrite")
 
 
@@ -222,3 +236,47 @@ def test_no_two_writers_share_a_temporary_file(tmp_path):
     replace_atomically(tmp_path / "file", outer)
     assert (tmp_path / "file").read_text() == "outer"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_cannot_be_written_costs_nothing_but_itself(cli, tmp_path):
+    whole = cli(name="whole")
+    limit = (whole / "checkpoint.pt").stat().st_size - 1
+    assert max(file.stat().st_size for file in whole.rglob("*") if file.suffix in (".json", ".csv")) < limit
+    words = [*SMALL, "--save_dir", str(cli.folder), "--run_name", "full"]
+    assert in_a_child(lambda: magia.main(words), limit=limit, stderr=tmp_path / "err") == 1
+    full, err = cli.folder / "full", (tmp_path / "err").read_text()
+    assert "full/checkpoint.pt could not be written" in err
+    assert "Traceback" not in err
+    assert metrics_of(full)["psnr_mean"] == metrics_of(whole)["psnr_mean"]
+    assert [p.tolist() for p in pictures_of(full)] == [p.tolist() for p in pictures_of(whole)]
+    cli("--resume", full, "--n_iter", 5, name="full")  # the checkpoint it began with is still there
+    assert not list(full.rglob("*.partial"))
+
+
+def test_an_old_run_is_not_given_up_for_one_that_cannot_be_kept(cli, tmp_path):
+    run = cli()
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    words = [*SMALL, "--save_dir", str(cli.folder), "--run_name", "run", "--overwrite"]
+    assert in_a_child(lambda: magia.main(words), limit=2000, stderr=tmp_path / "err") == 2
+    assert "cannot write the run directory" in (tmp_path / "err").read_text()
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_that_is_killed_at_any_moment_can_be_resumed(cli):
+    flags = [*SMALL, "--n_iter", "12", "--checkpoint_every", "1"]
+    whole = cli("--n_iter", 12, "--checkpoint_every", 1, name="whole")
+    draw = random.Random(0)
+    for number in range(4):
+        words = [*flags, "--save_dir", str(cli.folder), "--run_name", f"killed{number}", "--quiet"]
+        run, child = cli.folder / f"killed{number}", os.fork()
+        if child == 0:
+            magia.main(words)
+            os._exit(0)
+        time.sleep(draw.uniform(0.1, 1.0))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if run.exists():
+            cli("--resume", run, "--n_iter", 12, name=run.name)
+        else:  # it had not begun
+            cli("--n_iter", 12, "--checkpoint_every", 1, name=run.name)
+        assert without_times(run) == without_times(whole)
