@@ -10,8 +10,9 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def model(name="lenet", channels=3, side=16, num_classes=10, seed=0):
-    return build_model(name, image_shape=(channels, side, side), num_classes=num_classes, generator=generator(seed))
+def model(name="lenet", channels=3, side=16, num_classes=10, seed=0, **options):
+    shape = (channels, side, side)
+    return build_model(name, image_shape=shape, num_classes=num_classes, generator=generator(seed), **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,6 +52,50 @@ def test_weights_come_from_the_generator_alone():
 def test_errors_name_the_value(change, word):
     with pytest.raises(ValueError, match=word):
         model(**change)
+
+
+def test_the_mlp_stays_what_it_was_unless_told_otherwise():
+    shapes = {name: tuple(p.shape) for name, p in model("mlp", side=32).named_parameters()}
+    assert shapes["hidden1.weight"] == (256, 3072)
+    assert shapes["hidden2.weight"] == (256, 256)
+    assert shapes["head.weight"] == (10, 256)
+    assert len(shapes) == 6
+    deep = model("mlp", activation="relu", depth=5, width=200)
+    assert [len(p) for n, p in deep.named_parameters() if n.endswith("weight")] == [200] * 5 + [10]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mlp", {"activation": a, "depth": 5, "width": 200}) for a in ("relu", "tanh", "gelu")]
+    + [(name, {}) for name in ("vgg11", "lenet5", "resnet18_cifar")],
+)
+def test_untrained_deep_nets_tell_images_apart(name, options):
+    images = torch.rand(8, 3, 32, 32, generator=generator(3))
+    features = model(name, side=32, **options).features(images)
+    assert 0.1 < features.square().mean().sqrt() < 100
+    assert (features - features.mean(0)).norm() > 0.02 * features.norm()
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"name": "lenet", "depth": 3}, "--depth is no option of lenet: it is one of mlp"),
+        ({"name": "mlp", "size": 3}, "no model has it"),
+        ({"name": "mlp", "activation": "swish"}, "swish"),
+        ({"name": "mlp", "depth": 0}, "depth 0"),
+        ({"name": "mlp", "width": 0}, "width 0"),
+    ],
+)
+def test_options_are_checked(change, word):
+    with pytest.raises(ValueError, match=word):
+        model(**change)
+
+
+def test_the_small_resnet_keeps_its_resolution_and_its_names():
+    small, large = model("resnet18_cifar", side=32), model("resnet18", side=32)
+    assert small.state_dict().keys() == large.state_dict().keys()
+    assert small.body.conv1.weight.shape == (64, 3, 3, 3)
+    assert small.body.layer4(torch.zeros(1, 256, 8, 8)).shape == (1, 512, 4, 4)
 
 
 @pytest.mark.parametrize("ending", [".pt", ".npz", ".safetensors"])

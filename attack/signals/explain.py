@@ -1,0 +1,105 @@
+"""What a network gives away before anybody has sent anything: from its stages, image shape and batch size alone.
+
+For each linear or convolutional layer:
+
+- Spanned. Its averaged gradient has rank B P at most. Below min(c_out, c_in k^2) the row space holds every patch of
+  every image, and the layer's inputs can be told apart without anything above it.
+- Determined from above. With inputs known further up, delta is, and each input channel has c_out k^2 gradient rows for
+  B H W unknowns. Forward rows add up to c_out P an image; behind a ReLU about half of them are known.
+
+The walk starts at the lowest layer that is spanned, or at the head, and goes down while the steps are determined. An
+estimate for typical weights: zeros in delta, closed channels or a singular weight can make it worse.
+"""
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from update.stages import Chain, Geometry, Residual, geometries
+
+KNOWN_BEHIND_RELU = 0.5  # share of a ReLU's outputs that are active, about
+MARGIN = 1.05  # equations for each unknown below which noise is blown up too far
+
+
+def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[dict]:
+    """One row for each linear or convolutional layer, from the images up.
+
+    Columns: layer, input_shape, positions (P), rank_bound (B P), rank_room (min(c_out, c_in k^2)), spanned, equations
+    and unknowns of the step down to this layer's input, determined, known (its inputs are to be expected) and deepest
+    (the lowest of these).
+    """
+    layers = {layer.name: layer for layer in geometries(chain, image_shape)}
+    equations, _ = _steps(chain, 0.0, layers, batch_size)
+    rows = [_row(layer, equations[name], batch_size) for name, layer in layers.items()]
+    is_known = False
+    for row in reversed(rows):  # from the head down
+        is_known = row["spanned"] or (is_known and row["determined"])
+        row["known"] = is_known
+    deepest = next((row["layer"] for row in rows if row["known"]), None)
+    return [row | {"deepest": row["layer"] == deepest} for row in rows]
+
+
+def _row(layer: Geometry, equations: int | None, batch_size: int) -> dict:
+    room = min(layer.channels_out, layer.patch)
+    unknowns = batch_size * math.prod(layer.input_shape)
+    return {
+        "layer": layer.name,
+        "input_shape": layer.input_shape,
+        "positions": layer.positions,
+        "rank_bound": batch_size * layer.positions,
+        "rank_room": room,
+        "spanned": batch_size * layer.positions < room,
+        "equations": equations or 0,
+        "unknowns": unknowns,
+        "determined": (equations or 0) >= MARGIN * unknowns,
+    }
+
+
+def _steps(
+    chain: Chain, share: float | None, layers: dict[str, Geometry], batch_size: int
+) -> tuple[dict[str, int | None], float | None]:
+    """By layer, the equations for its input; and the share of the chain's own input that is known once that is solved.
+
+    Args:
+        chain: a model's, or a branch's.
+        share: of the chain's outputs that are known; None where delta is not: a pool of more than one position, or an
+            activation that cannot be inverted, keeps it from coming down.
+        layers: by name.
+        batch_size: B.
+    """
+    found: dict[str, int | None] = {}
+    for stage in reversed(chain):
+        module = stage.module
+        if isinstance(module, Residual):
+            found |= _block(module, share, layers, batch_size)
+            share = 1.0
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            outputs = batch_size * math.prod(layers[stage.name].output_shape)
+            found[stage.name] = None if share is None else module.weight.numel() + int(share * outputs)
+            share = 1.0
+        elif isinstance(module, nn.ReLU):
+            share = None if share is None else min(share, KNOWN_BEHIND_RELU)
+        elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GELU)):
+            share = None
+    return found, share
+
+
+def _block(
+    module: Residual, share: float | None, layers: dict[str, Geometry], batch_size: int
+) -> dict[str, int | None]:
+    """The equations inside a residual block: the lowest layers of both branches share theirs, since they share u."""
+    body, _ = _steps(module.body, None if share is None else 0.0, layers, batch_size)
+    shortcut, _ = _steps(module.shortcut, share, layers, batch_size)
+    lowest = [next(iter(_names(branch))) for branch in (module.body, module.shortcut) if _names(branch)]
+    found = body | shortcut
+    if share is None or not lowest:
+        return found
+    total = sum(found[name] for name in lowest)
+    if not module.shortcut:
+        total += int(share * batch_size * math.prod(layers[lowest[0]].input_shape))
+    return found | dict.fromkeys(lowest, total)
+
+
+def _names(chain: Chain) -> list[str]:
+    return [stage.name for stage in chain if isinstance(stage.module, (nn.Linear, nn.Conv2d))]

@@ -1,0 +1,684 @@
+"""Down, layer by layer: from the exact inputs of one layer to those of the layers below it, by linear algebra.
+
+Once inputs and labels are known at one place, one backward pass of the known tail gives every image's own delta there,
+and the layer below obeys equations that are linear in its own input, see `rows`. Their solution is the next known
+place. Between the layers:
+
+- Activations. Sigmoid and tanh are inverted everywhere. Behind a ReLU an entry is active or not; recovered with noise,
+  inactive entries are not quite zero. What is below zero measures each image's noise, what is near it is doubtful:
+  output channels that hold something doubtful are left out at first. Then the residual of just these channels decides,
+  since one wrong mask adds or lacks one delta times one patch. Then all are solved again.
+- Residual blocks. The body's layers but the lowest are solved by their gradient alone; what the body puts out is then
+  known, and out - body is what the shortcut put out, wherever the ReLU behind the sum is active.
+- BatchNorm in eval mode is a scale and a shift for each channel, a pool of one position nothing at all.
+
+Every layer leaves a `Record`. Two figures decide whether it is believed: the residual of its equations, which must be
+noise, and a rehearsal, in which a known random input is put through the same equations with as much noise and must
+come back. The walk ends at the first layer that is not believed, and says why.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from attack.signals.leastsquares import Operator, Product, Solution, cgls
+from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
+from update.stages import Chain, Residual, Stage, input_shapes, run
+
+ITERATIONS = 300  # of CGLS; scaled, a determined layer takes 1 to 120
+ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
+DOUBT = 20.0  # and up to which it may be wrong to be so, or not
+RANGE = 40.0  # and up to which a mask may be changed by a residual that asks for it
+GAIN = 0.2  # share of a channel's squared residual that changing one entry of a mask must take away
+STANDS_OUT = 10.0  # a channel whose residual is so many times the median has a wrong mask
+COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
+ROUNDS = 4  # of deciding masks and solving again
+DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
+NOISE = 5e-6  # relative residual up to which masks are right: float32 updates leave 1e-7 to 2e-6
+TRUSTED = 1e-3  # relative residual beyond which equations are wrong, whatever the noise
+EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
+FEW = 0.1  # share of an image's entries that is taken for zeros without a look: of all layers tried, 0.3 and more are
+WITHIN = 0.4  # standard deviations within which a third of the zeros lie: that tenth, where 0.3 are zeros
+GATHERED = 1e-2  # of the median: zeros stand apart at least so far
+SAMPLE = 8  # negative entries that are enough to measure noise by
+FLOOR = 1.2e-7  # relative: no noise is taken for less than rounding of the float32 that the victim computed in
+
+
+class UndeterminedError(ValueError):
+    """The walk cannot go below this stage; the message says why."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of one layer's inputs.
+
+    Attributes:
+        name: of the layer, or of the residual stage.
+        determined: whether its inputs are believed.
+        reason: why not; empty if they are.
+        equations, unknowns: how many, over the batch.
+        residual: |A u - b| / |b|, rows weighted by one over their noise.
+        rehearsal: largest relative error with which a known input came back.
+        noise: (B,) each image's relative error as far as it shows.
+        flips: entries of masks that the residual decided otherwise.
+        iterations: of the last solve.
+        seconds: wall time.
+    """
+
+    name: str
+    determined: bool
+    reason: str = ""
+    equations: int = 0
+    unknowns: int = 0
+    residual: float = math.nan
+    rehearsal: float = math.nan
+    noise: Tensor = field(default_factory=lambda: torch.zeros(0))
+    flips: int = 0
+    iterations: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where the walk ended.
+
+    Attributes:
+        inputs: exact inputs (B, ...) by the index of the stage that takes them, the start's among them.
+        inner: those of layers within residual stages, by name.
+        noise: standard deviation of the errors of both, by name, broadcasts to them.
+        records: one for each layer tried, in the order of the walk.
+    """
+
+    inputs: dict[int, Tensor]
+    inner: dict[str, Tensor]
+    noise: dict[str, Tensor]
+    records: list[Record]
+
+    @property
+    def deepest(self) -> int:
+        """The lowest stage whose inputs are known."""
+        return min(self.inputs)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What is known between two stages, of every image.
+
+    Attributes:
+        values: (B, ...).
+        known: where `values` are right.
+        delta: (B, ...) derivative of each image's loss.
+        asleep: what `delta` would be where a ReLU has set it to zero.
+        noise: standard deviation of the error of `values`, broadcasts to them.
+        margin: how far above zero an entry was behind the last ReLU, in units of its noise; infinite without a ReLU.
+        is_told: whether `values` mean anything at all.
+    """
+
+    values: Tensor
+    known: Tensor
+    delta: Tensor
+    asleep: Tensor
+    noise: Tensor
+    margin: Tensor
+    is_told: bool = True
+
+    @property
+    def sure(self) -> Tensor:
+        """Where `values` are right beyond doubt: an entry that only seems to be active is in truth far below zero."""
+        return self.known & (self.margin > RANGE)
+
+    def untold(self) -> "Point":
+        """The same without the values."""
+        return replace(self, known=torch.zeros_like(self.known), is_told=False)
+
+    def coarser(self, factor: float) -> "Point":
+        """As if the noise had been so many times what it was taken for."""
+        flips = (self.margin > ZERO * factor) ^ (self.margin > ZERO)
+        return replace(self.flipped(flips), margin=self.margin / factor)
+
+    def flipped(self, flips: Tensor) -> "Point":
+        """The same with ReLU masks changed where `flips` says so."""
+        return replace(
+            self,
+            known=self.known ^ flips if self.is_told else self.known,
+            delta=torch.where(flips, self.asleep, self.delta),
+            asleep=torch.where(flips, self.delta, self.asleep),
+        )
+
+    def scaled(self, values: Tensor, slope: Tensor, known: Tensor | None = None) -> "Point":
+        """Below an elementwise stage of that slope (broadcasts), which made these values into the present ones."""
+        known = self.known if known is None else self.known & known
+        return replace(
+            self,
+            values=values,
+            known=known,
+            delta=self.delta * slope,
+            asleep=self.asleep * slope,
+            noise=self.noise / slope.abs(),
+        )
+
+    def reshaped(self, shape: tuple[int, ...]) -> "Point":
+        """Each image's activations in another shape."""
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **{n: t.expand_as(self.values).reshape(len(t), *shape) for n, t in tensors.items()})
+
+
+# ----------------------------------------------------------------------------------------------------
+# Through the stages that have no weights to match
+
+
+def below(module: nn.Module, point: Point, shape: tuple[int, ...]) -> Point:
+    """What is known in front of an activation, BatchNorm, flattening or trivial pool, whose input has that shape.
+
+    Raises:
+        UndeterminedError: a stage that does not tell its input.
+    """
+    if isinstance(module, (nn.Flatten, nn.Identity, nn.Dropout)):
+        return point.reshaped(shape)
+    if isinstance(module, (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d)):
+        if math.prod(shape) != point.values[0].numel():
+            raise UndeterminedError("a pool puts out less than it takes in")
+        return point.reshaped(shape)
+    if isinstance(module, nn.BatchNorm2d):
+        return _below_batch_norm(module, point)
+    if isinstance(module, nn.Sigmoid):
+        inside = (point.values > 0) & (point.values < 1)
+        values = torch.where(inside, point.values, 0.5)
+        return point.scaled(values.logit(), values * (1 - values), inside)
+    if isinstance(module, nn.Tanh):
+        inside = point.values.abs() < 1
+        values = torch.where(inside, point.values, 0.0)
+        return point.scaled(values.atanh(), 1 - values.square(), inside)
+    if isinstance(module, nn.ReLU):
+        return _below_relu(point)
+    raise UndeterminedError(f"{type(module).__name__} cannot be inverted")
+
+
+def _below_batch_norm(module: nn.BatchNorm2d, point: Point) -> Point:
+    scale = (module.running_var + module.eps).rsqrt()
+    shift = -module.running_mean * scale
+    if module.affine:
+        scale, shift = scale * module.weight, shift * module.weight + module.bias
+    scale, shift = scale.detach()[:, None, None], shift.detach()[:, None, None]
+    alive = scale.abs() > FLOOR  # a channel that BatchNorm has closed says nothing of its input
+    values = (point.values - shift) / torch.where(alive, scale, 1.0)
+    passed = point.scaled(values, torch.where(alive, scale, FLOOR), alive.expand_as(values))
+    return replace(passed, delta=point.delta * scale, asleep=point.asleep * scale)
+
+
+def _below_relu(point: Point) -> Point:
+    active = point.known & (point.values > ZERO * point.noise)
+    return replace(
+        point,
+        known=active,
+        delta=torch.where(active, point.delta, 0.0),
+        asleep=torch.where(active, 0.0, point.delta),
+        margin=point.values / point.noise,
+    )
+
+
+def noise_of(values: Tensor, spread: Tensor, is_after_relu: bool) -> Tensor:
+    """Standard deviation of the errors of values (B, C, ...), from what it should be, (B, 1, ...).
+
+    Out of a ReLU nothing is negative: what is, shows the lower half of the errors. Each image's is measured by it, and
+    then each channel's, where the channel is worse than the others.
+    """
+    spread = spread.maximum(FLOOR * _size(values)).expand_as(values)
+    if not is_after_relu:
+        return spread
+    spread = spread * _cluster(values / spread).clamp(min=1.0)
+    for dims in (tuple(range(1, values.dim())), (0, *range(2, values.dim()))):
+        lower = (values / spread).clamp(max=0)
+        count = (lower < 0).sum(dims, keepdim=True)
+        measured = (lower.square().sum(dims, keepdim=True) / count.clamp(min=1)).sqrt()
+        spread = spread * torch.where(count >= SAMPLE, measured, 1.0).clamp(min=1.0)
+    return spread
+
+
+def _cluster(values: Tensor) -> Tensor:
+    """The size (B, 1, ...) of what gathers around zero, in each image's values; 0 where nothing does.
+
+    The images whose loss is all but zero take up some of the others' inputs, which are positive. That shows below zero
+    as little as it does in the residual, but it keeps zeros from being zeros.
+    """
+    sizes = values.abs().flatten(1)
+    low, middle = sizes.quantile(FEW, dim=1), sizes.median(dim=1).values
+    gathered = torch.where(low < GATHERED * middle, low / WITHIN, 0.0)
+    return gathered.view(-1, *(1,) * (values.dim() - 1))
+
+
+def _size(values: Tensor) -> Tensor:
+    """Root mean square of each image's values, (B, 1, ...)."""
+    return values.square().mean(tuple(range(1, values.dim())), keepdim=True).sqrt()
+
+
+# ----------------------------------------------------------------------------------------------------
+# What says something of a layer's input
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """A linear or convolutional layer on the input that is sought.
+
+    Attributes:
+        name: of the layer.
+        map: its linear part.
+        bias: (c_out,), zeros where it has none.
+        above: what is known of its output.
+        gradient: B G, the sum of the images' gradients; None where the update has none.
+        precision: relative error of each entry of G.
+        additive: and absolute, of B G.
+        left_out: (c_out,) channels whose gradient rows are not used.
+    """
+
+    name: str
+    map: LinearMap
+    bias: Tensor
+    above: Point
+    gradient: Tensor | None
+    precision: float
+    additive: float
+    left_out: Tensor
+
+    @property
+    def _columns(self) -> tuple[int, ...]:
+        """What makes a vector over channels broadcast to the output."""
+        return (-1, *(1,) * (self.above.values.dim() - 2))
+
+    def rows(self) -> list[Rows]:
+        """Its gradient rows and forward rows."""
+        found = []
+        if self.gradient is not None:
+            operator = GradientRows(self.map, self.above.delta)
+            found.append(Rows(operator, self.gradient, self._gradient_weights()))
+        known = self.above.sure
+        if known.any():
+            target = torch.where(known, self.above.values - self.bias.view(self._columns), 0.0)
+            found.append(Rows(ForwardRows(self.map, known), target, torch.where(known, 1 / self.above.noise, 0.0)))
+        return found
+
+    def _gradient_weights(self) -> Tensor:
+        """One over the noise of each output channel's row."""
+        length = self.gradient.flatten(1).square().mean(1).sqrt()  # (c_out,)
+        noise = (self.precision * length).maximum(length.new_tensor(self.additive))
+        noise = noise.clamp(min=self.precision * 1e-3 * float(length.max()))  # cancellation: a row is not that exact
+        weights = torch.where(self.left_out | (length == 0), 0.0, 1 / noise)
+        return weights.view(-1, *(1,) * (self.gradient.dim() - 1))
+
+    def delta(self) -> Tensor:
+        """delta at the input."""
+        return self.map.inputs(self.above.delta)
+
+    def doubtful(self) -> Tensor:
+        """(c_out,) channels with an entry that may be on the wrong side of zero."""
+        margin = self.above.margin
+        return _channels((margin > ZERO / 2) & (margin < DOUBT)).any(1)
+
+    def cautious(self) -> "LayerSource":
+        """Without the channels that hold something doubtful, as long as they are fewer than half."""
+        doubtful = self.doubtful()
+        return self if 2 * int(doubtful.sum()) > len(doubtful) else replace(self, left_out=doubtful)
+
+    def without_outliers(self, u: Tensor) -> "LayerSource":
+        """Without the channels whose gradient stands out at u, as long as they are fewer than half."""
+        if self.gradient is None:
+            return self
+        outliers = _stand_out((self.gradient - self.map.weights(u, self.above.delta)).flatten(1).square().sum(1))
+        return self if 2 * int(outliers.sum()) > len(outliers) else replace(self, left_out=outliers)
+
+    def coarser(self, factor: float) -> "LayerSource":
+        """With masks for so many times the noise."""
+        return replace(self, above=self.above.coarser(factor))
+
+    def decided(self, u: Tensor) -> "LayerSource":
+        """With the masks that the residual at u asks for."""
+        return replace(self, above=self.above.flipped(self.flips(u)))
+
+    def flips(self, u: Tensor) -> Tensor:
+        """Where the gradient's residual at u asks for another mask: (B, ...), at most `ROUNDS` entries a channel.
+
+        With S = <patch, r> and |patch|^2 at every place, a flip of delta d lowers |r|^2 by 2 d S - d^2 |patch|^2.
+        """
+        source, flips = self, torch.zeros_like(self.above.known)
+        near = self.above.margin.abs() < RANGE
+        if self.gradient is None or not near.any():
+            return flips
+        patches = replace(self.map, weight=torch.ones_like(self.map.weight[:1])).outputs(u.square())
+        for _ in range(ROUNDS):
+            rest = self.gradient - source.map.weights(u, source.above.delta)
+            squares = rest.flatten(1).square().sum(1)  # (c_out,)
+            stands_out = _stand_out(squares)
+            change = source.above.asleep - source.above.delta
+            gain = 2 * change * replace(self.map, weight=rest).outputs(u) - change.square() * patches
+            gain = torch.where(near & stands_out.view(self._columns), gain, -torch.inf)
+            best = _channels(gain).max(1).values  # (c_out,)
+            worth = torch.where(best > GAIN * squares, best, torch.inf)
+            chosen = gain == worth.view(self._columns)
+            if not chosen.any():
+                break
+            source, flips = replace(source, above=source.above.flipped(chosen)), flips ^ chosen
+        return flips
+
+
+@dataclass(frozen=True)
+class IdentitySource:
+    """The input itself, known in places."""
+
+    above: Point
+
+    def rows(self) -> list[Rows]:
+        """Its known rows."""
+        known = self.above.sure
+        target = torch.where(known, self.above.values, 0.0)
+        return [Rows(KnownRows(known), target, torch.where(known, 1 / self.above.noise, 0.0))] if known.any() else []
+
+    def delta(self) -> Tensor:
+        """delta at the input."""
+        return self.above.delta
+
+    def cautious(self) -> "IdentitySource":
+        """The same: there is no channel to leave out."""
+        return self
+
+    def without_outliers(self, u: Tensor) -> "IdentitySource":
+        """The same."""
+        return self
+
+    def coarser(self, factor: float) -> "IdentitySource":
+        """With masks for so many times the noise."""
+        return replace(self, above=self.above.coarser(factor))
+
+    def decided(self, u: Tensor) -> "IdentitySource":
+        """The same."""
+        return self
+
+
+Source = LayerSource | IdentitySource
+
+
+def _stand_out(squares: Tensor) -> Tensor:
+    """Which channels' squared residuals (c,) are far above the others'."""
+    return squares > STANDS_OUT**2 * squares.median()
+
+
+def _channels(t: Tensor) -> Tensor:
+    """(B, c, ...) as (c, B * positions)."""
+    return t.transpose(0, 1).flatten(1)
+
+
+# ----------------------------------------------------------------------------------------------------
+# The walk
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the walk takes from the shared update.
+
+    Attributes:
+        gradients: by parameter name.
+        batch_size: B.
+        precision: relative rounding error of a gradient's entries.
+        additive: standard deviation of noise that was added to them.
+    """
+
+    gradients: Mapping[str, Tensor]
+    batch_size: int
+    precision: float = torch.finfo(torch.float32).eps
+    additive: float = 0.0
+
+    def of(self, name: str, like: Tensor) -> Tensor | None:
+        """B G of a layer's weight, in the dtype and place of `like`; None where the update has none."""
+        gradient = self.gradients.get(f"{name}.weight")
+        return None if gradient is None else self.batch_size * gradient.to(like)
+
+
+@torch.no_grad()
+def descend(
+    chain: Chain,
+    image_shape: Sequence[int],
+    update: Update,
+    start: int,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    generator: torch.Generator,
+    deadline: float = math.inf,
+) -> Descent:
+    """Walk down from the inputs (B, ...) of stage `start`, with labels (B,), as far as the equations determine.
+
+    Args:
+        chain: of the model that the update was computed on, in float64.
+        image_shape: (C, H, W).
+        update: the gradients.
+        start: index of the stage whose inputs are known.
+        inputs: float64, exact but for noise.
+        labels: class indices.
+        generator: what rehearsals are drawn from, on the CPU.
+        deadline: of `time.perf_counter`, after which no layer is begun.
+    """
+    walk = _Walk(update, generator, deadline)
+    shapes = input_shapes(chain, image_shape)
+    point = _first_point(chain, start, inputs, labels)
+    known = {start: inputs}
+    for index in reversed(range(start)):
+        stage = chain[index]
+        began = time.perf_counter()
+        try:
+            if _is_elementwise(stage.module):
+                point = below(stage.module, point, shapes[index])
+                continue
+            sources = walk.sources(stage, point, shapes[index])
+            u, sources = walk.solve(stage.name, sources, (len(inputs), *shapes[index]), after_relu(chain[:index]))
+        except UndeterminedError as stop:
+            if not walk.records or walk.records[-1].determined:
+                seconds = time.perf_counter() - began
+                walk.records.append(Record(stage.name, False, str(stop), seconds=seconds))
+            break
+        known[index] = u
+        if index:
+            point = _point(u, sum(source.delta() for source in sources), walk.noise)
+    return Descent(known, walk.inner, walk.noises, walk.records)
+
+
+def after_relu(chain: Chain) -> bool:
+    """Whether what comes out of the chain is out of a ReLU, perhaps pooled or flattened, so not negative."""
+    for stage in reversed(chain):
+        if not isinstance(stage.module, (nn.Flatten, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d)):
+            return isinstance(stage.module, nn.ReLU)
+    return False
+
+
+def _is_elementwise(module: object) -> bool:
+    return not isinstance(module, (Residual, nn.Linear, nn.Conv2d))
+
+
+def _first_point(chain: Chain, start: int, inputs: Tensor, labels: Tensor) -> Point:
+    leaf = inputs.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        loss = nn.functional.cross_entropy(run(chain[start:], leaf), labels, reduction="sum")
+        (delta,) = torch.autograd.grad(loss, leaf)
+    return _point(inputs, delta, noise_of(inputs, torch.zeros_like(_size(inputs)), after_relu(chain[:start])))
+
+
+def _point(u: Tensor, delta: Tensor, noise: Tensor) -> Point:
+    """All known, and no ReLU behind it yet."""
+    return Point(
+        u, torch.ones_like(u, dtype=torch.bool), delta, torch.zeros_like(u), noise, torch.full_like(u, math.inf)
+    )
+
+
+class _Walk:
+    """What the walk carries along: the update, the records, and the activations found inside residual stages."""
+
+    def __init__(self, update: Update, generator: torch.Generator, deadline: float) -> None:
+        self.update, self.generator, self.deadline = update, generator, deadline
+        self.records: list[Record] = []
+        self.inner: dict[str, Tensor] = {}
+        self.noises: dict[str, Tensor] = {}
+        self.noise = torch.zeros(0)  # of the last layer solved, of its input's shape
+
+    def sources(self, stage: Stage, point: Point, shape: tuple[int, ...]) -> list[Source]:
+        """Whatever says something of the input, of that shape, of a layer or residual stage."""
+        if not isinstance(stage.module, Residual):
+            return [self._layer(stage, point, shape)]
+        body, output, flips = self._branch(stage.module.body, point.untold(), shape)
+        point = point.flipped(flips)
+        rest = point.untold() if output is None else replace(point, values=point.values - output)
+        shortcut, _, _ = self._branch(stage.module.shortcut, rest, shape)
+        return [*body, *shortcut]
+
+    def _layer(self, stage: Stage, point: Point, shape: tuple[int, ...]) -> LayerSource:
+        module = stage.module
+        try:
+            linear = LinearMap.of(module, shape)
+        except ValueError as error:
+            raise UndeterminedError(str(error)) from None
+        width = len(module.weight)
+        return LayerSource(
+            name=stage.name,
+            map=linear,
+            bias=module.weight.new_zeros(width) if module.bias is None else module.bias.detach(),
+            above=point,
+            gradient=self.update.of(stage.name, point.values),
+            precision=self.update.precision,
+            additive=self.update.additive * self.update.batch_size,
+            left_out=torch.zeros(width, dtype=torch.bool, device=point.values.device),
+        )
+
+    def _branch(self, chain: Chain, point: Point, shape: tuple[int, ...]) -> tuple[list[Source], Tensor | None, Tensor]:
+        """What a branch says of its input; its output, once a layer in it is solved; flips of the point's mask."""
+        output, flips, same_mask = None, torch.zeros_like(point.known), True
+        shapes = input_shapes(chain, shape) if chain else []
+        for index in reversed(range(len(chain))):
+            stage = chain[index]
+            if _is_elementwise(stage.module):
+                point = below(stage.module, point, shapes[index])
+                same_mask = same_mask and isinstance(stage.module, nn.BatchNorm2d)
+                continue
+            sources = self.sources(stage, point, shapes[index])
+            if index == 0:
+                return sources, output, flips
+            is_after_relu = after_relu(chain[:index])
+            u, solved = self.solve(stage.name, sources, (len(point.values), *shapes[index]), is_after_relu)
+            if output is None:
+                output = run(chain[index:], u)
+                if same_mask:  # the ReLU behind the block is the one that these equations have judged
+                    flips = (solved[0].above.delta != sources[0].above.delta).view_as(flips)
+            self.inner[stage.name] = u
+            point = _point(u, sum(source.delta() for source in solved), self.noise)
+        return [IdentitySource(point)], output, flips
+
+    def solve(
+        self, name: str, sources: list[Source], shape: tuple[int, ...], is_after_relu: bool
+    ) -> tuple[Tensor, list[Source]]:
+        """The input that all sources agree on, and the sources with their masks as decided.
+
+        Raises:
+            UndeterminedError: the equations leave it open, or contradict each other.
+        """
+        began = time.perf_counter()
+        if began > self.deadline:
+            raise UndeterminedError("no time is left")
+        rows = [r for source in sources for r in source.rows()]
+        equations, unknowns = sum(r.count for r in rows), math.prod(shape)
+        if equations < unknowns:
+            self._record(name, f"{equations} equations for {unknowns} unknowns", equations, unknowns, began=began)
+        taken = sources
+        u, solution, sources = self._settle(taken, shape)
+        for factor in COARSER:
+            if solution.residual < NOISE or time.perf_counter() > self.deadline:
+                break
+            other = self._settle([source.coarser(factor) for source in taken], shape)
+            if other[1].residual < solution.residual:
+                u, solution, sources = other
+        flips = sum(_changes(old, new) for old, new in zip(taken, sources, strict=True))
+        error = self._rehearse(sources, u, solution)
+        self.noise = noise_of(u, self._spread(sources, u, solution), is_after_relu)
+        self.noises[name] = self.noise
+        noise = (_size(self.noise) / _size(u)).flatten()
+        reason = ""
+        if not float(error.max()) < DETERMINED:
+            reason = f"a known input comes back with a relative error of {float(error.max()):.1e} only"
+        elif not solution.residual < TRUSTED:
+            reason = f"its equations contradict each other by {solution.residual:.1e}"
+        elif not float(noise.max()) < DETERMINED:
+            reason = f"it came out below zero by {float(noise.max()):.1e} of its size"
+        self._record(
+            name, reason, equations, unknowns, solution.residual, float(error.max()), noise, flips,
+            solution.iterations, began=began,
+        )  # fmt: skip
+        return u, sources
+
+    def _settle(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution, list[Source]]:
+        """Solve; if the residual is more than noise, let it decide the doubtful masks, and solve again."""
+        u, solution = self._least_squares(sources, shape)
+        if solution.residual < NOISE:
+            return u, solution, sources
+        best = u, solution, sources
+        trial, _ = self._least_squares([source.cautious() for source in sources], shape)
+        for _ in range(ROUNDS):
+            decided = [source.decided(trial) for source in sources]
+            if not any(_changes(old, new) for old, new in zip(sources, decided, strict=True)):
+                break
+            sources = decided
+            u, solution = self._least_squares(sources, shape)
+            if solution.residual < best[1].residual:
+                best = u, solution, sources
+            if solution.residual < NOISE:
+                break
+            trial, _ = self._least_squares([source.without_outliers(u) for source in sources], shape)
+        return best
+
+    def _record(self, name: str, reason: str, *facts: object, began: float) -> None:
+        self.records.append(Record(name, not reason, reason, *facts, seconds=time.perf_counter() - began))
+        if reason:
+            raise UndeterminedError(reason)
+
+    def _least_squares(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution]:
+        """The input u (B, ...) and the solver's word."""
+        operator, scaling, target = _system(sources, shape)
+        start = target.new_zeros(shape)
+        solution = cgls(Product(operator, scaling), target, start, iterations=ITERATIONS, deadline=self.deadline)
+        return scaling.forward(solution.x), solution
+
+    def _spread(self, sources: list[Source], u: Tensor, solution: Solution) -> Tensor:
+        """Standard deviation (B, 1, ...) of u's errors: that of unit noise, times the noise that the residual shows."""
+        rows = [r for source in sources for r in source.rows()]
+        freedom = max(1, sum(r.count for r in rows) - u.numel())
+        _, scaling, target = _system(sources, u.shape)
+        spread = scaling.spread(u.shape) * (solution.residual * target.norm() / math.sqrt(freedom))
+        columns = [r.weight * r.target for r in rows if isinstance(r.operator, GradientRows)]
+        if not columns:
+            return spread
+        loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
+        return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
+
+    def _rehearse(self, sources: list[Source], u: Tensor, solution: Solution) -> Tensor:
+        """The relative error (B,) with which a random input of u's size comes back through the same equations.
+
+        Its rows are disturbed by noise of the size of the residual that the true solution has left.
+        """
+        operator, scaling, target = _system(sources, u.shape)
+        draw = {"generator": self.generator, "dtype": u.dtype}
+        play = torch.randn(u.shape, **draw).to(u).relu() * u.square().mean().sqrt()
+        noise = torch.randn(len(target), **draw).to(u) * (target != 0)
+        noise = noise * (solution.residual * target.norm() / noise.norm())
+        target = operator.forward(play) + noise
+        back = cgls(Product(operator, scaling), target, torch.zeros_like(u), iterations=ITERATIONS)
+        return (scaling.forward(back.x) - play).flatten(1).norm(dim=1) / play.flatten(1).norm(dim=1)
+
+
+def _system(sources: list[Source], shape: Sequence[int]) -> tuple[Operator, Scaling, Tensor]:
+    """All rows as one operator, what makes it well conditioned, and its target."""
+    rows = [r for source in sources for r in source.rows()]
+    operator, target = stack(rows)
+    return operator, Scaling.of(rows, torch.Size(shape)), target
+
+
+def _changes(before: Source, after: Source) -> int:
+    """Entries of the mask that differ."""
+    return int((before.above.delta != after.above.delta).sum())

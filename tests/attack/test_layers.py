@@ -1,0 +1,256 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from attack.signals.layers import Point, Update, below, descend, noise_of
+from attack.signals.leastsquares import Product, cgls
+from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
+from client.victim import share_update
+from data import load_batch, open_source
+from update.models import build_model
+from update.stages import Residual, Stage, index_of, run, stages
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def double(*shape, seed=0):
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+CONVOLUTIONS = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 5, "padding": 2, "stride": 2},
+    {"kernel_size": 1, "stride": 2},
+    {"kernel_size": 3, "padding": 2, "dilation": 2},
+]
+
+
+def linear_maps():
+    yield LinearMap.of(nn.Linear(5, 7, dtype=torch.float64), (5,)), (3, 5), (3, 7)
+    for settings in CONVOLUTIONS:
+        conv = nn.Conv2d(2, 4, dtype=torch.float64, **settings)
+        x = double(3, 2, 8, 8)
+        yield LinearMap.of(conv, (2, 8, 8)), x.shape, conv(x).shape
+
+
+@pytest.mark.parametrize("case", range(1 + len(CONVOLUTIONS)))
+def test_every_operator_has_its_adjoint(case):
+    linear, inputs, outputs = list(linear_maps())[case]
+    delta, known, part = double(*outputs), double(*outputs, seed=1) > 0, double(*inputs, seed=1) > 0
+    operators = [GradientRows(linear, delta), ForwardRows(linear, known), KnownRows(part)]
+    rows = []
+    for operator, weight in zip(operators, (1.0, 0.3, 2.0), strict=True):
+        target = operator.forward(double(*inputs))
+        rows.append(Rows(operator, target, torch.full_like(target, weight)))
+    scaling = Scaling.of(rows, torch.Size(inputs))
+    for operator in [*operators, stack(rows)[0], scaling, Product(stack(rows)[0], scaling)]:
+        x = double(*inputs, seed=3)
+        image = operator.forward(x)
+        y = double(*image.shape, seed=4)
+        assert float((image * y).sum()) == pytest.approx(float((x * operator.adjoint(y)).sum()), rel=1e-9)
+
+
+def test_gradient_rows_are_the_gradient():
+    conv, u = nn.Conv2d(2, 4, 3, padding=1, stride=2, dtype=torch.float64), double(3, 2, 8, 8)
+    delta = double(*conv(u).shape)
+    (gradient,) = torch.autograd.grad((conv(u) * delta).sum(), conv.weight)
+    rows = GradientRows(LinearMap.of(conv, (2, 8, 8)), delta)
+    assert torch.allclose(rows.forward(u), gradient)
+    shifted = rows.map.shifted(delta).flatten(0, 1)  # (c_out k^2, B H W)
+    assert torch.allclose(
+        shifted @ u.transpose(0, 1).flatten(1).T, gradient.transpose(1, 3).transpose(1, 2).flatten(0, 2)
+    )
+
+
+def test_scaled_gradient_rows_are_solved_at_once():
+    conv, u = nn.Conv2d(2, 40, 3, padding=1, dtype=torch.float64), double(3, 2, 6, 6)
+    operator = GradientRows(LinearMap.of(conv, (2, 6, 6)), double(3, 40, 6, 6))
+    rows = [Rows(operator, operator.forward(u), torch.ones(40, 1, 1, 1, dtype=torch.float64))]
+    stacked, target = stack(rows)
+    scaling = Scaling.of(rows, u.shape)
+    solution = cgls(Product(stacked, scaling), target, torch.zeros_like(u), iterations=10)
+    assert solution.stopped == "converged"
+    assert solution.iterations <= 3
+    assert torch.allclose(scaling.forward(solution.x), u)
+
+
+def test_the_solver_says_why_it_stopped():
+    class Matrix:
+        def __init__(self, matrix):
+            self.forward, self.adjoint = matrix.__matmul__, matrix.T.__matmul__
+
+    matrix, x = double(30, 10), double(10, seed=1)
+    target = matrix @ x
+    done = cgls(Matrix(matrix), target, torch.zeros(10, dtype=torch.float64), iterations=50)
+    assert done.stopped == "converged"
+    assert torch.allclose(done.x, x)
+    assert done.residual < 1e-10
+    assert cgls(Matrix(matrix), target, torch.zeros_like(x), iterations=2).stopped == "iterations"
+    assert cgls(Matrix(matrix), target, torch.zeros_like(x), iterations=2, deadline=0).stopped == "deadline"
+
+
+def test_grouped_convolutions_are_refused():
+    with pytest.raises(ValueError, match="groups"):
+        LinearMap.of(nn.Conv2d(4, 4, 3, groups=2), (4, 8, 8))
+
+
+@pytest.mark.parametrize("module", [nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.Flatten(), nn.AdaptiveAvgPool2d(1)])
+def test_below_gives_back_values_and_delta(module):
+    side = 1 if isinstance(module, nn.AdaptiveAvgPool2d) else 3
+    z = double(2, 4, side, side).requires_grad_()
+    a = module(z)
+    delta = double(*a.shape, seed=1)
+    (expected,) = torch.autograd.grad((a * delta).sum(), z)
+    found = below(module, point(a.detach(), delta), z.shape[1:])
+    assert torch.allclose(found.values[found.known], z.detach()[found.known])
+    assert torch.allclose(found.delta, expected)
+    assert torch.equal(found.known, z > 0 if isinstance(module, nn.ReLU) else torch.ones_like(z, dtype=torch.bool))
+
+
+def test_below_batch_norm():
+    norm = nn.BatchNorm2d(3, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+            tensor.uniform_(0.5, 2, generator=generator(5))
+        norm.weight[1] = 0  # closed: nothing of this channel can be known
+    z = double(2, 3, 4, 4).requires_grad_()
+    delta = double(2, 3, 4, 4, seed=1)
+    (expected,) = torch.autograd.grad((norm(z) * delta).sum(), z)
+    found = below(norm, point(norm(z).detach(), delta), z.shape[1:])
+    assert found.known.sum((0, 2, 3)).tolist() == [32, 0, 32]
+    assert torch.allclose(found.values[found.known], z.detach()[found.known])
+    assert torch.allclose(found.delta, expected)
+
+
+@pytest.mark.parametrize("module", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.GELU()])
+def test_what_cannot_be_inverted_says_so(module):
+    with pytest.raises(ValueError, match=r"pool|GELU"):
+        below(module, point(double(2, 3, 2, 2), double(2, 3, 2, 2)), (3, 4, 4))
+
+
+def point(values, delta):
+    full = torch.full_like(values, 1e-9)
+    return Point(
+        values, torch.ones_like(values, dtype=torch.bool), delta, torch.zeros_like(delta), full, full + torch.inf
+    )
+
+
+def test_noise_is_read_below_zero():
+    clean = double(4, 50, 3, 3).relu()
+    noise = torch.tensor([1e-5, 1e-4, 1e-3, 1e-5]).double().view(-1, 1, 1, 1)
+    measured = noise_of(clean + noise * double(4, 50, 3, 3, seed=1), torch.zeros(4, 1, 1, 1).double(), True)
+    ratio = (measured / noise).flatten(1).median(1).values
+    assert ((ratio > 0.7) & (ratio < 4)).all()
+
+
+# ----------------------------------------------------------------------------------------------------
+# The walk
+
+
+class Block(nn.Module):
+    """A residual net of few channels and a wide layer on top, as a chain."""
+
+    def __init__(self, activation=nn.ReLU):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, stride=4, padding=1)
+        self.a, self.b = nn.Conv2d(16, 24, 3, padding=1, bias=False), nn.Conv2d(24, 24, 3, padding=1, bias=False)
+        self.na, self.nb, self.ns = nn.BatchNorm2d(24), nn.BatchNorm2d(24), nn.BatchNorm2d(24)
+        self.short = nn.Conv2d(16, 24, 1, bias=False)
+        self.last, self.head = nn.Conv2d(24, 32, 3, padding=1), nn.Linear(32 * 16, 10)
+        self.activation = activation()
+
+    def stages(self):
+        named = {name: Stage(name, module) for name, module in self.named_modules()}
+        body = [named["a"], named["na"], Stage("a.act", self.activation), named["b"], named["nb"]]
+        act = Stage("act", self.activation)
+        residual = Stage("block", Residual(body, [named["short"], named["ns"]]))
+        return [named["stem"], act, residual, act, named["last"], act, Stage("flatten", nn.Flatten()), named["head"]]
+
+    def forward(self, images):
+        return run(self.stages(), images)
+
+
+def small_net(activation):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Block(activation).eval()
+
+
+def batch(count):
+    return load_batch(
+        open_source("sample", None),
+        range(count),
+        labels="dataset",
+        num_classes=10,
+        generator=generator(),
+        image_size=16,
+    )
+
+
+def walk(net, count, start, noise=1e-7):
+    """The walk's result, and the true input of every top-level stage."""
+    data = batch(count)
+    update = share_update(net, "net", data.images, data.labels, 10)
+    chain = stages(copy.deepcopy(net).double())
+    with torch.no_grad():
+        truth = [run(chain[:index], data.images.double()) for index in range(len(chain))]
+    index = index_of(chain, start)
+    inputs = truth[index] + noise * truth[index].square().mean().sqrt() * double(*truth[index].shape)
+    given = Update(update.gradients, count)
+    return descend(chain, (3, 16, 16), given, index, inputs, data.labels, generator=generator()), truth, chain
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Sigmoid, nn.Tanh])
+def test_the_walk_goes_through_a_residual_block(activation):
+    descent, truth, chain = walk(small_net(activation), 2, "last")
+    block = index_of(chain, "block")
+    assert block in descent.inputs
+    assert (descent.inputs[block] - truth[block]).norm() < 1e-4 * truth[block].norm()
+    assert [record.name for record in descent.records][:2] == ["b", "block"]
+    assert all(record.determined and record.residual < 1e-5 for record in descent.records[:2])
+    assert "b" in descent.inner
+
+
+def test_the_walk_stops_where_nothing_is_determined():
+    descent, _, chain = walk(small_net(nn.ReLU), 2, "last")
+    last = descent.records[-1]
+    assert (last.name, last.determined) == ("stem", False)  # 16 channels of 16 positions for 768 pixels
+    assert "equations for 1536 unknowns" in last.reason
+    assert descent.deepest == index_of(chain, "block")
+
+
+def test_false_gradients_are_not_believed():
+    net = small_net(nn.Tanh)
+    data = batch(2)
+    update = share_update(net, "net", data.images, data.labels, 10)
+    wrong = update.gradients | {"b.weight": update.gradients["b.weight"].flip(0)}
+    chain = stages(copy.deepcopy(net).double())
+    index = index_of(chain, "last")
+    inputs = run(chain[:index], data.images.double()).detach()
+    descent = descend(chain, (3, 16, 16), Update(wrong, 2), index, inputs, data.labels, generator=generator())
+    assert descent.deepest == index
+    assert not descent.records[-1].determined
+
+
+def test_a_frozen_layer_ends_the_walk_with_a_word():
+    net = small_net(nn.ReLU)
+    data = batch(2)
+    gradients = dict(share_update(net, "net", data.images, data.labels, 10).gradients)
+    del gradients["b.weight"]
+    chain = stages(copy.deepcopy(net).double())
+    index = index_of(chain, "last")
+    inputs = run(chain[:index], data.images.double()).detach()
+    descent = descend(chain, (3, 16, 16), Update(gradients, 2), index, inputs, data.labels, generator=generator())
+    assert descent.deepest == index
+    assert "0 equations" in descent.records[-1].reason
+
+
+def test_a_sigmoid_mlp_gives_its_pixels():
+    net = build_model("mlp", image_shape=(3, 16, 16), num_classes=10, generator=generator(), width=64)
+    descent, truth, _ = walk(net, 4, "hidden2", noise=1e-9)
+    assert descent.deepest <= 1
+    assert (descent.inputs[1] - truth[1]).norm() < 1e-2 * truth[1].norm()

@@ -1,0 +1,183 @@
+"""A model as a chain of stages: the one place that says in which order its layers are applied.
+
+A chain takes images (B, C, H, W) to logits (B, K). Its stages are torch modules (Linear, Conv2d, BatchNorm2d in eval
+mode, an activation, a pool, Flatten) and `Residual`, two chains side by side whose outputs add up; the last stage is
+the linear head. A stage is named as its module is in the model, so `name + ".weight"` is the name of its parameter and
+of its gradient. Stages without parameters have a name to be shown and no more.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the chain: `module` maps activations to activations."""
+
+    name: str
+    module: Callable[[Tensor], Tensor]
+
+
+Chain = Sequence[Stage]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """body(x) + shortcut(x); an empty chain is the identity."""
+
+    body: Chain
+    shortcut: Chain = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The sum of both branches."""
+        return run(self.body, x) + run(self.shortcut, x)
+
+
+def stages(model: nn.Module) -> list[Stage]:
+    """The chain of a model that states it, as every model of `models` does.
+
+    Raises:
+        ValueError: it states none, or its last stage is not linear.
+    """
+    if not hasattr(model, "stages"):
+        raise ValueError(f"{type(model).__name__} does not say what stages it is made of: it cannot be walked")
+    chain = model.stages()
+    if not isinstance(chain[-1].module, nn.Linear):
+        raise ValueError(f"the last stage, {chain[-1].name}, is not linear")
+    return chain
+
+
+def run(chain: Chain, x: Tensor) -> Tensor:
+    """What comes out of the chain's end."""
+    for stage in chain:
+        x = stage.module(x)
+    return x
+
+
+def tail(chain: Chain, start: int) -> Callable[[Tensor], Tensor]:
+    """The function from the inputs of stage `start` to the logits."""
+    return lambda x: run(chain[start:], x)
+
+
+def index_of(chain: Chain, name: str) -> int:
+    """Where the stage of that name stands, or the residual stage that holds it.
+
+    Raises:
+        ValueError: no stage has that name.
+    """
+    for index, stage in enumerate(chain):
+        if name in (stage.name, *(inner.name for inner in parametrised([stage]))):
+            return index
+    raise ValueError(f"no stage is named {name!r}: the chain has {', '.join(stage.name for stage in chain)}")
+
+
+def parametrised(chain: Chain) -> Iterator[Stage]:
+    """The linear and convolutional stages, those inside residual stages too, in the order in which they are applied."""
+    for stage in chain:
+        if isinstance(stage.module, Residual):
+            yield from parametrised(stage.module.body)
+            yield from parametrised(stage.module.shortcut)
+        elif isinstance(stage.module, (nn.Linear, nn.Conv2d)):
+            yield stage
+
+
+def substituted(chain: Chain, change: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> list[Stage]:
+    """The chain with `change(module)` in place of every module, inside residual stages too."""
+    return [
+        replace(
+            stage,
+            module=Residual(substituted(stage.module.body, change), substituted(stage.module.shortcut, change))
+            if isinstance(stage.module, Residual)
+            else change(stage.module),
+        )
+        for stage in chain
+    ]
+
+
+@torch.no_grad()
+def input_shapes(chain: Chain, image_shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """The shape of one image's activations before each stage and after the last: one more than there are stages."""
+    x = _blank(chain, image_shape)
+    shapes = [tuple(x.shape[1:])]
+    for stage in chain:
+        x = stage.module(x)
+        shapes.append(tuple(x.shape[1:]))
+    return shapes
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A linear or convolutional layer among images of one shape.
+
+    z_p = W patch_p(a) + b at positions p = 1..P. A linear layer has one position, and its patch is its whole input.
+
+    Attributes:
+        name: of the stage.
+        module: the layer.
+        input_shape: of one image: (d,) or (C, H, W).
+        output_shape: of one image: (c_out,) or (c_out, H', W').
+    """
+
+    name: str
+    module: nn.Linear | nn.Conv2d
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return self.output_shape[1] * self.output_shape[2] if len(self.output_shape) == 3 else 1
+
+    @property
+    def channels_out(self) -> int:
+        """c_out, the rows of the gradient as a matrix."""
+        return self.module.weight.shape[0]
+
+    @property
+    def patch(self) -> int:
+        """c_in k^2, the columns of the gradient as a matrix."""
+        return self.module.weight[0].numel()
+
+    @property
+    def kernel(self) -> tuple[int, int]:
+        """(1, 1) for a linear layer."""
+        return tuple(getattr(self.module, "kernel_size", (1, 1)))
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        """(1, 1) for a linear layer."""
+        return tuple(getattr(self.module, "stride", (1, 1)))
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """(0, 0) for a linear layer."""
+        return tuple(getattr(self.module, "padding", (0, 0)))
+
+
+@torch.no_grad()
+def geometries(chain: Chain, image_shape: Sequence[int]) -> list[Geometry]:
+    """Every linear and convolutional layer of the chain for images (C, H, W), in the order they are applied."""
+    found: list[Geometry] = []
+    _measure(chain, _blank(chain, image_shape), found)
+    return found
+
+
+def _measure(chain: Chain, x: Tensor, found: list[Geometry]) -> Tensor:
+    for stage in chain:
+        if isinstance(stage.module, Residual):
+            x = _measure(stage.module.body, x, found) + _measure(stage.module.shortcut, x, found)
+            continue
+        y = stage.module(x)
+        if isinstance(stage.module, (nn.Linear, nn.Conv2d)):
+            found.append(Geometry(stage.name, stage.module, tuple(x.shape[1:]), tuple(y.shape[1:])))
+        x = y
+    return x
+
+
+def _blank(chain: Chain, image_shape: Sequence[int]) -> Tensor:
+    return next(parametrised(chain)).module.weight.new_zeros(1, *image_shape)
