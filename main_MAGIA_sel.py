@@ -13,7 +13,6 @@ Inversion (arXiv 2509.18170).
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,15 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from attack.forward import Course, ForwardLoss, ForwardMatching, course_for, is_worthwhile, spectral_power_for
 from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, disagreement
 from attack.optimisers import Annealing, Budget, Optimiser
 from attack.pixels import PixelMap
-from attack.prepare import Known, all_labels, start_images
-from attack.published.ica import unmixed_features
-from attack.published.labels import infer_labels
-from attack.signals import Signals, recover_signals
+from attack.prepare import Known, start_images
 from attack.state import AttackState, Terms
-from cli.console import Progress, Search, introduction, show_schedule
+from cli.ahead import read_ahead
+from cli.console import Progress, introduction, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, interruptible, stream
@@ -45,6 +43,7 @@ from schedules import Schedule
 from update.head import measured_noise
 from update.models import place_of
 from update.shared import SharedUpdate
+from update.stages import stages
 
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one, and its comment is the flag's help (`make docs` writes them to
@@ -63,7 +62,10 @@ IMAGE_SIZE = None  # side in pixels to crop and resize to (None: as they are)
 SAVE_BATCH = None  # .npz to write the images and their own labels to, for --dataset npz, and stop
 
 # model and update (what the server has)
-MODEL = "lenet"  # architecture: lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18
+MODEL = "lenet"  # architecture: lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5
+ACTIVATION = None  # of mlp: relu, sigmoid, tanh, gelu (None: sigmoid)
+DEPTH = None  # hidden layers of mlp (None: 2)
+WIDTH = None  # units in a hidden layer of mlp (None: 256)
 NUM_CLASSES = 100  # outputs of the head, K (the paper's: 100)
 WEIGHTS = None  # checkpoint to load, .safetensors, .npz or .pt (None: random weights from the seed)
 FROZEN = None  # parameters that are not trained, by the beginnings of their names, e.g. head.bias,conv1
@@ -109,7 +111,8 @@ LABEL_STRATEGY = "optimise"  # labels that no signals tell: optimise (moved besi
 # variables: what the optimiser moves, and where it starts
 INIT = "grey"  # grey (0.5 and a little noise), normal (clamped; published), uniform, or a folder or .npz of images
 BOX = "sigmoid"  # what keeps pixels in [0, 1]: sigmoid (x = sigmoid(u)), clamp (projected after steps), none
-SPECTRAL_POWER = 1.0  # p of the 1/(1+f)^p scaling of image frequencies, 0: plain pixels (measured)
+SPECTRAL_POWER = None  # p of the 1/(1+f)^p scaling of image frequencies, 0: plain pixels (None: 1 where gradients are
+# matched, by network where activations are; measured)
 CHROMA_GAIN = 0.5  # scaling of chroma relative to luma in the same map, 1: none (measured)
 LABEL_GAIN = 2.0  # label logits per unit of their variables (measured)
 LABEL_STD = 1.0  # standard deviation of the label logits at the start: far enough apart to settle on different classes
@@ -143,7 +146,7 @@ QUIET = False  # print the last line only
 # ----------------------------------------------------------------------------------------------------
 # The attack
 
-SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
+PLAIN_PIXELS = {"box": "none", "spectral_power": 0.0, "chroma_gain": 1.0}
 FLAGS = read_flags(Path(__file__), globals())
 
 
@@ -155,19 +158,24 @@ class Objective:
     top of it. `annealing` says how tv_weight falls; it ends at what the noise in the update asks for.
     """
 
-    matching: MatchingLoss
+    matching: MatchingLoss | ForwardMatching
     prior: Prior
-    annealing: Annealing
+    annealing: Annealing | Course
     pixels: PixelMap
     penalties: Sequence[Penalty] = ()
     group_weight: float = 0.0
+    exact: Tensor | None = None  # leading images (N, C, H, W) that are known already
 
     def __str__(self) -> str:
         return " + ".join([f"{self.matching}", f"{self.annealing.weight:g} {self.prior}", *map(repr, self.penalties)])
 
     def images(self, state: AttackState) -> Tensor:
         """The state's images (R, B, C, H, W)."""
-        return self.pixels.decode(state.z).unflatten(0, (state.copies, -1))
+        copies = self.pixels.decode(state.z).unflatten(0, (state.copies, -1))
+        if self.exact is None:
+            return copies
+        known = self.exact.to(copies).expand(state.copies, *self.exact.shape)
+        return torch.cat([known, copies[:, len(self.exact) :] + 0 * copies.sum()], 1)  # all z stay part of the graph
 
     def __call__(self, state: AttackState, prior_weight: float) -> Terms:
         """All terms at the state's images, label logits and subset."""
@@ -191,8 +199,10 @@ def magia_step(state: AttackState, objective: Objective, schedule: Schedule, bud
     Images and label logits move together. T, a random subset of S(t) images, stays as it is during the line search,
     unless the schedule asks for the published way. Returns S(t) and the terms at the iterate that was reached.
     """
-    size = schedule.size(state.step)
-    weight = objective.annealing.at(state.evaluations / state.copies)
+    size, spent = schedule.size(state.step), state.evaluations / state.copies
+    weight = objective.annealing.at(spent)
+    state.enter(objective.annealing.phase(spent))
+    objective.matching.enter(state.phase, objective.pixels.decode(state.anchor))
 
     def loss() -> Tensor:
         if schedule.resample == "closure":
@@ -217,9 +227,9 @@ def attack(
 
     Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
     ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns what ended the attack:
-    n_iter, max_evals, max_seconds, interrupt or non-finite.
+    n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
     """
-    while not (ended := state.ended(budget)):
+    while not (ended := objective.annealing.ended(state.evaluations / state.copies) or state.ended(budget)):
         with state.timed():
             size, terms = magia_step(state, objective, schedule, budget)
             accepted = state.accept(terms)
@@ -249,47 +259,14 @@ def prepare(
     """
     started = time.perf_counter()
     known = read_ahead(update, model, settings, granted, began)
-    pixels = PixelMap(
-        update.image_shape,
-        box=settings.box,
-        spectral_power=settings.spectral_power,
-        chroma_gain=settings.chroma_gain,
-        **place_of(model),
-    )
+    forward = known.is_complete and is_worthwhile(stages(model), known.start)
+    power = spectral_power_for(stages(model)[: known.start]) if forward else 1.0
+    how = {"spectral_power": settings.spectral_power, "box": settings.box, "chroma_gain": settings.chroma_gain}
+    how["spectral_power"] = power if settings.spectral_power is None else settings.spectral_power
+    pixels = PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
     return state, build_objective(update, model, known, pixels, settings), known
-
-
-def read_ahead(
-    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace, granted: Tensor | None, began: dict | None
-) -> Known:
-    """Signals, features and labels that are known before the first step.
-
-    Raises:
-        ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
-    """
-    signals, features, generator = None, torch.empty(0), stream(settings.seed, "signals")
-    if began is not None:
-        signals = Signals(**began["signals"]) if began["signals"] else None
-    elif settings.signals in ("auto", "on"):
-        seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
-        try:
-            with Search(quiet=settings.quiet) as bar:
-                signals = recover_signals(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
-        except ValueError as error:
-            if settings.signals == "on":
-                raise ValueError(f"--signals on: {error}") from None
-    if signals:
-        signals = signals.to(place_of(model)["device"])
-        features = signals.features
-    elif settings.signals == "ica":
-        try:
-            features = unmixed_features(update, model, generator=generator)
-        except ValueError as error:
-            raise ValueError(f"--signals ica: {error}") from None
-    labels = infer_labels(settings.label_strategy, update, model, granted)
-    return Known(signals, features.to(**place_of(model)), all_labels(signals, labels))
 
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
@@ -298,6 +275,8 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     named = (settings.init, update.batch_size, shape[-1], stream(settings.seed, "init"))
     given = images_named(*named) if copies == 1 else None
     start = start_images(settings.init, (update.batch_size, *shape), copies, generator, given)
+    if known.is_exact:
+        start = known.pixels.repeat(copies, 1, 1, 1)
     logits = settings.label_std * torch.randn(copies * update.batch_size, update.num_classes, generator=generator)
     return AttackState(
         z=pixels.encode(start.to(pixels.device, pixels.dtype)),
@@ -321,7 +300,17 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
 def build_objective(
     update: SharedUpdate, model: nn.Module, known: Known, pixels: PixelMap, settings: argparse.Namespace
 ) -> Objective:
-    """The objective of the settings, with the penalties that have a weight and something to weigh."""
+    """The objective of the settings, with the penalties that have a weight and something to weigh.
+
+    Where activations of all images are known and determine them better than gradients do, these are what is matched.
+    """
+    prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
+    if known.is_complete and (known.is_exact or is_worthwhile(stages(model), known.start)):
+        chain, place = stages(model), place_of(model)
+        course = Course(()) if known.is_exact else course_for(chain[: known.start], known.uncertainty)
+        what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
+        loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
+        return Objective(ForwardMatching(loss, course), prior, course, pixels)
     errors = known.signals.errors.to(**place_of(model)) if known.signals else None
     matching = MatchingLoss(
         model,
@@ -342,11 +331,12 @@ def build_objective(
     noise = measured_noise(update, model) * update.strength()
     return Objective(
         matching,
-        Prior(settings.prior, settings.chroma_weight, settings.curvature_weight),
+        prior,
         Annealing(settings.tv_weight, settings.tv_final, settings.tv_evals, least=settings.noise_weight * noise),
         pixels,
         [penalty for penalty in penalties if penalty.weight],
         settings.group_weight,
+        known.pixels,
     )
 
 
@@ -370,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
         update, model, truth = victim(settings, place)
         facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
-        adopt(settings, given, facts, "the update")
+        adopt(settings, given, facts | update.options, "the update")
         with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
             if settings.save_update:
                 update.save(settings.save_update)
@@ -400,11 +390,11 @@ def run_attack(
             raise ValueError(f"{run / 'checkpoint.pt'} is damaged or of another run: {error}") from None
         run.write_json("config.json", config | {"schedule": began["sizes"]})
     else:
-        run.begin(config | {"schedule": []}, resumable(state, known.signals))
+        run.begin(config | {"schedule": []}, resumable(state, known))
     recorder = Recorder(
         run,
         truth,
-        known.signals,
+        known,
         log_every=settings.log_every,
         checkpoint_every=settings.checkpoint_every,
         checkpoint=began,
@@ -424,12 +414,12 @@ def run_attack(
     figures = recorder.finish(state, objective.images(state)[state.leader], ended_by, config)
     if ended_by == "non-finite":
         print(f"the loss was not finite {state.setbacks} times: stopped at the best iterate", file=sys.stderr)
-    elif not recorder.sizes:
+    elif not recorder.sizes and ended_by != "exact":
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not settings.quiet:
         print(f"pictures: {run.path}/" + ("comparison.png" if truth else "reconstruction.png"))
     print(summary(figures))
-    failed = ended_by == "non-finite" or not recorder.sizes or run.failures
+    failed = ended_by == "non-finite" or not (recorder.sizes or ended_by == "exact") or run.failures
     return 130 if ended_by in ("interrupt", "abort") else int(bool(failed))
 
 

@@ -155,7 +155,7 @@ class Matching:
     subset: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MatchingLoss:
     """The matching loss of dummy images and label logits against one shared average.
 
@@ -189,6 +189,9 @@ class MatchingLoss:
             raise ValueError(f"unknown distance {self.distance!r}: choose one of {', '.join(DISTANCES)}")
         if self.subset_loss not in SUBSET_LOSSES:
             raise ValueError(f"unknown subset_loss {self.subset_loss!r}: choose one of {', '.join(SUBSET_LOSSES)}")
+
+    def enter(self, phase: int, images: Tensor) -> None:
+        """Gradients are matched alike in all phases; activations are not, see `attack.forward`."""
 
     def __repr__(self) -> str:
         if self.alpha == 1:

@@ -105,6 +105,13 @@ class Annealing:
     horizon: int = 1
     least: float = 0.0
 
+    def phase(self, evaluations: float) -> int:
+        """It has one phase only; `attack.forward.Course` has several."""
+        return 0
+
+    def ended(self, evaluations: float) -> None:
+        """It never ends an attack."""
+
     def at(self, evaluations: float) -> float:
         """The weight after so many closure evaluations."""
         return max(self.least, self.weight * math.exp(math.log(self.final) * min(1.0, evaluations / self.horizon)))

@@ -16,14 +16,38 @@ class Known:
     """What was read, or granted, of the batch before the first step. Images whose signals were read come first.
 
     Attributes:
+        batch_size: B.
         signals: of the leading N images, or None.
         features: (M, d) of the leading M images, M = 0 if none are known.
         labels: class indices of the leading images, which then stay as they are, or None if all are to be optimised.
+        start: the deepest stage, as an index of the model's chain, whose inputs are known of the N images; None if
+            no signals were read.
+        inputs: (N, ...), they.
+        pixels: (N, C, H, W) the images themselves, where the known inputs are they.
     """
 
+    batch_size: int
     signals: Signals | None
     features: Tensor
     labels: Tensor | None
+    start: int | None = None
+    inputs: Tensor | None = None
+    pixels: Tensor | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the inputs of a stage are known of every image of the batch."""
+        return self.inputs is not None and len(self.inputs) == self.batch_size
+
+    @property
+    def uncertainty(self) -> float:
+        """The largest expected relative error of what was read."""
+        return float(self.signals.uncertainty.max())
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every image of the batch is known already."""
+        return self.pixels is not None and self.is_complete
 
 
 def all_labels(signals: Signals | None, others: Tensor | None) -> Tensor | None:

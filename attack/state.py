@@ -52,7 +52,8 @@ class AttackState:
         copies: R, starts that are attacked side by side. Each closure call then counts as R evaluations.
         seconds: wall time spent before the first step.
 
-    `leader` is the copy that matches the gradient best, the one that is shown and judged.
+    `leader` is the copy that matches the gradient best, the one that is shown and judged. `anchor` is z as it was when
+    the present phase of the objective began.
     """
 
     z: Tensor
@@ -67,12 +68,14 @@ class AttackState:
     evaluations: int = 0
     setbacks: int = 0
     leader: int = 0
+    phase: int = 0
 
     def __post_init__(self) -> None:
         self.variables = [self.z.requires_grad_(), self.label_variables.requires_grad_()]
         self.optimizer = self.optimiser.build(self.variables)
         self._whole_step = self.optimizer.param_groups[0].get("max_eval")  # None: not L-BFGS
         self.subset = torch.arange(self.batch_size, device=self.z.device)
+        self.anchor = self.z.detach().clone()
         self._remember(math.inf)
 
     @property
@@ -90,6 +93,13 @@ class AttackState:
         certain = CERTAIN * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
         # 0: all variables stay part of the graph
         return torch.cat([certain + 0 * logits[:, :count], logits[:, count:]], dim=1)
+
+    def enter(self, phase: int) -> None:
+        """Begin a phase of the objective, unless it has begun: what was best and the curvature were another's."""
+        if phase != self.phase:
+            self.phase, self.anchor = phase, self.z.detach().clone()
+            self.optimizer = self.optimiser.build(self.variables)
+            self._remember(math.inf)
 
     def draw_subset(self, size: int) -> None:
         """Set `subset` to a uniform random subset of `size` images, the same in every copy."""
@@ -199,7 +209,8 @@ class AttackState:
             "variables": [variable.detach() for variable in self.variables],
             "generator": self.generator.get_state(),
             "optimizer": self.optimizer.state_dict(),
-            "counters": [self.step, self.evaluations, self.seconds, self.setbacks, self.leader],
+            "counters": [self.step, self.evaluations, self.seconds, self.setbacks, self.leader, self.phase],
+            "anchor": self.anchor,
             "best": self.best,
         }
 
@@ -213,5 +224,6 @@ class AttackState:
         self._restore(state["variables"])
         self.generator.set_state(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.evaluations, self.seconds, self.setbacks, self.leader = state["counters"]
+        self.step, self.evaluations, self.seconds, self.setbacks, self.leader, self.phase = state["counters"]
+        self.anchor = state["anchor"].to(self.z)
         self.best = state["best"] | {"variables": [v.to(self.z) for v in state["best"]["variables"]]}

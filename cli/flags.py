@@ -20,7 +20,7 @@ from attack.published.presets import PRESETS
 from data import DATASETS, LABEL_MODES
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
-from update.models import MODELS
+from update.models import ACTIVATIONS, MODELS
 
 SIGNALS = ("auto", "on", "off", "ica")
 DTYPES = ("float32", "float64")
@@ -108,6 +108,9 @@ TYPES: dict[str, Callable[[str], object]] = {
     "labels": one_of(LABEL_MODES),
     "image_size": number(int, 1, 1024),
     "model": one_of(MODELS),
+    "activation": one_of(ACTIVATIONS),
+    "depth": number(int, 1, 1000),
+    "width": number(int, 1, 10**5),
     "num_classes": number(int, 2, 100_000),
     "sel_mode": one_of(MODES),
     "sel_k": _size,

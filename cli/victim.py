@@ -11,7 +11,7 @@ from cli.runtime import stream
 from client.victim import share_update
 from data import Batch, load_batch, open_source, parse_indices
 from update.gradients import freeze
-from update.models import build_model, load_checkpoint, load_weights
+from update.models import ALL_OPTIONS, build_model, load_checkpoint, load_weights
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
 
@@ -27,13 +27,16 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
     if settings.update:
         return *saved_update(settings, place), None
     batch = client_batch(settings, settings.labels, settings.num_classes)
-    model = server_model(settings, settings.model, tuple(batch.images.shape[1:]), settings.num_classes).to(**place)
+    options = {name: value for name in ALL_OPTIONS if (value := getattr(settings, name)) is not None}
+    shape = tuple(batch.images.shape[1:])
+    model = server_model(settings, settings.model, shape, settings.num_classes, options).to(**place)
     update = share_update(
         model,
         settings.model,
         batch.images.to(**place),
         batch.labels.to(place["device"]),
         settings.num_classes,
+        options=options,
         frozen=parse_names(settings.frozen),
         defence=settings.defence,
         generator=stream(settings.seed, "defence"),
@@ -78,7 +81,7 @@ def client_batch(settings: argparse.Namespace, labels: str, num_classes: int | N
 def saved_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
     """The update in the file of --update, and its model; parameters that the update says nothing of are frozen."""
     update = SharedUpdate.load(settings.update)
-    model = server_model(settings, update.model, update.image_shape, update.num_classes)
+    model = server_model(settings, update.model, update.image_shape, update.num_classes, update.options)
     if update.weights and not settings.weights:
         load_weights(model, update.weights, settings.update)
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
@@ -87,10 +90,12 @@ def saved_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdat
     return update, model
 
 
-def server_model(settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int) -> nn.Module:
+def server_model(
+    settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int, options: dict
+) -> nn.Module:
     """The model that the server sent out: weights from --weights, or drawn from the seed."""
     generator = stream(settings.seed, "model")
-    model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator)
+    model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator, **options)
     if settings.weights:
         load_checkpoint(model, settings.weights)
     return model

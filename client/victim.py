@@ -1,6 +1,6 @@
 """One client's step: the averaged gradient of its batch, defended as it sees fit, and shared."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ def share_update(
     labels: Tensor,
     num_classes: int,
     *,
+    options: Mapping[str, str | int] | None = None,
     frozen: Sequence[str] = (),
     defence: str = "none",
     generator: torch.Generator | None = None,
@@ -26,6 +27,7 @@ def share_update(
     Args:
         model: what the server sent out; the parameters that start with one of `frozen` are frozen in it.
         name: of its architecture, as in `update.models.MODELS`.
+        options: what else it was told.
         defence: see `client.defences.defend`, which draws from `generator`.
 
     Raises:
@@ -40,6 +42,7 @@ def share_update(
         batch_size=len(images),
         image_shape=tuple(images.shape[1:]),
         num_classes=num_classes,
+        options=dict(options or {}),
     )
     update.check("the client's update")
     return defend(update, defence, generator=generator)

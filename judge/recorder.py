@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from attack.prepare import Known
 from attack.signals import Signals
 from attack.state import AttackState, Terms
 from data import Batch
@@ -21,7 +22,7 @@ class Recorder:
     Args:
         run: where it goes.
         truth: the client's batch, or None when there is none to compare with.
-        signals: what was read before the first step; it stays in the checkpoint, so that a resumed run has the same.
+        known: what was read before the first step; it stays in the checkpoint, so that a resumed run has the same.
         log_every, checkpoint_every: steps between rows and between checkpoints (0: only at the end).
         checkpoint: what a resumed run continues from.
 
@@ -34,13 +35,13 @@ class Recorder:
         self,
         run: RunDirectory,
         truth: Batch | None,
-        signals: Signals | None,
+        known: Known,
         *,
         log_every: int,
         checkpoint_every: int,
         checkpoint: Mapping | None = None,
     ) -> None:
-        self.run, self.truth, self.signals = run, truth, signals
+        self.run, self.truth, self.known, self.signals = run, truth, known, known.signals
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.film = Film(checkpoint["film"] if checkpoint else None)
         self.sizes: list[int] = list(checkpoint["sizes"]) if checkpoint else []
@@ -78,7 +79,7 @@ class Recorder:
     def checkpoint(self, state: AttackState) -> None:
         """Write all that --resume needs."""
         self.run.write_checkpoint(
-            resumable(state, self.signals)
+            resumable(state, self.known)
             | {
                 "film": self.film.state(),
                 "sizes": self.sizes,
@@ -134,9 +135,14 @@ class Recorder:
         return figures
 
 
-def resumable(state: AttackState, signals: Signals | None) -> dict:
-    """What a run can be resumed from: the attack's state, and the signals by which its slots mean these images."""
-    return state.state_dict() | {"signals": None if signals is None else vars(signals)} | NOTHING_RECORDED
+def resumable(state: AttackState, known: Known) -> dict:
+    """What a run can be resumed from: the attack's state, and what was read, by which its slots mean these images."""
+    read = {
+        "signals": None if known.signals is None else vars(known.signals),
+        "start": known.start,
+        "inputs": known.inputs,
+    }
+    return state.state_dict() | read | NOTHING_RECORDED
 
 
 def summary(figures: Mapping) -> str:

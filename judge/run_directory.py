@@ -22,7 +22,7 @@ FILES = (
     "history.gif", "curves.png", "images/rec_*.png",
 )  # fmt: skip
 OWN_KEYS = {"sel_mode", "tv_weight", "versions"}  # a config.json with these is one of ours: no model's has them
-CHECKPOINT_KEYS = {"variables", "optimizer", "signals", "film", "sizes", "rows", "final_loss"}
+CHECKPOINT_KEYS = {"variables", "optimizer", "signals", "start", "inputs", "film", "sizes", "rows", "final_loss"}
 TRACE = ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations", "seconds", "psnr_mean")
 
 

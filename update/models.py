@@ -328,6 +328,7 @@ MODELS = {
     "lenet5": LeNet5,
 }
 OPTIONS = {"mlp": ("activation", "depth", "width")}  # what `build_model` may be told beside the shapes
+ALL_OPTIONS = tuple(name for names in OPTIONS.values() for name in names)
 
 
 def build_model(

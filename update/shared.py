@@ -5,7 +5,7 @@ size, the image shape) and nothing of the images or labels.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class SharedUpdate:
         batch_size: number of images averaged over.
         image_shape: (C, H, W) of one image.
         num_classes: K.
+        options: what else the architecture was told, as in `models.OPTIONS`.
     """
 
     gradients: dict[str, Tensor]
@@ -35,6 +36,7 @@ class SharedUpdate:
     batch_size: int
     image_shape: tuple[int, int, int]
     num_classes: int
+    options: dict[str, str | int] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.
@@ -50,6 +52,7 @@ class SharedUpdate:
             "batch_size": self.batch_size,
             "image_shape": list(self.image_shape),
             "num_classes": self.num_classes,
+            "options": self.options,
         }
         write_tensors(path, tensors, {"update": json.dumps(facts)})
 
@@ -72,6 +75,7 @@ class SharedUpdate:
                 batch_size=int(facts["batch_size"]),
                 image_shape=tuple(int(side) for side in facts["image_shape"]),
                 num_classes=int(facts["num_classes"]),
+                options=dict(facts.get("options", {})),
             )
         except (KeyError, TypeError, ValueError):
             raise StorageError(f"{path} is not a shared update ({FORMAT}) as --save_update writes it") from None

@@ -1,15 +1,29 @@
+import copy
 import math
-import time
 
 import pytest
 import torch
 from torch import nn
 
-from attack.forward import ForwardLoss, Phase, SoftMaximum, phases_for, reconstruct, softened
+import main_MAGIA_sel as magia
+from attack.forward import (
+    Course,
+    ForwardLoss,
+    ForwardMatching,
+    Phase,
+    SoftMaximum,
+    course_for,
+    is_worthwhile,
+    phases_for,
+    softened,
+)
+from attack.optimisers import Budget, Optimiser
 from attack.pixels import PixelMap
+from attack.state import AttackState
 from client.victim import share_update
 from data import load_batch, open_source
 from priors import Prior
+from schedules import Schedule
 from update.models import build_model
 from update.stages import index_of, run, stages
 
@@ -78,6 +92,22 @@ def test_the_truth_has_no_loss(name, start):
     assert all(float(term.detach()) > 1e-4 for term in loss(noisy))
 
 
+def test_what_is_smaller_than_the_noise_counts_as_stopped_by_the_relu():
+    net = build_model("convnet", image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2])
+    update = share_update(net, "convnet", images, labels, 10)
+    chain, features = stages(net), net.features(images).detach()
+    noisy = features + 1e-7 * torch.randn(features.shape, generator=generator())
+    head = index_of(chain, "head")
+    clean, blind, aware = (
+        ForwardLoss(chain, (3, 16, 16), head, inputs, labels, update.gradients, uncertainty=uncertainty)
+        for inputs, uncertainty in ((features, 0.0), (noisy, 0.0), (noisy, 1e-5))
+    )
+    assert torch.equal(clean.active, aware.active)
+    assert not torch.equal(clean.active, blind.active)
+    assert float(aware(images)[0]) < 1e-10 < float(blind(images)[0])
+
+
 def test_the_loss_chooses_gradients_by_what_is_known():
     assert scene("convnet", "head")[1].weights  # 1,024 activations for 768 pixels
     assert not scene("resnet18_cifar", "body.layer2.0")[1].weights  # 16,384
@@ -90,26 +120,65 @@ def test_phases_are_gentler_below_a_max_pool():
     assert all(math.isinf(phase.hardness) for phase in phases_for(scene("lenet", "head")[1].chain))
 
 
+def forward_attack(images, loss, phases, budget=None, state=None):
+    """The attack loop on the forward loss, from grey; its state and what ended it."""
+    pixels = PixelMap((3, 16, 16), "sigmoid", 0.5, 0.5)
+    course = Course(phases)
+    objective = magia.Objective(ForwardMatching(loss, course), Prior("opponent", 3.0, 1.0), course, pixels)
+    state = state or fresh_state(images, pixels)
+    schedule = Schedule("constk", batch_size=len(images), n_iter=10**6, k=2, l_iter=0, a=0.0, b=0.0)
+    ended = magia.attack(state, objective, schedule, budget or Budget(10**6), lambda *_: None)
+    return objective.images(state)[0].detach(), state, ended
+
+
+def fresh_state(images, pixels):
+    return AttackState(
+        z=pixels.encode(torch.full_like(images, 0.5)),
+        label_variables=torch.zeros(len(images), 10),
+        generator=generator(),
+        optimiser=Optimiser("lbfgs", None, "constant", False, inner_iter=20, history=100, line_search="strong_wolfe"),
+        known_labels=torch.zeros(len(images), dtype=torch.long),
+    )
+
+
+PHASES = (Phase(60, 1e-2, 20), Phase(100, 1e-3, 20), Phase(150, 1e-4, 60))
+
+
 def test_images_come_back_from_activations():
     images, loss = scene("convnet", "head")
-    pixels = PixelMap((3, 16, 16), "sigmoid", 0.5, 0.5)
-    told = []
-    phases = (Phase(60, 1e-2, 20), Phase(100, 1e-3, 20), Phase(150, 1e-4, 60))
-    start = torch.full_like(images, 0.5)
-    found = reconstruct(loss, Prior("opponent", 3.0, 1.0), pixels, start, phases=phases, observe=told.append)
+    found, state, ended = forward_attack(images, loss, PHASES)
     assert psnr(found, images) > 30
-    assert [p.evaluations for p in told] == sorted(p.evaluations for p in told)
-    assert told[-1].evaluations <= 330
-    assert told[-1].activations < told[0].activations
-    assert torch.equal(told[-1].images, found)
+    assert ended == "course"
+    assert 310 <= state.evaluations < 340
+    assert state.phase == 2
 
 
-def test_it_ends_at_the_deadline_with_its_best():
+def test_a_course_that_is_resumed_within_a_phase_ends_like_one_that_was_not():
     images, loss = scene("convnet", "head")
-    pixels = PixelMap((3, 16, 16), "sigmoid", 0.5, 0.5)
-    start = torch.full_like(images, 0.5)
-    began = time.perf_counter()
-    phases = (Phase(10**6, 1e-3),)
-    found = reconstruct(loss, Prior("opponent", 2.0), pixels, start, phases=phases, deadline=began + 0.5)
-    assert time.perf_counter() - began < 5
-    assert psnr(found, images) > psnr(start, images)
+    whole, _, _ = forward_attack(images, loss, PHASES)
+    _, half, ended = forward_attack(images, loss, PHASES, Budget(6))
+    assert ended == "n_iter"
+    again = fresh_state(images, PixelMap((3, 16, 16), "sigmoid", 0.5, 0.5))
+    again.load_state_dict(copy.deepcopy(half.state_dict()))
+    resumed, _, _ = forward_attack(images, loss, PHASES, state=again)
+    assert torch.equal(resumed, whole)
+
+
+def test_a_course_weighs_the_prior_by_phase_and_never_below_what_noise_asks():
+    course = Course(PHASES, least=5e-4)
+    weights = [course.at(evaluations) / course.at(0) for evaluations in (0, 59, 60, 159, 160, 10**6)]
+    assert weights == pytest.approx([1, 1, 0.1, 0.1, 0.05, 0.05])
+    assert [course.ended(evaluations) for evaluations in (0, 309, 310)] == [None, None, "course"]
+    assert Course(()).ended(0) == "exact"
+    chain = stages(build_model("convnet", image_shape=(3, 16, 16), num_classes=10, generator=generator()))
+    assert course_for(chain[:-1], 1e-2).at(10**6) == pytest.approx(1e-2 * course_for(chain[:-1], 1e-1).at(10**6))
+
+
+def test_the_activations_are_matched_where_that_says_more():
+    smooth, kinked = (
+        stages(build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator()))
+        for name in ("lenet", "convnet")
+    )
+    assert not is_worthwhile(smooth, len(smooth) - 1)
+    assert is_worthwhile(smooth, index_of(smooth, "conv3"))
+    assert is_worthwhile(kinked, len(kinked) - 1)

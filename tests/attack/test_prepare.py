@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import main_MAGIA_sel as magia
 from attack.prepare import all_labels, start_images
-from attack.signals import Signals
+from attack.signals import Signals, recover_signals
+from cli import ahead
 from cli.victim import victim
 
 labels = st.lists(st.integers(0, 5), min_size=1, max_size=8)
@@ -39,9 +40,9 @@ def test_labels_of_one_source_alone():
 def test_with_partial_signals_the_other_granted_labels_stay(monkeypatch):
     settings = resolved(*SMALL, "--label_strategy", "known", "--labels", "unique")
     update, model, truth = victim(settings, CPU)
-    whole = magia.recover_signals(update, model, generator=generator())
+    whole = recover_signals(update, model, generator=generator())
     part = {name: value[:1] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
-    monkeypatch.setattr(magia, "recover_signals", lambda *_, **__: dataclasses.replace(whole, **part))
+    monkeypatch.setattr(ahead, "recover_signals", lambda *_, **__: dataclasses.replace(whole, **part))
     state, _, known = magia.prepare(update, model, settings, granted=truth.labels)
     assert len(known.signals) == 1
     chosen = state.label_logits[0].argmax(1)

@@ -74,11 +74,11 @@ def test_peers_run_on_the_same_updates(tmp_path):
 
 
 def test_a_budget_of_seconds_ends_every_run(tmp_path):
-    words = ["--presets", "magia,dlg", "--batch_sizes", "2", "--seeds", "0", "--max_seconds", "0.5"]
+    words = ["--presets", "magia,dlg", "--batch_sizes", "2", "--seeds", "0", "--max_seconds", "2"]
     run("grid", *words, "--out", tmp_path, "--image_size", "16", "--inner_iter", "4")
     for row in table(tmp_path):
         assert row["status"] == "max_seconds"
-        assert 0.5 <= float(row["seconds"]) < 5
+        assert 2 <= float(row["seconds"]) < 20
 
 
 def test_a_cell_that_fails_says_so_and_the_others_go_on(tmp_path, capsys):

@@ -1,0 +1,59 @@
+"""What is known before the first step: read from the update, unmixed, inferred, or granted, as the flags say."""
+
+import argparse
+import math
+
+import torch
+from torch import Tensor, nn
+
+from attack.prepare import Known, all_labels
+from attack.published.ica import unmixed_features
+from attack.published.labels import infer_labels
+from attack.signals import Signals, recover_signals
+from cli.console import Search
+from cli.runtime import stream
+from update.models import place_of
+from update.shared import SharedUpdate
+from update.stages import stages
+
+SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
+
+
+def read_ahead(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace, granted: Tensor | None, began: dict | None
+) -> Known:
+    """Signals, features and labels that are known before the first step.
+
+    A resumed run passes the checkpoint it `began` with, and keeps what is in there.
+
+    Raises:
+        ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
+    """
+    generator, place = stream(settings.seed, "signals"), place_of(model)
+    signals, start, inputs, features = None, None, None, torch.empty(0)
+    if began is not None:
+        signals = Signals(**began["signals"]) if began["signals"] else None
+        start, inputs = began["start"], began["inputs"]
+    elif settings.signals in ("auto", "on"):
+        seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
+        try:
+            with Search(quiet=settings.quiet) as bar:
+                signals = recover_signals(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
+                start, inputs = len(stages(model)) - 1, signals.features
+        except ValueError as error:
+            if settings.signals == "on":
+                raise ValueError(f"--signals on: {error}") from None
+    if signals:
+        signals, inputs = signals.to(place["device"]), inputs.to(place["device"])
+        features = signals.features
+    elif settings.signals == "ica":
+        try:
+            features = unmixed_features(update, model, generator=generator)
+        except ValueError as error:
+            raise ValueError(f"--signals ica: {error}") from None
+    labels = infer_labels(settings.label_strategy, update, model, granted)
+    pixels = None
+    if signals and all(isinstance(stage.module, nn.Flatten) for stage in stages(model)[:start]):
+        pixels = inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
+    read = (start, inputs, pixels) if signals else (None, None, None)
+    return Known(update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read)
