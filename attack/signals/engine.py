@@ -284,7 +284,9 @@ class _Reader:
         """Noise that was added to the gradients; 0 where no more than rounding shows."""
         gradient, _ = Head.of(self.model).gradients(self.update)
         noise = measured_noise(self.update, self.model)
-        if gradient is None or noise < ROUNDED * precision_of(gradient) * float(gradient.double().square().mean().sqrt()):
+        if gradient is None or noise < ROUNDED * precision_of(gradient) * float(
+            gradient.double().square().mean().sqrt()
+        ):
             return 0.0
         return noise
 
@@ -321,7 +323,9 @@ class _Reader:
         asked = [f"{row['layer']}: {row['note']}" for row in self.rows.values() if row["note"]]
         others = len(self.rows) - len(asked)
         if others:
-            asked.append(f"{others} layers have too many positions or too few channels for {self.update.batch_size} images")
+            asked.append(
+                f"{others} layers have too many positions or too few channels for {self.update.batch_size} images"
+            )
         return "; ".join(asked)
 
 

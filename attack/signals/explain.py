@@ -85,9 +85,7 @@ def _steps(
     return found, share
 
 
-def _block(
-    module: Residual, share: float | None, layers: dict[str, Layer], batch_size: int
-) -> dict[str, int | None]:
+def _block(module: Residual, share: float | None, layers: dict[str, Layer], batch_size: int) -> dict[str, int | None]:
     """The equations inside a residual block: the lowest layers of both branches share theirs, since they share u."""
     body, _ = _steps(module.body, None if share is None else 0.0, layers, batch_size)
     shortcut, _ = _steps(module.shortcut, share, layers, batch_size)
