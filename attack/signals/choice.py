@@ -10,16 +10,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from attack.signals.span import Geometry
 from attack.signals.unmix import Tail
-from update.stages import Chain, Residual, input_shapes, run
+from update.stages import ACTIVATIONS, Chain, Residual, input_shapes, run
 
 PIXELS = "pixels"  # what the first layer takes: no activation is in front of it
 SMOOTH = ("sigmoid", "tanh", "gelu")  # activations without a kink, through which equations can be followed anywhere
-SATURATING = (nn.Sigmoid, nn.Tanh)
+SATURATING = ("sigmoid", "tanh")
 ROOMY = 1.5  # times the rank needed that a layer should have room for: with less the equations bear little witness
 
 
@@ -35,7 +34,7 @@ class Place:
         kind: the activation that its inputs come out of, in small letters, or `pixels`.
         tail: the network behind it.
         bias_gradient: of what is added to its outputs, (c_out,), or None.
-        saturating: whether its outputs go through a sigmoid or tanh.
+        behind: the activation that its outputs go through, in small letters; empty behind the head.
         followers: the fully connected layers behind it that a ReLU each and nothing else stands in front of.
     """
 
@@ -46,8 +45,13 @@ class Place:
     kind: str
     tail: Tail
     bias_gradient: Tensor | None
-    saturating: bool
+    behind: str
     followers: tuple[str, ...] = ()
+
+    @property
+    def saturating(self) -> bool:
+        """Whether its outputs go through a sigmoid or tanh."""
+        return self.behind in SATURATING
 
     def room(self, like: Tensor) -> int:
         """The rank that the gradient must stay below to span the inputs."""
@@ -77,7 +81,7 @@ def places(chain: Chain, image_shape: tuple[int, ...], gradients: Mapping[str, T
                     kind=kind_of_inputs(chain[:index], shapes),
                     tail=_tail(behind, passed, chain[index + 1 :]),
                     bias_gradient=_bias_gradient(first, [*behind, *chain[index + 1 :]], gradients),
-                    saturating=_saturates([*behind, *chain[index + 1 :]]),
+                    behind=_activation_behind([*behind, *chain[index + 1 :]]),
                     followers=() if isinstance(stage.module, Residual) else _followers(chain, index),
                 )
             )
@@ -90,7 +94,7 @@ def order(candidates: list[Place], batch_size: int, like: Tensor) -> list[Place]
     def promise(place: Place) -> tuple:
         positions, ratio = place.geometry.positions, place.room(like) / (batch_size * place.geometry.positions)
         overlaps = positions == 1 or max(place.geometry.stride) < max(place.geometry.kernel) - 1
-        guessed = place.kind == PIXELS and not place.saturating  # neither zeros nor smoothness leads to an image
+        guessed = place.kind not in ("relu", *SMOOTH) and place.behind == "relu"  # neither zeros nor smoothness
         return guessed, ratio < ROOMY, not overlaps, place.index
 
     useful = [p for p in candidates if batch_size * p.geometry.positions < p.room(like) and p.sees_everything(like)]
@@ -101,7 +105,7 @@ def kind_of_inputs(chain: Chain, shapes: list[tuple[int, ...]]) -> str:
     """What comes out of the chain: the name of its last activation, `pixels`, or the class of what hides it."""
     for index, stage in reversed(list(enumerate(chain))):
         module = stage.module
-        if isinstance(module, (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU)):
+        if isinstance(module, ACTIVATIONS):
             return type(module).__name__.lower()
         is_trivial = math.prod(shapes[index]) == math.prod(shapes[index + 1])
         if not isinstance(module, nn.MaxPool2d) and (
@@ -142,11 +146,11 @@ def _bias_gradient(stage: object, behind: Chain, gradients: Mapping[str, Tensor]
     return shift.to(norm.weight) * (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach()
 
 
-def _saturates(behind: Chain) -> bool:
-    for stage in behind:
-        if not isinstance(stage.module, nn.BatchNorm2d):
-            return isinstance(stage.module, SATURATING)
-    return False
+def _activation_behind(chain: Chain) -> str:
+    for stage in chain:
+        if isinstance(stage.module, ACTIVATIONS):
+            return type(stage.module).__name__.lower()
+    return ""
 
 
 def _followers(chain: Chain, index: int) -> tuple[str, ...]:

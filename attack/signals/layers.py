@@ -21,11 +21,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import is_ as is_same
 
 import torch
 from torch import Tensor, nn
 
 from attack.signals.leastsquares import Operator, Product, Solution, cgls
+from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from update.stages import Chain, Residual, Stage, input_shapes, run
 
@@ -38,8 +40,9 @@ STANDS_OUT = 10.0  # a channel whose residual is so many times the median has a 
 COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
-NOISE = 5e-6  # relative residual up to which masks are right: float32 updates leave 1e-7 to 2e-6
-TRUSTED = 1e-3  # relative residual beyond which equations are wrong, whatever the noise
+NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
+TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
+CONTRADICTED = 3.0  # units of the gradient's own noise beyond which it does not
 EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
 FEW = 0.1  # share of an image's entries that is taken for zeros without a look: of all layers tried, 0.3 and more are
 WITHIN = 0.4  # standard deviations within which a third of the zeros lie: that tenth, where 0.3 are zeros
@@ -313,6 +316,15 @@ class LayerSource:
         """delta at the input."""
         return self.map.inputs(self.above.delta)
 
+    @property
+    def noise(self) -> float:
+        """What noise leaves of the gradient rows, weighted, relative to them: rounding alone its precision."""
+        if self.gradient is None:
+            return 0.0
+        weights = self._gradient_weights()
+        size = float((weights * self.gradient).norm())
+        return self.gradient[weights.flatten() > 0].numel() ** 0.5 / size if size else 0.0
+
     def doubtful(self) -> Tensor:
         """(c_out,) channels with an entry that may be on the wrong side of zero."""
         margin = self.above.margin
@@ -380,6 +392,11 @@ class IdentitySource:
         """delta at the input."""
         return self.above.delta
 
+    @property
+    def noise(self) -> float:
+        """None: there are no gradient rows."""
+        return 0.0
+
     def cautious(self) -> "IdentitySource":
         """The same: there is no channel to leave out."""
         return self
@@ -421,14 +438,17 @@ class Update:
     Attributes:
         gradients: by parameter name.
         batch_size: B.
-        precision: relative rounding error of a gradient's entries.
-        additive: standard deviation of noise that was added to them.
+        additive: standard deviation of noise that was added to them, beside rounding.
     """
 
     gradients: Mapping[str, Tensor]
     batch_size: int
-    precision: float = torch.finfo(torch.float32).eps
     additive: float = 0.0
+
+    def precision(self, name: str) -> float:
+        """Relative rounding error of a layer's gradient."""
+        gradient = self.gradients.get(f"{name}.weight")
+        return FLOOR if gradient is None else max(FLOOR, precision_of(gradient))
 
     def of(self, name: str, like: Tensor) -> Tensor | None:
         """B G of a layer's weight, in the dtype and place of `like`; None where the update has none."""
@@ -520,6 +540,7 @@ class _Walk:
         self.inner: dict[str, Tensor] = {}
         self.noises: dict[str, Tensor] = {}
         self.noise = torch.zeros(0)  # of the last layer solved, of its input's shape
+        self._kept: tuple | None = None  # the last system of equations, and what it was made of
 
     def sources(self, stage: Stage, point: Point, shape: tuple[int, ...]) -> list[Source]:
         """Whatever says something of the input, of that shape, of a layer or residual stage."""
@@ -544,7 +565,7 @@ class _Walk:
             bias=module.weight.new_zeros(width) if module.bias is None else module.bias.detach(),
             above=point,
             gradient=self.update.of(stage.name, point.values),
-            precision=self.update.precision,
+            precision=self.update.precision(stage.name),
             additive=self.update.additive * self.update.batch_size,
             left_out=torch.zeros(width, dtype=torch.bool, device=point.values.device),
         )
@@ -587,36 +608,44 @@ class _Walk:
         equations, unknowns = sum(r.count for r in rows), math.prod(shape)
         if equations < unknowns:
             self._record(name, f"{equations} equations for {unknowns} unknowns", equations, unknowns, began=began)
-        taken = sources
-        u, solution, sources = self._settle(taken, shape)
+        taken, noise = sources, max(FLOOR, *(source.noise for source in sources))
+        error = self._rehearse(taken, shape, noise)
+        if not float(error.max()) < DETERMINED:
+            self._record(name, _comes_back(error), equations, unknowns, math.nan, float(error.max()), began=began)
+        u, solution, sources = self._settle(taken, shape, NOISE * noise)
         for factor in COARSER:
-            if solution.residual < NOISE or time.perf_counter() > self.deadline:
+            if solution.residual < NOISE * noise or time.perf_counter() > self.deadline:
                 break
-            other = self._settle([source.coarser(factor) for source in taken], shape)
+            other = self._settle([source.coarser(factor) for source in taken], shape, NOISE * noise)
             if other[1].residual < solution.residual:
                 u, solution, sources = other
         flips = sum(_changes(old, new) for old, new in zip(taken, sources, strict=True))
-        error = self._rehearse(sources, u, solution)
+        if flips or solution.residual > noise:
+            error = self._rehearse(sources, shape, solution.residual)
         self.noise = noise_of(u, self._spread(sources, u, solution), is_after_relu)
         self.noises[name] = self.noise
-        noise = (_size(self.noise) / _size(u)).flatten()
+        errors = (_size(self.noise) / _size(u)).flatten()
         reason = ""
-        if not float(error.max()) < DETERMINED:
-            reason = f"a known input comes back with a relative error of {float(error.max()):.1e} only"
-        elif not solution.residual < TRUSTED:
+        if solution.stopped == "deadline":
+            reason = "no time was left"
+        elif not float(error.max()) < DETERMINED:
+            reason = _comes_back(error)
+        elif not solution.residual < max(TRUSTED, CONTRADICTED * noise):
             reason = f"its equations contradict each other by {solution.residual:.1e}"
-        elif not float(noise.max()) < DETERMINED:
-            reason = f"it came out below zero by {float(noise.max()):.1e} of its size"
+        elif not float(errors.max()) < DETERMINED:
+            reason = f"it came out with an error of {float(errors.max()):.1e} of its size"
         self._record(
-            name, reason, equations, unknowns, solution.residual, float(error.max()), noise, flips,
+            name, reason, equations, unknowns, solution.residual, float(error.max()), errors, flips,
             solution.iterations, began=began,
         )  # fmt: skip
         return u, sources
 
-    def _settle(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution, list[Source]]:
-        """Solve; if the residual is more than noise, let it decide the doubtful masks, and solve again."""
+    def _settle(
+        self, sources: list[Source], shape: tuple[int, ...], enough: float
+    ) -> tuple[Tensor, Solution, list[Source]]:
+        """Solve; if the residual is more than enough, let it decide the doubtful masks, and solve again."""
         u, solution = self._least_squares(sources, shape)
-        if solution.residual < NOISE:
+        if solution.residual < enough or time.perf_counter() > self.deadline:
             return u, solution, sources
         best = u, solution, sources
         trial, _ = self._least_squares([source.cautious() for source in sources], shape)
@@ -628,7 +657,7 @@ class _Walk:
             u, solution = self._least_squares(sources, shape)
             if solution.residual < best[1].residual:
                 best = u, solution, sources
-            if solution.residual < NOISE:
+            if solution.residual < enough or time.perf_counter() > self.deadline:
                 break
             trial, _ = self._least_squares([source.without_outliers(u) for source in sources], shape)
         return best
@@ -640,16 +669,16 @@ class _Walk:
 
     def _least_squares(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution]:
         """The input u (B, ...) and the solver's word."""
-        operator, scaling, target = _system(sources, shape)
+        rows, scaling, target = self._system(sources, shape)
         start = target.new_zeros(shape)
-        solution = cgls(Product(operator, scaling), target, start, iterations=ITERATIONS, deadline=self.deadline)
+        solution = cgls(Product(rows, scaling), target, start, iterations=ITERATIONS, deadline=self.deadline)
         return scaling.forward(solution.x), solution
 
     def _spread(self, sources: list[Source], u: Tensor, solution: Solution) -> Tensor:
         """Standard deviation (B, 1, ...) of u's errors: that of unit noise, times the noise that the residual shows."""
         rows = [r for source in sources for r in source.rows()]
         freedom = max(1, sum(r.count for r in rows) - u.numel())
-        _, scaling, target = _system(sources, u.shape)
+        _, scaling, target = self._system(sources, u.shape)
         spread = scaling.spread(u.shape) * (solution.residual * target.norm() / math.sqrt(freedom))
         columns = [r.weight * r.target for r in rows if isinstance(r.operator, GradientRows)]
         if not columns:
@@ -657,26 +686,34 @@ class _Walk:
         loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
         return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
 
-    def _rehearse(self, sources: list[Source], u: Tensor, solution: Solution) -> Tensor:
-        """The relative error (B,) with which a random input of u's size comes back through the same equations.
-
-        Its rows are disturbed by noise of the size of the residual that the true solution has left.
-        """
-        operator, scaling, target = _system(sources, u.shape)
-        draw = {"generator": self.generator, "dtype": u.dtype}
-        play = torch.randn(u.shape, **draw).to(u).relu() * u.square().mean().sqrt()
-        noise = torch.randn(len(target), **draw).to(u) * (target != 0)
-        noise = noise * (solution.residual * target.norm() / noise.norm())
-        target = operator.forward(play) + noise
-        back = cgls(Product(operator, scaling), target, torch.zeros_like(u), iterations=ITERATIONS)
+    def _rehearse(self, sources: list[Source], shape: tuple[int, ...], noise: float) -> Tensor:
+        """The relative error (B,) with which a random input comes back through the equations with so much noise."""
+        rows, scaling, target = self._system(sources, shape)
+        draw = {"generator": self.generator, "dtype": target.dtype}
+        play = torch.randn(shape, **draw).to(target).relu()
+        disturbed = rows.forward(play)
+        disturbance = torch.randn(len(target), **draw).to(target) * (disturbed != 0)
+        disturbed += disturbance * (noise * disturbed.norm() / disturbance.norm().clamp(min=1e-300))
+        back = cgls(
+            Product(rows, scaling),
+            disturbed,
+            torch.zeros_like(play),
+            iterations=ITERATIONS,
+            deadline=self.deadline,
+        )
         return (scaling.forward(back.x) - play).flatten(1).norm(dim=1) / play.flatten(1).norm(dim=1)
 
+    def _system(self, sources: list[Source], shape: Sequence[int]) -> tuple[Operator, Scaling, Tensor]:
+        """All rows as one operator, what makes it well conditioned, and its target; the last one is kept."""
+        if not (self._kept and len(self._kept[0]) == len(sources) and all(map(is_same, self._kept[0], sources))):
+            rows = [r for source in sources for r in source.rows()]
+            stacked, target = stack(rows)
+            self._kept = sources, (stacked, Scaling.of(rows, torch.Size(shape)), target)
+        return self._kept[1]
 
-def _system(sources: list[Source], shape: Sequence[int]) -> tuple[Operator, Scaling, Tensor]:
-    """All rows as one operator, what makes it well conditioned, and its target."""
-    rows = [r for source in sources for r in source.rows()]
-    operator, target = stack(rows)
-    return operator, Scaling.of(rows, torch.Size(shape)), target
+
+def _comes_back(error: Tensor) -> str:
+    return f"a known input comes back with a relative error of {float(error.max()):.1e} only"
 
 
 def _changes(before: Source, after: Source) -> int:

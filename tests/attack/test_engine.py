@@ -1,17 +1,14 @@
-import math
 import time
 
 import pytest
 import torch
 from torch import nn
 
-from attack.signals import engine as engine_module
-from attack.signals.choice import order, places
-from attack.signals.engine import COLUMNS, read_layers
+from attack.signals.engine import read_layers
 from client.victim import share_update
 from data import load_batch, open_source
 from update.models import build_model
-from update.stages import index_of, run, stages
+from update.stages import run, stages
 
 
 def generator(seed=0):

@@ -6,9 +6,9 @@ from update.models import MODELS, build_model
 from update.stages import (
     Residual,
     Stage,
-    measured,
     index_of,
     input_shapes,
+    measured,
     parametrised,
     run,
     stages,
