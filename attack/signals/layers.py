@@ -31,7 +31,7 @@ from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from update.stages import Chain, Residual, Stage, input_shapes, run
 
-ITERATIONS = 300  # of CGLS; scaled, a determined layer takes 1 to 120
+ITERATIONS = 800  # of CGLS; scaled, a determined layer takes 1 to 120
 ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
 DOUBT = 20.0  # and up to which it may be wrong to be so, or not
 RANGE = 40.0  # and up to which a mask may be changed by a residual that asks for it
@@ -44,6 +44,7 @@ NOISE = 40.0  # units of the gradient's own noise up to which masks are right: f
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which it does not
 EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
+CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
 FEW = 0.1  # share of an image's entries that is taken for zeros without a look: of all layers tried, 0.3 and more are
 WITHIN = 0.4  # standard deviations within which a third of the zeros lie: that tenth, where 0.3 are zeros
 GATHERED = 1e-2  # of the median: zeros stand apart at least so far
@@ -119,6 +120,8 @@ class Point:
         noise: standard deviation of the error of `values`, broadcasts to them.
         margin: how far above zero an entry was behind the last ReLU, in units of its noise; infinite without a ReLU.
         is_told: whether `values` mean anything at all.
+        rounding: units of rounding that a sigmoid or tanh which came after has left in delta: its slope y (1 - y) is
+            rounded by as much at y = 1 - 1e-5 as at 1/2. None: one everywhere.
     """
 
     values: Tensor
@@ -128,6 +131,7 @@ class Point:
     noise: Tensor
     margin: Tensor
     is_told: bool = True
+    rounding: Tensor | None = None
 
     @property
     def sure(self) -> Tensor:
@@ -188,14 +192,8 @@ def below(module: nn.Module, point: Point, shape: tuple[int, ...]) -> Point:
         return point.reshaped(shape)
     if isinstance(module, nn.BatchNorm2d):
         return _below_batch_norm(module, point)
-    if isinstance(module, nn.Sigmoid):
-        inside = (point.values > 0) & (point.values < 1)
-        values = torch.where(inside, point.values, 0.5)
-        return point.scaled(values.logit(), values * (1 - values), inside)
-    if isinstance(module, nn.Tanh):
-        inside = point.values.abs() < 1
-        values = torch.where(inside, point.values, 0.0)
-        return point.scaled(values.atanh(), 1 - values.square(), inside)
+    if isinstance(module, (nn.Sigmoid, nn.Tanh)):
+        return _below_saturating(module, point)
     if isinstance(module, nn.ReLU):
         return _below_relu(point)
     raise UndeterminedError(f"{type(module).__name__} cannot be inverted")
@@ -211,6 +209,20 @@ def _below_batch_norm(module: nn.BatchNorm2d, point: Point) -> Point:
     values = (point.values - shift) / torch.where(alive, scale, 1.0)
     passed = point.scaled(values, torch.where(alive, scale, FLOOR), alive.expand_as(values))
     return replace(passed, delta=point.delta * scale, asleep=point.asleep * scale)
+
+
+def _below_saturating(module: nn.Sigmoid | nn.Tanh, point: Point) -> Point:
+    """Where the activation is so close to its limits that noise might have taken it there, its input is not known."""
+    values = point.values if isinstance(module, nn.Sigmoid) else (point.values + 1) / 2
+    slope = values * (1 - values)
+    inside = (values > 0) & (values < 1) & (slope > ZERO * point.noise)
+    values = torch.where(inside, values, 0.5)
+    scale = 1.0 if isinstance(module, nn.Sigmoid) else 0.5  # tanh(x) = 2 sigmoid(2x) - 1
+    passed = point.scaled(scale * values.logit(), torch.where(inside, slope, 1.0) / scale**2, inside)
+    exact = slope.clamp(min=0) / scale**2
+    close = 2 * (1 - values) if isinstance(module, nn.Sigmoid) else 4 * values * (1 - values)
+    rounding = torch.where(inside, 1 / close, 1 / FLOOR).clamp(min=1.0)
+    return replace(passed, delta=point.delta * exact, asleep=point.asleep * exact, rounding=rounding)
 
 
 def _below_relu(point: Point) -> Point:
@@ -308,9 +320,17 @@ class LayerSource:
         """One over the noise of each output channel's row."""
         length = self.gradient.flatten(1).square().mean(1).sqrt()  # (c_out,)
         noise = (self.precision * length).maximum(length.new_tensor(self.additive))
-        noise = noise.clamp(min=self.precision * 1e-3 * float(length.max()))  # cancellation: a row is not that exact
+        noise = (noise * self._rounding()).clamp(min=self.precision * CANCELLED * float(length.max()))
         weights = torch.where(self.left_out | (length == 0), 0.0, 1 / noise)
         return weights.view(-1, *(1,) * (self.gradient.dim() - 1))
+
+    def _rounding(self) -> Tensor:
+        """(c_out,) units of rounding that each channel's delta has, its strong entries above all."""
+        if self.above.rounding is None:
+            return torch.ones_like(self.bias)
+        squares = _channels(self.above.delta.square())
+        errors = squares * _channels(self.above.rounding.square())
+        return (errors.sum(1) / squares.sum(1).clamp(min=1e-300)).sqrt().clamp(min=1.0)
 
     def delta(self) -> Tensor:
         """delta at the input."""
@@ -466,6 +486,7 @@ def descend(
     labels: Tensor,
     *,
     generator: torch.Generator,
+    uncertainty: Tensor | None = None,
     deadline: float = math.inf,
 ) -> Descent:
     """Walk down from the inputs (B, ...) of stage `start`, with labels (B,), as far as the equations determine.
@@ -478,11 +499,12 @@ def descend(
         inputs: float64, exact but for noise.
         labels: class indices.
         generator: what rehearsals are drawn from, on the CPU.
+        uncertainty: (B,) relative error of each image's inputs, where it is known; rounding's otherwise.
         deadline: of `time.perf_counter`, after which no layer is begun.
     """
     walk = _Walk(update, generator, deadline)
     shapes = input_shapes(chain, image_shape)
-    point = _first_point(chain, start, inputs, labels)
+    point = _first_point(chain, start, inputs, labels, uncertainty)
     known = {start: inputs}
     for index in reversed(range(start)):
         stage = chain[index]
@@ -516,12 +538,15 @@ def _is_elementwise(module: object) -> bool:
     return not isinstance(module, (Residual, nn.Linear, nn.Conv2d))
 
 
-def _first_point(chain: Chain, start: int, inputs: Tensor, labels: Tensor) -> Point:
+def _first_point(chain: Chain, start: int, inputs: Tensor, labels: Tensor, uncertainty: Tensor | None) -> Point:
     leaf = inputs.detach().clone().requires_grad_()
     with torch.enable_grad():
         loss = nn.functional.cross_entropy(run(chain[start:], leaf), labels, reduction="sum")
         (delta,) = torch.autograd.grad(loss, leaf)
-    return _point(inputs, delta, noise_of(inputs, torch.zeros_like(_size(inputs)), after_relu(chain[:start])))
+    size = _size(inputs)
+    shows = after_relu(chain[:start])  # what is below zero measures the noise better
+    spread = torch.zeros_like(size) if shows or uncertainty is None else uncertainty.view(size.shape) * size
+    return _point(inputs, delta, noise_of(inputs, spread, shows))
 
 
 def _point(u: Tensor, delta: Tensor, noise: Tensor) -> Point:
