@@ -8,9 +8,10 @@ layer by layer (`layers`). What cannot be certain is not used, and every layer t
 """
 
 import copy
+import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -169,12 +170,18 @@ class _Reader:
             self.tick()
             return place.tail(inputs, outputs)
 
-        above = [] if place.kind != "relu" else [self._above(self.places[name]) for name in place.followers]
+        above = [self._above(name) for name in self._linked(place)]
         return unmix(
             span, place.layer, tail, activation=place.kind, generator=self.generator, deadline=until, above=above
         )
 
-    def _above(self, place: Place) -> Above:
+    def _linked(self, place: Place) -> Iterator[str]:
+        """The layers behind a fully connected one after a ReLU that help with it, as far as the update has them."""
+        names = place.followers if place.kind == "relu" else ()
+        return itertools.takewhile(lambda name: f"{name}.weight" in self.update.gradients, names)
+
+    def _above(self, name: str) -> Above:
+        place = self.places[name]
         return Above(self._span(place), place.layer, place.tail)
 
     def _smooth_head(self, place: Place, span: Span, until: float) -> Inputs:
