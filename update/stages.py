@@ -111,7 +111,7 @@ def input_shapes(chain: Chain, image_shape: Sequence[int]) -> list[tuple[int, ..
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Layer:
     """A linear or convolutional layer among images of one shape.
 
     z_p = W patch_p(a) + b at positions p = 1..P. A linear layer has one position, and its patch is its whole input.
@@ -160,21 +160,21 @@ class Geometry:
 
 
 @torch.no_grad()
-def geometries(chain: Chain, image_shape: Sequence[int]) -> list[Geometry]:
+def measured(chain: Chain, image_shape: Sequence[int]) -> list[Layer]:
     """Every linear and convolutional layer of the chain for images (C, H, W), in the order they are applied."""
-    found: list[Geometry] = []
+    found: list[Layer] = []
     _measure(chain, _blank(chain, image_shape), found)
     return found
 
 
-def _measure(chain: Chain, x: Tensor, found: list[Geometry]) -> Tensor:
+def _measure(chain: Chain, x: Tensor, found: list[Layer]) -> Tensor:
     for stage in chain:
         if isinstance(stage.module, Residual):
             x = _measure(stage.module.body, x, found) + _measure(stage.module.shortcut, x, found)
             continue
         y = stage.module(x)
         if isinstance(stage.module, (nn.Linear, nn.Conv2d)):
-            found.append(Geometry(stage.name, stage.module, tuple(x.shape[1:]), tuple(y.shape[1:])))
+            found.append(Layer(stage.name, stage.module, tuple(x.shape[1:]), tuple(y.shape[1:])))
         x = y
     return x
 

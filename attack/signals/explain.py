@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from update.stages import Chain, Geometry, Residual, geometries
+from update.stages import Chain, Layer, Residual, measured
 
 KNOWN_BEHIND_RELU = 0.5  # share of a ReLU's outputs that are active, about
 MARGIN = 1.05  # equations for each unknown below which noise is blown up too far
@@ -29,7 +29,7 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
     and unknowns of the step down to this layer's input, determined, known (its inputs are to be expected) and deepest
     (the lowest of these).
     """
-    layers = {layer.name: layer for layer in geometries(chain, image_shape)}
+    layers = {layer.name: layer for layer in measured(chain, image_shape)}
     equations, _ = _steps(chain, 0.0, layers, batch_size)
     rows = [_row(layer, equations[name], batch_size) for name, layer in layers.items()]
     is_known = False
@@ -40,7 +40,7 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
     return [row | {"deepest": row["layer"] == deepest} for row in rows]
 
 
-def _row(layer: Geometry, equations: int | None, batch_size: int) -> dict:
+def _row(layer: Layer, equations: int | None, batch_size: int) -> dict:
     room = min(layer.channels_out, layer.patch)
     unknowns = batch_size * math.prod(layer.input_shape)
     return {
@@ -57,7 +57,7 @@ def _row(layer: Geometry, equations: int | None, batch_size: int) -> dict:
 
 
 def _steps(
-    chain: Chain, share: float | None, layers: dict[str, Geometry], batch_size: int
+    chain: Chain, share: float | None, layers: dict[str, Layer], batch_size: int
 ) -> tuple[dict[str, int | None], float | None]:
     """By layer, the equations for its input; and the share of the chain's own input that is known once that is solved.
 
@@ -85,9 +85,7 @@ def _steps(
     return found, share
 
 
-def _block(
-    module: Residual, share: float | None, layers: dict[str, Geometry], batch_size: int
-) -> dict[str, int | None]:
+def _block(module: Residual, share: float | None, layers: dict[str, Layer], batch_size: int) -> dict[str, int | None]:
     """The equations inside a residual block: the lowest layers of both branches share theirs, since they share u."""
     body, _ = _steps(module.body, None if share is None else 0.0, layers, batch_size)
     shortcut, _ = _steps(module.shortcut, share, layers, batch_size)

@@ -125,7 +125,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Above:
     """A layer above: the span of its gradient, the layer itself, and the network behind it."""
 
     span: Span
@@ -145,7 +145,7 @@ def unmix(
     activation: str,
     generator: torch.Generator,
     deadline: float = math.inf,
-    above: Sequence[Stage] = (),
+    above: Sequence[Above] = (),
 ) -> Inputs:
     """Tell the images of a determined layer apart, as many as possible, surest first.
 

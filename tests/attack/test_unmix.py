@@ -9,7 +9,7 @@ from torch import nn
 from attack.signals import unmix as unmix_module
 from attack.signals.joint import label_sets, unmix_head
 from attack.signals.span import Geometry, span_of
-from attack.signals.unmix import Equations, Stage, extreme_rays, unmix, without
+from attack.signals.unmix import Above, Equations, extreme_rays, unmix, without
 from data import load_batch, open_source
 from update.models import build_model
 
@@ -77,7 +77,7 @@ class Case:
         span = span_of(
             self.gradients[index][0], geometry, len(self.labels), self.gradients[index][1], saturating=saturating
         )
-        return Stage(span, self.exact[index], tail)
+        return Above(span, self.exact[index], tail)
 
     def unmix(self, index, kind, above=(), seconds=30, seed=0):
         stage = self.stage(index)

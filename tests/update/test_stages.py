@@ -6,9 +6,9 @@ from update.models import MODELS, build_model
 from update.stages import (
     Residual,
     Stage,
-    geometries,
     index_of,
     input_shapes,
+    measured,
     parametrised,
     run,
     stages,
@@ -49,7 +49,7 @@ def test_every_weight_but_batch_norm_is_a_stage(name):
 
 def test_geometry_says_what_the_layer_sees():
     net = model("resnet18_cifar", side=32)
-    layers = {layer.name: layer for layer in geometries(stages(net), (3, 32, 32))}
+    layers = {layer.name: layer for layer in measured(stages(net), (3, 32, 32))}
     last, shortcut = layers["body.layer4.1.conv1"], layers["body.layer4.0.downsample.0"]
     assert (last.input_shape, last.positions, last.channels_out, last.patch) == ((512, 4, 4), 16, 512, 512 * 9)
     assert (last.kernel, last.stride, last.padding) == ((3, 3), (1, 1), (1, 1))
