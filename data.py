@@ -20,11 +20,11 @@ from update.vision import torchvision
 
 SAMPLE = Path(__file__).parent / "samples" / "cifar10_sample128.npz"
 TORCHVISION_SETS = {
-    "cifar10": ("CIFAR10", {"train": False}),
-    "cifar100": ("CIFAR100", {"train": False}),
-    "mnist": ("MNIST", {"train": False}),
-    "fashionmnist": ("FashionMNIST", {"train": False}),
-    "svhn": ("SVHN", {"split": "test"}),
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "mnist": ("MNIST", {"train": True}, {"train": False}),
+    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}),
+    "svhn": ("SVHN", {"split": "train"}, {"split": "test"}),
 }
 DATASETS = ("sample", *TORCHVISION_SETS, "folder", "npz")
 LABEL_MODES = ("dataset", "random", "unique")
@@ -122,8 +122,8 @@ class FolderImages:
             raise DataError(f"{file} is not an image that can be read: {error}") from None
 
 
-def open_source(dataset: str, data_path: str | Path | None) -> ImageSource:
-    """The images behind `--dataset` and `--data_path`.
+def open_source(dataset: str, data_path: str | Path | None, *, train: bool = False) -> ImageSource:
+    """The images behind `--dataset` and `--data_path`; of torchvision's sets the test images, or those for training.
 
     Raises:
         DataError: unknown dataset, missing path, no network and no copy.
@@ -136,10 +136,10 @@ def open_source(dataset: str, data_path: str | Path | None) -> ImageSource:
         if data_path is None:
             raise DataError(f"--dataset {dataset} needs --data_path, the {dataset} to read")
         return FolderImages(data_path) if dataset == "folder" else NpzImages(data_path)
-    name, split = TORCHVISION_SETS[dataset]
+    name, *splits = TORCHVISION_SETS[dataset]
     root = Path(data_path or "data")
     try:
-        return getattr(torchvision().datasets, name)(root=root, download=True, **split)
+        return getattr(torchvision().datasets, name)(root=root, download=True, **splits[0 if train else 1])
     except (OSError, RuntimeError) as error:  # urllib's URLError is an OSError
         raise DataError(
             f"{dataset}: no complete copy in {root} and none could be downloaded ({error}); "

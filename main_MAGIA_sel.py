@@ -29,7 +29,7 @@ from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
 from attack.state import AttackState, Terms
 from cli.ahead import read_ahead
-from cli.console import Progress, introduction, show_schedule
+from cli.console import Progress, introduction, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, interruptible, stream
@@ -68,6 +68,7 @@ DEPTH = None  # hidden layers of mlp (None: 2)
 WIDTH = None  # units in a hidden layer of mlp (None: 256)
 NUM_CLASSES = 100  # outputs of the head, K (the paper's: 100)
 WEIGHTS = None  # checkpoint to load, .safetensors, .npz or .pt (None: random weights from the seed)
+EXPLAIN = False  # say what this model gives away at this batch size before there is any data, and stop
 FROZEN = None  # parameters that are not trained, by the beginnings of their names, e.g. head.bias,conv1
 DEFENCE = "none"  # what the client does to its update: none, noise:STD, float16, bfloat16, topk:SHARE
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
@@ -355,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         schedule = schedule_of(settings)
         if settings.show_schedule:
             return show_schedule(schedule, Path(settings.save_dir))
+        if settings.explain:
+            return show_leaks(settings)
         if settings.save_batch:
             return save_batch(settings)
         place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}

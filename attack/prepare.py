@@ -1,6 +1,7 @@
 """What an attack starts from: what is known of the images beforehand, first images, first labels."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Known:
             no signals were read.
         inputs: (N, ...), they.
         pixels: (N, C, H, W) the images themselves, where the known inputs are they.
+        layers: what came of each layer that was asked, see `attack.signals.engine.Reading`.
     """
 
     batch_size: int
@@ -33,6 +35,7 @@ class Known:
     start: int | None = None
     inputs: Tensor | None = None
     pixels: Tensor | None = None
+    layers: Sequence[Mapping] = ()
 
     @property
     def is_complete(self) -> bool:

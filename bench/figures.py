@@ -1,6 +1,5 @@
 """What a benchmark shows: tables in CSV and markdown, plots, and a wall of pictures."""
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.cells import Cell
+from judge.tables import markdown, write_csv
 
 WALL = 8  # images in a row of the picture wall
 LEAST_SECONDS = 0.1  # what the tables resolve: shorter runs have their place on a logarithmic axis too
@@ -26,20 +26,8 @@ PANELS = 3  # in a row
 
 def write_table(rows: Sequence[Cell], stem: Path) -> None:
     """The rows as `stem`.csv and `stem`.md."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += ["| " + " | ".join(_text(row.get(name)) for name in names) + " |" for row in rows]
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    write_csv(stem.with_suffix(".csv"), rows)
+    stem.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
 
 
 def summarise(rows: Sequence[Cell], names: Sequence[str]) -> list[Cell]:

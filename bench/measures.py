@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 import main_MAGIA_sel as magia
-from attack.signals import recover_signals
+from attack.signals import read_layers
 from bench.cells import Cell, cell_name
 from bench.figures import MEANS
 from bench.peers import breaching_attack
@@ -32,11 +32,11 @@ FIGURES = (*MEANS, "status")
 
 
 def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
-    """How many images of one batch the head's gradient gives away, judged by the true labels and features."""
+    """How many images of one batch the gradient gives away, judged by the true labels and features."""
     update, model, truth, settings = victim_of(cell, flags)
     row = {"found": 0, "labels_right": 0, "within_1_percent": 0, "worst_error": None, "signal_seconds": 0.0, "note": ""}
     try:
-        signals = recover_signals(update, model, generator=stream(settings.seed, "signals"))
+        signals = read_layers(update, model, generator=stream(settings.seed, "signals")).signals
     except ValueError as error:
         return row | {"note": str(error)}
     row |= {"found": len(signals), "signal_seconds": round(signals.seconds, 2)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from attack.prepare import Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
-from attack.signals import Signals, recover_signals
+from attack.signals import Signals, read_layers
 from cli.console import Search
 from cli.runtime import stream
 from update.models import place_of
@@ -30,16 +30,16 @@ def read_ahead(
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
     generator, place = stream(settings.seed, "signals"), place_of(model)
-    signals, start, inputs, features = None, None, None, torch.empty(0)
+    signals, start, inputs, layers, features = None, None, None, [], torch.empty(0)
     if began is not None:
         signals = Signals(**began["signals"]) if began["signals"] else None
-        start, inputs = began["start"], began["inputs"]
+        start, inputs, layers = began["start"], began["inputs"], began["layers"]
     elif settings.signals in ("auto", "on"):
         seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
         try:
             with Search(quiet=settings.quiet) as bar:
-                signals = recover_signals(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
-                start, inputs = len(stages(model)) - 1, signals.features
+                reading = read_layers(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
+            signals, start, inputs, layers = reading.signals, reading.start, reading.inputs, reading.layers
         except ValueError as error:
             if settings.signals == "on":
                 raise ValueError(f"--signals on: {error}") from None
@@ -56,4 +56,4 @@ def read_ahead(
     if signals and all(isinstance(stage.module, nn.Flatten) for stage in stages(model)[:start]):
         pixels = inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
     read = (start, inputs, pixels) if signals else (None, None, None)
-    return Known(update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read)
+    return Known(update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read, layers=layers)

@@ -7,10 +7,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from attack.signals import Signals
-from judge.pictures import save_schedule
+from attack.signals.explain import explain
+from cli.model import model_options, server_model
+from judge.pictures import save_leaks, save_schedule
+from judge.tables import aligned, markdown, write_csv
 from schedules import Schedule
 from update.shared import SharedUpdate
+from update.stages import stages
 
+SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
 
 
@@ -50,6 +55,29 @@ def introduction(
         f"{found}\n"
         f"{settings.optimizer}, {settings.dtype} | {path}"
     )
+
+
+def show_leaks(settings: argparse.Namespace) -> int:
+    """Print which layers of the model give their inputs away at this batch size, and save it as table and picture.
+
+    No data is touched: images are taken to be RGB, of --image_size or 32 pixels. Returns the exit status.
+    """
+    side = settings.image_size or SIDE
+    model = server_model(settings, settings.model, (3, side, side), settings.num_classes, model_options(settings))
+    rows = explain(stages(model), (3, side, side), settings.batch_size)
+    stem = Path(settings.save_dir) / f"explain_{settings.model}_B{settings.batch_size}_{side}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    title = f"{settings.model}, B={settings.batch_size}, {side}x{side}, {settings.num_classes} classes"
+    write_csv(stem.with_suffix(".csv"), rows)
+    stem.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
+    save_leaks(stem.with_suffix(".png"), rows, title)
+    deepest = next((row["layer"] for row in rows if row["deepest"]), None)
+    print(f"{title}: which layers give their inputs away, image by image?")
+    print(aligned(rows))
+    told = f"the inputs of {deepest}" if deepest else "of no layer: only the attack loop is left"
+    print(f"the deepest inputs to be expected exactly: {told}")
+    print(f"table and picture: {stem}.csv, .md, .png")
+    return 0
 
 
 def show_schedule(schedule: Schedule, folder: Path) -> int:

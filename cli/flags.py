@@ -155,6 +155,9 @@ TYPES: dict[str, Callable[[str], object]] = {
     "dtype": one_of(DTYPES),
     "checkpoint_every": _count,
     "log_every": _steps,
+    "epochs": _steps,
+    "train_batch": _size,
+    "hold_out": _share,
 }
 
 
@@ -176,14 +179,14 @@ class OneLineParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
-def build_parser(flags: Sequence[Flag], description: str) -> OneLineParser:
+def build_parser(flags: Sequence[Flag], description: str, prog: str = "main_MAGIA_sel.py") -> OneLineParser:
     """The parser of the flags, in their groups. It has no defaults of its own: it returns what was given by hand.
 
     Raises:
         ValueError: a default, as it stands in the script, is not of its flag's type.
     """
     parser = OneLineParser(
-        prog="main_MAGIA_sel.py",
+        prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,

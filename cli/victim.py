@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cli.model import model_options, server_model
 from cli.runtime import stream
 from client.victim import share_update
 from data import Batch, load_batch, open_source, parse_indices
 from update.gradients import freeze
-from update.models import ALL_OPTIONS, build_model, load_checkpoint, load_weights
+from update.models import load_weights
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
 
@@ -27,7 +28,7 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
     if settings.update:
         return *saved_update(settings, place), None
     batch = client_batch(settings, settings.labels, settings.num_classes)
-    options = {name: value for name in ALL_OPTIONS if (value := getattr(settings, name)) is not None}
+    options = model_options(settings)
     shape = tuple(batch.images.shape[1:])
     model = server_model(settings, settings.model, shape, settings.num_classes, options).to(**place)
     update = share_update(
@@ -88,17 +89,6 @@ def saved_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdat
     model.to(**place)
     update.targets(model)  # refuses an update that does not fit
     return update, model
-
-
-def server_model(
-    settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int, options: dict
-) -> nn.Module:
-    """The model that the server sent out: weights from --weights, or drawn from the seed."""
-    generator = stream(settings.seed, "model")
-    model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator, **options)
-    if settings.weights:
-        load_checkpoint(model, settings.weights)
-    return model
 
 
 def images_named(init: str, batch_size: int, side: int, generator: torch.Generator) -> Tensor | None:

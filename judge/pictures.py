@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -124,6 +125,22 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
         axes[2].plot(x, [float(row["psnr_mean"]) if k else np.nan for row, k in zip(rows, known, strict=True)])
         axes[2].set(ylabel="mean PSNR (dB)")
     axes[-1].set(xlabel="closure evaluations")
+    figure.savefig(path, dpi=110, format="png")
+
+
+def save_leaks(path: Path, rows: Sequence[Mapping], title: str) -> None:
+    """Of each layer the rank that its gradient has room for and the rank that the batch fills it with."""
+    figure = Figure(figsize=(7, 1.2 + 0.24 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    places = range(len(rows))
+    colours = ["tab:red" if row["known"] else "0.6" for row in rows]
+    axis.barh(places, [row["rank_bound"] / row["rank_room"] for row in rows], color=colours)
+    axis.axvline(1, color="black", linewidth=1)
+    axis.set_yticks(places, [row["layer"] for row in rows], fontsize=7)
+    axis.set(xscale="log", title=title)
+    axis.set_xlabel("B P / min(c_out, c_in k²): below 1 the gradient spans the layer's inputs")
+    axis.set_xlim(left=min(0.01, *(0.5 * row["rank_bound"] / row["rank_room"] for row in rows)))
+    axis.legend(handles=[Patch(color=c, label=t) for c, t in (("tab:red", "inputs known exactly"), ("0.6", "not"))])
     figure.savefig(path, dpi=110, format="png")
 
 

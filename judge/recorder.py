@@ -11,6 +11,7 @@ from data import Batch
 from judge import metrics
 from judge.pictures import Film, comparison, grid, save_curves, save_images, save_png
 from judge.run_directory import RunDirectory, Trace
+from judge.tables import write_csv
 
 CERTAIN = 0.999  # the confidence from which on a signal is called certain
 NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
@@ -112,6 +113,8 @@ class Recorder:
             "final_loss": self.final_loss,
             "ended_by": ended_by,
         }
+        if self.known.layers:
+            run.write("layers.csv", lambda path: write_csv(path, self.known.layers))
         run.write_json("config.json", {**config, "schedule": self.sizes})
         run.write_json("metrics.json", figures)
         return figures
@@ -141,6 +144,7 @@ def resumable(state: AttackState, known: Known) -> dict:
         "signals": None if known.signals is None else vars(known.signals),
         "start": known.start,
         "inputs": known.inputs,
+        "layers": [dict(row) for row in known.layers],
     }
     return state.state_dict() | read | NOTHING_RECORDED
 

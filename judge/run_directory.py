@@ -19,10 +19,22 @@ from update.storage import replace_atomically
 # All that a run writes; --overwrite removes these and nothing else.
 FILES = (
     "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png", "comparison.png",
-    "history.gif", "curves.png", "images/rec_*.png",
+    "history.gif", "curves.png",
+    "layers.csv", "images/rec_*.png",
 )  # fmt: skip
 OWN_KEYS = {"sel_mode", "tv_weight", "versions"}  # a config.json with these is one of ours: no model's has them
-CHECKPOINT_KEYS = {"variables", "optimizer", "signals", "start", "inputs", "film", "sizes", "rows", "final_loss"}
+CHECKPOINT_KEYS = {
+    "variables",
+    "optimizer",
+    "signals",
+    "start",
+    "inputs",
+    "layers",
+    "film",
+    "sizes",
+    "rows",
+    "final_loss",
+}
 TRACE = ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations", "seconds", "psnr_mean")
 
 

@@ -27,7 +27,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     Raises:
         StorageError: unknown ending, or the file cannot be written.
     """
-    path, metadata = _checked(path), metadata or {}
+    path, metadata = checked_name(path), metadata or {}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:
@@ -52,7 +52,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         StorageError: unknown ending, missing file, damaged content.
     """
-    path = _checked(path)
+    path = checked_name(path)
     if not path.is_file():
         raise StorageError(f"no such file: {path}")
     try:
@@ -81,7 +81,12 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _checked(path: str | Path) -> Path:
+def checked_name(path: str | Path) -> Path:
+    """The path, if its ending names a format.
+
+    Raises:
+        StorageError: it does not.
+    """
     path = Path(path)
     if path.suffix not in FORMATS:
         raise StorageError(f"{path}: the name must end in {' or '.join(FORMATS)}")

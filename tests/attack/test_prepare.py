@@ -2,13 +2,13 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CPU, SMALL, generator, resolved
+from conftest import CPU, SIGNALS, SMALL, generator, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 
 import main_MAGIA_sel as magia
 from attack.prepare import all_labels, start_images
-from attack.signals import Signals, recover_signals
+from attack.signals import Signals, read_layers
 from cli import ahead
 from cli.victim import victim
 
@@ -38,11 +38,13 @@ def test_labels_of_one_source_alone():
 
 
 def test_with_partial_signals_the_other_granted_labels_stay(monkeypatch):
-    settings = resolved(*SMALL, "--label_strategy", "known", "--labels", "unique")
+    settings = resolved(*SMALL, *SIGNALS, "--label_strategy", "known", "--labels", "unique")
     update, model, truth = victim(settings, CPU)
-    whole = recover_signals(update, model, generator=generator())
+    reading = read_layers(update, model, generator=generator())
+    whole = reading.signals
     part = {name: value[:1] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
-    monkeypatch.setattr(ahead, "recover_signals", lambda *_, **__: dataclasses.replace(whole, **part))
+    partial = dataclasses.replace(reading, signals=dataclasses.replace(whole, **part), inputs=reading.inputs[:1])
+    monkeypatch.setattr(ahead, "read_layers", lambda *_, **__: partial)
     state, _, known = magia.prepare(update, model, settings, granted=truth.labels)
     assert len(known.signals) == 1
     chosen = state.label_logits[0].argmax(1)

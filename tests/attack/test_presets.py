@@ -18,6 +18,7 @@ PEERS = [name for name in PRESETS if name != "magia"]
 def run_of(cli, preset, *flags):
     """The figures of a short run, and the columns of its trace."""
     words = ["--batch_size", 2, "--n_iter", 1000, "--max_evals", 120, "--inner_iter", 20]
+    words += ["--signals", PRESETS[preset]["signals"]]
     run = cli("--preset", preset, *words, *flags, name=preset)
     with (run / "trace.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from conftest import config_of, metrics_of
+from conftest import SIGNALS, metrics_of, resolved
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -243,7 +243,7 @@ def test_models_and_batches_that_do_not_permit_signals_say_so():
         recover_signals(update, model, generator=generator())
 
 
-FLAGS = "--batch_size 4 --num_classes 20 --indices 0,10,20,1 --labels dataset --n_iter 3".split()  # noqa: SIM905
+FLAGS = "--signals auto --batch_size 4 --num_classes 20 --indices 0,10,20,1 --labels dataset --n_iter 3".split()  # noqa: SIM905
 
 
 def test_the_run_records_its_signals(cli):
@@ -258,23 +258,21 @@ def test_the_run_records_its_signals(cli):
 
 
 def test_signals_can_be_switched_off_and_are_not_in_the_paper_preset(cli):
-    assert metrics_of(cli(*FLAGS, "--signals", "off", name="off"))["signals_found"] == 0
-    paper = cli(*FLAGS, "--preset", "paper", name="paper")
-    assert metrics_of(paper)["signals_found"] == 0
-    assert config_of(paper)["signals"] == "off"
+    assert metrics_of(cli(*FLAGS, "--signals", "off"))["signals_found"] == 0
+    assert resolved("--preset", "paper").signals == "off"
 
 
 def test_signals_that_must_be_had_and_cannot_are_an_error(cli):
     message = cli.error("--batch_size", 6, "--num_classes", 6, "--signals", "on")
-    assert "--signals on" in message
-    assert "at most 5" in message
-    assert metrics_of(cli("--batch_size", 6, "--num_classes", 6, name="auto"))["signals_found"] == 0
+    assert "--signals on: no image can be told apart" in message
+    assert "for 6 images" in message
+    assert metrics_of(cli("--batch_size", 6, "--num_classes", 6, *SIGNALS, name="auto"))["signals_found"] == 0
 
 
 def test_images_that_share_a_label_come_out_sharper_with_signals(cli):
     flags = "--batch_size 3 --num_classes 20 --indices 0,10,20 --labels dataset --image_size 32 --inner_iter 20"
     flags = [*flags.split(), "--n_iter", 300, "--max_evals", 500]
-    read = metrics_of(cli(*flags, name="on"))
+    read = metrics_of(cli(*flags, "--signals", "auto", name="on"))
     mixed = metrics_of(cli(*flags, "--signals", "off", name="off"))
     assert read["psnr_mean"] > mixed["psnr_mean"] + 3
 

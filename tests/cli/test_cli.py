@@ -66,6 +66,7 @@ def test_every_selection_mode_runs_and_follows_its_schedule(cli, mode):
         "--restarts 2 --group_weight 0.1 --l2_weight 0.1",
         "--model resnet18 --image_size 32 --bn_weight 0.01 --restarts 2 --optimizer adam",
         "--signals ica --feature_distance cosine",
+        "--signals auto --model convnet",
     ],
 )
 def test_flags_run(cli, flags):
@@ -111,14 +112,13 @@ def test_max_evals_is_never_exceeded(cli, optimizer, budget):
 
 
 def test_max_seconds_begins_no_further_step(cli):
-    run = cli("--max_seconds", 0.3, "--n_iter", 100_000, "--checkpoint_every", 0)
+    run = cli("--max_seconds", 2, "--n_iter", 100_000, "--checkpoint_every", 0)
     figures, rows = metrics_of(run), trace_of(run)
     assert figures["ended_by"] == "max_seconds"
-    assert figures["seconds"] >= 0.3
-    assert float(rows[-2]["seconds"]) < 0.3 if len(rows) > 1 else True
-    assert 0 < figures["signals_seconds"] < figures["seconds"]
-    cli("--resume", run, "--max_seconds", 0.6, "--n_iter", 100_000)
-    assert metrics_of(run)["seconds"] >= 0.6
+    assert figures["seconds"] >= 2
+    assert float(rows[-2]["seconds"]) < 2 if len(rows) > 1 else True
+    cli("--resume", run, "--max_seconds", figures["seconds"] + 1, "--n_iter", 100_000)
+    assert metrics_of(run)["seconds"] >= figures["seconds"] + 1
     assert len(trace_of(run)) > len(rows)
 
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, config_of
 
 import main_MAGIA_sel as magia
+import train_victim
 from cli.flags import TYPES, flags_page, read_flags
 
 BLOCK = "# " + "-" * 40
@@ -41,7 +42,7 @@ def test_defaults_are_edited_in_the_script(tmp_path):
     script = tmp_path / "main_MAGIA_sel.py"
     text = re.sub(r"^SEL_MODE = .*$", 'SEL_MODE = "const1"', script.read_text(), flags=re.M)
     script.write_text(re.sub(r"^N_ITER = .*$", "N_ITER = 2", text, flags=re.M))
-    flags = ["--batch_size", "2", "--image_size", "16", "--run_name", "edited"]
+    flags = ["--batch_size", "2", "--image_size", "16", "--signals", "off", "--run_name", "edited"]
     subprocess.run([sys.executable, script, *flags], cwd=tmp_path, check=True, capture_output=True)
     assert config_of(tmp_path / "results" / "edited")["schedule"] == [1, 1]
 
@@ -63,8 +64,8 @@ def test_a_default_that_cannot_be_read_is_an_error(tmp_path):
 
 def test_every_flag_has_a_text_that_names_its_choices():
     assert len(magia.FLAGS) > 60
-    assert TYPES.keys() <= {flag.name for flag in magia.FLAGS}
-    for flag in magia.FLAGS:
+    assert TYPES.keys() <= {flag.name for flag in (*magia.FLAGS, *train_victim.FLAGS)}
+    for flag in (*magia.FLAGS, *train_victim.FLAGS):
         assert flag.text
         words = set(re.findall(r"[a-z0-9_]+", flag.text))
         for choice in getattr(TYPES.get(flag.name), "choices", ()):

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CPU, config_of, generator, metrics_of, resolved
+from conftest import CPU, SIGNALS, config_of, generator, metrics_of, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,19 +82,20 @@ def test_a_defended_update_is_what_is_attacked_and_saved(cli, tmp_path):
 
 def test_frozen_parameters_are_neither_shared_nor_matched(cli, tmp_path):
     path = tmp_path / "u.npz"
-    run = cli("--frozen", "conv1,head.bias", "--save_update", path, "--labels", "unique")
+    run = cli("--frozen", "conv1,head.bias", "--save_update", path, "--labels", "unique", *SIGNALS)
     update = SharedUpdate.load(path)
     assert set(update.gradients) == {"conv2.weight", "conv2.bias", "conv3.weight", "conv3.bias", "head.weight"}
     assert metrics_of(run)["signals_found"] == 3
-    again = cli("--update", path, "--labels", "unique", name="again")
+    again = cli("--update", path, *SIGNALS, name="again")
     assert metrics_of(again)["final_loss"] == metrics_of(run)["final_loss"]
     assert "client's" in cli.error("--update", path, "--frozen", "conv1")
     assert "client's" in cli.error("--update", path, "--defence", "float16")
 
 
 def test_a_frozen_head_gives_no_signals(cli):
-    assert metrics_of(cli("--frozen", "head"))["signals_found"] == 0
-    assert "no gradient of the model's last layer" in cli.error("--frozen", "head", "--signals", "on")
+    assert metrics_of(cli("--frozen", "head", *SIGNALS))["signals_found"] == 0
+    message = cli.error("--frozen", "head", "--signals", "on")
+    assert "--signals on: no image can be told apart: head: the update holds no gradient of it" in message
 
 
 def test_freezing_errors_name_the_value(cli):

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, config_of, metrics_of, pictures_of, trace_of, without_times
+from conftest import ROOT, SIGNALS, SMALL, config_of, metrics_of, pictures_of, trace_of, without_times
 from PIL import Image
 
 import main_MAGIA_sel as magia
@@ -131,11 +131,11 @@ def test_overwrite_never_empties_a_folder_that_is_no_run(cli, tmp_path):
 
 
 def test_a_resumed_run_keeps_the_signals_it_began_with(cli, monkeypatch):
-    run = cli("--labels", "unique")
+    run = cli("--labels", "unique", "--model", "convnet", *SIGNALS)
     before = torch.load(run / "checkpoint.pt", weights_only=True)["signals"]
     assert len(before["labels"]) == 3
-    monkeypatch.setattr(ahead, "recover_signals", lambda *_, **__: pytest.fail("searched again"))
-    cli("--resume", run, "--n_iter", 6)
+    monkeypatch.setattr(ahead, "read_layers", lambda *_, **__: pytest.fail("searched again"))
+    cli("--resume", run, "--n_iter", 6, *SIGNALS)
     after = torch.load(run / "checkpoint.pt", weights_only=True)["signals"]
     assert all(torch.equal(after[name], before[name]) for name in ("labels", "features", "errors"))
     assert metrics_of(run)["signals_found"] == 3

@@ -1,0 +1,24 @@
+"""The model that the flags name."""
+
+import argparse
+
+from torch import nn
+
+from cli.runtime import stream
+from update.models import ALL_OPTIONS, build_model, load_checkpoint
+
+
+def model_options(settings: argparse.Namespace) -> dict[str, str | int]:
+    """What the flags tell the model beside its shapes; what they leave open is left to the model."""
+    return {name: getattr(settings, name) for name in ALL_OPTIONS if getattr(settings, name) is not None}
+
+
+def server_model(
+    settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int, options: dict
+) -> nn.Module:
+    """The model that the server sent out: weights from --weights, or drawn from the seed."""
+    generator = stream(settings.seed, "model")
+    model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator, **options)
+    if settings.weights:
+        load_checkpoint(model, settings.weights)
+    return model

@@ -1,0 +1,138 @@
+"""Train a model to attack: leakage changes with training, and a checkpoint for --weights shows how.
+
+    python train_victim.py --model convnet --dataset cifar10 --num_classes 10 --epochs 2 --out convnet.safetensors
+    python main_MAGIA_sel.py --model convnet --weights convnet.safetensors --num_classes 10 --labels dataset
+
+Edit the defaults below or override them with flags. The checkpoint is written after every epoch.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cli.flags import build_parser, read_flags
+from cli.model import model_options
+from cli.runtime import choose_device, stream
+from data import load_batch, open_source
+from update.models import build_model
+from update.storage import checked_name, write_tensors
+
+# ----------------------------------------------------------------------------------------------------
+# Defaults. Each flag of the same name overrides one, and its comment is the flag's help.
+
+# data
+DATASET = "sample"  # source of the images: sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
+DATA_PATH = None  # the folder or .npz to read, or where torchvision sets lie (None: ./data)
+IMAGE_SIZE = None  # side in pixels to crop and resize to (None: as they are)
+HOLD_OUT = 0.1  # share of the images that accuracy is measured on and nothing is learned from
+
+# model
+MODEL = "lenet"  # architecture: lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5
+ACTIVATION = None  # of mlp: relu, sigmoid, tanh, gelu (None: sigmoid)
+DEPTH = None  # hidden layers of mlp (None: 2)
+WIDTH = None  # units in a hidden layer of mlp (None: 256)
+NUM_CLASSES = 10  # outputs of the head, K
+
+# training
+EPOCHS = 1  # passes over the images
+TRAIN_BATCH = 128  # images in a step of Adam
+LR = 1e-3  # its step size
+FLIP = True  # mirror every other image, as it comes
+SEED = 0  # one seed for weights, order and flips
+DEVICE = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda where there is one
+OUT = "victim.safetensors"  # where the checkpoint goes, .safetensors or .npz
+
+# ----------------------------------------------------------------------------------------------------
+# Training
+
+FLAGS = read_flags(Path(__file__), globals())
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    settings: argparse.Namespace,
+    epoch: int,
+) -> float:
+    """One epoch of Adam on images (N, C, H, W) in [0, 1] with labels (N,); the mean loss."""
+    generator = stream(settings.seed, f"epoch {epoch}")
+    total = 0.0
+    model.train()
+    batches = torch.randperm(len(images), generator=generator).split(settings.train_batch)
+    for batch in tqdm(batches, desc=f"epoch {epoch + 1}", unit="step", leave=False, dynamic_ncols=True):
+        x = images[batch]
+        if settings.flip:
+            mirrored = torch.rand(len(x), generator=generator) < 0.5
+            x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(3), x)
+        loss = nn.functional.cross_entropy(model(x), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach()) * len(batch)
+    model.eval()
+    return total / len(images)
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> float:
+    """Share of images (N, C, H, W) whose largest logit is that of their label (N,)."""
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in images.split(size)])
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Exit status: 0 done, 2 wrong input."""
+    try:
+        given = vars(build_parser(FLAGS, __doc__, prog=Path(__file__).name).parse_args(argv))
+        settings = argparse.Namespace(**({flag.name: flag.default for flag in FLAGS} | given))
+        checked_name(settings.out)
+        source = open_source(settings.dataset, settings.data_path, train=True)
+        whole = load_batch(
+            source,
+            range(len(source)),
+            labels="dataset",
+            num_classes=settings.num_classes,
+            generator=stream(settings.seed, "labels"),
+            image_size=settings.image_size,
+        )
+        model = build_model(
+            settings.model,
+            image_shape=tuple(whole.images.shape[1:]),
+            num_classes=settings.num_classes,
+            generator=stream(settings.seed, "model"),
+            **model_options(settings),
+        ).to(choose_device(settings.device))
+        device = next(model.parameters()).device
+        images, labels = whole.images.to(device), whole.labels.to(device)
+        order = torch.randperm(len(images), generator=stream(settings.seed, "held out"))
+        held, learned = order[: round(settings.hold_out * len(order))], order[round(settings.hold_out * len(order)) :]
+        if len(learned) < 2:
+            raise ValueError(f"--hold_out {settings.hold_out}: {len(learned)} of {len(order)} images are left to learn")
+        optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+        for epoch in range(settings.epochs):
+            loss = train(model, optimizer, images[learned], labels[learned], settings, epoch)
+            write_tensors(settings.out, model.state_dict())
+            told = f"epoch {epoch + 1}: loss {loss:.3f}"
+            if len(held):
+                right = accuracy(model, images[held], labels[held], settings.train_batch)
+                told += f", {100 * right:.1f} % of {len(held)} held-out images right"
+            print(told)
+    except (ValueError, OSError) as error:
+        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"checkpoint: {settings.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
