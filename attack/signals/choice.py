@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from attack.signals.inputs import Tail
 from attack.signals.span import Geometry
-from attack.signals.unmix import Tail
 from update.stages import ACTIVATIONS, Chain, Residual, input_shapes, run
 
 PIXELS = "pixels"  # what the first layer takes: no activation is in front of it
