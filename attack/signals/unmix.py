@@ -20,8 +20,8 @@ easier to find. Labels may repeat, and B may be larger than the number of classe
 Where the cone has too many other rays (narrow layers, inputs that resemble each other), the layers above help: one
 programme over the inputs of several layers has far more zeros per unknown, see `linked_programme`.
 
-The equations of (1) and (2) are in `single`, the programmes of (3) in `programmes`. A head whose classes are too few for
-(2) (K < 2 B, say) leaves the images only all at once; `joint` does that.
+The equations of (1) and (2) are in `single`, the programmes of (3) in `programmes`. A head whose classes are too few
+for (2) (K < 2 B, say) leaves the images only all at once; `joint` does that.
 
 Relatives: SPEAR (Dimitrov et al. 2024, arXiv 2403.03945) samples the sparsity of the other side and is exponential in
 B; re-weighting follows Candes, Wakin, Boyd 2008; Wedderburn's rank reduction is what makes the subtraction exact.
