@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from attack.signals.inputs import Tail
 from attack.signals.span import Geometry
-from attack.signals.unmix import Tail
 from update.stages import ACTIVATIONS, Chain, Residual, input_shapes, run
 
 PIXELS = "pixels"  # what the first layer takes: no activation is in front of it
@@ -52,6 +52,12 @@ class Place:
     def saturating(self) -> bool:
         """Whether its outputs go through a sigmoid or tanh."""
         return self.behind in SATURATING
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether patches overlap enough to say which belong together; a single one has nothing to be confused with."""
+        geometry = self.geometry
+        return geometry.positions == 1 or max(geometry.stride) < max(geometry.kernel) - 1
 
     def room(self, like: Tensor) -> int:
         """The rank that the gradient must stay below to span the inputs."""
@@ -92,10 +98,9 @@ def order(candidates: list[Place], batch_size: int, like: Tensor) -> list[Place]
     """Those of the places that span their inputs, the most promising first."""
 
     def promise(place: Place) -> tuple:
-        positions, ratio = place.geometry.positions, place.room(like) / (batch_size * place.geometry.positions)
-        overlaps = positions == 1 or max(place.geometry.stride) < max(place.geometry.kernel) - 1
+        ratio = place.room(like) / (batch_size * place.geometry.positions)
         guessed = place.kind not in ("relu", *SMOOTH) and place.behind == "relu"  # neither zeros nor smoothness
-        return guessed, ratio < ROOMY, not overlaps, place.index
+        return guessed, ratio < ROOMY, not place.overlaps, place.index
 
     useful = [p for p in candidates if batch_size * p.geometry.positions < p.room(like) and p.sees_everything(like)]
     return sorted(useful, key=promise)

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from attack.signals.choice import SMOOTH, Place, order, places
 from attack.signals.explain import explain
 from attack.signals.features import SAMPLE, random_features
+from attack.signals.inputs import Inputs
 from attack.signals.joint import unmix_head
 from attack.signals.layers import Descent, Record, Update, descend
 from attack.signals.noise import precision_of
 from attack.signals.recovery import Signals, recover_signals
 from attack.signals.span import Span, span_of
-from attack.signals.unmix import Above, Inputs, unmix
+from attack.signals.unmix import Above, unmix
 from update.head import Head, measured_noise
 from update.shared import SharedUpdate
 from update.stages import Chain, Residual, Stage, index_of, input_shapes, parametrised, run, stages

@@ -7,8 +7,9 @@ For each linear or convolutional layer:
 - Determined from above. With inputs known further up, delta is, and each input channel has c_out k^2 gradient rows for
   B H W unknowns. Forward rows add up to c_out P an image; behind a ReLU about half of them are known.
 
-The walk starts at the lowest layer that is spanned, or at the head, and goes down while the steps are determined. An
-estimate for typical weights: zeros in delta, closed channels or a singular weight can make it worse.
+The walk starts at the lowest layer that is spanned and can be asked (`choice`), or at the head, and goes down while the
+steps are determined. An estimate for typical weights: zeros in delta, closed channels or a singular weight can make it
+worse.
 """
 
 import math
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from attack.signals.choice import order, places
 from update.stages import Chain, Layer, Residual, measured
 
 KNOWN_BEHIND_RELU = 0.5  # share of a ReLU's outputs that are active, about
@@ -32,9 +34,11 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
     layers = {layer.name: layer for layer in measured(chain, image_shape)}
     equations, _ = _steps(chain, 0.0, layers, batch_size)
     rows = [_row(layer, equations[name], batch_size) for name, layer in layers.items()]
+    like = next(iter(layers.values())).module.weight.new_zeros(1)
+    asked = {place.name for place in order(places(chain, image_shape, {}), batch_size, like) if place.overlaps}
     is_known = False
     for row in reversed(rows):  # from the head down
-        is_known = row["spanned"] or (is_known and row["determined"])
+        is_known = row["layer"] in asked or (is_known and row["determined"])
         row["known"] = is_known
     deepest = next((row["layer"] for row in rows if row["known"]), None)
     return [row | {"deepest": row["layer"] == deepest} for row in rows]

@@ -20,11 +20,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from attack.signals import unmix
 from attack.signals.counts import spelled_out, whole_counts
 from attack.signals.equations import Equations, Point, solve
 from attack.signals.equations import Span as Factors
+from attack.signals.inputs import Inputs, nothing
+from attack.signals.single import ARITHMETIC, UNSURE
 from attack.signals.span import Span
+from attack.signals.unmix import starts
 
 ITERATIONS = 60  # of a trial, at most; those that converge take 10 to 30
 STARTS = 6  # per set of labels and sweep: one in four converges if the labels are right
@@ -46,7 +48,7 @@ def unmix_head(
     non_negative: bool,
     generator: torch.Generator,
     deadline: float = math.inf,
-) -> unmix.Inputs:
+) -> Inputs:
     """All features of a head, or none where no set of labels explains its gradient before the deadline.
 
     Args:
@@ -65,7 +67,7 @@ def unmix_head(
     if not span.determined:
         raise ValueError(f"the head's gradient does not determine {span.batch_size} images: rank {span.rank}")
     started = time.perf_counter()
-    none = unmix.nothing(span)
+    none = nothing(span)
     if span.rank == span.batch_size:
         sets = label_sets(span, gradient.to(span.basis), bias_gradient, non_negative)
         gamma = None if bias_gradient is None else bias_gradient.detach().to(span.basis)
@@ -85,7 +87,7 @@ def unmix_head(
                 for _ in range(STARTS):
                     if time.perf_counter() > deadline:
                         return replace(none, seconds=time.perf_counter() - started)
-                    start = unmix.starts(span, span.batch_size, generator) @ span.basis @ span.right.T
+                    start = starts(span, span.batch_size, generator) @ span.basis @ span.right.T
                     at = equations.at(solve(equations, start, ITERATIONS, deadline))
                     found = _judged(span, equations, at, labels)
                     if found is not None:
@@ -146,11 +148,11 @@ def _proposed(least: Tensor, allowed: Tensor, share: Tensor, size: int) -> Tenso
     return torch.stack(list(found.values()))
 
 
-def _judged(span: Span, equations: Equations, at: Point, labels: Tensor) -> unmix.Inputs | None:
+def _judged(span: Span, equations: Equations, at: Point, labels: Tensor) -> Inputs | None:
     """The solution if it leaves nothing but noise of the gradient, and says what that noise makes of each image."""
     freedom = max(1, at.f.numel() - at.q.numel())
     allowance = (EXPLAINED * span.noise) ** 2 * freedom
-    allowance += (unmix.ARITHMETIC * span.precision * float(span.sigma.norm())) ** 2
+    allowance += (ARITHMETIC * span.precision * float(span.sigma.norm())) ** 2
     if not math.isfinite(at.cost) or at.cost > allowance:
         return None
     inverse, failed = torch.linalg.inv_ex(equations.normal(at))
@@ -162,7 +164,7 @@ def _judged(span: Span, equations: Equations, at: Point, labels: Tensor) -> unmi
     turned = span.noise * span.right.shape[1] ** 0.5 * weak.norm(dim=1)
     uncertainty = ((level * within).sqrt() + turned) / at.q.norm(dim=1)
     outside = (at.e - at.e @ span.left @ span.left.T).norm(dim=1) / at.e.norm(dim=1)
-    found = unmix.Inputs(
+    found = Inputs(
         values=(at.q @ span.right).view(-1, *span.geometry.input_shape),
         labels=labels,
         deltas=at.p - equations.onehot,
@@ -171,4 +173,4 @@ def _judged(span: Span, equations: Equations, at: Point, labels: Tensor) -> unmi
         uncertainty=uncertainty,
         batch_size=span.batch_size,
     )
-    return found.pick(uncertainty < unmix.UNSURE)
+    return found.pick(uncertainty < UNSURE)

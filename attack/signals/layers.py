@@ -31,7 +31,8 @@ from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from update.stages import Chain, Residual, Stage, input_shapes, run
 
-ITERATIONS = 800  # of CGLS; scaled, a determined layer takes 1 to 120
+ITERATIONS = 300, 800  # of CGLS, least and most: determined layers take 1 to 120, barely determined ones 600
+EFFORT = 4e7  # unknowns times iterations: small layers may take more
 ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
 DOUBT = 20.0  # and up to which it may be wrong to be so, or not
 RANGE = 40.0  # and up to which a mask may be changed by a residual that asks for it
@@ -696,7 +697,7 @@ class _Walk:
         """The input u (B, ...) and the solver's word."""
         rows, scaling, target = self._system(sources, shape)
         start = target.new_zeros(shape)
-        solution = cgls(Product(rows, scaling), target, start, iterations=ITERATIONS, deadline=self.deadline)
+        solution = cgls(Product(rows, scaling), target, start, iterations=_iterations(shape), deadline=self.deadline)
         return scaling.forward(solution.x), solution
 
     def _spread(self, sources: list[Source], u: Tensor, solution: Solution) -> Tensor:
@@ -723,7 +724,7 @@ class _Walk:
             Product(rows, scaling),
             disturbed,
             torch.zeros_like(play),
-            iterations=ITERATIONS,
+            iterations=_iterations(shape),
             deadline=self.deadline,
         )
         return (scaling.forward(back.x) - play).flatten(1).norm(dim=1) / play.flatten(1).norm(dim=1)
@@ -735,6 +736,11 @@ class _Walk:
             stacked, target = stack(rows)
             self._kept = sources, (stacked, Scaling.of(rows, torch.Size(shape)), target)
         return self._kept[1]
+
+
+def _iterations(shape: Sequence[int]) -> int:
+    least, most = ITERATIONS
+    return min(most, max(least, int(EFFORT / math.prod(shape))))
 
 
 def _comes_back(error: Tensor) -> str:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from attack.signals import unmix as unmix_module
+from attack.signals import programmes
 from attack.signals.joint import label_sets, unmix_head
+from attack.signals.programmes import extreme_rays
+from attack.signals.single import Equations
 from attack.signals.span import Geometry, span_of
-from attack.signals.unmix import Above, Equations, extreme_rays, unmix, without
+from attack.signals.unmix import Above, unmix, without
 from data import load_batch, open_source
 from update.models import build_model
 
@@ -145,9 +147,9 @@ def right_rays(programme, span, truth):
 def test_layers_above_make_rays_of_inputs_that_one_layer_leaves_hidden():
     case = mlp([100, 100, 100, 100], torch.relu, 18)
     stages = [case.stage(k) for k in (1, 2, 3)]
-    linked = unmix_module._linked_programme([Equations(s.span, s.layer, s.tail) for s in stages])
+    linked = programmes.linked_programme([Equations(s.span, s.layer, s.tail) for s in stages])
     span, truth = stages[0].span, case.inputs[1]
-    assert right_rays(unmix_module._single_programme(span), span, truth) < right_rays(linked, span, truth)
+    assert right_rays(programmes.single_programme(span), span, truth) < right_rays(linked, span, truth)
 
 
 def test_layers_above_help_to_tell_images_apart():
@@ -239,7 +241,7 @@ def test_a_programme_without_solution_ends_no_search(monkeypatch):
     class Failed:
         status, x = 2, None
 
-    monkeypatch.setattr(unmix_module, "linprog", lambda *_, **__: Failed)
+    monkeypatch.setattr(programmes, "linprog", lambda *_, **__: Failed)
     case = mlp([60, 60], torch.relu, 5)
     assert len(case.unmix(1, "relu", seconds=10)) == 0
 
@@ -278,7 +280,7 @@ def test_true_inputs_satisfy_the_equations_and_mixtures_do_not():
 def test_rays_are_the_inputs_and_their_zeros_true_zeros():
     case = mlp([120, 120], torch.relu, 5)
     span, truth = case.stage(1).span, case.inputs[1]
-    rays, zeros = extreme_rays(span, unmix_module._single_programme(span), 12, generator(), math.inf)
+    rays, zeros = extreme_rays(span, programmes.single_programme(span), 12, generator(), math.inf)
     values = rays @ span.basis
     cosine = torch.nn.functional.cosine_similarity(values[:, None], truth[None], dim=2)
     right = cosine.max(1).values > 1 - 1e-8
