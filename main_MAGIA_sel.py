@@ -260,7 +260,7 @@ def prepare(
     """
     started = time.perf_counter()
     known = read_ahead(update, model, settings, granted, began)
-    forward = known.is_complete and is_worthwhile(stages(model), known.start)
+    forward = known.is_complete and is_worthwhile(stages(model), update.image_shape, known.start)
     power = spectral_power_for(stages(model)[: known.start]) if forward else 1.0
     how = {"spectral_power": settings.spectral_power, "box": settings.box, "chroma_gain": settings.chroma_gain}
     how["spectral_power"] = power if settings.spectral_power is None else settings.spectral_power
@@ -306,7 +306,7 @@ def build_objective(
     Where activations of all images are known and determine them better than gradients do, these are what is matched.
     """
     prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
-    if known.is_complete and (known.is_exact or is_worthwhile(stages(model), known.start)):
+    if known.is_complete and (known.is_exact or is_worthwhile(stages(model), update.image_shape, known.start)):
         chain, place = stages(model), place_of(model)
         course = Course(()) if known.is_exact else course_for(chain[: known.start], known.uncertainty)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)

@@ -179,6 +179,8 @@ def test_the_activations_are_matched_where_that_says_more():
         stages(build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator()))
         for name in ("lenet", "convnet")
     )
-    assert not is_worthwhile(smooth, len(smooth) - 1)
-    assert is_worthwhile(smooth, index_of(smooth, "conv3"))
-    assert is_worthwhile(kinked, len(kinked) - 1)
+    shape = (3, 16, 16)
+    assert not is_worthwhile(smooth, shape, len(smooth) - 1)
+    assert not is_worthwhile(smooth, shape, index_of(smooth, "conv3"))  # 192 activations for 768 pixels
+    assert is_worthwhile(smooth, shape, 0)
+    assert is_worthwhile(kinked, shape, len(kinked) - 1)
