@@ -54,6 +54,12 @@ class Cli:
         return err
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Benchmarks set the threads of their process; two test processes with two threads each starve each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def cli(tmp_path, capsys):
     return Cli(tmp_path, capsys)
