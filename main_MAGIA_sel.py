@@ -260,14 +260,20 @@ def prepare(
     """
     started = time.perf_counter()
     known = read_ahead(update, model, settings, granted, began)
-    forward = known.is_complete and is_worthwhile(stages(model), update.image_shape, known.start)
-    power = spectral_power_for(stages(model)[: known.start]) if forward else 1.0
+    power = spectral_power_for(stages(model)[: known.start]) if is_forward(update, model, known) else 1.0
     how = {"spectral_power": settings.spectral_power, "box": settings.box, "chroma_gain": settings.chroma_gain}
     how["spectral_power"] = power if settings.spectral_power is None else settings.spectral_power
     pixels = PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
     return state, build_objective(update, model, known, pixels, settings), known
+
+
+def is_forward(update: SharedUpdate, model: nn.Module, known: Known) -> bool:
+    """Whether activations are known of every image, and are better matched than the batch's gradient."""
+    if not known.is_complete:
+        return False
+    return known.is_exact or is_worthwhile(stages(model), update.image_shape, known.start, update.batch_size)
 
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
@@ -306,7 +312,7 @@ def build_objective(
     Where activations of all images are known and determine them better than gradients do, these are what is matched.
     """
     prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
-    if known.is_complete and (known.is_exact or is_worthwhile(stages(model), update.image_shape, known.start)):
+    if is_forward(update, model, known):
         chain, place = stages(model), place_of(model)
         course = Course(()) if known.is_exact else course_for(chain[: known.start], known.uncertainty)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)

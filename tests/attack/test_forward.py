@@ -180,7 +180,7 @@ def test_the_activations_are_matched_where_that_says_more():
         for name in ("lenet", "convnet")
     )
     shape = (3, 16, 16)
-    assert not is_worthwhile(smooth, shape, len(smooth) - 1)
-    assert not is_worthwhile(smooth, shape, index_of(smooth, "conv3"))  # 192 activations for 768 pixels
-    assert is_worthwhile(smooth, shape, 0)
-    assert is_worthwhile(kinked, shape, len(kinked) - 1)
+    assert is_worthwhile(smooth, shape, index_of(smooth, "conv3"), 4)  # 192 activations and 1,125 rows for 768 pixels
+    assert not is_worthwhile(smooth, shape, index_of(smooth, "conv3"), 64)
+    assert is_worthwhile(smooth, shape, 0, 16)
+    assert is_worthwhile(kinked, shape, len(kinked) - 1, 16)
