@@ -1,9 +1,9 @@
-# make run    set up, reconstruct 16 bundled images from one averaged gradient, say where the pictures are
+# make run    set up, reconstruct 16 bundled images from one averaged gradient in 2,500 evaluations, say where they are
 # make test   set up, lint, run the tests
 # make docs   write docs/flags.md from the comments at the top of main_MAGIA_sel.py
 PYTHON ?= python3
 BIN := .venv/bin
-ARGS ?=
+ARGS ?= --max_evals 2500
 
 .PHONY: run test lint docs clean
 

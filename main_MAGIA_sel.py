@@ -409,7 +409,7 @@ def run_attack(
         checkpoint=began,
     )
     if not settings.quiet:
-        print(introduction(update, settings, objective, known.signals, run.path))
+        print(introduction(update, settings, objective, known, stages(model), run.path))
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)

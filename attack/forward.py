@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.objective import Matching
-from update.stages import Chain, Residual, Stage, input_shapes, parametrised, run
+from update.stages import Chain, Residual, Stage, first_layer, input_shapes, parametrised, run
 
 # The gradients' weight. They mix the images, which makes them slow to follow; ten times less than the activations was
 # best of 0.03, 0.1 and 1 on a trained ConvNet: 58.5 dB at B=1, where 0.03 gave 54.9 and 1 gave 54.1.
@@ -193,7 +193,7 @@ class ForwardLoss:
         uncertainty: float = 0.0,
         uses_gradients: bool | None = None,
     ) -> None:
-        self.name, end = chain[start].name, start
+        self.name, end = first_layer(chain[start:]), start
         while end and isinstance(chain[end - 1].module, (nn.Flatten, nn.Identity)):
             end -= 1
         self.is_rectified = bool(end) and isinstance(chain[end - 1].module, nn.ReLU)
@@ -247,8 +247,8 @@ class Course:
 
     @property
     def weight(self) -> float:
-        """The prior's weight at the start."""
-        return self.at(0) if self.phases else 0.0
+        """The prior's weight at the start, relative to that of the activations."""
+        return self.phases[0].prior_weight if self.phases else 0.0
 
     def phase(self, evaluations: float) -> int:
         """The index of the phase after so many evaluations; the last one stays."""

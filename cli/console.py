@@ -6,14 +6,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from attack.signals import Signals
+from attack.prepare import Known
 from attack.signals.explain import explain
 from cli.model import model_options, server_model
 from judge.pictures import save_leaks, save_schedule
 from judge.tables import aligned, markdown, write_csv
 from schedules import Schedule
 from update.shared import SharedUpdate
-from update.stages import stages
+from update.stages import Chain, first_layer, stages
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
@@ -40,15 +40,18 @@ class Search(tqdm):
 
 
 def introduction(
-    update: SharedUpdate, settings: argparse.Namespace, objective: object, signals: Signals | None, path: Path
+    update: SharedUpdate, settings: argparse.Namespace, objective: object, known: Known, chain: Chain, path: Path
 ) -> str:
-    """Four lines: the batch, the objective, the signals, the optimiser and where the results go."""
+    """Four lines: the batch, the objective, what was read, the optimiser and where the results go."""
     shape = "x".join(map(str, update.image_shape))
     source = settings.update or f"{settings.dataset}, labels {settings.labels}"
     found = "signals: none used"
-    if signals is not None:
-        found = f"signals: {len(signals)} of {update.batch_size} images read from the head's gradient"
-        found += f" (rank {signals.rank}) in {signals.seconds:.1f} s"
+    if known.signals is not None:
+        found = f"signals: {len(known.signals)} of {update.batch_size} images told apart"
+        if known.inputs is not None:
+            deepest = f"down to the inputs of {first_layer(chain[known.start :])}"
+            found += ", " + ("pixels and all" if known.pixels is not None else deepest)
+        found += f", in {known.signals.seconds:.1f} s"
     return (
         f"{source}: {update.batch_size} images {shape}\n"
         f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {objective}\n"

@@ -86,6 +86,11 @@ def parametrised(chain: Chain) -> Iterator[Stage]:
             yield stage
 
 
+def first_layer(chain: Chain) -> str:
+    """The name of the first stage that does more than to flatten."""
+    return next(stage.name for stage in chain if not isinstance(stage.module, (nn.Flatten, nn.Identity)))
+
+
 def substituted(chain: Chain, change: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> list[Stage]:
     """The chain with `change(module)` in place of every module, inside residual stages too."""
     return [
