@@ -260,9 +260,10 @@ def prepare(
     """
     started = time.perf_counter()
     known = read_ahead(update, model, settings, granted, began)
-    power = spectral_power_for(stages(model)[: known.start]) if is_forward(update, model, known) else 1.0
-    how = {"spectral_power": settings.spectral_power, "box": settings.box, "chroma_gain": settings.chroma_gain}
-    how["spectral_power"] = power if settings.spectral_power is None else settings.spectral_power
+    power = settings.spectral_power
+    if power is None:
+        power = spectral_power_for(stages(model)[: known.start]) if is_forward(update, model, known) else 1.0
+    how = {"spectral_power": power, "box": settings.box, "chroma_gain": settings.chroma_gain}
     pixels = PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
