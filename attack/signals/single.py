@@ -138,13 +138,12 @@ class Equations:
 
     def believed(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> Inputs:
         """Those candidates (N, dim A) that are, or a polish makes, indistinguishable from a true image."""
-        cost = self._at(c, zeros, labels).square().sum(1)
-        found, passed = self._judged(c, cost, self._pinned_down(c, zeros), labels, self.spare + self.span.dimension)
+        found, passed = self._judged(c, zeros, self._pinned_down(c, zeros), labels, self.spare + self.span.dimension)
         rest = (~passed).nonzero()[:, 0]
         found = found.pick(passed)
         if len(rest) and self.spare >= WITNESSES:
-            c, cost, normal = self.solve(c[rest], zeros[rest], labels[rest], deadline)
-            polished, passed = self._judged(c, cost, normal, labels[rest], self.spare)
+            c, _, normal = self.solve(c[rest], zeros[rest], labels[rest], deadline)
+            polished, passed = self._judged(c, zeros[rest], normal, labels[rest], self.spare)
             found = found.joined(polished.pick(passed))
         return found
 
@@ -161,35 +160,52 @@ class Equations:
         normal = held.transpose(1, 2) @ held
         return normal if self.along is None else normal + self.along @ self.along.T / self.along.shape[1]
 
-    def _judged(self, c: Tensor, cost: Tensor, normal: Tensor, labels: Tensor, witnesses: int) -> tuple[Inputs, Tensor]:
+    def _judged(
+        self, c: Tensor, zeros: Tensor, normal: Tensor, labels: Tensor, witnesses: int
+    ) -> tuple[Inputs, Tensor]:
         """All candidates as inputs, and which of them to believe, where so many equations bear witness."""
-        deltas = self.deltas(c, labels)
-        tolerance, uncertainty, residuals, shares = self._noise(c, deltas, cost, normal)
-        every = Inputs(self.span.inputs(c), labels, deltas, residuals, shares, uncertainty, self.span.batch_size)
-        by_chance = tolerance ** min(max(witnesses, 0), 100)
-        return every, (cost.sqrt() < tolerance) & (uncertainty < UNSURE) & (by_chance < CHANCE)
-
-    def _noise(self, c: Tensor, deltas: Tensor, cost: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mismatch up to which an image is believed, its expected relative error, |delta outside U|, and the share.
-
-        Noise N in the entries of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x: an image's
-        weak directions suffer most.
-        """
-        span = self.span
+        deltas, span = self.deltas(c, labels), self.span
         d = by_position(deltas) * span.rows
         u, x = d @ span.left, c @ self.rows.flatten(1)
-        length = d.flatten(1).norm(dim=1).clamp(min=1e-200)
-        y_weak = (u / span.sigma).flatten(1).norm(dim=1)
-        x_weak = (x.view(len(c), -1, span.rank) / span.sigma).flatten(1).norm(dim=1)
-        turned_out = span.noise * len(span.left) ** 0.5 * y_weak / length
-        turned_in = span.noise * span.right.shape[1] ** 0.5 * x_weak / x.norm(dim=1)
-        expected = turned_out + turned_in + span.noise * x_weak * y_weak / span.batch_size
-        freedom = max(1, self.spare)
-        level = torch.maximum(cost, (expected + span.precision).square()) / freedom
+        condition = self._condition(u, x)
+        mismatch = self.residual(c, zeros, deltas)
+        mismatch[:, deltas[0].numel()] /= 1 + condition  # the share
+        cost = mismatch.square().sum(1)
+        expected, turned_in = self._noise(u, x)
+        level = torch.maximum(cost, (expected + span.precision).square()) / max(1, self.spare)
         uncertainty = turned_in + (_trace_of_inverse(normal) * level).sqrt() / c.norm(dim=1)
-        outside = (d - u @ span.left.T).flatten(1).norm(dim=1) / length
+        outside = (d - u @ span.left.T).flatten(1).norm(dim=1) / d.flatten(1).norm(dim=1).clamp(min=1e-200)
+        shares = self._share(c, u, d)
+        every = Inputs(span.inputs(c), labels, deltas, outside, shares, uncertainty, span.batch_size)
         tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
-        return tolerance, uncertainty, outside, self._share(c, u, d)
+        by_chance = tolerance ** min(max(witnesses, 0), 100) * (1 + condition)
+        return every, (cost.sqrt() < tolerance) & (uncertainty < UNSURE) & (by_chance < CHANCE)
+
+    def _condition(self, u: Tensor, x: Tensor) -> Tensor:
+        """What the share makes of a relative error in an image's x (N, P r) or y = U^T delta (N, P, r), (N,).
+
+        It is x^T S^-1 y / B, and 1: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error shows. Images
+        whose errors nearly cancel have such an x and y.
+        """
+        y_weak, x_weak = self._weak(u, x)
+        lengths = torch.maximum(x.norm(dim=1) * y_weak, u.flatten(1).norm(dim=1) * x_weak)
+        return lengths / self.span.batch_size
+
+    def _weak(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """|S^-1 y| and |S^-1 x|, (N,) each: how much of an image lies in directions that noise drowns first."""
+        y_weak = (u / self.span.sigma).flatten(1).norm(dim=1)
+        return y_weak, (x.view(u.shape) / self.span.sigma).flatten(1).norm(dim=1)
+
+    def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What noise in the update makes of a true image's mismatch, and of its input, relative errors (N,) each.
+
+        Noise N in the entries of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x.
+        """
+        span = self.span
+        y_weak, x_weak = self._weak(u, x)
+        turned_out = span.noise * len(span.left) ** 0.5 * y_weak / u.flatten(1).norm(dim=1).clamp(min=1e-200)
+        turned_in = span.noise * span.right.shape[1] ** 0.5 * x_weak / x.norm(dim=1)
+        return turned_out + turned_in + span.noise * x_weak * y_weak / span.batch_size, turned_in
 
     def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping."""

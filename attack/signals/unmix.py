@@ -45,6 +45,7 @@ NON_NEGATIVE = ("relu",)  # activations whose outputs are non-negative and often
 BATCH = 16  # proposals judged and polished at a time
 LINKED = 2  # rays of one linked programme: they are costly, right, and mostly the same until it is peeled
 FRUITLESS = 6  # rounds in a row without a new image after which the rest is given up
+SEARCHES = 3  # from the start, while images are missing: what one order of peeling leaves over another may find
 SPREAD = (0.2, 0.8)  # starts lie this far from the point nearest the origin, relative to it: trained nets want less
 HOPEFUL = 0.5  # a ray whose mismatch is larger is not polished: true ones lie below 0.05, random ones near 1
 NEAR = 1e-2  # a mismatch below this is polished once more against the whole gradient, and judged
@@ -125,6 +126,16 @@ class _Search:
         return self.rests[0]
 
     def run(self) -> Inputs:
+        """All images found by searches from the whole span: each takes the images out in another order."""
+        found = nothing(self.whole.span)
+        for _ in range(SEARCHES):
+            found = found.joined(_news(self._peeled(), found))
+            if found.complete or not len(found) or time.perf_counter() > self.deadline:
+                break
+        return found
+
+    def _peeled(self) -> Inputs:
+        """Images taken out one after the other, until nothing is left or no proposal is an image."""
         self.rests = [stage.span for stage in self.stages]
         found, fruitless = nothing(self.rest), 0
         while self.rest.dimension and fruitless < FRUITLESS and time.perf_counter() < self.deadline:
