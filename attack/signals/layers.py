@@ -94,7 +94,7 @@ class Descent:
     Attributes:
         inputs: exact inputs (B, ...) by the index of the stage that takes them, the start's among them.
         inner: those of layers within residual stages, by name.
-        noise: standard deviation of the errors of both, by name, broadcasts to them.
+        noise: standard deviation of the errors of both, by name of stage or layer, broadcasts to them.
         records: one for each layer tried, in the order of the walk.
     """
 
@@ -506,7 +506,7 @@ def descend(
     walk = _Walk(update, generator, deadline)
     shapes = input_shapes(chain, image_shape)
     point = _first_point(chain, start, inputs, labels, uncertainty)
-    known = {start: inputs}
+    known, walk.noises[chain[start].name] = {start: inputs}, point.noise
     for index in reversed(range(start)):
         stage = chain[index]
         began = time.perf_counter()
@@ -533,6 +533,11 @@ def after_relu(chain: Chain) -> bool:
         if not isinstance(stage.module, (nn.Flatten, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d)):
             return isinstance(stage.module, nn.ReLU)
     return False
+
+
+def without_noise(values: Tensor, noise: Tensor) -> Tensor:
+    """What came out of a ReLU, with zeros where it was zero but for noise (broadcasts to the values)."""
+    return torch.where(values > ZERO * noise, values, 0.0)
 
 
 def _is_elementwise(module: object) -> bool:

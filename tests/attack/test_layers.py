@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from attack.signals.layers import Point, Update, below, descend, noise_of
+from attack.signals.layers import Point, Update, below, descend, noise_of, without_noise
 from attack.signals.leastsquares import Product, cgls
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from client.victim import share_update
@@ -213,6 +213,14 @@ def test_the_walk_goes_through_a_residual_block(activation):
     assert [record.name for record in descent.records][:2] == ["b", "block"]
     assert all(record.determined and record.residual < 1e-5 for record in descent.records[:2])
     assert "b" in descent.inner
+
+
+def test_what_a_relu_set_to_zero_is_zero_without_the_noise_of_its_own_layer():
+    descent, truth, chain = walk(small_net(nn.ReLU), 2, "last")
+    for index, values in descent.inputs.items():
+        clean = without_noise(values, descent.noise[chain[index].name])
+        assert not torch.equal(values > 0, truth[index] > 0)
+        assert torch.equal(clean > 0, truth[index] > 0)
 
 
 def test_the_walk_stops_where_nothing_is_determined():
