@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from attack.signals.layers import Point, Update, below, descend, noise_of, without_noise
-from attack.signals.leastsquares import Product, cgls
+from attack.signals.leastsquares import Product, cgls, refined
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from client.victim import share_update
 from data import load_batch, open_source
@@ -78,11 +78,30 @@ def test_scaled_gradient_rows_are_solved_at_once():
     assert torch.allclose(scaling.forward(solution.x), u)
 
 
-def test_the_solver_says_why_it_stopped():
-    class Matrix:
-        def __init__(self, matrix):
-            self.forward, self.adjoint = matrix.__matmul__, matrix.T.__matmul__
+class Matrix:
+    def __init__(self, matrix):
+        self.forward, self.adjoint = matrix.__matmul__, matrix.T.__matmul__
 
+
+def test_refinement_reaches_full_precision_in_float32_products():
+    matrix = double(40, 10) @ torch.diag(torch.logspace(0, -2, 10, dtype=torch.float64))
+    x, noise = double(10, seed=1), 1e-6 * double(40, seed=2)
+    target, start = matrix @ x + noise, torch.zeros(10, dtype=torch.float64)
+    solution = refined(Matrix(matrix), Matrix(matrix.float()), target, start, iterations=400)
+    best = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0]
+    assert (solution.x - best).norm() < 1e-8 * best.norm()  # float32 alone leaves 1e-6 and more
+    assert solution.residual == pytest.approx(float((target - matrix @ best).norm() / target.norm()), rel=1e-6)
+    assert solution.stopped != "iterations"
+
+
+def test_refinement_keeps_its_limits():
+    matrix, x = double(40, 10), double(10, seed=1)
+    system = Matrix(matrix), Matrix(matrix.float()), matrix @ x, torch.zeros_like(x)
+    assert refined(*system, iterations=3).iterations == 3
+    assert refined(*system, iterations=50, deadline=0).stopped == "deadline"
+
+
+def test_the_solver_says_why_it_stopped():
     matrix, x = double(30, 10), double(10, seed=1)
     target = matrix @ x
     done = cgls(Matrix(matrix), target, torch.zeros(10, dtype=torch.float64), iterations=50)
