@@ -22,7 +22,7 @@ from attack.signals.explain import explain
 from attack.signals.features import SAMPLE, random_features
 from attack.signals.inputs import Inputs
 from attack.signals.joint import unmix_head
-from attack.signals.layers import Descent, Record, Update, descend
+from attack.signals.layers import Descent, Record, Update, after_relu, descend, without_noise
 from attack.signals.noise import precision_of
 from attack.signals.recovery import Signals, recover_signals
 from attack.signals.span import Span, span_of
@@ -255,6 +255,8 @@ class _Reader:
                 self._note_walk(record)
             start = descent.deepest
             inputs = descent.inputs[start]
+            if after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
+                inputs = without_noise(inputs, descent.noise[self.chain[start].name])
         while start and isinstance(self.chain[start - 1].module, (nn.Flatten, nn.Identity)):
             start -= 1
             inputs = inputs.reshape(len(inputs), *self.shapes[start])
@@ -286,7 +288,7 @@ class _Reader:
                 deadline=self.deadline,
             )
         except (RuntimeError, ArithmeticError):
-            return Descent({index: found.values}, {}, {}, [])
+            return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
 
     def _additive(self) -> float:
         """Noise that was added to the gradients; 0 where no more than rounding shows."""

@@ -26,7 +26,7 @@ from operator import is_ as is_same
 import torch
 from torch import Tensor, nn
 
-from attack.signals.leastsquares import Operator, Product, Solution, cgls
+from attack.signals.leastsquares import Operator, Product, Solution, refined
 from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from update.stages import Chain, Residual, Stage, input_shapes, run
@@ -41,6 +41,7 @@ STANDS_OUT = 10.0  # a channel whose residual is so many times the median has a 
 COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
+CLEARLY = 0.1  # of that: so far below it, a few changed masks need no rehearsal of their own
 NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which it does not
@@ -94,7 +95,7 @@ class Descent:
     Attributes:
         inputs: exact inputs (B, ...) by the index of the stage that takes them, the start's among them.
         inner: those of layers within residual stages, by name.
-        noise: standard deviation of the errors of both, by name, broadcasts to them.
+        noise: standard deviation of the errors of both, by name of stage or layer, broadcasts to them.
         records: one for each layer tried, in the order of the walk.
     """
 
@@ -506,7 +507,7 @@ def descend(
     walk = _Walk(update, generator, deadline)
     shapes = input_shapes(chain, image_shape)
     point = _first_point(chain, start, inputs, labels, uncertainty)
-    known = {start: inputs}
+    known, walk.noises[chain[start].name] = {start: inputs}, point.noise
     for index in reversed(range(start)):
         stage = chain[index]
         began = time.perf_counter()
@@ -533,6 +534,11 @@ def after_relu(chain: Chain) -> bool:
         if not isinstance(stage.module, (nn.Flatten, nn.Identity, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d)):
             return isinstance(stage.module, nn.ReLU)
     return False
+
+
+def without_noise(values: Tensor, noise: Tensor) -> Tensor:
+    """What came out of a ReLU, with zeros where it was zero but for noise (broadcasts to the values)."""
+    return torch.where(values > ZERO * noise, values, 0.0)
 
 
 def _is_elementwise(module: object) -> bool:
@@ -566,7 +572,7 @@ class _Walk:
         self.inner: dict[str, Tensor] = {}
         self.noises: dict[str, Tensor] = {}
         self.noise = torch.zeros(0)  # of the last layer solved, of its input's shape
-        self._kept: tuple | None = None  # the last system of equations, and what it was made of
+        self._kept: tuple | None = None  # what the last system of equations was made of, and it
 
     def sources(self, stage: Stage, point: Point, shape: tuple[int, ...]) -> list[Source]:
         """Whatever says something of the input, of that shape, of a layer or residual stage."""
@@ -639,14 +645,13 @@ class _Walk:
         if not float(error.max()) < DETERMINED:
             self._record(name, _comes_back(error), equations, unknowns, math.nan, float(error.max()), began=began)
         u, solution, sources = self._settle(taken, shape, NOISE * noise)
-        for factor in COARSER:
-            if solution.residual < NOISE * noise or time.perf_counter() > self.deadline:
-                break
-            other = self._settle([source.coarser(factor) for source in taken], shape, NOISE * noise)
-            if other[1].residual < solution.residual:
-                u, solution, sources = other
+        if not solution.residual < NOISE * noise:
+            other = self._coarser(taken, shape)
+            if other is not None and other[1].residual < solution.residual:
+                u, solution, sources = self._settle(other[2], shape, NOISE * noise)
         flips = sum(_changes(old, new) for old, new in zip(taken, sources, strict=True))
-        if flips or solution.residual > noise:
+        error = error * max(1.0, solution.residual / noise)  # the equations are linear, and so are errors in noise
+        if flips and not float(error.max()) < DETERMINED * CLEARLY:
             error = self._rehearse(sources, shape, solution.residual)
         self.noise = noise_of(u, self._spread(sources, u, solution), is_after_relu)
         self.noises[name] = self.noise
@@ -688,6 +693,18 @@ class _Walk:
             trial, _ = self._least_squares([source.without_outliers(u) for source in sources], shape)
         return best
 
+    def _coarser(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution, list[Source]] | None:
+        """The masks for other noise than was measured that leave the least residual; None if there are no others."""
+        best = None
+        for factor in COARSER:
+            tried = [source.coarser(factor) for source in sources]
+            if time.perf_counter() > self.deadline:
+                break
+            if any(_changes(old, new) for old, new in zip(sources, tried, strict=True)):
+                u, solution = self._least_squares(tried, shape)
+                best = min(best or (u, solution, tried), (u, solution, tried), key=lambda found: found[1].residual)
+        return best
+
     def _record(self, name: str, reason: str, *facts: object, began: float) -> None:
         self.records.append(Record(name, not reason, reason, *facts, seconds=time.perf_counter() - began))
         if reason:
@@ -695,17 +712,22 @@ class _Walk:
 
     def _least_squares(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution]:
         """The input u (B, ...) and the solver's word."""
-        rows, scaling, target = self._system(sources, shape)
+        system = self._system(sources, shape)
+        solution = self._solved(system, system.target, shape)
+        return system.scaling.forward(solution.x), solution
+
+    def _solved(self, system: "_System", target: Tensor, shape: Sequence[int]) -> Solution:
+        """The scaled unknowns with which the rows come closest to a target."""
         start = target.new_zeros(shape)
-        solution = cgls(Product(rows, scaling), target, start, iterations=_iterations(shape), deadline=self.deadline)
-        return scaling.forward(solution.x), solution
+        how = {"iterations": _iterations(shape), "deadline": self.deadline}
+        return refined(system.exact, system.rough, target, start, **how)
 
     def _spread(self, sources: list[Source], u: Tensor, solution: Solution) -> Tensor:
         """Standard deviation (B, 1, ...) of u's errors: that of unit noise, times the noise that the residual shows."""
         rows = [r for source in sources for r in source.rows()]
         freedom = max(1, sum(r.count for r in rows) - u.numel())
-        _, scaling, target = self._system(sources, u.shape)
-        spread = scaling.spread(u.shape) * (solution.residual * target.norm() / math.sqrt(freedom))
+        system = self._system(sources, u.shape)
+        spread = system.scaling.spread(u.shape) * (solution.residual * system.target.norm() / math.sqrt(freedom))
         columns = [r.weight * r.target for r in rows if isinstance(r.operator, GradientRows)]
         if not columns:
             return spread
@@ -714,28 +736,39 @@ class _Walk:
 
     def _rehearse(self, sources: list[Source], shape: tuple[int, ...], noise: float) -> Tensor:
         """The relative error (B,) with which a random input comes back through the equations with so much noise."""
-        rows, scaling, target = self._system(sources, shape)
-        draw = {"generator": self.generator, "dtype": target.dtype}
-        play = torch.randn(shape, **draw).to(target).relu()
-        disturbed = rows.forward(play)
-        disturbance = torch.randn(len(target), **draw).to(target) * (disturbed != 0)
+        system = self._system(sources, shape)
+        draw = {"generator": self.generator, "dtype": system.target.dtype}
+        play = torch.randn(shape, **draw).to(system.target).relu()
+        disturbed = system.rows.forward(play)
+        disturbance = torch.randn(len(disturbed), **draw).to(disturbed) * (disturbed != 0)
         disturbed += disturbance * (noise * disturbed.norm() / disturbance.norm().clamp(min=1e-300))
-        back = cgls(
-            Product(rows, scaling),
-            disturbed,
-            torch.zeros_like(play),
-            iterations=_iterations(shape),
-            deadline=self.deadline,
-        )
-        return (scaling.forward(back.x) - play).flatten(1).norm(dim=1) / play.flatten(1).norm(dim=1)
+        back = system.scaling.forward(self._solved(system, disturbed, shape).x)
+        return (back - play).flatten(1).norm(dim=1) / play.flatten(1).norm(dim=1)
 
-    def _system(self, sources: list[Source], shape: Sequence[int]) -> tuple[Operator, Scaling, Tensor]:
-        """All rows as one operator, what makes it well conditioned, and its target; the last one is kept."""
+    def _system(self, sources: list[Source], shape: Sequence[int]) -> "_System":
+        """The equations of all sources; the last ones are kept."""
         if not (self._kept and len(self._kept[0]) == len(sources) and all(map(is_same, self._kept[0], sources))):
-            rows = [r for source in sources for r in source.rows()]
-            stacked, target = stack(rows)
-            self._kept = sources, (stacked, Scaling.of(rows, torch.Size(shape)), target)
+            self._kept = sources, _System.of([r for source in sources for r in source.rows()], torch.Size(shape))
         return self._kept[1]
+
+
+@dataclass(frozen=True)
+class _System:
+    """All rows as one operator, their targets, what makes them well conditioned, and the product of both, twice."""
+
+    rows: Operator
+    target: Tensor
+    scaling: Scaling
+    exact: Operator
+    rough: Operator  # in float32
+
+    @classmethod
+    def of(cls, rows: list[Rows], shape: torch.Size) -> "_System":
+        """For unknowns of that shape."""
+        stacked, target = stack(rows)
+        scaling = Scaling.of(rows, shape)
+        rough, _ = stack([r.float() for r in rows])
+        return cls(stacked, target, scaling, Product(stacked, scaling), Product(rough, scaling.float()))
 
 
 def _iterations(shape: Sequence[int]) -> int:

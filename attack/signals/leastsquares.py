@@ -2,8 +2,8 @@
 
 It knows nothing of what it solves, and says why it stopped.
 
-Source: conjugate gradients on the normal equations (Hestenes, Stiefel 1952), in the form that never squares the
-residual's precision (Björck 1996, section 7.4).
+Sources: conjugate gradients on the normal equations (Hestenes, Stiefel 1952), in the form that never squares the
+residual's precision (Björck 1996, section 7.4), and iterative refinement of its solutions (section 2.9 there).
 """
 
 import math
@@ -17,6 +17,10 @@ from torch import Tensor
 
 # A residual that falls by less than this share over PATIENCE iterations has stopped falling.
 STALLED, PATIENCE = 1e-3, 20
+
+# The share of |A' r| that is left of it before the residual is computed anew in full precision. Float32 reaches 1e-6
+# or so; of 1e-2, 1e-3 and 1e-4 the last took the fewest iterations altogether, 15 more than full precision throughout.
+REFINED = 1e-4
 
 
 class Operator(Protocol):
@@ -116,3 +120,36 @@ def cgls(
         direction = slope + (square / before) * direction
         lengths.append(float(residual.norm()))
     return Solution(x, lengths[-1] / size if size else 0.0, len(lengths) - 1, stopped)
+
+
+def refined(
+    operator: Operator,
+    rough: Operator,
+    target: Tensor,
+    start: Tensor,
+    *,
+    iterations: int,
+    deadline: float = math.inf,
+) -> Solution:
+    """Minimise |A x - target| as `cgls` does, with all but a few products in the dtype of `rough`, which is A in it.
+
+    Corrections are solved for with `rough`; the residual that they leave is computed with A, and corrected again, until
+    it no longer falls. On a CPU a product in float32 takes a third of the time that it takes in float64.
+    """
+    x, residual, size, spent, stopped = start.clone(), target - operator.forward(start), target.norm(), 0, "iterations"
+    length = float(residual.norm())
+    while length and spent < iterations:
+        unit = (residual / length).float()
+        step = cgls(
+            rough, unit, start.new_zeros(start.shape).float(), iterations=iterations - spent, tolerance=REFINED,
+            deadline=deadline,
+        )  # fmt: skip
+        spent, stopped = spent + step.iterations, step.stopped
+        trial = x + length * step.x.to(x)
+        left = target - operator.forward(trial)
+        fell = float(left.norm()) < (1 - STALLED) * length
+        if left.norm() < length:
+            x, residual, length = trial, left, float(left.norm())
+        if stopped == "deadline" or not fell:
+            break
+    return Solution(x, length / float(size) if size else 0.0, spent, stopped)

@@ -8,7 +8,7 @@ With delta (B, ...) the derivative of each image's own loss by the layer's outpu
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ class LinearMap:
         if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
             raise ValueError("convolutions in groups, or padded otherwise than with zeros, are not walked")
         return cls(weight, input_shape, module.stride, module.padding, module.dilation)
+
+    def float(self) -> "LinearMap":
+        """The same in float32."""
+        return replace(self, weight=self.weight.float())
 
     @property
     def _settings(self) -> dict:
@@ -105,6 +109,10 @@ class GradientRows:
         """Of the input's shape."""
         return self.map.inputs(self.delta, y)
 
+    def float(self) -> "GradientRows":
+        """The same in float32."""
+        return GradientRows(self.map.float(), self.delta.float())
+
 
 @dataclass(frozen=True)
 class ForwardRows:
@@ -121,6 +129,10 @@ class ForwardRows:
         """Of the input's shape."""
         return self.map.inputs(self.known * y)
 
+    def float(self) -> "ForwardRows":
+        """The same in float32."""
+        return ForwardRows(self.map.float(), self.known)
+
 
 @dataclass(frozen=True)
 class KnownRows:
@@ -135,6 +147,10 @@ class KnownRows:
     def adjoint(self, y: Tensor) -> Tensor:
         """The same."""
         return self.known * y
+
+    def float(self) -> "KnownRows":
+        """Itself: nothing in it is rounded."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -155,6 +171,10 @@ class Rows:
     def residual(self, u: Tensor) -> Tensor:
         """target - operator(u), weighted."""
         return self.weight * (self.target - self.operator.forward(u))
+
+    def float(self) -> "Rows":
+        """The same in float32."""
+        return Rows(self.operator.float(), self.target.float(), self.weight.float())
 
 
 def stack(rows: list[Rows]) -> tuple[Operator, Tensor]:
@@ -190,6 +210,10 @@ class Scaling:
             factor = self.factor.T if transposed else self.factor
             flat = torch.linalg.solve_triangular(factor, flat, upper=transposed)
         return flat.T.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) if x.dim() == 4 else flat
+
+    def float(self) -> "Scaling":
+        """The same in float32."""
+        return Scaling(self.factor.float())
 
     def spread(self, shape: torch.Size) -> Tensor:
         """Standard deviation of u for unit noise in every row, (B, 1) or (B, 1, H, W): the same for all channels."""

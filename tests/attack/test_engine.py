@@ -121,6 +121,15 @@ def test_there_may_be_more_images_than_classes_and_labels_that_repeat(activation
     assert reading.inputs.shape == (14, 3, 16, 16)
 
 
+def test_zeros_behind_a_relu_are_zero_however_far_the_walk_went():
+    scene = Scene("resnet18", 3)
+    reading = scene.read()
+    _, which = scene.errors(reading)
+    stopped = scene.truth(reading.start)[which] == 0
+    assert stopped.any()
+    assert not reading.inputs[stopped].any()
+
+
 def test_many_classes_and_random_labels():
     scene = Scene("lenet", 8, num_classes=50, labels="random")
     assert_all_read(scene, scene.read())

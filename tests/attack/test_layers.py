@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from attack.signals.layers import Point, Update, below, descend, noise_of
-from attack.signals.leastsquares import Product, cgls
+from attack.signals.layers import Point, Update, below, descend, noise_of, without_noise
+from attack.signals.leastsquares import Product, cgls, refined
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from client.victim import share_update
 from data import load_batch, open_source
@@ -78,11 +78,30 @@ def test_scaled_gradient_rows_are_solved_at_once():
     assert torch.allclose(scaling.forward(solution.x), u)
 
 
-def test_the_solver_says_why_it_stopped():
-    class Matrix:
-        def __init__(self, matrix):
-            self.forward, self.adjoint = matrix.__matmul__, matrix.T.__matmul__
+class Matrix:
+    def __init__(self, matrix):
+        self.forward, self.adjoint = matrix.__matmul__, matrix.T.__matmul__
 
+
+def test_refinement_reaches_full_precision_in_float32_products():
+    matrix = double(40, 10) @ torch.diag(torch.logspace(0, -2, 10, dtype=torch.float64))
+    x, noise = double(10, seed=1), 1e-6 * double(40, seed=2)
+    target, start = matrix @ x + noise, torch.zeros(10, dtype=torch.float64)
+    solution = refined(Matrix(matrix), Matrix(matrix.float()), target, start, iterations=400)
+    best = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0]
+    assert (solution.x - best).norm() < 1e-8 * best.norm()  # float32 alone leaves 1e-6 and more
+    assert solution.residual == pytest.approx(float((target - matrix @ best).norm() / target.norm()), rel=1e-6)
+    assert solution.stopped != "iterations"
+
+
+def test_refinement_keeps_its_limits():
+    matrix, x = double(40, 10), double(10, seed=1)
+    system = Matrix(matrix), Matrix(matrix.float()), matrix @ x, torch.zeros_like(x)
+    assert refined(*system, iterations=3).iterations == 3
+    assert refined(*system, iterations=50, deadline=0).stopped == "deadline"
+
+
+def test_the_solver_says_why_it_stopped():
     matrix, x = double(30, 10), double(10, seed=1)
     target = matrix @ x
     done = cgls(Matrix(matrix), target, torch.zeros(10, dtype=torch.float64), iterations=50)
@@ -213,6 +232,14 @@ def test_the_walk_goes_through_a_residual_block(activation):
     assert [record.name for record in descent.records][:2] == ["b", "block"]
     assert all(record.determined and record.residual < 1e-5 for record in descent.records[:2])
     assert "b" in descent.inner
+
+
+def test_what_a_relu_set_to_zero_is_zero_without_the_noise_of_its_own_layer():
+    descent, truth, chain = walk(small_net(nn.ReLU), 2, "last")
+    for index, values in descent.inputs.items():
+        clean = without_noise(values, descent.noise[chain[index].name])
+        assert not torch.equal(values > 0, truth[index] > 0)
+        assert torch.equal(clean > 0, truth[index] > 0)
 
 
 def test_the_walk_stops_where_nothing_is_determined():
