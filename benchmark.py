@@ -13,6 +13,7 @@ interrupted grid goes on where it stopped. A model or a preset may bring flags o
 
 import argparse
 import itertools
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,7 @@ from bench.figures import (
     plot_signals,
     summarise,
     write_overview,
+    write_strengths,
     write_table,
 )
 from bench.guesses import GUESSES
@@ -284,8 +286,10 @@ def peer_attacks(asked: argparse.Namespace) -> list[str]:
 
 def signals(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     """The grid of `signals`: rows, and a plot in signals.png."""
-    each = itertools.product(asked.num_classes, victims(asked, flags))
-    cells = [victim | {"num_classes": classes} for classes, victim in each]
+    cells = []
+    for victim in victims(asked, flags):
+        own = own_flags(str(victim["model"])).get("num_classes")
+        cells += [victim | {"num_classes": classes} for classes in ([int(own)] if own else asked.num_classes)]
     rows = read_signals(cells, flags, asked, ("model", "num_classes", "labels", "batch_size"))
     plot_signals([row for row in rows if not has_failed(row)], asked.out / "signals.png")
     return rows
@@ -297,7 +301,12 @@ def read_signals(
     """Rows of searches for signals, what tells them apart in front."""
     rows = _measured(partial(measure_signals, flags=flags), cells, flags, asked)
     front = dict.fromkeys((*names, "batch", "seed"))
-    return [{name: row[name] for name in front} | {k: v for k, v in row.items() if k not in BATCH} for row in rows]
+    return [
+        {name: row[name] for name in front}
+        | {name: value for name, value in row.items() if name not in BATCH}
+        | {"model": short_name(str(row["model"]))}
+        for row in rows
+    ]
 
 
 def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
@@ -310,7 +319,9 @@ def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
         victim | {"preset": f"magia --signals {signals}", "defence": defence}
         for (defence, victim), signals in itertools.product(each, asked.signals)
     ]
-    return compared(cells, flags, asked, ("model", "labels", "batch_size", "defence", "preset"))[0]
+    rows, lines = compared(cells, flags, asked, ("model", "labels", "batch_size", "defence", "preset"))
+    write_strengths(lines, asked.out / "overview.md")
+    return rows
 
 
 def schedules(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
@@ -325,7 +336,9 @@ def schedules(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 def tune(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     """The grid of `tune`: each attack with each value of each setting of its search, best first in the summary."""
     budget, values = budgets(asked)
-    tried = list(dict.fromkeys(variant for preset in asked.presets for variant in variants(preset)))
+    tried = []
+    for preset in asked.presets:
+        tried += variants(preset, resolve(["--preset", *shlex.split(preset), *flags], magia.FLAGS)[0])
     each = itertools.product(tried, victims(asked, flags, tuning=True), values)
     cells = [victim | {"preset": attack, budget: value} for attack, victim, value in each]
     rows, lines = compared(cells, flags, asked, ("preset", "batch_size", "labels", "model", budget))
@@ -343,8 +356,12 @@ def _searched(line: Cell, presets: Sequence[str]) -> str:
 def _measured(
     measured: Callable[[Cell], Cell], cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace
 ) -> list[Cell]:
+    """The cells with what was measured, and what they were made by in origin.json."""
     how = {"jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
-    return run_cells(measured, cells, flags, out=asked.out, origin=origin(files_read(asked, flags)), **how)
+    made_by = origin(files_read(asked, flags))
+    rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, **how)
+    (asked.out / "origin.json").write_text(json.dumps(made_by, indent=2) + "\n")
+    return rows
 
 
 def files_read(asked: argparse.Namespace, flags: Sequence[str]) -> Iterable[Path]:

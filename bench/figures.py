@@ -1,5 +1,6 @@
 """What a benchmark shows: tables in CSV and markdown, plots, and a wall of pictures."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from bench.cells import Cell
+from bench.guesses import GUESSES
 from judge.tables import markdown, write_csv
 
 WALL = 8  # images in a row of the picture wall
-LEAST_SECONDS = 0.1  # what the tables resolve: shorter runs have their place on a logarithmic axis too
+LEAST = {"evaluations": 1, "seconds": 0.1}  # what the tables resolve: less has its place on a logarithmic axis too
 MEANS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found", "evaluations", "seconds")
 OVERVIEW = {
     "psnr_mean": "PSNR (dB)",
@@ -75,6 +77,19 @@ def write_overview(lines: Sequence[Cell], budget: str, path: Path) -> None:
     path.write_text("\n".join(page), encoding="utf-8")
 
 
+def write_strengths(lines: Sequence[Cell], path: Path) -> None:
+    """A markdown page of the means under defences: for each network and batch size, what each leaves to each attack."""
+    page: list[str] = []
+    for key in dict.fromkeys((line["model"], line["labels"], line["batch_size"]) for line in lines):
+        own = [line for line in lines if (line["model"], line["labels"], line["batch_size"]) == key]
+        rows: dict[str, Cell] = {}
+        for (name, title), line in itertools.product(OVERVIEW.items(), own):
+            row = rows.setdefault(line["defence"], {"defence": line["defence"]})
+            row[f"{title}, {line['preset']}"] = _in_a_word(line, name)
+        page += [f"## {key[0]}, {key[1]} labels, B = {key[2]}\n", markdown(list(rows.values()))]
+    path.write_text("\n".join(page), encoding="utf-8")
+
+
 def _in_a_word(line: Cell, name: str) -> str:
     if line[name] is None:
         return ""
@@ -86,17 +101,18 @@ def _in_a_word(line: Cell, name: str) -> str:
 
 
 def plot_signals(rows: Sequence[Cell], path: Path) -> None:
-    """Images read against batch size, one line for each number of classes and kind of labels, mean over seeds."""
+    """Images read against batch size, mean over batches and seeds: a line for each network, K and kind of labels."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    groups = sorted({(row["num_classes"], row["labels"]) for row in rows}, reverse=True)
-    most = max(row["batch_size"] for row in rows)
+    telling = ("model", "num_classes", "labels")
+    groups = dict.fromkeys(tuple(row[name] for name in telling) for row in rows)
+    most = max((row["batch_size"] for row in rows), default=1)
     axis.plot([0, most], [0, most], color="0.8", zorder=0, label="all of them")
-    for classes, labels in groups:
-        own = [row for row in rows if (row["num_classes"], row["labels"]) == (classes, labels)]
+    for group in groups:
+        own = [row for row in rows if tuple(row[name] for name in telling) == group]
         sizes = sorted({row["batch_size"] for row in own})
         counts = [[row["within_1_percent"] for row in own if row["batch_size"] == size] for size in sizes]
-        axis.plot(sizes, [mean(c) for c in counts], marker="o", label=f"{classes} classes, {labels} labels")
+        axis.plot(sizes, [mean(c) for c in counts], marker="o", label="{}, {} classes, {} labels".format(*group))
     axis.set(xlabel="batch size B", ylabel="images whose features are read within 1 %")
     axis.legend()
     figure.savefig(path, dpi=110)
@@ -107,12 +123,17 @@ def plot_grid(lines: Sequence[Cell], budget: str, out: Path) -> None:
 
     `lines` are a grid's means over batches and seeds, `budget` the column that names what each run was given: max_evals
     or max_seconds. Over the batch size each budget has a panel; over evaluations and seconds each batch size has one,
-    and each budget is a point. Guesses spend nothing, so they are in the first only.
+    and each budget is a point. Guesses spend nothing, so they are in the first only; an attack that was done before its
+    first step has its place at one evaluation.
     """
     lines = [line for line in lines if line["psnr_mean"] is not None]
     for model in dict.fromkeys(line["model"] for line in lines):
         own = [line for line in lines if line["model"] == model]
-        spent = [line | {"seconds": max(line["seconds"], LEAST_SECONDS)} for line in own if line["evaluations"]]
+        spent = [
+            line | {name: max(line[name], least) for name, least in LEAST.items()}
+            for line in own
+            if line["preset"] not in GUESSES and line["seconds"] is not None
+        ]
         suffix = file_suffix(model, lines)
         for measure in MEASURES:
             plot_lines(own, out / f"{measure}_vs_batch{suffix}.png", measure, x="batch_size", panel=budget)

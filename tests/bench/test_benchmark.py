@@ -46,7 +46,7 @@ def read(path):
 
 def test_signals_are_counted_and_plotted(tmp_path, capsys):
     run("signals", "--batch_sizes", "2,4", "--num_classes", "20,4", "--seeds", "0", "--out", tmp_path, *FAST)
-    rows = table(tmp_path)
+    rows = sorted(table(tmp_path), key=lambda row: -int(row["num_classes"]))
     assert [(r["num_classes"], r["batch_size"]) for r in rows] == [("20", "2"), ("20", "4"), ("4", "2"), ("4", "4")]
     for row in rows[:3]:
         assert row["found"] == row["labels_right"] == row["within_1_percent"] == row["batch_size"]
@@ -150,6 +150,9 @@ def test_defences_are_measured_with_signals_and_without(tmp_path):
     assert [row["signals_found"] for row in rows.values()] == ["3", "0", "3", "0", "0", "0"]
     assert [row["status"] for row in rows.values()] == ["exact", "n_iter", "exact", "n_iter", "n_iter", "n_iter"]
     assert float(rows["none", "auto"]["psnr_mean"]) > float(rows["none", "off"]["psnr_mean"]) + 20
+    page = (tmp_path / "both" / "overview.md").read_text()
+    assert "PSNR (dB), magia --signals auto | PSNR (dB), magia --signals off | SSIM, magia --signals auto" in page
+    assert [line.split("|")[1].strip() for line in page.splitlines()[4:]] == defences.split(",")
     run("defences", "--defences", "none", "--signals_only", "--out", tmp_path / "signals", *words)
     (row,) = table(tmp_path / "signals")
     assert row["found"] == "3"
@@ -261,6 +264,8 @@ def test_settings_are_searched_on_images_that_no_table_shows(tmp_path):
     assert {config["indices"] for config in configs} == {"96-97"}
     assert {config["tv_weight"] for config in configs} == set(SEARCHES["cpa"]["tv_weight"])
     assert {config["init"] for config in configs} == set(SEARCHES["cpa"]["init"])
+    tried = [tuple(config[name] for name in SEARCHES["cpa"]) for config in configs]
+    assert len(set(tried)) == len(tried)
     psnr = [float(line["psnr_mean"]) for line in read(tmp_path / "summary.csv")]
     assert psnr == sorted(psnr, reverse=True)
 

@@ -219,7 +219,7 @@ def test_a_process_that_always_dies_is_an_error(tmp_path):
 
 def test_a_cluster_measures_what_one_process_does(tmp_path, scheduler, capsys):
     words = ["signals", "--batch_sizes", "2,3", "--num_classes", "20", "--seeds", "0,1", "--image_size", "16"]
-    words += ["--batches", "0"]
+    words += ["--batches", "0", "--threads", "1"]
     assert benchmark.main([*words, "--out", str(tmp_path / "here")]) == 0
     assert benchmark.main([*words, "--out", str(tmp_path / "there"), "--scheduler", scheduler]) == 0
     here, there = ((tmp_path / name / "table.md").read_text().splitlines() for name in ("here", "there"))
