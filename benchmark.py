@@ -3,46 +3,88 @@
     python benchmark.py grid --presets magia,paper --batch_sizes 4,8 --seeds 0,1 --max_evals 300 --out results/grid
     python benchmark.py signals --out results/signals      # images read from the head's gradient, against batch size
     python benchmark.py defences --out results/defences    # what defences leave of signals and images
+    python benchmark.py schedules --out results/schedules  # S(t) with and without the subset term, each to its end
+    python benchmark.py tune --out results/tune            # settings, on images that none of the others shows
 
 Every measurement is a grid of cells. A finished cell lies in OUT/cells as one JSON file and is not run again, so an
-interrupted grid goes on where it stopped; delete the file to measure anew. Unknown flags go to main_MAGIA_sel.py.
+interrupted grid goes on where it stopped. A model or a preset may bring flags of its own, as in
+--models "lenet,convnet --num_classes 10 --labels dataset --weights FILE"; further flags go to all runs.
 """
 
 import argparse
 import itertools
+import json
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import main_MAGIA_sel as magia
 from attack.published.presets import PRESETS
-from bench.cells import Cell, run_cells
-from bench.figures import WALL, picture_wall, plot_grid, plot_signals, summarise, write_table
+from bench.batches import batch_indices
+from bench.cells import FAILED, Cell, has_failed, run_cells
+from bench.figures import (
+    WALL,
+    file_suffix,
+    picture_wall,
+    plot_grid,
+    plot_signals,
+    summarise,
+    write_overview,
+    write_strengths,
+    write_table,
+)
+from bench.guesses import GUESSES
 from bench.measures import (
+    DIVERGED,
     FIGURES,
-    measure_attack,
-    measure_peer,
+    mean_image_scores,
+    measure,
     measure_signals,
     run_folder,
-    victim_of,
+    truth_of,
 )
+from bench.networks import one_with_flags, own_flags, short_name
+from bench.origin import origin
 from bench.peers import PEERS
+from bench.searches import SEARCHES, variants
 from cli.flags import OneLineParser, number
 from cli.settings import resolve
-from data import LABEL_MODES
+from data import LABEL_MODES, open_source
+from schedules import MODES
 from update.models import MODELS
 
 # flags that each cell sets itself
-OWN = ("resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "quiet")
+OWN = (
+    "resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "explain",
+    "quiet", "preset", "model", "batch_size", "indices", "seed",
+)  # fmt: skip
 DEFENCES = (
     "none", "--frozen=head.bias", "--frozen=head", "float16", "bfloat16", "topk:0.5", "topk:0.1", "topk:0.01",
     "noise:1e-6", "noise:1e-5", "noise:1e-4", "noise:1e-3", "noise:1e-2",
 )  # fmt: skip
+ALPHAS = (0.999, 1.0)  # of `schedules`: with the subset term and without
+BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # of a cell: what is attacked
+BUDGETS = ("max_evals", "max_seconds")
+INTERRUPTED = 130  # exit status
 
 # ----------------------------------------------------------------------------------------------------
 # The command line
+
+
+def listed(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callable[[str], list]:
+    """An argparse type: values between commas, each once, of the kind or of the choices."""
+
+    def parse(text: str) -> list:
+        values = list(dict.fromkeys(kind(part) for part in text.split(",")))
+        for value in values:
+            if choices and value not in choices:
+                raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(choices)}")
+        return values
+
+    return parse
 
 
 def build_parser() -> OneLineParser:
@@ -52,74 +94,78 @@ def build_parser() -> OneLineParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
     size = number(int, 1)
+    seconds = number(float, 0, above=True)
 
-    def listed(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callable[[str], list]:
-        def parse(text: str) -> list:
-            values = list(dict.fromkeys(kind(part) for part in text.split(",")))  # each once
-            for value in values:
-                if choices and value not in choices:
-                    raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(choices)}")
-            return values
-
-        return parse
-
-    def common(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--seeds", type=listed(int), default=[0, 1, 2], metavar="LIST")
+    def add(name: str, text: str, batch_sizes: list[int]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--batch_sizes", type=listed(size), default=batch_sizes, metavar="LIST")
+        command.add_argument(
+            "--batches", type=listed(number(int, 0)), default=[0, 1, 2], metavar="LIST",
+            help="which of the disjoint batches of each size; default 0,1,2",
+        )  # fmt: skip
+        command.add_argument("--seeds", type=listed(number(int, 0)), default=[0, 1, 2], metavar="LIST")
+        command.add_argument("--labels", type=listed(str, LABEL_MODES), default=["random"], metavar="LIST")
+        command.add_argument(
+            "--models", type=listed(one_with_flags(MODELS)), default=["lenet"], metavar="LIST",
+            help="networks, each with flags of its own where needed; its --labels then stand alone",
+        )  # fmt: skip
         command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, plots and cells go")
         command.add_argument("--jobs", type=size, default=1, metavar="N", help="cells at a time; default 1")
         command.add_argument("--threads", type=size, metavar="N", help="of each process; default the cores shared out")
         command.add_argument(
             "--scheduler", metavar="ADDRESS", help="run cells on this Dask cluster, tcp://host:8786 say"
         )
+        return command
 
-    command = commands.add_parser("grid", help="presets and peers against each other on the same updates")
-    command.add_argument("--presets", type=listed(str, PRESETS), default=list(PRESETS), metavar="LIST")
+    def add_budget(command: argparse.ArgumentParser) -> None:
+        budget = command.add_mutually_exclusive_group()
+        budget.add_argument(
+            "--max_evals", type=listed(size), default=[2500], metavar="LIST",
+            help="closure evaluations that each run may take, one run for each number; default 2500",
+        )  # fmt: skip
+        budget.add_argument("--max_seconds", type=listed(seconds), metavar="LIST", help="wall time instead")
+
+    command = add("grid", "attacks, peers and guesses against each other on the same updates", [1, 4, 8, 16, 32])
+    rows = [*PRESETS, *GUESSES]
+    command.add_argument("--presets", type=listed(one_with_flags(rows)), default=rows, metavar="LIST")
     command.add_argument("--peer", choices=PEERS, help="also run this package's attacks on the same updates")
     command.add_argument(
         "--peer_attacks", type=listed(str), metavar="LIST", help="which of them; default all that are known"
     )
-    command.add_argument("--batch_sizes", type=listed(size), default=[1, 4, 8, 16, 32, 64], metavar="LIST")
-    command.add_argument("--labels", type=listed(str, LABEL_MODES), default=["random"], metavar="LIST")
-    command.add_argument("--models", type=listed(str, MODELS), default=["lenet"], metavar="LIST")
-    budget = command.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--max_evals", type=listed(size), default=[2500], metavar="LIST",
-        help="closure evaluations that each run may take, one run for each number; default 2500",
-    )  # fmt: skip
-    budget.add_argument(
-        "--max_seconds", type=listed(number(float, 0, above=True)), metavar="LIST", help="wall time instead"
-    )
-    common(command)
-    command = commands.add_parser("signals", help="images read from the head's gradient, against batch size")
-    command.add_argument("--batch_sizes", type=listed(size), default=[1, 2, 4, 8, 16, 24, 32, 48, 64], metavar="LIST")
+    add_budget(command)
+    command = add("signals", "images read from the head's gradient", [1, 2, 4, 8, 16, 24, 32])
     command.add_argument("--num_classes", type=listed(size), default=[100, 10], metavar="LIST")
-    command.add_argument("--labels", type=listed(str, LABEL_MODES), default=["random"], metavar="LIST")
-    command.add_argument("--models", type=listed(str, MODELS), default=["lenet"], metavar="LIST")
-    common(command)
-    command = commands.add_parser("defences", help="what defences leave of signals and images")
+    command = add("defences", "what defences leave of signals and images", [16])
     command.add_argument("--defences", type=listed(str), default=list(DEFENCES), metavar="LIST")
-    command.add_argument("--batch_sizes", type=listed(size), default=[16], metavar="LIST")
-    command.add_argument("--labels", type=listed(str, LABEL_MODES), default=["random"], metavar="LIST")
+    command.add_argument("--signals", type=listed(str, ("auto", "off")), default=["auto", "off"], metavar="LIST")
     command.add_argument("--signals_only", action="store_true", help="no images, signals alone: seconds, not minutes")
-    common(command)
+    command = add("schedules", "S(t) with the subset term and without, each run to its end", [16])
+    command.add_argument("--schedules", type=listed(str, MODES), default=list(MODES), metavar="LIST")
+    command = add("tune", "settings of attacks, on images that no table shows", [8])
+    command.add_argument("--presets", type=listed(one_with_flags(SEARCHES)), default=list(SEARCHES), metavar="LIST")
+    add_budget(command)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit status: 0 done, 1 some cells failed, 2 wrong input."""
+    """Run the command line. Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted."""
     asked, flags = build_parser().parse_known_args(argv)
     try:
         refuse_own(flags)
-        resolve(flags, magia.FLAGS)  # refuses at once what no cell could run with
-        rows = {"grid": grid, "signals": signals, "defences": defences}[asked.command](asked, flags)
+        refuse_unknown(asked, flags)
+        rows = COMMANDS[asked.command](asked, flags)
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished cells are kept, the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     write_table(rows, asked.out / "table")
     print((asked.out / "table.md").read_text(), end="")
-    failed = [row for row in rows if failed_cell(row)]
+    failed = [row for row in rows if has_failed(row)]
     if failed:
-        print(f"{len(failed)} of {len(rows)} cells failed: {failed_cell(failed[0])}", file=sys.stderr)
+        why = str(failed[0]["status"]).removeprefix(FAILED)
+        print(f"{len(failed)} of {len(rows)} cells failed: {why}", file=sys.stderr)
     return int(bool(failed))
 
 
@@ -136,43 +182,90 @@ def refuse_own(flags: Sequence[str]) -> None:
             )
 
 
-def failed_cell(row: Cell) -> str:
-    """Why a cell has no figures; empty where it has."""
-    status = str(row.get("status") or "")
-    return status if row.get("psnr_mean", 0) is None else ""
+def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Refuse at once, as the attack's own command line does, flags that no cell could run with."""
+    for name in ("models", "presets"):
+        for text in getattr(asked, name, ()):
+            refuse_own([word for word in shlex.split(text) if word.startswith("--")])
+            resolve([*shlex.split(text)[1:], *flags], magia.FLAGS)
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is compared
+
+
+def victims(asked: argparse.Namespace, flags: Sequence[str], *, tuning: bool = False) -> list[Cell]:
+    """Every network with every batch of every size, by every seed: images, weights and labels differ."""
+    settings, _ = resolve(flags, magia.FLAGS)
+    count = len(open_source(settings.dataset, settings.data_path))
+    cells = []
+    for size, model in itertools.product(asked.batch_sizes, asked.models):
+        own = own_flags(model).get("labels")
+        for labels, batch, seed in itertools.product([own] if own else asked.labels, asked.batches, asked.seeds):
+            indices = batch_indices(batch, size, count, tuning=tuning)
+            cells.append(dict(zip(BATCH, (size, labels, model, batch, seed, indices), strict=True)))
+    return cells
+
+
+def budgets(asked: argparse.Namespace) -> tuple[str, list]:
+    """The name of the budget that runs are given, and its values."""
+    return ("max_seconds", asked.max_seconds) if asked.max_seconds else ("max_evals", asked.max_evals)
 
 
 def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `grid`: rows, means over seeds in summary.csv and .md, plots, and a wall of pictures.
+    """The grid of `grid`: rows, means over batches and seeds, an overview, plots, and walls of pictures.
 
     Raises:
         ValueError: a peer that is not installed or has no such attack, or a peer under a budget of seconds.
     """
+    budget, values = budgets(asked)
     attacks = [*asked.presets, *peer_attacks(asked)]
-    budget = "max_seconds" if asked.max_seconds else "max_evals"
-    names = ("batch_size", "labels", "model", "seed", "preset", budget)
-    values = (asked.batch_sizes, asked.labels, asked.models, asked.seeds, attacks, getattr(asked, budget))
-    cells = [dict(zip(names, value, strict=True)) for value in itertools.product(*values)]
-    rows = _measured(partial(measure_preset_or_peer, flags=flags, out=asked.out), cells, flags, asked)
-    columns = ("preset", "batch_size", "labels", "model", "seed", *FIGURES, budget)
-    rows = [{name: row[name] for name in columns} for row in rows]
-    lines = summarise(rows, ("preset", "batch_size", "labels", "model", budget))
-    write_table(lines, asked.out / "summary")
+    each = itertools.product(attacks, victims(asked, flags), values)
+    cells = [victim | {"preset": attack, budget: value} for attack, victim, value in each]
+    rows, lines = compared(cells, flags, asked, ("preset", "batch_size", "labels", "model", budget))
+    write_overview(lines, budget, asked.out / "overview.md")
     plot_grid(lines, budget, asked.out)
-    write_wall(cells, flags, asked.out)
+    for model in asked.models:
+        write_wall([cell for cell in cells if cell["model"] == model], flags, asked.out, lines)
     return rows
 
 
-def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path) -> None:
-    """wall.png of the grid's first labels, model, seed and budget, at the batch size that best fills a row."""
-    alike = [cell for cell in cells if cell.items() >= {k: cells[0][k] for k in ("labels", "model", "seed")}.items()]
+def compared(
+    cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace, names: Sequence[str]
+) -> tuple[list[Cell], list[Cell]]:
+    """Rows of attacks, and their means over all that agree in `names`, written to summary.csv and .md as well."""
+    measured = _measured(partial(measure, flags=flags, out=asked.out), cells, flags, asked)
+    front = [name for name in names if name not in BUDGETS]
+    columns = (*front, "batch", "seed", *FIGURES, "status", *(name for name in names if name in BUDGETS))
+    named = [{"model": short_name(str(cell["model"]))} for cell in cells]
+    rows = [{name: (row | name_).get(name) for name in columns} for row, name_ in zip(measured, named, strict=True)]
+    counted = [row | worth(row, cell, flags) for row, cell in zip(rows, cells, strict=True)]
+    lines = summarise(counted, names)
+    write_table(lines, asked.out / "summary")
+    return rows, lines
+
+
+def worth(row: Cell, cell: Cell, flags: Sequence[str]) -> Cell:
+    """What a row counts as in a mean: a run that failed or diverged as somebody's who then guesses the mean image."""
+    if not (has_failed(row) or row["status"] == DIVERGED):
+        return {"lost": False}
+    try:
+        return {"lost": True} | mean_image_scores(cell, flags)
+    except (ValueError, OSError):  # not even the images are there
+        return {"lost": True, "psnr_mean": None, "ssim_mean": None}
+
+
+def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path, lines: Sequence[Cell]) -> None:
+    """A network's wall of pictures, of the first labels, batch, seed and budget, at the size that best fills a row."""
+    alike = [cell for cell in cells if cell.items() >= {k: cells[0][k] for k in ("labels", "batch", "seed")}.items()]
     ran = [cell for cell in alike if (run_folder(cell, flags, out) / "metrics.json").is_file()]
     if not ran:
         return
     shown = min(ran, key=lambda cell: (cell["batch_size"] < WALL, abs(cell["batch_size"] - WALL)))
     beside = [cell for cell in ran if cell == shown | {"preset": cell["preset"]}]
     runs = {cell["preset"]: run_folder(cell, flags, out) for cell in beside}
-    picture_wall(victim_of(shown | {"preset": "magia"}, flags)[2].images, runs, out / "wall.png")
+    suffix = file_suffix(short_name(str(shown["model"])), lines)
+    picture_wall(truth_of(shown, flags).images, runs, out / f"wall{suffix}.png")
 
 
 def peer_attacks(asked: argparse.Namespace) -> list[str]:
@@ -191,39 +284,96 @@ def peer_attacks(asked: argparse.Namespace) -> list[str]:
     return [f"{asked.peer} {name}" for name in asked.peer_attacks or PEERS[asked.peer]]
 
 
-def measure_preset_or_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """What a cell of `grid` measures."""
-    return (measure_attack if cell["preset"] in PRESETS else measure_peer)(cell, flags, out)
-
-
 def signals(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     """The grid of `signals`: rows, and a plot in signals.png."""
-    grid = itertools.product(asked.models, asked.num_classes, asked.labels, asked.batch_sizes, asked.seeds)
-    names = ("model", "num_classes", "labels", "batch_size", "seed")
-    cells = [dict(zip(names, values, strict=True)) for values in grid]
-    rows = _measured(partial(measure_signals, flags=flags), cells, flags, asked)
-    plot_signals(rows, asked.out / "signals.png")
+    cells = []
+    for victim in victims(asked, flags):
+        own = own_flags(str(victim["model"])).get("num_classes")
+        cells += [victim | {"num_classes": classes} for classes in ([int(own)] if own else asked.num_classes)]
+    rows = read_signals(cells, flags, asked, ("model", "num_classes", "labels", "batch_size"))
+    plot_signals([row for row in rows if not has_failed(row)], asked.out / "signals.png")
     return rows
 
 
+def read_signals(
+    cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace, names: Sequence[str]
+) -> list[Cell]:
+    """Rows of searches for signals, what tells them apart in front."""
+    rows = _measured(partial(measure_signals, flags=flags), cells, flags, asked)
+    front = dict.fromkeys((*names, "batch", "seed"))
+    return [
+        {name: row[name] for name in front}
+        | {name: value for name, value in row.items() if name not in BATCH}
+        | {"model": short_name(str(row["model"]))}
+        for row in rows
+    ]
+
+
 def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `defences`: signals and, unless left out, the images of a whole attack."""
-    grid = itertools.product(asked.defences, asked.labels, asked.batch_sizes, asked.seeds)
-    cells = [dict(zip(("defence", "labels", "batch_size", "seed"), values, strict=True)) for values in grid]
+    """The grid of `defences`: signals alone, or whole attacks with signals and without, and their means."""
+    each = list(itertools.product(asked.defences, victims(asked, flags)))
+    if asked.signals_only:
+        cells = [victim | {"defence": defence} for defence, victim in each]
+        return read_signals(cells, flags, asked, ("model", "defence", "labels", "batch_size"))
+    cells = [
+        victim | {"preset": f"magia --signals {signals}", "defence": defence}
+        for (defence, victim), signals in itertools.product(each, asked.signals)
+    ]
+    rows, lines = compared(cells, flags, asked, ("model", "labels", "batch_size", "defence", "preset"))
+    write_strengths(lines, asked.out / "overview.md")
+    return rows
 
-    def measure(cell: Cell) -> Cell:
-        read = measure_signals(cell, flags)
-        return read if asked.signals_only else read | measure_attack(cell, flags, asked.out)
 
-    return _measured(measure, cells, flags, asked)
+def schedules(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
+    """The grid of `schedules`: every S(t) with the subset term and without, for all its steps."""
+    each = itertools.product(asked.schedules, ALPHAS, victims(asked, flags))
+    cells = [
+        victim | {"preset": "magia --signals off", "sel_mode": mode, "alpha": alpha} for mode, alpha, victim in each
+    ]
+    return compared(cells, flags, asked, ("model", "labels", "batch_size", "sel_mode", "alpha"))[0]
+
+
+def tune(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
+    """The grid of `tune`: each attack with each value of each setting of its search, best first in the summary."""
+    budget, values = budgets(asked)
+    tried = []
+    for preset in asked.presets:
+        tried += variants(preset, resolve(["--preset", *shlex.split(preset), *flags], magia.FLAGS)[0])
+    each = itertools.product(tried, victims(asked, flags, tuning=True), values)
+    cells = [victim | {"preset": attack, budget: value} for attack, victim, value in each]
+    rows, lines = compared(cells, flags, asked, ("preset", "batch_size", "labels", "model", budget))
+    order = list(asked.presets)
+    lines.sort(key=lambda line: (order.index(_searched(line, order)), -(line["psnr_mean"] or 0)))
+    write_table(lines, asked.out / "summary")
+    return rows
+
+
+def _searched(line: Cell, presets: Sequence[str]) -> str:
+    """The longest of the presets that a line's is a variant of."""
+    return max((preset for preset in presets if str(line["preset"]).startswith(preset)), key=len)
 
 
 def _measured(
-    measure: Callable[[Cell], Cell], cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace
+    measured: Callable[[Cell], Cell], cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace
 ) -> list[Cell]:
+    """The cells with what was measured, and what they were made by in origin.json."""
     how = {"jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
-    return run_cells(measure, cells, flags, out=asked.out, **how)
+    made_by = origin(files_read(asked, flags))
+    rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, **how)
+    (asked.out / "origin.json").write_text(json.dumps(made_by, indent=2) + "\n")
+    return rows
 
+
+def files_read(asked: argparse.Namespace, flags: Sequence[str]) -> Iterable[Path]:
+    """Checkpoints and image files that the cells read: others make other cells."""
+    for model in asked.models:
+        settings, _ = resolve([*shlex.split(model)[1:], *flags], magia.FLAGS)
+        for name in (settings.weights, settings.data_path):
+            if name and Path(name).is_file():
+                yield Path(name)
+
+
+COMMANDS = {"grid": grid, "signals": signals, "defences": defences, "schedules": schedules, "tune": tune}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -113,7 +113,8 @@ LABEL_STRATEGY = "optimise"  # labels that no signals tell: optimise (moved besi
 # their order), or read as published: idlg, yin, ilrg
 
 # variables: what the optimiser moves, and where it starts
-INIT = "grey"  # grey (0.5 and a little noise), normal (clamped; published), uniform, or a folder or .npz of images
+INIT = "grey"  # grey (0.5 and a little noise), normal (clamped; published), uniform, randn (normal, not clamped: DLG),
+# standardised (normal about CIFAR-10's mean colour: Geiping et al. 2020), or a folder or .npz of images
 BOX = "sigmoid"  # what keeps pixels in [0, 1]: sigmoid (x = sigmoid(u)), clamp (projected after steps), none
 SPECTRAL_POWER = None  # p of the 1/(1+f)^p scaling of image frequencies, 0: plain pixels (None: 1 where gradients are
 # matched, by network where activations are; measured)
@@ -205,18 +206,19 @@ def magia_step(state: AttackState, objective: Objective, schedule: Schedule, bud
     """
     size, spent = schedule.size(state.step), state.evaluations / state.copies
     weight = objective.annealing.at(spent)
-    state.enter(objective.annealing.phase(spent))
-    objective.matching.enter(state.phase, objective.pixels.decode(state.anchor))
 
     def loss() -> Tensor:
         if schedule.resample == "closure":
             state.draw_subset(size)
         return objective(state, weight).loss
 
-    state.draw_subset(size)
-    state.minimise(loss, budget)
-    objective.pixels.project_(state.z)
-    return size, objective(state, weight)  # for the record, so not counted as an evaluation
+    with state.timed():
+        state.enter(objective.annealing.phase(spent))
+        objective.matching.enter(state.phase, objective.pixels.decode(state.anchor))
+        state.draw_subset(size)
+        state.minimise(loss, budget)
+        objective.pixels.project_(state.z)
+    return size, objective(state, weight)  # for the record: neither its evaluation nor its time counts
 
 
 def attack(
@@ -234,10 +236,8 @@ def attack(
     n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
     """
     while not (ended := objective.annealing.ended(state.evaluations / state.copies) or state.ended(budget)):
-        with state.timed():
-            size, terms = magia_step(state, objective, schedule, budget)
-            accepted = state.accept(terms)
-        if accepted:
+        size, terms = magia_step(state, objective, schedule, budget)
+        if state.accept(terms):
             with torch.no_grad():
                 observe(state, size, terms, objective.images(state)[state.leader].clamp(0, 1))
         if interrupted():

@@ -10,6 +10,10 @@ from torch import Tensor
 from attack.signals import Signals
 
 NOISE = 0.02  # around the grey start: enough to tell images apart, too little to be seen in them
+INITS = ("grey", "normal", "uniform", "randn", "standardised")
+
+# Of CIFAR-10's colours. Attacks on models that normalise their images take them for public, and start in their units.
+COLOUR_MEAN, COLOUR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,13 @@ def start_images(
 ) -> Tensor:
     """Images (R B, C, H, W) in [0, 1] that R copies of a batch of `shape` (B, C, H, W) start from.
 
-    grey (0.5 and a little noise), normal (clamped), uniform; or the images `given`, whose source `init` then names.
+    grey         0.5 and a little noise
+    normal       clamped to [0, 1] (the published script of MAGIA)
+    uniform
+    randn        normal, as it falls (Zhu et al. 2019)
+    standardised normal about the mean colour of CIFAR-10, with its standard deviation (Geiping et al. 2020)
+
+    Anything else names the source of the images `given`.
 
     Raises:
         ValueError: the images given have another shape, or would start all copies alike.
@@ -85,9 +95,21 @@ def start_images(
         return torch.randn(drawn, generator=generator).clamp(0, 1)
     if init == "uniform":
         return torch.rand(drawn, generator=generator)
+    if init == "randn":
+        return torch.randn(drawn, generator=generator)
+    if init == "standardised":
+        mean, std = colour_statistics(shape[1])
+        return mean + std * torch.randn(drawn, generator=generator)
     if copies > 1:
         raise ValueError(f"--init {init}: {copies} restarts would all start from the same images")
     if given is None or given.shape != shape:
         found = "nothing" if given is None else f"images of shape {tuple(given.shape[1:])}"
         raise ValueError(f"--init {init}: it holds {found}, the update's images have {shape[1:]}")
     return given
+
+
+def colour_statistics(channels: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (C, 1, 1) of CIFAR-10's colours; of other than three channels their means."""
+    values = (torch.tensor(v).view(-1, 1, 1) for v in (COLOUR_MEAN, COLOUR_STD))
+    mean, std = (v if channels == len(v) else v.mean(0, keepdim=True).expand(channels, 1, 1) for v in values)
+    return mean, std

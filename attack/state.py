@@ -167,9 +167,11 @@ class AttackState:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Add the wall time of the block to `seconds`."""
+        """Add the wall time of the block to `seconds`, with all that it set a GPU to do."""
         started = time.perf_counter()
         yield
+        if self.z.is_cuda:
+            torch.cuda.synchronize(self.z.device)
         self.seconds += time.perf_counter() - started
 
     @torch.no_grad()

@@ -1,18 +1,21 @@
 """The cells of a benchmark: each is measured once, by some process somewhere, and then lies in OUT/cells as JSON.
 
 A finished cell is not run again, so an interrupted benchmark goes on where it stopped, and a process that dies costs
-the cells it was at: they are started anew. Delete a file to measure its cell anew.
+the cells it was at: they are started anew. A cell that failed is no finished one, nor is one that another version of
+the program or its libraries made: what they would be mixed with is not of their kind. Processes that share OUT, on one
+machine or many, leave a cell to the one that has its lock.
 """
 
 import hashlib
 import json
 import os
 import site
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
@@ -20,6 +23,7 @@ from tqdm import tqdm
 from update.storage import replace_atomically
 
 ATTEMPTS = 3  # times that the cells of a local process that died are started, in all; a Dask scheduler counts its own
+FAILED = "failed: "  # what the status of a cell begins with that could not be measured
 
 Cell = dict[str, object]
 
@@ -30,51 +34,100 @@ def run_cells(
     flags: Sequence[str],
     *,
     out: Path,
+    origin: Mapping[str, object] | None = None,
     jobs: int = 1,
     threads: int | None = None,
     scheduler: str | None = None,
 ) -> list[Cell]:
     """All cells with what was measured, in their order; those that are finished are read back, not run again.
 
+    A cell whose measurement raises an exception has it in its `status`, and costs itself only.
+
     Args:
         measure: maps a cell to its figures. It runs in other processes where there are several.
         flags: further flags that all cells share; they are part of a cell's name.
         out: the folder that holds `cells`; with a scheduler all machines must see it.
+        origin: what the figures depend on beside cell and flags, see `bench.origin`. It is kept with each cell, and one
+            of another origin is measured anew.
         jobs: local processes.
         threads: of each process; None shares the machine's cores out among them, and leaves a cluster's workers as
             they were started.
         scheduler: address of a Dask scheduler that runs the cells instead.
 
     Raises:
-        ValueError: a scheduler is asked for and Dask is not installed.
+        ValueError: a scheduler is asked for and Dask is not installed, or local processes keep dying.
         OSError: it does not answer.
+        KeyboardInterrupt: Ctrl-C; the cells that were under way are not finished.
     """
-    folder = out.resolve() / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, locks = out.resolve() / "cells", out.resolve() / ".locks"
+    for path in (folder, locks):
+        path.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{cell_name(cell, flags)}.json" for cell in cells]
+    made_by = dict(origin or {})
     if threads is None and scheduler is None:
         threads = max(1, (os.cpu_count() or 1) // jobs)
 
-    def finish(cell: Cell, file: Path) -> None:
-        if threads:
-            torch.set_num_threads(threads)
-        row = json.dumps(cell | measure(cell))
-        replace_atomically(file, lambda temporary: temporary.write_text(row))
+    def finish(cell: Cell, file: Path, wait: bool) -> Path | None:
+        """Measure the cell, unless somebody has by now; None: somebody is at it, and was not waited for."""
+        try:
+            with FileLock(locks / file.stem, timeout=-1 if wait else 0):
+                if _finished(file, made_by) is None:
+                    if threads:
+                        torch.set_num_threads(threads)
+                    row = json.dumps(cell | _outcome(measure, cell) | {"made_by": made_by})
+                    replace_atomically(file, lambda temporary: temporary.write_text(row))
+        except Timeout:
+            return None
+        return file
+
+    over: set[Path] = set()  # in this call, be it with a failure
 
     def missing() -> list[tuple[Cell, Path]]:
         # the last first: batch sizes mostly ascend, and a long cell at the end would leave the other processes idle
-        return [(cell, file) for cell, file in zip(cells, files, strict=True) if not file.is_file()][::-1]
+        pairs = zip(cells, files, strict=True)
+        return [(c, f) for c, f in pairs if f not in over and _finished(f, made_by) is None][::-1]
 
+    deaths, wait = 0, False
     with processes(jobs, scheduler), tqdm(total=len(missing()), unit="cell", dynamic_ncols=True) as bar:
-        for attempt in range(1, ATTEMPTS + 1):
+        while left := missing():
             try:
-                for _ in Parallel(return_as="generator_unordered")(delayed(finish)(*one) for one in missing()):
-                    bar.update()
-                break
+                for file in Parallel(return_as="generator_unordered")(delayed(finish)(*one, wait) for one in left):
+                    if file:
+                        over.add(file)
+                        bar.update()
+                wait = True  # what is left now is under way in another process
             except TerminatedWorkerError:
-                if attempt == ATTEMPTS:
+                deaths += 1
+                if deaths == ATTEMPTS:
                     raise ValueError(f"a process died {ATTEMPTS} times, out of memory say: try fewer --jobs") from None
-    return [json.loads(file.read_text()) for file in files]
+    rows = [json.loads(file.read_text()) for file in files]
+    return [{name: value for name, value in row.items() if name != "made_by"} for row in rows]
+
+
+def has_failed(row: Cell) -> bool:
+    """Whether a cell could not be measured."""
+    return str(row.get("status") or "").startswith(FAILED)
+
+
+def _outcome(measure: Callable[[Cell], Cell], cell: Cell) -> Cell:
+    try:
+        return measure(cell)
+    except Exception as error:  # whatever it is, it costs this cell only
+        return {"status": FAILED + " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+
+
+def _finished(file: Path, made_by: Mapping[str, object]) -> Cell | None:
+    """The row in the file, if it was measured by this very program."""
+    try:
+        row = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return row if _deciding(row.get("made_by", {})) == _deciding(made_by) and not has_failed(row) else None
+
+
+def _deciding(made_by: Mapping[str, object]) -> dict[str, object]:
+    """What must agree: the commit is there for a person, digests of what it holds decide."""
+    return {name: value for name, value in made_by.items() if name != "commit"}
 
 
 @contextmanager
@@ -97,5 +150,6 @@ def processes(jobs: int, scheduler: str | None) -> Iterator[None]:
 
 def cell_name(cell: Cell, flags: Sequence[str]) -> str:
     """A file name of its own for each cell and set of further flags, readable as far as it goes."""
-    readable = "_".join(str(value).strip("-").replace("/", "-") for value in cell.values())[:60]
+    words = "_".join(str(value).strip("-") for value in cell.values())[:60]
+    readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in words)
     return f"{readable}_{hashlib.sha256(json.dumps([cell, list(flags)]).encode()).hexdigest()[:8]}"

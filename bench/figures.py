@@ -1,5 +1,6 @@
 """What a benchmark shows: tables in CSV and markdown, plots, and a wall of pictures."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,19 @@ from PIL import Image
 from torch import Tensor
 
 from bench.cells import Cell
+from bench.guesses import GUESSES
 from judge.tables import markdown, write_csv
 
 WALL = 8  # images in a row of the picture wall
-LEAST_SECONDS = 0.1  # what the tables resolve: shorter runs have their place on a logarithmic axis too
+LEAST = {"evaluations": 1, "seconds": 0.1}  # what the tables resolve: less has its place on a logarithmic axis too
 MEANS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found", "evaluations", "seconds")
+OVERVIEW = {
+    "psnr_mean": "PSNR (dB)",
+    "ssim_mean": "SSIM",
+    "label_accuracy": "labels right",
+    "signals_found": "images told apart",
+    "seconds": "seconds",
+}
 MEASURES = {"psnr": "mean PSNR (dB)", "ssim": "mean SSIM"}
 PANEL = {"batch_size": "B = {}", "max_evals": "{} evaluations", "max_seconds": "{} seconds"}
 MARKERS = "os^v"  # the next for every ten lines
@@ -31,7 +40,11 @@ def write_table(rows: Sequence[Cell], stem: Path) -> None:
 
 
 def summarise(rows: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
-    """Means over all rows that agree in `names`, those over seeds say, with their number and PSNR's spread."""
+    """Means over all rows that agree in `names`, those over batches and seeds say, with their number and PSNR's spread.
+
+    `failed` is the share of runs whose column `lost` says that they came to nothing. What such a run is worth, the
+    caller has put in place of its PSNR and SSIM, so that it counts; where there was nothing to put, it does not.
+    """
     groups: dict[tuple, list[Cell]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -39,51 +52,106 @@ def summarise(rows: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
 
 
 def _means(rows: Sequence[Cell]) -> Cell:
-    done = [row for row in rows if row["psnr_mean"] is not None]
-    means: Cell = {"runs": len(done)}
+    means: Cell = {"runs": len(rows), "failed": round(mean(bool(row["lost"]) for row in rows), 3)}
     for name in MEANS:
-        means[name] = round(mean(row[name] for row in done), 3) if done else None
-    means["psnr_spread"] = round(stdev(row["psnr_mean"] for row in done), 3) if len(done) > 1 else None
+        values = [row[name] for row in rows if row.get(name) is not None]
+        means[name] = round(mean(values), 3) if values else None
+        if name == "psnr_mean":
+            means["psnr_spread"] = round(stdev(values), 3) if len(values) > 1 else None
     return means
 
 
+def write_overview(lines: Sequence[Cell], budget: str, path: Path) -> None:
+    """A markdown page of the means: for each network and budget, and for each measure, methods against batch sizes."""
+    page: list[str] = []
+    sizes = sorted({line["batch_size"] for line in lines})
+    for key in dict.fromkeys((line["model"], line["labels"], line[budget]) for line in lines):
+        own = [line for line in lines if (line["model"], line["labels"], line[budget]) == key]
+        page.append(f"## {key[0]}, {key[1]} labels, {PANEL[budget].format(key[2])}\n")
+        for name, title in OVERVIEW.items():
+            rows = []
+            for preset in dict.fromkeys(line["preset"] for line in own):
+                at = {line["batch_size"]: line for line in own if line["preset"] == preset}
+                rows.append({title: preset} | {f"B = {b}": _in_a_word(at[b], name) for b in sizes if b in at})
+            page.append(markdown(rows))
+    path.write_text("\n".join(page), encoding="utf-8")
+
+
+def write_strengths(lines: Sequence[Cell], path: Path) -> None:
+    """A markdown page of the means under defences: for each network and batch size, what each leaves to each attack."""
+    page: list[str] = []
+    for key in dict.fromkeys((line["model"], line["labels"], line["batch_size"]) for line in lines):
+        own = [line for line in lines if (line["model"], line["labels"], line["batch_size"]) == key]
+        rows: dict[str, Cell] = {}
+        for (name, title), line in itertools.product(OVERVIEW.items(), own):
+            row = rows.setdefault(line["defence"], {"defence": line["defence"]})
+            row[f"{title}, {line['preset']}"] = _in_a_word(line, name)
+        page += [f"## {key[0]}, {key[1]} labels, B = {key[2]}\n", markdown(list(rows.values()))]
+    path.write_text("\n".join(page), encoding="utf-8")
+
+
+def _in_a_word(line: Cell, name: str) -> str:
+    if line[name] is None:
+        return ""
+    text = f"{line[name]:.2f}" if name in ("ssim_mean", "label_accuracy") else f"{line[name]:.1f}"
+    if name == "psnr_mean":
+        text += f" ± {line['psnr_spread']:.1f}" if line["psnr_spread"] is not None else ""
+        text += f" ({100 * line['failed']:.0f} % failed)" if line["failed"] else ""
+    return text
+
+
 def plot_signals(rows: Sequence[Cell], path: Path) -> None:
-    """Images read against batch size, one line for each number of classes and kind of labels, mean over seeds."""
+    """Images read against batch size, mean over batches and seeds: a line for each network, K and kind of labels."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    groups = sorted({(row["num_classes"], row["labels"]) for row in rows}, reverse=True)
-    most = max(row["batch_size"] for row in rows)
+    telling = ("model", "num_classes", "labels")
+    groups = dict.fromkeys(tuple(row[name] for name in telling) for row in rows)
+    most = max((row["batch_size"] for row in rows), default=1)
     axis.plot([0, most], [0, most], color="0.8", zorder=0, label="all of them")
-    for classes, labels in groups:
-        own = [row for row in rows if (row["num_classes"], row["labels"]) == (classes, labels)]
+    for group in groups:
+        own = [row for row in rows if tuple(row[name] for name in telling) == group]
         sizes = sorted({row["batch_size"] for row in own})
         counts = [[row["within_1_percent"] for row in own if row["batch_size"] == size] for size in sizes]
-        axis.plot(sizes, [mean(c) for c in counts], marker="o", label=f"{classes} classes, {labels} labels")
+        axis.plot(sizes, [mean(c) for c in counts], marker="o", label="{}, {} classes, {} labels".format(*group))
     axis.set(xlabel="batch size B", ylabel="images whose features are read within 1 %")
     axis.legend()
     figure.savefig(path, dpi=110)
 
 
 def plot_grid(lines: Sequence[Cell], budget: str, out: Path) -> None:
-    """psnr_vs_batch.png, psnr_vs_evaluations.png, psnr_vs_seconds.png, and the same three of SSIM.
+    """psnr_vs_batch.png, psnr_vs_evaluations.png, psnr_vs_seconds.png, and the same three of SSIM, for each network.
 
-    `lines` are a grid's means over seeds, `budget` the column that names what each run was given: max_evals or
-    max_seconds. Over the batch size each budget has a panel; over evaluations and seconds each batch size has one, and
-    each budget is a point.
+    `lines` are a grid's means over batches and seeds, `budget` the column that names what each run was given: max_evals
+    or max_seconds. Over the batch size each budget has a panel; over evaluations and seconds each batch size has one,
+    and each budget is a point. Guesses spend nothing, so they are in the first only; an attack that was done before its
+    first step has its place at one evaluation.
     """
-    lines = [line | {"seconds": max(line["seconds"], LEAST_SECONDS)} for line in lines if line["runs"]]
-    for measure in MEASURES if lines else ():
-        plot_lines(lines, out / f"{measure}_vs_batch.png", measure, x="batch_size", panel=budget)
-        plot_lines(lines, out / f"{measure}_vs_evaluations.png", measure, x="evaluations", panel="batch_size")
-        plot_lines(lines, out / f"{measure}_vs_seconds.png", measure, x="seconds", panel="batch_size")
+    lines = [line for line in lines if line["psnr_mean"] is not None]
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        spent = [
+            line | {name: max(line[name], least) for name, least in LEAST.items()}
+            for line in own
+            if line["preset"] not in GUESSES and line["seconds"] is not None
+        ]
+        suffix = file_suffix(model, lines)
+        for measure in MEASURES:
+            plot_lines(own, out / f"{measure}_vs_batch{suffix}.png", measure, x="batch_size", panel=budget)
+            for x in ("evaluations", "seconds") if spent else ():
+                plot_lines(spent, out / f"{measure}_vs_{x}{suffix}.png", measure, x=x, panel="batch_size")
+
+
+def file_suffix(model: str, among: Sequence[Cell]) -> str:
+    """What tells a network's files apart from those of the others; nothing where there are no others."""
+    return "" if len({line["model"] for line in among}) == 1 else "_" + model.replace(" ", "-")
 
 
 def plot_lines(lines: Sequence[Cell], path: Path, measure: str, *, x: str, panel: str) -> None:
-    """A measure over column `x`: a panel for each value of column `panel`, a line for each preset, labels and model.
+    """A measure over column `x`: a panel for each value of column `panel`, a line for each preset and kind of labels.
 
-    Labels and model are named where there are several. PSNR has bars of a standard deviation over the seeds.
+    Labels are named where there are several. PSNR has bars of a standard deviation over batches and seeds.
     """
-    telling = ["preset", *(name for name in ("labels", "model") if len({line[name] for line in lines}) > 1)]
+    telling = ["preset", *(name for name in ("labels",) if len({line[name] for line in lines}) > 1)]
     named = {", ".join(str(line[name]) for name in telling): [] for line in lines}
     for line in lines:
         named[", ".join(str(line[name]) for name in telling)].append(line)

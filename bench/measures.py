@@ -1,26 +1,30 @@
-"""What is measured in a cell of a benchmark: one attack, one peer's attack, or one search for signals."""
+"""What is measured in a cell of a benchmark: an attack, a peer's attack, a guess, or one search for signals."""
 
 import argparse
 import io
 import json
+import shlex
 import shutil
-import time
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 import main_MAGIA_sel as magia
+from attack.published.presets import PRESETS
 from attack.signals import read_layers
 from bench.cells import Cell, cell_name
-from bench.figures import MEANS
+from bench.guesses import GUESSES, MEAN, guess
 from bench.peers import breaching_attack
 from cli.runtime import choose_device, stream
 from cli.settings import resolve
-from cli.victim import victim
-from data import Batch
+from cli.victim import client_batch, victim
+from data import Batch, open_source
 from judge import metrics
 from judge.pictures import save_images
 from judge.run_directory import RunDirectory
@@ -28,7 +32,15 @@ from update.shared import SharedUpdate
 
 CLOSE = 0.01  # features count as read when their relative error is below this
 MANY_STEPS = 100_000  # so that seconds end a run, where they are its budget
-FIGURES = (*MEANS, "status")
+QUALITY = ("psnr_mean", "ssim_mean", "label_accuracy")
+FIGURES = (*QUALITY, "signals_found", "evaluations", "seconds")
+INTERRUPTED = 130  # exit status
+
+# A run has diverged if its loss was not finite, or if so much larger a share of its pixels than of the truth's ended at
+# the edges of [0, 1]. Plain L-BFGS leaves the box when it is lost, and noise that was never moved lies there as well.
+SATURATED = 0.5
+DIVERGED = "diverged"
+PER_CELL = ("batch",)  # of a cell: names, not flags
 
 
 def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
@@ -54,45 +66,114 @@ def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
 
 def victim_of(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.Module, Batch, argparse.Namespace]:
     """The update that a cell attacks, its model, the truth, and the settings behind them."""
-    settings, _ = resolve([*flags_of(cell), *flags], magia.FLAGS)
+    settings = settings_of(cell, flags)
     place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
     return *victim(settings, place), settings
 
 
+def truth_of(cell: Cell, flags: Sequence[str]) -> Batch:
+    """The images and labels that a cell attacks."""
+    settings = settings_of(cell, flags)
+    return client_batch(settings, settings.labels, settings.num_classes)
+
+
+def settings_of(cell: Cell, flags: Sequence[str]) -> argparse.Namespace:
+    """What the flags of a cell, or of an attack on the same batch, come to."""
+    known = str(cell.get("preset", "")).split(maxsplit=1)[:1]
+    if known and known[0] not in PRESETS:
+        cell = cell | {"preset": "magia"}  # a guess's or peer's victim is the program's
+    return resolve([*flags_of(cell), *flags], magia.FLAGS)[0]
+
+
+def measure(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
+    """The figures of one attack, whosever it is, on the update that the cell names, and how it ended.
+
+    Raises:
+        Exception: whatever kept it from being run; it is the cell's that failed.
+    """
+    name = str(cell["preset"]).split()[0]
+    if name in GUESSES:
+        return measure_guess(cell, flags, out)
+    return (measure_attack if name in PRESETS else measure_peer)(cell, flags, out)
+
+
 def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """One run of the command line, and what its metrics.json says."""
+    """One run of the command line, and what its metrics.json says.
+
+    Raises:
+        RuntimeError: it ended with an error, which the message repeats.
+        KeyboardInterrupt: it was interrupted.
+    """
     path = run_folder(cell, flags, out)
     argv = [*flags_of(cell), *flags, "--quiet", "--save_dir", str(path.parent), "--run_name", path.name]
     shutil.rmtree(path, ignore_errors=True)  # what a process that died there has left
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
         status = magia.main(argv)
-    if status:
-        return dict.fromkeys(FIGURES) | {"status": f"exit {status}"}
-    figures = json.loads((path / "metrics.json").read_text())
-    return {name: figures[name] for name in MEANS} | {"status": figures["ended_by"]}
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    figures = json.loads((path / "metrics.json").read_text()) if (path / "metrics.json").is_file() else None
+    ended_by = figures["ended_by"] if figures else None
+    if figures is None or (status and ended_by != "non-finite"):
+        raise RuntimeError((said.getvalue().splitlines() or [f"exit status {status}"])[-1].split("error: ")[-1])
+    lost = ended_by == "non-finite" or is_saturated(pictures(path), truth_of(cell, flags).images)
+    return {name: figures[name] for name in FIGURES} | {"status": DIVERGED if lost else ended_by}
 
 
 def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """One run of another package's attack on the update that the presets get, judged and pictured like theirs."""
+    """One run of another package's attack on the update that the presets get, judged and pictured like theirs.
+
+    Raises:
+        Exception: whatever the other package raises.
+    """
+    update, model, truth, settings = victim_of(cell, flags)
     attack = str(cell["preset"]).split()[1]
-    update, model, truth, settings = victim_of(cell | {"preset": "magia"}, flags)
-    started = time.perf_counter()
-    try:
-        images, labels, evaluations = breaching_attack(
-            attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed
-        )
-    except Exception as error:  # of another package: whatever it is, it costs this cell only
-        return dict.fromkeys(FIGURES) | {"status": f"{type(error).__name__}: {error}".splitlines()[0]}
-    seconds = time.perf_counter() - started
-    figures = metrics.evaluate(truth.images, truth.labels, images.cpu(), labels.cpu())
-    figures |= {"signals_found": 0, "evaluations": evaluations, "seconds": seconds, "status": "max_evals"}
+    result = breaching_attack(attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed)
+    images = result.images
+    figures = metrics.evaluate(truth.images, truth.labels, images, result.labels)
+    figures |= {"signals_found": 0, "evaluations": result.evaluations, "seconds": round(result.seconds, 3)}
+    lost = is_saturated(images, truth.images)
+    return _recorded(cell, flags, out, images, figures | {"status": DIVERGED if lost else "max_evals"})
+
+
+def measure_guess(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
+    """What a guess scores on the batch that a cell names; it names no labels."""
+    settings, truth = settings_of(cell, flags), truth_of(cell, flags)
+    source = open_source(settings.dataset, settings.data_path)
+    images = guess(str(cell["preset"]), source, truth.images)
+    figures = metrics.evaluate(truth.images, truth.labels, images, truth.labels)
+    figures |= {"label_accuracy": None, "signals_found": 0, "evaluations": 0, "seconds": 0.0, "status": "guess"}
+    return _recorded(cell, flags, out, images, figures)
+
+
+def mean_image_scores(cell: Cell, flags: Sequence[str]) -> Cell:
+    """PSNR and SSIM of the mean image on the batch of a cell: what an attack is worth that came to nothing."""
+    settings, truth = settings_of(cell, flags), truth_of(cell, flags)
+    images = guess(MEAN, open_source(settings.dataset, settings.data_path), truth.images)
+    figures = metrics.evaluate(truth.images, truth.labels, images, truth.labels)
+    return {name: figures[name] for name in ("psnr_mean", "ssim_mean")}
+
+
+def _recorded(cell: Cell, flags: Sequence[str], out: Path, images: Tensor, figures: Cell) -> Cell:
+    """Save pictures (B, C, H, W) and figures as a run of the program does; returns the cell's figures."""
     path = run_folder(cell, flags, out)
     shutil.rmtree(path, ignore_errors=True)
     with RunDirectory(path) as run:
         (path / "images").mkdir(parents=True)
-        save_images(run, images.cpu())
+        save_images(run, images)
         run.write_json("metrics.json", figures)
-    return {name: figures[name] for name in FIGURES}
+    return {name: figures[name] for name in (*FIGURES, "status")}
+
+
+def is_saturated(images: Tensor, truth: Tensor) -> bool:
+    """Whether images (B, C, H, W) lie at the edges of [0, 1] where the truth does not."""
+    shares = [float(((x <= 0) | (x >= 1)).double().mean()) for x in (images, truth)]
+    return shares[0] - shares[1] > SATURATED
+
+
+def pictures(path: Path) -> Tensor:
+    """The images (B, H, W) or (B, H, W, C) that a run has left, in [0, 1]."""
+    files = sorted((path / "images").glob("rec_*.png"))
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).double() / 255
 
 
 def run_folder(cell: Cell, flags: Sequence[str], out: Path) -> Path:
@@ -101,11 +182,15 @@ def run_folder(cell: Cell, flags: Sequence[str], out: Path) -> Path:
 
 
 def flags_of(cell: Cell) -> list[str]:
-    """The cell as flags of main_MAGIA_sel.py; a value that is a flag itself stands as it is.
+    """The cell as flags of main_MAGIA_sel.py.
 
-    Steps are as many as a budget of evaluations or seconds could ever take, so that it is what ends the run.
+    A value may bring flags of its own, such as the model "convnet --weights FILE"; one that is a flag itself stands as
+    it is. Steps are as many as a budget of evaluations or seconds could ever take, so that it is what ends the run.
     """
     if "max_evals" in cell or "max_seconds" in cell:
         cell = {"n_iter": cell.get("max_evals", MANY_STEPS)} | cell
-    pairs = [([str(v)] if str(v).startswith("--") else [f"--{name}", str(v)]) for name, v in cell.items()]
-    return [word for pair in pairs for word in pair]
+    words: list[str] = []
+    for name, value in cell.items():
+        if name not in PER_CELL:
+            words += ([] if str(value).startswith("--") else [f"--{name}"]) + shlex.split(str(value))
+    return words

@@ -2,16 +2,23 @@
 
 breaching (Geiping et al., MIT licence, `requirements-benchmark.txt`) is handed the model, the averaged gradient and,
 where the attack's paper grants them, the labels: just what a server has. Its settings are its own but for the number
-of iterations, by which its step sizes decay, and a stop once the budget of gradient evaluations is spent.
+of iterations, by which its step sizes decay, and a stop once the budget of gradient evaluations is spent. Its attacks
+expect a model of normalised images, by which their starts, steps and priors are scaled, so that is what they get.
 """
 
 import contextlib
 import io
+import time
 import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from attack.prepare import colour_statistics
+from cli.runtime import interruptible
+from update.models import place_of
 from update.shared import SharedUpdate
 from update.vision import torchvision
 
@@ -25,28 +32,59 @@ BREACHING = {
 PEERS = {"breaching": BREACHING}
 
 
-class _CountedLoss(nn.CrossEntropyLoss):
-    """Cross-entropy that counts its calls, one for each gradient evaluation, and ends an attack that has spent them."""
+@dataclass(frozen=True)
+class Result:
+    """Images (B, C, H, W) in [0, 1], labels (B,), gradient evaluations, and the seconds that the attack took."""
 
-    def __init__(self, budget: int) -> None:
+    images: Tensor
+    labels: Tensor
+    evaluations: int
+    seconds: float
+
+
+class NormalisedInput(nn.Module):
+    """A model of images in [0, 1] as one of normalised images, (x - mean) / std; its parameters are the model's."""
+
+    def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.calls, self.budget = 0, budget
+        self.model = model
+        self.register_buffer("mean", mean)  # (C, 1, 1), as is std
+        self.register_buffer("std", std)
+
+    def forward(self, normalised: Tensor) -> Tensor:
+        """Class logits (B, K)."""
+        return self.model(self.images(normalised))
+
+    def images(self, normalised: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1]."""
+        return self.mean + self.std * normalised
+
+
+class _CountedLoss(nn.CrossEntropyLoss):
+    """Cross-entropy that counts its calls, one for each gradient evaluation, and ends an attack that has spent them.
+
+    Ctrl-C ends the attack in the same way, which is breaching's own: it keeps the best images so far.
+    """
+
+    def __init__(self, budget: int, interrupted: Callable[[], bool]) -> None:
+        super().__init__()
+        self.calls, self.budget, self.interrupted = 0, budget, interrupted
 
     def __deepcopy__(self, memo: dict) -> "_CountedLoss":
         return self  # the attack copies its loss; there is one counter all the same
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.calls == self.budget:
+        if self.calls == self.budget or (self.budget > 0 and self.interrupted()):
             self.budget = -1  # once: the attack then scores what it has, which is not counted
-            raise KeyboardInterrupt  # what breaching ends an attack on, keeping its best images
+            raise KeyboardInterrupt
         self.calls += self.budget > 0
         return super().forward(logits, labels)
 
 
 def breaching_attack(
     name: str, update: SharedUpdate, model: nn.Module, granted: Tensor, *, max_evals: int, seed: int
-) -> tuple[Tensor, Tensor, int]:
-    """Images (B, C, H, W) in [0, 1], labels (B,), and the gradient evaluations that attack `name` of breaching took.
+) -> Result:
+    """What attack `name` of breaching makes of an update; the clock starts when it is imported and configured.
 
     Args:
         granted: true labels (B,), passed on only where `BREACHING` says that the paper grants them; sorted, since their
@@ -55,6 +93,7 @@ def breaching_attack(
     Raises:
         ImportError: breaching is not installed.
         ValueError: parameters are frozen, which it does not provide for.
+        KeyboardInterrupt: it was interrupted.
     """
     torchvision()  # lets the package import it where its compiled operators are missing
     import breaching
@@ -63,23 +102,34 @@ def breaching_attack(
     gradients = update.targets(model)
     if len(gradients) < len(list(model.parameters())):
         raise ValueError("breaching cannot attack updates with frozen parameters")
-    like = gradients[0]
-    channels = update.image_shape[0]
+    place = place_of(model)
+    mean, std = (values.to(**place) for values in colour_statistics(update.image_shape[0]))
+    model = NormalisedInput(model, mean, std)
     about = {"shape": list(update.image_shape), "classes": update.num_classes, "modality": "vision"}
-    about |= {"task": "classification", "mean": [0.0] * channels, "std": [1.0] * channels}  # images are in [0, 1]
+    about |= {"task": "classification", "mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
     payload = {"parameters": list(model.parameters()), "buffers": list(model.buffers())}
-    labels = granted.sort().values.to(like.device) if BREACHING[name] else None
+    labels = granted.sort().values.to(place["device"]) if BREACHING[name] else None
     shared = {
         "gradients": list(gradients),
         "buffers": None,
         "metadata": {"num_data_points": update.batch_size, "labels": labels, "local_hyperparams": None},
     }
-    loss = _CountedLoss(max_evals)
+    with interruptible() as interrupted, _quietly(seed):
+        config = breaching.get_attack_config(name, [f"optim.max_iterations={max_evals}"])
+        loss, started = _CountedLoss(max_evals, interrupted), time.perf_counter()
+        attacker = breaching.attacks.prepare_attack(model, loss, config, place)
+        result, _ = attacker.reconstruct([payload | {"metadata": OmegaConf.create(about)}], [shared], {})
+        images = model.images(result["data"].detach()).clamp(0, 1).cpu()  # waits for a GPU to be done
+        seconds = time.perf_counter() - started
+        if interrupted():
+            raise KeyboardInterrupt
+    return Result(images, result["labels"].cpu(), loss.calls, seconds)
+
+
+@contextlib.contextmanager
+def _quietly(seed: int) -> Iterator[None]:
+    """Keep a package's prints and warnings to itself, and its draws from the global generators, which `seed` sets."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
-        torch.manual_seed(seed)  # the package draws from the global generator
-        config = breaching.get_attack_config(name, [f"optim.max_iterations={max_evals}"])
-        setup = {"dtype": like.dtype, "device": like.device}
-        attacker = breaching.attacks.prepare_attack(model, loss, config, setup)
-        result, _ = attacker.reconstruct([payload | {"metadata": OmegaConf.create(about)}], [shared], {})
-    return result["data"].detach().clamp(0, 1), result["labels"], loss.calls
+        torch.manual_seed(seed)
+        yield

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attack.prepare import INITS
 from cli.model import model_options, server_model
 from cli.runtime import stream
 from client.victim import share_update
@@ -93,7 +94,7 @@ def saved_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdat
 
 def images_named(init: str, batch_size: int, side: int, generator: torch.Generator) -> Tensor | None:
     """The first images (B, C, H, W) of the folder or .npz that --init names; None where it names no files."""
-    if init in ("grey", "normal", "uniform"):
+    if init in INITS:
         return None
     source = open_source("npz" if init.endswith(".npz") else "folder", init)
     how = {"labels": "random", "num_classes": 2, "generator": generator, "image_size": side}

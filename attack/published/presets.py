@@ -11,7 +11,6 @@ PLAIN = {
     "tv_weight": 0.0,
     "tv_final": 1.0,
     "noise_weight": 0.0,
-    "init": "normal",
     "box": "none",
     "spectral_power": 0.0,
     "chroma_gain": 1.0,
@@ -20,13 +19,14 @@ PLAIN = {
     "lr": 1.0,
 }
 
-# Each attack as settings of the one loop; whatever is not named is as above. All start from clamped normal noise; what
-# else differs from the source is said here in short and in docs/benchmark.md, "Presets", at length.
+# Each attack as settings of the one loop; whatever is not named is as above. All start as their sources do; what
+# differs is said here in short and in docs/benchmark.md, "Presets", at length.
 PRESETS = {
     "magia": {},
     # the published script of MAGIA (arXiv 2509.18170)
     "paper": PLAIN
     | {
+        "init": "normal",
         "sel_mode": "constk",
         "sel_k": 2,
         "resample": "closure",
@@ -37,14 +37,15 @@ PRESETS = {
         "line_search": "none",
     },
     # Zhu, Liu, Han 2019 (arXiv 1906.08935): L2, L-BFGS with step 1, labels beside the images, no prior
-    "dlg": PLAIN | {"optimizer": "lbfgs", "line_search": "none"},
+    "dlg": PLAIN | {"init": "randn", "optimizer": "lbfgs", "line_search": "none"},
     # Zhao, Mopuri, Bilen 2020 (arXiv 2001.02610): DLG with labels read from the signs of the head's gradient. Differs:
     # they read one image's label, here as many as are negative
-    "idlg": PLAIN | {"optimizer": "lbfgs", "line_search": "none", "label_strategy": "idlg"},
+    "idlg": PLAIN | {"init": "randn", "optimizer": "lbfgs", "line_search": "none", "label_strategy": "idlg"},
     # Geiping et al. 2020 (arXiv 2003.14053): cosine distance, signed Adam with step decay, box, TV, labels granted.
     # Differs: one start, TV weight measured
     "invertinggradients": PLAIN
     | {
+        "init": "standardised",
         "distance": "cosine",
         "optimizer": "adam",
         "lr": 0.1,
@@ -59,6 +60,7 @@ PRESETS = {
     # Differs: two starts of eight, not registered to each other, no Langevin noise, TV weight measured
     "gradinversion": PLAIN
     | {
+        "init": "standardised",
         "optimizer": "adam",
         "lr": 0.1,
         "lr_schedule": "cosine",
@@ -75,6 +77,7 @@ PRESETS = {
     # Differs: the ICA, see ica.py; weights measured
     "cpa": PLAIN
     | {
+        "init": "standardised",
         "signals": "ica",
         "feature_weight": 0.1,
         "feature_distance": "cosine",

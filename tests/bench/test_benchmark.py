@@ -1,26 +1,52 @@
 import csv
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
+import torch
+from conftest import ROOT
 from PIL import Image
 
 import benchmark
+from bench.batches import batch_indices, tuning_images
+from bench.searches import SEARCHES
+from data import SAMPLE, NpzImages, parse_indices
+from update.models import build_model
+from update.storage import write_tensors
 
 FAST = ["--image_size", "16", "--n_iter", "2", "--inner_iter", "4"]
 
 
-def run(*words, expect=0):
-    assert benchmark.main([*map(str, words), "--threads", "1"]) == expect
+def run(command, *words, expect=0):
+    """A benchmark of one batch, unless --batches says otherwise: the last flag counts."""
+    assert benchmark.main([command, "--batches", "0", *map(str, words), "--threads", "1"]) == expect
+
+
+def wait_for(condition, seconds=90):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def table(out):
-    with (out / "table.csv").open(newline="") as file:
+    return read(out / "table.csv")
+
+
+def read(path):
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 def test_signals_are_counted_and_plotted(tmp_path, capsys):
     run("signals", "--batch_sizes", "2,4", "--num_classes", "20,4", "--seeds", "0", "--out", tmp_path, *FAST)
-    rows = table(tmp_path)
+    rows = sorted(table(tmp_path), key=lambda row: -int(row["num_classes"]))
     assert [(r["num_classes"], r["batch_size"]) for r in rows] == [("20", "2"), ("20", "4"), ("4", "2"), ("4", "4")]
     for row in rows[:3]:
         assert row["found"] == row["labels_right"] == row["within_1_percent"] == row["batch_size"]
@@ -36,8 +62,8 @@ def test_a_grid_compares_presets_on_the_same_updates(tmp_path, capsys):
     run("grid", *words, "--out", tmp_path, "--image_size", "16", "--inner_iter", "4", "--signals", "off")
     rows = table(tmp_path)
     assert list(rows[0]) == [
-        "preset", "batch_size", "labels", "model", "seed", "psnr_mean", "ssim_mean", "label_accuracy", "signals_found",
-        "evaluations", "seconds", "status", "max_evals",
+        "preset", "batch_size", "labels", "model", "batch", "seed", "psnr_mean", "ssim_mean", "label_accuracy",
+        "signals_found", "evaluations", "seconds", "status", "max_evals",
     ]  # fmt: skip
     assert len(rows) == 8
     assert {(r["preset"], r["batch_size"], r["seed"]) for r in rows} == {
@@ -75,7 +101,7 @@ def test_peers_run_on_the_same_updates(tmp_path):
 
 
 def test_a_budget_of_seconds_ends_every_run(tmp_path):
-    words = ["--presets", "magia,dlg", "--batch_sizes", "2", "--seeds", "0", "--max_seconds", "2"]
+    words = ["--presets", "magia,gradinversion", "--batch_sizes", "2", "--seeds", "0", "--max_seconds", "2"]
     run("grid", *words, "--out", tmp_path, "--image_size", "16", "--inner_iter", "4", "--signals", "off")
     for row in table(tmp_path):
         assert row["status"] == "max_seconds"
@@ -85,8 +111,12 @@ def test_a_budget_of_seconds_ends_every_run(tmp_path):
 def test_a_cell_that_fails_says_so_and_the_others_go_on(tmp_path, capsys):
     words = ["--presets", "magia", "--models", "lenet", "--batch_sizes", "2,3", "--seeds", "0", "--max_evals", "5"]
     run("grid", *words, "--out", tmp_path, "--image_size", "16", "--num_classes", "2", "--labels", "unique", expect=1)
-    assert [row["status"] for row in table(tmp_path)] == ["max_evals", "exit 2"]
-    assert "1 of 2 cells failed: exit 2" in capsys.readouterr().err
+    good, bad = table(tmp_path)
+    assert good["status"] == "max_evals"
+    assert bad["status"].startswith("failed: ")
+    assert bad["psnr_mean"] == ""
+    assert "1 of 2 cells failed" in capsys.readouterr().err.splitlines()[-1]
+    assert "3 unique labels need at least 3 classes" in bad["status"]
 
 
 def test_a_grid_of_which_nothing_ran_says_so(tmp_path, capsys):
@@ -111,16 +141,150 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
     assert table(tmp_path)[0]["note"] == "kept"
 
 
-def test_defences_are_measured_with_and_without_images(tmp_path):
+def test_defences_are_measured_with_signals_and_without(tmp_path):
     words = ["--batch_sizes", "3", "--seeds", "0", *FAST]
-    defences = "none,--frozen=head.bias,--frozen=head,noise:1"
+    defences = "none,--frozen=head.bias,noise:1"
     run("defences", "--defences", defences, "--out", tmp_path / "both", *words)
-    rows = {row["defence"]: row for row in table(tmp_path / "both")}
-    assert [rows[name]["found"] for name in defences.split(",")] == ["3", "3", "0", "0"]
-    assert float(rows["none"]["psnr_mean"]) > float(rows["noise:1"]["psnr_mean"])
-    assert [rows[name]["status"] for name in defences.split(",")] == ["exact", "exact", "n_iter", "n_iter"]
+    rows = {(row["defence"], row["preset"].split()[-1]): row for row in table(tmp_path / "both")}
+    assert list(rows) == [(name, mode) for name in defences.split(",") for mode in ("auto", "off")]
+    assert [row["signals_found"] for row in rows.values()] == ["3", "0", "3", "0", "0", "0"]
+    assert [row["status"] for row in rows.values()] == ["exact", "n_iter", "exact", "n_iter", "n_iter", "n_iter"]
+    assert float(rows["none", "auto"]["psnr_mean"]) > float(rows["none", "off"]["psnr_mean"]) + 20
+    page = (tmp_path / "both" / "overview.md").read_text()
+    assert "PSNR (dB), magia --signals auto | PSNR (dB), magia --signals off | SSIM, magia --signals auto" in page
+    assert [line.split("|")[1].strip() for line in page.splitlines()[4:]] == defences.split(",")
     run("defences", "--defences", "none", "--signals_only", "--out", tmp_path / "signals", *words)
-    assert "psnr_mean" not in table(tmp_path / "signals")[0]
+    (row,) = table(tmp_path / "signals")
+    assert row["found"] == "3"
+    assert "psnr_mean" not in row
+
+
+@pytest.mark.parametrize("command", [["defences"], ["defences", "--signals_only"]])
+def test_one_bad_cell_does_not_end_a_grid_of_defences(tmp_path, capsys, command):
+    words = ["--defences", "magic,none", "--seeds", "0", "--batch_sizes", "2", "--signals", "auto"]
+    run(*command, *words, "--out", tmp_path, *FAST, expect=1)
+    bad, good = table(tmp_path)
+    assert "unknown defence 'magic'" in bad["status"]
+    assert good.get("found") or good["signals_found"] == "2"
+    assert "1 of 2 cells failed" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_one_bad_cell_does_not_end_a_grid_of_signals(tmp_path):
+    words = ["--labels", "unique", "--num_classes", "20", "--batch_sizes", "2,21", "--seeds", "0"]
+    run("signals", *words, "--out", tmp_path, *FAST, expect=1)
+    good, bad = table(tmp_path)
+    assert good["found"] == "2"
+    assert "21 unique labels need" in bad["status"]
+    assert (tmp_path / "signals.png").is_file()
+
+
+def test_guesses_stand_beside_attacks_and_no_table_shows_what_they_are_made_of(tmp_path):
+    words = ["--presets", "grey_image,mean_image", "--batch_sizes", "16", "--batches", "0,1,2", "--seeds", "0"]
+    run("grid", *words, "--max_evals", "5", "--out", tmp_path)
+    rows = table(tmp_path)
+    images = NpzImages(SAMPLE)._images / 255.0
+    guesses = {"grey_image": 0.5, "mean_image": images[96:128].mean(0)}
+    for row in rows:
+        own = images[16 * int(row["batch"]) :][:16]
+        psnr = -10 * np.log10(((own - guesses[row["preset"]]) ** 2).mean((1, 2, 3)))
+        assert float(row["psnr_mean"]) == pytest.approx(psnr.mean(), abs=1e-3)
+        assert row["label_accuracy"] == ""
+        assert 10 < float(row["psnr_mean"]) < 14
+
+
+def test_batches_are_disjoint_and_leave_the_images_for_tuning_out():
+    for count in (40, 128, 256, 10_000):
+        shown = [parse_indices(batch_indices(batch, size, count)) for size in (1, 8, 64) for batch in range(3)]
+        tuning = parse_indices(batch_indices(0, len(tuning_images(count)), count, tuning=True))
+        assert all(len(indices) == size for indices, size in zip(shown, (1, 1, 1, 8, 8, 8, 64, 64, 64), strict=True))
+        for batches in (shown[:3], shown[3:6], shown[6:]):
+            everything = [index for indices in batches for index in indices]
+            assert len(set(everything)) == len(everything)
+            assert not set(everything) & set(tuning)
+    assert tuning == list(range(192, 256))
+    with pytest.raises(ValueError, match="32 are there for tuning"):
+        batch_indices(0, 33, 128, tuning=True)
+
+
+def test_a_run_that_came_to_nothing_counts_as_the_mean_image(tmp_path):
+    """DLG's start lies outside the box; two evaluations leave it there. A third cell cannot run at all."""
+    words = ["--presets", "dlg,mean_image", "--batch_sizes", "2", "--seeds", "0,1", "--max_evals", "2"]
+    run("grid", *words, "--out", tmp_path, "--image_size", "16")
+    assert [row["status"] for row in table(tmp_path)][:2] == ["diverged"] * 2
+    lost, mean = read(tmp_path / "summary.csv")
+    assert (lost["runs"], lost["failed"], mean["failed"]) == ("2", "1", "0")
+    assert (lost["psnr_mean"], lost["ssim_mean"]) == (mean["psnr_mean"], mean["ssim_mean"])
+    assert float(lost["psnr_mean"]) > float(table(tmp_path)[0]["psnr_mean"])
+    assert "100 % failed" in (tmp_path / "overview.md").read_text()
+
+
+def test_models_and_presets_may_bring_flags_of_their_own(tmp_path):
+    spear = "mlp --activation relu --depth 5 --width 200 --num_classes 10 --labels dataset"
+    words = ["--presets", "magia,dlg --init grey", "--models", f"lenet,{spear}", "--batch_sizes", "3", "--seeds", "0"]
+    run("grid", *words, "--max_evals", "4", "--out", tmp_path, "--image_size", "16", "--signals", "off")
+    rows = table(tmp_path)
+    assert [(row["preset"], row["labels"], row["model"]) for row in rows] == [
+        (preset, labels, model)
+        for preset in ("magia", "dlg --init grey")
+        for labels, model in (("random", "lenet"), ("dataset", "mlp activation relu depth 5 width 200 K=10"))
+    ]
+    configs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/config.json")]
+    assert {(c["model"], c["depth"], c["width"], c["num_classes"]) for c in configs} == {
+        ("lenet", None, None, 100),
+        ("mlp", 5, 200, 10),
+    }
+    assert {(c["preset"], c["init"]) for c in configs} == {("magia", "grey"), ("dlg", "grey")}
+    assert len(list(tmp_path.glob("wall_*.png"))) == len(list(tmp_path.glob("psnr_vs_batch_*.png"))) == 2
+
+
+def test_a_checkpoint_that_was_changed_makes_other_cells(tmp_path):
+    weights = tmp_path / "weights.npz"
+    words = ["--num_classes", "20", "--models", f"lenet --weights {weights}", "--batch_sizes", "2", "--seeds", "0"]
+    found = []
+    for scale in (0.5, 0.6):
+        model = build_model("lenet", image_shape=(3, 16, 16), num_classes=20, generator=torch.Generator())
+        write_tensors(weights, {name: scale * tensor for name, tensor in model.state_dict().items()})
+        run("signals", *words, "--out", tmp_path / "out", *FAST)
+        found.append(table(tmp_path / "out")[0]["worst_error"])
+    assert found[0] != found[1]
+
+
+def test_every_schedule_is_run_to_its_end(tmp_path):
+    words = ["--schedules", "constk,sigmoid", "--batch_sizes", "3", "--seeds", "0", "--image_size", "16"]
+    run("schedules", *words, "--out", tmp_path, "--n_iter", "6", "--inner_iter", "2")
+    assert [row["status"] for row in table(tmp_path)] == ["n_iter"] * 4
+    configs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/config.json")]
+    assert [len(config["schedule"]) for config in configs] == [6] * 4
+
+
+def test_settings_are_searched_on_images_that_no_table_shows(tmp_path):
+    words = ["--presets", "cpa", "--batch_sizes", "2", "--seeds", "0", "--image_size", "16", "--num_classes", "10"]
+    run("tune", *words, "--max_evals", "4", "--out", tmp_path)
+    configs = [json.loads(file.read_text()) for file in (tmp_path / "runs").glob("*/config.json")]
+    assert {config["indices"] for config in configs} == {"96-97"}
+    assert {config["tv_weight"] for config in configs} == set(SEARCHES["cpa"]["tv_weight"])
+    assert {config["init"] for config in configs} == set(SEARCHES["cpa"]["init"])
+    tried = [tuple(config[name] for name in SEARCHES["cpa"]) for config in configs]
+    assert len(set(tried)) == len(tried)
+    psnr = [float(line["psnr_mean"]) for line in read(tmp_path / "summary.csv")]
+    assert psnr == sorted(psnr, reverse=True)
+
+
+def test_ctrl_c_ends_a_grid_and_what_it_interrupted_is_not_finished(tmp_path):
+    words = ["grid", "--presets", "magia", "--batch_sizes", "2", "--seeds", "0,1,2", "--max_evals", "100000"]
+    words += ["--signals", "off", "--image_size", "16", "--out", str(tmp_path), "--threads", "1"]
+    for jobs in ("1", "2"):
+        process = subprocess.Popen(
+            [sys.executable, "benchmark.py", *words, "--jobs", jobs],
+            cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        wait_for(lambda: any(file.stat().st_size > 300 for file in tmp_path.glob("runs/*/trace.csv")))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "the same command goes on from there" in err
+        assert not list(tmp_path.glob("cells/*.json"))
+        shutil.rmtree(tmp_path / "runs")
 
 
 def test_two_processes_measure_what_one_does(tmp_path):
@@ -152,13 +316,11 @@ def test_a_peer_that_fails_costs_its_cell_only(tmp_path):
     )
     ours, peer = table(tmp_path)
     assert ours["status"] == "n_iter"
-    assert peer["status"] == "ValueError: breaching cannot attack updates with frozen parameters"
+    assert peer["status"] == "failed: ValueError: breaching cannot attack updates with frozen parameters"
     assert peer["psnr_mean"] == ""
 
 
 def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
-    run("defences", "--defences", "magic", "--seeds", "0", "--out", tmp_path, *FAST, expect=2)
-    assert "unknown defence 'magic'" in capsys.readouterr().err.splitlines()[-1]
     run("grid", "--peer", "breaching", "--peer_attacks", "magic", "--out", tmp_path, expect=2)
     assert "breaching has invertinggradients, modern" in capsys.readouterr().err
     run("grid", "--peer", "breaching", "--max_seconds", "9", "--out", tmp_path, expect=2)

@@ -11,7 +11,8 @@ from conftest import ROOT
 from distributed import Client
 
 import benchmark
-from bench.cells import cell_name, run_cells
+from bench.cells import cell_name, has_failed, run_cells
+from bench.origin import origin, sources
 
 CELLS = [{"number": number} for number in range(6)]
 
@@ -86,6 +87,118 @@ def test_a_dask_worker_that_is_killed_costs_its_cell_only(tmp_path, scheduler):
     assert 7 <= len(log.read_text().split()) <= 8  # the killed worker's cell twice, and one it may have been handed
 
 
+def test_many_cells_on_a_cluster_are_run_once_each_but_for_what_a_dead_worker_held(tmp_path, scheduler):
+    """MAGIA_CELLS=200 makes it two hundred. Who begins a cell twice has seen its first process die."""
+    log, count = tmp_path / "log", int(os.environ.get("MAGIA_CELLS", "24"))
+    cells, rows = [{"number": number} for number in range(count)], []
+
+    def measure(cell):
+        with log.open("a") as file:
+            file.write(f"{cell['number']} {os.getpid()}\n")
+        time.sleep(0.1)
+        return {"square": cell["number"] ** 2}
+
+    with Client(scheduler) as client:
+        client.wait_for_workers(2, timeout=60)
+        dead = client.run(os.getpid).popitem()[1]
+    thread = threading.Thread(
+        target=lambda: rows.extend(run_cells(measure, cells, [], out=tmp_path, scheduler=scheduler))
+    )
+    thread.start()
+    wait_for(lambda: log.exists() and log.read_text().count(f" {dead}\n") >= count // 8)
+    os.kill(dead, signal.SIGKILL)
+    thread.join(60 + count)
+    assert rows == [{"number": n, "square": n * n} for n in range(count)]
+    begun = [line.split() for line in log.read_text().splitlines()]
+    assert len({process for _, process in begun}) >= 2
+    for number in map(str, range(count)):
+        processes = [process for cell, process in begun if cell == number]
+        assert len(processes) == 1 or (len(processes) == 2 and processes[0] == str(dead))
+    assert len(begun) <= count + 1  # it was at one cell
+
+
+def test_a_cluster_of_two_workers_runs_attacks(tmp_path, scheduler, capsys):
+    """Workers run cells in threads, where no signal handler can be set."""
+    words = ["grid", "--presets", "magia,dlg", "--batch_sizes", "2", "--batches", "0,1", "--seeds", "0"]
+    words += ["--max_evals", "12", "--image_size", "16", "--inner_iter", "4", "--out", str(tmp_path)]
+    assert benchmark.main([*words, "--scheduler", scheduler]) == 0
+    rows = (tmp_path / "table.md").read_text().splitlines()[2:]
+    assert len(rows) == 4
+    assert not any("failed" in row for row in rows)
+
+
+def test_two_processes_do_not_race_for_a_cell(tmp_path):
+    """Both ask for the same cells: each is begun once, and both have all of them in the end."""
+    log, rows = tmp_path / "log", [[], []]
+    threads = [
+        threading.Thread(target=lambda own=own: own.extend(run_cells(logged(log, 0.2), CELLS, [], out=tmp_path)))
+        for own in rows
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert rows[0] == rows[1] == [{"number": n, "square": n * n} for n in range(6)]
+    assert sorted(log.read_text().split()) == list("012345")
+
+
+def test_a_cell_that_fails_costs_itself_only_and_is_tried_again(tmp_path):
+    def measure(cell):
+        row = logged(tmp_path / "log")(cell)
+        if cell["number"] == 3 and (tmp_path / "log").read_text().split().count("3") == 1:
+            raise OSError("disk\nfull")
+        return row
+
+    rows = run_cells(measure, CELLS, [], out=tmp_path)
+    assert [row.get("square") for row in rows] == [0, 1, 4, None, 16, 25]
+    assert rows[3]["status"] == "failed: OSError: disk full"
+    assert has_failed(rows[3])
+    assert run_cells(measure, CELLS, [], out=tmp_path)[3] == {"number": 3, "square": 9}
+    assert len((tmp_path / "log").read_text().split()) == 7
+
+
+def test_ctrl_c_is_no_failure_of_a_cell(tmp_path):
+    def measure(cell):
+        if cell["number"] == 3:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(measure, CELLS, [], out=tmp_path)
+    assert len(list((tmp_path / "cells").iterdir())) == 2  # the last come first
+
+
+def test_cells_of_another_origin_are_measured_anew(tmp_path):
+    log = tmp_path / "log"
+    made = {"commit": "a", "sources": "x", "versions": {"torch": "2"}}
+    for made_by, runs in (
+        (made, 6),
+        (made | {"commit": "b"}, 6),  # which changed none of the sources
+        (made | {"sources": "y"}, 12),
+        (made | {"sources": "y", "versions": {"torch": "3"}}, 18),
+    ):
+        rows = run_cells(logged(log), CELLS, [], out=tmp_path, origin=made_by)
+        assert rows == [{"number": n, "square": n * n} for n in range(6)]
+        assert len(log.read_text().split()) == runs
+    file = next((tmp_path / "cells").iterdir())
+    assert json.loads(file.read_text())["made_by"]["versions"] == {"torch": "3"}
+    file.write_text("{")  # damaged
+    run_cells(logged(log), CELLS, [], out=tmp_path, origin=made_by)
+    assert len(log.read_text().split()) == 19
+
+
+def test_the_origin_names_sources_versions_and_files(tmp_path):
+    (tmp_path / "a").write_text("one")
+    first = origin([tmp_path / "a"])
+    assert first["versions"]["torch"]
+    assert {"main_MAGIA_sel.py", "attack/objective.py", "judge/metrics.py", "bench/peers.py"} <= {
+        str(path.relative_to(ROOT)) for path in sources()
+    }
+    assert not any("tests" in path.parts or path.name == "figures.py" for path in sources())
+    (tmp_path / "a").write_text("two")
+    assert {name for name, value in origin([tmp_path / "a"]).items() if value != first[name]} == {"files"}
+
+
 def test_a_local_process_that_is_killed_costs_the_cells_under_way(tmp_path):
     log = tmp_path / "log"
 
@@ -106,6 +219,7 @@ def test_a_process_that_always_dies_is_an_error(tmp_path):
 
 def test_a_cluster_measures_what_one_process_does(tmp_path, scheduler, capsys):
     words = ["signals", "--batch_sizes", "2,3", "--num_classes", "20", "--seeds", "0,1", "--image_size", "16"]
+    words += ["--batches", "0", "--threads", "1"]
     assert benchmark.main([*words, "--out", str(tmp_path / "here")]) == 0
     assert benchmark.main([*words, "--out", str(tmp_path / "there"), "--scheduler", scheduler]) == 0
     here, there = ((tmp_path / name / "table.md").read_text().splitlines() for name in ("here", "there"))

@@ -1,3 +1,8 @@
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 
@@ -23,34 +28,64 @@ def case(**kwargs):
 def test_every_attack_keeps_to_its_budget_and_is_repeatable(name):
     update, model, batch = case()
     drawn = torch.get_rng_state()
-    images, labels, evaluations = breaching_attack(name, update, model, batch.labels, max_evals=30, seed=1)
+    result = breaching_attack(name, update, model, batch.labels, max_evals=30, seed=1)
+    images = result.images
     assert images.shape == batch.images.shape
     assert images.min() >= 0
     assert images.max() <= 1
-    assert labels.shape == (2,)
-    assert evaluations == 30
+    assert result.labels.shape == (2,)
+    assert result.evaluations == 30
     assert torch.equal(drawn, torch.get_rng_state())
-    again, _, _ = breaching_attack(name, update, model, batch.labels, max_evals=30, seed=1)
-    assert torch.equal(images, again)
+    again = breaching_attack(name, update, model, batch.labels, max_evals=30, seed=1)
+    assert torch.equal(images, again.images)
 
 
 def test_labels_are_granted_where_the_paper_grants_them():
     update, model, batch = case()
     wrong = (batch.labels + 1) % 10
     for name, granted in BREACHING.items():
-        labels = breaching_attack(name, update, model, wrong, max_evals=2, seed=0)[1]
+        labels = breaching_attack(name, update, model, wrong, max_evals=2, seed=0).labels
         assert (labels.sort().values.tolist() == wrong.sort().values.tolist()) == granted
-    read = breaching_attack("seethroughgradients", update, model, wrong, max_evals=2, seed=0)[1]
+    read = breaching_attack("seethroughgradients", update, model, wrong, max_evals=2, seed=0).labels
     assert sorted(read.tolist()) == sorted(batch.labels.tolist())
 
 
 def test_a_peer_gets_somewhere():
     update, model, batch = case()
     few, many = (
-        breaching_attack("invertinggradients", update, model, batch.labels, max_evals=budget, seed=0)[0]
+        breaching_attack("invertinggradients", update, model, batch.labels, max_evals=budget, seed=0).images
         for budget in (5, 300)
     )
     assert metrics.mean_psnr(batch.images, many) > metrics.mean_psnr(batch.images, few) + 2
+
+
+def test_a_peer_works_on_images_normalised_as_its_attacks_expect():
+    """One step from its start, normal in units of CIFAR-10's colours, few pixels lie at the edges of the box."""
+    update, model, batch = case()
+    images = breaching_attack("invertinggradients", update, model, batch.labels, max_evals=1, seed=0).images
+    assert float(((images == 0) | (images == 1)).double().mean()) < 0.2
+    assert images.mean((0, 2, 3)).tolist() == pytest.approx([0.49, 0.48, 0.45], abs=0.06)
+
+
+def test_the_clock_of_a_peer_starts_after_its_import_and_set_up(monkeypatch):
+    import breaching
+
+    configure = breaching.get_attack_config
+    monkeypatch.setattr(breaching, "get_attack_config", lambda *args: time.sleep(1) or configure(*args))
+    update, model, batch = case()
+    started = time.perf_counter()
+    result = breaching_attack("modern", update, model, batch.labels, max_evals=2, seed=0)
+    assert result.seconds < time.perf_counter() - started - 1
+
+
+def test_ctrl_c_ends_a_peer_and_its_images_are_not_a_result(monkeypatch):
+    """breaching itself takes Ctrl-C for the end of its budget, and returns what it has."""
+    update, model, batch = case()
+    timer = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        breaching_attack("invertinggradients", update, model, batch.labels, max_evals=10**5, seed=0)
+    timer.join()
 
 
 def test_frozen_parameters_are_refused():

@@ -43,6 +43,12 @@ def test_assignment_is_one_to_one_where_best_match_is_not():
     assert figures["label_accuracy"] == 0.5
 
 
+def test_labels_are_compared_as_multisets_whichever_image_they_came_with():
+    truth, labels = images(4), torch.tensor([3, 3, 7, 9])
+    for predicted, share in (([9, 7, 3, 3], 1), ([3, 7, 7, 7], 0.5), ([3, 3, 3, 3], 0.5), ([1, 2, 4, 5], 0)):
+        assert evaluate(truth, labels, truth, torch.tensor(predicted))["label_accuracy"] == share
+
+
 def test_assignment_maximises_the_sum():
     psnr = np.array([[30.0, 29.0], [28.0, 10.0]])
     assert assign(psnr).tolist() == [1, 0]

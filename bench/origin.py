@@ -1,0 +1,51 @@
+"""What made a cell: the program's sources, its libraries, the files that it read."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+
+from cli.provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+# What a figure can depend on: all that a cell runs, and nothing that only shows what was measured.
+SOURCES = ("*.py", "attack/**/*.py", "cli/*.py", "client/*.py", "update/*.py", "judge/metrics.py")
+MEASURING = ("bench/measures.py", "bench/peers.py", "bench/guesses.py")
+LEFT_OUT = ("benchmark.py", "train_victim.py", "cli/docs.py", "cli/console.py")
+PEERS = ("breaching", "joblib")  # packages beside those of every run
+
+
+def origin(files: Iterable[Path] = ()) -> dict[str, object]:
+    """The commit for a person, and for the program what must agree: digests of sources and files, and versions.
+
+    Sources rather than the commit decide, so that a working tree with changes is told from one without.
+    """
+    made = provenance(())
+    commit = (made["git_commit"] or "none") + ("+" if made["git_dirty"] else "")
+    return {
+        "commit": commit,
+        "sources": _digest(sources()),
+        "versions": made["versions"] | {name: _version(name) for name in PEERS},
+        "files": {str(path): _digest([path]) for path in files},
+    }
+
+
+def sources() -> list[Path]:
+    """The files whose contents decide what a cell measures."""
+    found = {path for pattern in (*SOURCES, *MEASURING) for path in ROOT.glob(pattern)}
+    return sorted(found - {ROOT / name for name in LEFT_OUT})
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    """Of the contents, 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

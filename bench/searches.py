@@ -1,0 +1,36 @@
+"""What `benchmark.py tune` tries for each attack: values of one setting at a time, around its preset.
+
+These are the settings that a preset does not take from its source, or that its source would have chosen for the data at
+hand: weights of priors, where the images start, and how far Adam moves them. Sources whose images are normalised mean
+steps in units of a standard deviation, a quarter of the range of pixels.
+"""
+
+import argparse
+
+STARTS = {"init": ("randn", "standardised", "normal", "grey")}
+STEPS = {"lr": (0.025, 0.05, 0.1)}
+
+SEARCHES: dict[str, dict[str, tuple[object, ...]]] = {
+    "magia": {
+        "tv_weight": (3e-3, 1e-2, 3e-2),
+        "tv_final": (1e-4, 1e-3, 1e-2),
+        "chroma_weight": (1.0, 3.0, 10.0),
+        "curvature_weight": (0.3, 1.0, 3.0),
+    },
+    "paper": STARTS,
+    "dlg": STARTS,
+    "idlg": STARTS,
+    "invertinggradients": {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), **STEPS, **STARTS},
+    "gradinversion": {"tv_weight": (0.3, 1.0, 3.0, 10.0), "restarts": (1, 2, 8), **STEPS, **STARTS},
+    "cpa": {"tv_weight": (3e-3, 1e-2, 3e-2), "feature_weight": (0.1, 1.0, 10.0), **STEPS, **STARTS},
+}
+
+
+def variants(preset: str, settings: argparse.Namespace) -> list[str]:
+    """The preset itself, and it with each other value of each setting of its search, as `--presets` takes them.
+
+    `settings` are the preset's own.
+    """
+    tried = SEARCHES[preset.split()[0]].items()
+    others = [(name, value) for name, values in tried for value in values if value != getattr(settings, name)]
+    return [preset, *(f"{preset} --{name} {value}" for name, value in others)]
