@@ -232,6 +232,7 @@ class _Reader:
             residuals=signals.residuals,
             shares=signals.certificates,
             uncertainty=signals.uncertainty,
+            freedom=signals.freedom,
             batch_size=span.batch_size,
         )
 
@@ -273,6 +274,7 @@ class _Reader:
             residuals=found.residuals,
             certificates=found.shares,
             uncertainty=found.uncertainty,
+            freedom=found.freedom,
             rank=found.batch_size if found.complete else len(found),
             seconds=time.perf_counter() - self.began,
         )

@@ -164,13 +164,13 @@ class Equations:
     def _judged(self, c: Tensor, cost: Tensor, normal: Tensor, labels: Tensor, witnesses: int) -> tuple[Inputs, Tensor]:
         """All candidates as inputs, and which of them to believe, where so many equations bear witness."""
         deltas = self.deltas(c, labels)
-        tolerance, uncertainty, residuals, shares = self._noise(c, deltas, cost, normal)
-        every = Inputs(self.span.inputs(c), labels, deltas, residuals, shares, uncertainty, self.span.batch_size)
+        tolerance, *facts = self._noise(c, deltas, cost, normal)
+        every = Inputs(self.span.inputs(c), labels, deltas, *facts, self.span.batch_size)
         by_chance = tolerance ** min(max(witnesses, 0), 100)
-        return every, (cost.sqrt() < tolerance) & (uncertainty < UNSURE) & (by_chance < CHANCE)
+        return every, (cost.sqrt() < tolerance) & (every.uncertainty < UNSURE) & (by_chance < CHANCE)
 
-    def _noise(self, c: Tensor, deltas: Tensor, cost: Tensor, normal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mismatch up to which an image is believed, its expected relative error, |delta outside U|, and the share.
+    def _noise(self, c: Tensor, deltas: Tensor, cost: Tensor, normal: Tensor) -> tuple[Tensor, ...]:
+        """Mismatch up to which an image is believed; |delta outside U|, share, expected relative error, its freedom.
 
         Noise N in the entries of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x: an image's
         weak directions suffer most.
@@ -186,10 +186,14 @@ class Equations:
         expected = turned_out + turned_in + span.noise * x_weak * y_weak / span.batch_size
         freedom = max(1, self.spare)
         level = torch.maximum(cost, (expected + span.precision).square()) / freedom
-        uncertainty = turned_in + (_trace_of_inverse(normal) * level).sqrt() / c.norm(dim=1)
+        trace, own = _trace_of_inverse(normal)
+        within = (trace * level).sqrt() / c.norm(dim=1)
+        uncertainty = torch.hypot(turned_in, within)
+        # a turned span moves all entries of an input alike; within it, what the equations leave open is moved
+        shares_of_four = (turned_in / uncertainty) ** 4 / span.right.shape[1] + (within / uncertainty) ** 4 / own
         outside = (d - u @ span.left.T).flatten(1).norm(dim=1) / length
         tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
-        return tolerance, uncertainty, outside, self._share(c, u, d)
+        return tolerance, outside, self._share(c, u, d), uncertainty, 1 / shares_of_four
 
     def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping."""
@@ -244,8 +248,9 @@ def _damped_step(normal: Tensor, pull: Tensor, damping: Tensor) -> Tensor:
     return torch.where((failed == 0)[:, None], step, 0.0).nan_to_num(0.0)
 
 
-def _trace_of_inverse(normal: Tensor) -> Tensor:
-    """tr (J^T J)^-1, (N,); inf where it is singular."""
+def _trace_of_inverse(normal: Tensor) -> tuple[Tensor, Tensor]:
+    """tr C of C = (J^T J)^-1, (N,), infinite where it is singular; and (tr C)^2 / tr C^2."""
     inverse, failed = torch.linalg.inv_ex(normal)
-    trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
-    return torch.where((failed == 0) & trace.isfinite() & (trace > 0), trace, math.inf)
+    trace, squares = inverse.diagonal(dim1=1, dim2=2).sum(1), inverse.square().sum((1, 2))
+    fine = (failed == 0) & trace.isfinite() & (trace > 0)
+    return torch.where(fine, trace, math.inf), torch.where(fine, trace.square() / squares, 1.0)
