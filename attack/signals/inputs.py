@@ -8,7 +8,6 @@ from torch import Tensor
 
 from attack.signals.span import Span
 
-
 PER_IMAGE = ("values", "labels", "deltas", "residuals", "shares", "uncertainty", "freedom")
 
 
