@@ -37,6 +37,7 @@ from cli.runtime import choose_device, interruptible, stream
 from cli.settings import adopt, resolve, run_path, schedule_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
+from judge.layers import measured
 from judge.recorder import Recorder, resumable, summary
 from judge.run_directory import RunDirectory
 from priors import Prior, contrast
@@ -407,6 +408,7 @@ def run_attack(
             raise ValueError(f"{run / 'checkpoint.pt'} is damaged or of another run: {error}") from None
         run.write_json("config.json", config | {"schedule": began["sizes"]})
     else:
+        known = measured(known, model, truth)
         run.begin(config | {"schedule": []}, resumable(state, known))
     recorder = Recorder(
         run,

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class Known:
             no signals were read.
         inputs: (N, ...), they.
         pixels: (N, C, H, W) the images themselves, where the known inputs are they.
-        layers: what came of each layer that was asked, see `attack.signals.engine.Reading`.
+        layers, recovered: what came of each layer that was asked, and their inputs where they were believed, see
+            `attack.signals.engine.Reading`; a resumed run has no need of the latter.
     """
 
     batch_size: int
@@ -40,6 +41,7 @@ class Known:
     inputs: Tensor | None = None
     pixels: Tensor | None = None
     layers: Sequence[Mapping] = ()
+    recovered: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:

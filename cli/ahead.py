@@ -30,7 +30,7 @@ def read_ahead(
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
     generator, place = stream(settings.seed, "signals"), place_of(model)
-    signals, start, inputs, layers, features = None, None, None, [], torch.empty(0)
+    signals, start, inputs, layers, recovered, features = None, None, None, [], {}, torch.empty(0)
     if began is not None:
         signals = Signals(**began["signals"]) if began["signals"] else None
         start, inputs, layers = began["start"], began["inputs"], began["layers"]
@@ -39,7 +39,8 @@ def read_ahead(
         try:
             with Search(quiet=settings.quiet) as bar:
                 reading = read_layers(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
-            signals, start, inputs, layers = reading.signals, reading.start, reading.inputs, reading.layers
+            signals, start, inputs = reading.signals, reading.start, reading.inputs
+            layers, recovered = reading.layers, reading.recovered
         except ValueError as error:
             if settings.signals == "on":
                 raise ValueError(f"--signals on: {error}") from None
@@ -56,4 +57,5 @@ def read_ahead(
     if signals and all(isinstance(stage.module, nn.Flatten) for stage in stages(model)[:start]):
         pixels = inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
     read = (start, inputs, pixels) if signals else (None, None, None)
-    return Known(update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read, layers=layers)
+    known = (update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read)
+    return Known(*known, layers=layers, recovered=recovered)

@@ -1,5 +1,6 @@
 """The record of one run, kept while it runs and completed when it ends."""
 
+import math
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
@@ -107,6 +108,7 @@ class Recorder:
         figures = self._judge(images, labels) if self.truth else {}
         figures |= _signal_figures(self.signals)
         figures |= {
+            "layers": [_in_json(row) for row in self.known.layers],
             "evaluations": state.evaluations,
             "steps": state.step,
             "seconds": round(state.seconds, 3),
@@ -173,6 +175,11 @@ def in_words(signals: Signals, index: int) -> list[str]:
     confidence, error = float(signals.confidence[index]), float(signals.uncertainty[index])
     sure = "certain" if confidence > CERTAIN else f"{100 * confidence:.0f} % sure"
     return [f"signal {sure}", f"±{error:.0e}".replace("e-0", "e-")]
+
+
+def _in_json(row: Mapping) -> dict:
+    """A row of layers.csv; JSON knows no infinity, which a gap is where nothing bounds it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _signal_figures(signals: Signals | None) -> dict:

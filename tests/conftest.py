@@ -97,5 +97,6 @@ def pictures_of(run):
 def without_times(run):
     """All that a run leaves behind and must repeat, wall times apart."""
     metrics = {k: v for k, v in metrics_of(run).items() if not k.endswith("seconds")}
+    metrics["layers"] = [{k: v for k, v in row.items() if k != "seconds"} for row in metrics["layers"]]
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in trace_of(run)]
     return metrics, rows, [picture.tolist() for picture in pictures_of(run)]

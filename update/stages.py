@@ -95,6 +95,18 @@ def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
             yield stage.module
 
 
+@torch.no_grad()
+def inputs_along(chain: Chain, x: Tensor) -> Iterator[tuple[Stage, Tensor]]:
+    """Each linear, convolutional and residual stage, those inside residual stages too, with what it takes, (B, ...)."""
+    for stage in chain:
+        if isinstance(stage.module, (Residual, nn.Linear, nn.Conv2d)):
+            yield stage, x
+        if isinstance(stage.module, Residual):
+            yield from inputs_along(stage.module.body, x)
+            yield from inputs_along(stage.module.shortcut, x)
+        x = stage.module(x)
+
+
 def first_layer(chain: Chain) -> str:
     """The name of the first stage that does more than to flatten."""
     return next(stage.name for stage in chain if not isinstance(stage.module, (nn.Flatten, nn.Identity)))

@@ -53,12 +53,15 @@ class Reading:
         layers: one row for each linear or convolutional layer that was asked or walked through, from the images up:
             layer, positions, rank_bound, rank, dimension, gap, spanned, determined, residual, uncertainty, seconds,
             note; None where nothing was measured.
+        recovered: inputs (n, ...) of every layer and residual stage that were believed, by its name; n may be less than
+            N, and the order another, where a layer was asked and no walk led from it.
     """
 
     signals: Signals
     start: int
     inputs: Tensor
     layers: list[dict]
+    recovered: dict[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.signals)
@@ -107,6 +110,7 @@ class _Reader:
         self.like = self.head.weight.new_zeros(1)
         self.places = {place.name: place for place in places(self.chain, update.image_shape, update.gradients)}
         self.rows = _blank_rows(self.chain, update.image_shape, update.batch_size)
+        self.recovered: dict[str, Tensor] = {}
 
     def read(self) -> Reading:
         """Ask the layers in turn, then walk down from the best of them."""
@@ -147,6 +151,7 @@ class _Reader:
             note = str(error).partition("\n")[0]
         if found is not None and len(found):
             facts |= {"residual": float(found.residuals.max()), "uncertainty": float(found.uncertainty.max())}
+            self.recovered[place.name] = found.values
         self._note(place.name, note, **facts, seconds=time.perf_counter() - began)
         return found if found is not None and len(found) else None
 
@@ -227,6 +232,7 @@ class _Reader:
             residuals=signals.residuals,
             shares=signals.certificates,
             uncertainty=signals.uncertainty,
+            freedom=signals.freedom,
             batch_size=span.batch_size,
         )
 
@@ -253,6 +259,7 @@ class _Reader:
             descent = self._descended(found, index)
             for record in descent.records:
                 self._note_walk(record)
+            self.recovered |= descent.inner | {self.chain[i].name: inputs for i, inputs in descent.inputs.items()}
             start = descent.deepest
             inputs = descent.inputs[start]
             if after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
@@ -269,10 +276,11 @@ class _Reader:
             residuals=found.residuals,
             certificates=found.shares,
             uncertainty=found.uncertainty,
+            freedom=found.freedom,
             rank=found.batch_size if found.complete else len(found),
             seconds=time.perf_counter() - self.began,
         )
-        return Reading(signals, start, inputs, list(self.rows.values()))
+        return Reading(signals, start, inputs, list(self.rows.values()), self.recovered)
 
     def _descended(self, found: Inputs, index: int) -> Descent:
         given = Update(self.update.gradients, self.update.batch_size, additive=self._additive())

@@ -95,6 +95,11 @@ class Equations:
         soft = at.p * (soft - (at.p * soft).sum(1, keepdim=True))
         return (soft @ self.logits + at.e @ f[:, : at.q.shape[1]]) / self.batch_size
 
+    def push(self, at: "Point", z: Tensor) -> Tensor:
+        """Derivative of the residual along logits z (B, K), of the residual's shape."""
+        first = at.p * (z - (at.p * z).sum(1, keepdim=True))
+        return (self.rows * first).T @ at.x / self.batch_size
+
     def bend(self, at: "Point", v: Tensor) -> Tensor:
         """Second derivative of the residual along v, of the residual's shape."""
         z = v @ self.logits.T

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from attack.signals.span import Span
 
+PER_IMAGE = ("values", "labels", "deltas", "residuals", "shares", "uncertainty", "freedom")
+
 
 class Tail(Protocol):
     """The network behind a layer, differentiable twice, in float64."""
@@ -27,7 +29,8 @@ class Inputs:
         deltas: (N, *output_shape), the gradient of each image's own loss by the layer's output.
         residuals: (N,) share of delta that lies outside the gradient's column space, rows weighted.
         shares: (N,) the weight with which delta patch^T is part of B G, 1 for a true image.
-        uncertainty: (N,) expected relative error of the values.
+        uncertainty: (N,) expected relative error of the values, root mean square.
+        freedom: (N,) degrees of freedom of that error, see `attack.signals.confidence`.
         batch_size: B.
         seconds: wall time of the search.
     """
@@ -38,6 +41,7 @@ class Inputs:
     residuals: Tensor
     shares: Tensor
     uncertainty: Tensor
+    freedom: Tensor
     batch_size: int
     seconds: float = 0.0
 
@@ -51,13 +55,11 @@ class Inputs:
 
     def pick(self, index: Tensor) -> "Inputs":
         """Some of the images: an index or a mask."""
-        names = ("values", "labels", "deltas", "residuals", "shares", "uncertainty")
-        return replace(self, **{name: getattr(self, name)[index] for name in names})
+        return replace(self, **{name: getattr(self, name)[index] for name in PER_IMAGE})
 
     def joined(self, other: "Inputs") -> "Inputs":
         """These and others."""
-        names = ("values", "labels", "deltas", "residuals", "shares", "uncertainty")
-        return replace(self, **{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in names})
+        return replace(self, **{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in PER_IMAGE})
 
 
 def nothing(span: Span) -> Inputs:
@@ -70,5 +72,6 @@ def nothing(span: Span) -> Inputs:
         residuals=empty,
         shares=empty,
         uncertainty=empty,
+        freedom=empty,
         batch_size=span.batch_size,
     )

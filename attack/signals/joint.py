@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attack.signals.confidence import EXPLAINED, error_per_noise
 from attack.signals.counts import spelled_out, whole_counts
 from attack.signals.equations import Equations, Point, solve
 from attack.signals.equations import Span as Factors
@@ -34,7 +35,6 @@ SWEEPS = 4  # over all sets of labels
 ENUMERABLE = 4000  # more sets than these are not listed but proposed from gamma
 SETS = 400  # tried, at most
 CONVICTIONS = 10  # values of t for which sets are proposed
-EXPLAINED = 3.0  # a residual below this multiple of what noise leaves means that the gradient is explained
 NEGATIVE = 10.0  # units of a row's noise: an entry this far below zero is negative
 
 
@@ -89,7 +89,7 @@ def unmix_head(
                         return replace(none, seconds=time.perf_counter() - started)
                     start = starts(span, span.batch_size, generator) @ span.basis @ span.right.T
                     at = equations.at(solve(equations, start, ITERATIONS, deadline))
-                    found = _judged(span, equations, at, labels)
+                    found = _judged(span, equations, at, labels, weight.detach().to(span.basis), generator)
                     if found is not None:
                         return replace(found, seconds=time.perf_counter() - started)
     return replace(none, seconds=time.perf_counter() - started)
@@ -148,29 +148,26 @@ def _proposed(least: Tensor, allowed: Tensor, share: Tensor, size: int) -> Tenso
     return torch.stack(list(found.values()))
 
 
-def _judged(span: Span, equations: Equations, at: Point, labels: Tensor) -> Inputs | None:
+def _judged(
+    span: Span, equations: Equations, at: Point, labels: Tensor, weight: Tensor, generator: torch.Generator
+) -> Inputs | None:
     """The solution if it leaves nothing but noise of the gradient, and says what that noise makes of each image."""
     freedom = max(1, at.f.numel() - at.q.numel())
     allowance = (EXPLAINED * span.noise) ** 2 * freedom
     allowance += (ARITHMETIC * span.precision * float(span.sigma.norm())) ** 2
     if not math.isfinite(at.cost) or at.cost > allowance:
         return None
-    inverse, failed = torch.linalg.inv_ex(equations.normal(at))
-    if failed:
-        return None
-    level = max(span.noise**2, at.cost / freedom)
-    within = inverse.diagonal().clamp(min=0).view(at.q.shape).sum(1)
-    weak = at.q / span.sigma
-    turned = span.noise * span.right.shape[1] ** 0.5 * weak.norm(dim=1)
-    uncertainty = ((level * within).sqrt() + turned) / at.q.norm(dim=1)
+    error = error_per_noise(equations, at, weight, span.right, generator)
+    uncertainty = error.expected(span.noise, at.cost) / at.q.norm(dim=1)
     outside = (at.e - at.e @ span.left @ span.left.T).norm(dim=1) / at.e.norm(dim=1)
     found = Inputs(
         values=(at.q @ span.right).view(-1, *span.geometry.input_shape),
         labels=labels,
         deltas=at.p - equations.onehot,
         residuals=outside,
-        shares=(weak * (at.e @ span.left)).sum(1) / span.batch_size,
+        shares=(at.q / span.sigma * (at.e @ span.left)).sum(1) / span.batch_size,
         uncertainty=uncertainty,
+        freedom=error.freedom,
         batch_size=span.batch_size,
     )
     return found.pick(uncertainty < UNSURE)

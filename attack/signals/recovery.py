@@ -20,8 +20,8 @@ K (r + 1) equations in B r unknowns, for all images at once. They are solved in 
    and drowns, in the scaled one it is 1e-4.
 3. Levenberg-Marquardt with geodesic acceleration, in float64, all images together, from features of random images: the
    path is a bent valley, which acceleration (Transtrum and Sethna 2012, arXiv 1201.5885) follows five times as fast.
-4. Judgement. c = 1 / (h^T G^+ e) must come out as 1/B, P e as zero (P projects on the complement of U), and the inverse
-   of the normal matrix says what the noise that is left makes of each image.
+4. Judgement. c = 1 / (h^T G^+ e) must come out as 1/B, P e as zero (P projects on the complement of U), and noise like
+   that which is left is simulated, to first order, to say what it makes of each image (`confidence`).
 5. Whoever passes stays, the others start anew.
 
 Relatives: Cocktail Party Attack (Kariyappa et al. 2022, arXiv 2209.05578) unmixes the same gradient by ICA, SPEAR
@@ -36,8 +36,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from attack.signals.confidence import EXPLAINED, confidence, error_per_noise
 from attack.signals.counts import LabelCounts, spelled_out
-from attack.signals.equations import Equations, Point, solve
+from attack.signals.equations import solve
 from attack.signals.features import SAMPLE, random_features
 from attack.signals.head import HeadGradient
 from update.shared import SharedUpdate
@@ -48,7 +49,6 @@ ATTEMPTS = 8  # times that those who did not pass start anew, at most
 WORK = 3e13  # and no more than this many multiplications in all, about: some minutes
 TRIAL = 6  # iterations that each plausible set of labels is tried for, where there are several
 FITTING = 2e-5  # a residual below this share of sigma_1 settles the choice of labels: wrong ones leave 1e-3
-EXPLAINED = 3.0  # a residual below this multiple of what noise leaves means that the gradient is explained
 UNEVEN = 2.0  # noise is less even than the estimate of it takes it to be
 RESIDUAL = 5e-5  # largest |P e| of an image believed on its own: rounding leaves 1e-7, a stranger 1e-2
 CERTIFICATE = 1e-3  # largest |c B - 1| of an image believed on its own
@@ -67,7 +67,8 @@ class Signals:
         errors: (N, K) softmax errors.
         residuals: (N,) |P e|, what of an error lies outside the gradient's span; rounding leaves about 1e-7.
         certificates: (N,) c B, which is 1 for a true image.
-        uncertainty: (N,) expected relative error of the features, from the noise that the solution leaves.
+        uncertainty: (N,) expected relative error of what was read, root mean square, from the noise that shows.
+        freedom: (N,) degrees of freedom of that error, see `confidence`.
         rank: numerical rank of the head's gradient: the batch size, as long as that is below K and noise is low.
         seconds: wall time of the search.
     """
@@ -78,6 +79,7 @@ class Signals:
     residuals: Tensor
     certificates: Tensor
     uncertainty: Tensor
+    freedom: Tensor
     rank: int
     seconds: float = 0.0
 
@@ -90,8 +92,8 @@ class Signals:
 
     @property
     def confidence(self) -> Tensor:
-        """(N,) probability that the features are within 1 % of the truth, if the noise is Gaussian."""
-        return torch.erf(0.01 / (math.sqrt(2) * self.uncertainty.clamp(min=1e-12)))
+        """(N,) probability that what was read is within 1 % of the truth, if the noise is Gaussian."""
+        return confidence(self.uncertainty, self.freedom)
 
 
 def recover_signals(
@@ -129,7 +131,7 @@ def recover_signals(
     attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
     for _ in range(attempts):
         q = solve(head.equations(labels), q, ITERATIONS, deadline, tick)
-        signals, passed, cost = _judge(head, labels, q, model.feature_range)
+        signals, passed, cost = _judge(head, labels, q, model.feature_range, generator)
         if best is None or (len(signals), -cost) > (len(best), -least):
             best, least = signals, cost
         if passed.all() or time.perf_counter() > deadline:
@@ -161,7 +163,11 @@ def _choose_labels(
 
 
 def _judge(
-    head: HeadGradient, labels: Tensor, q: Tensor, feature_range: tuple[float, float]
+    head: HeadGradient,
+    labels: Tensor,
+    q: Tensor,
+    feature_range: tuple[float, float],
+    generator: torch.Generator,
 ) -> tuple[Signals, Tensor, float]:
     """The signals worth believing, surest first; which of the B passed; and the residual's square.
 
@@ -170,14 +176,14 @@ def _judge(
     """
     span, equations = head.span, head.equations(labels)
     at = equations.at(q)
-    features = q @ span.right
+    features = at.q @ span.right
     share, outside = head.batch_size * span.certificate(features, at.e), span.outside(at.e) / at.e.norm(dim=1)
     freedom = max(1, at.f.numel() - at.q.numel())
-    noise = UNEVEN * max(head.noise, math.sqrt(at.cost / freedom))
-    uncertainty = noise * _sensitivity(equations, at, features.shape[1]) / features.norm(dim=1)
+    error = error_per_noise(equations, at, head.weight, span.right, generator)
+    uncertainty = error.expected(head.noise, at.cost) / features.norm(dim=1)
     least, most = feature_range
     in_range = ((features > least - RANGE) & (features < most + RANGE)).all(1)
-    certain = uncertainty < UNSURE
+    certain = UNEVEN * uncertainty < UNSURE
     passed = certain & in_range & ((share - 1).abs() < CERTIFICATE) & (outside < RESIDUAL)
     if equations.unexplained(at) < (EXPLAINED * head.noise) ** 2 * freedom + head.arithmetic**2:
         passed = certain & ((share - 1).abs() < WITNESS)
@@ -190,28 +196,10 @@ def _judge(
         residuals=outside[order],
         certificates=share[order],
         uncertainty=uncertainty[order],
+        freedom=error.freedom[order],
         rank=head.rank,
     )
     return signals, passed, at.cost
-
-
-def _sensitivity(equations: Equations, at: Point, width: int) -> Tensor:
-    """Standard deviation (B,) of the features' lengths of error for unit noise in every entry of D G, to first order.
-
-    Within the span it is the inverse of the normal matrix. Outside, where true features have nothing, the noise of the
-    remaining `width` - r columns goes through the pseudo-inverse of the errors.
-    """
-    batch_size, rank = at.q.shape
-    matrix, gram = equations.normal(at), at.e @ at.e.T / batch_size**2
-    for m in (matrix, gram):
-        m.diagonal().add_(1e-15 * m.diagonal().mean())  # what cannot be told apart is uncertain, not an error
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    gram_factor, gram_failed = torch.linalg.cholesky_ex(gram)
-    if failed or gram_failed:
-        return at.q.new_full((batch_size,), math.inf)
-    within = torch.cholesky_inverse(factor).diagonal().view(batch_size, rank).sum(1)
-    outside = (width - rank) * torch.cholesky_inverse(gram_factor).diagonal()
-    return (within + outside).sqrt()
 
 
 def _nothing(head: HeadGradient) -> Signals:
@@ -223,5 +211,6 @@ def _nothing(head: HeadGradient) -> Signals:
         residuals=empty,
         certificates=empty,
         uncertainty=empty,
+        freedom=empty,
         rank=head.rank,
     )

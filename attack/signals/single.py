@@ -173,13 +173,22 @@ class Equations:
         cost = mismatch.square().sum(1)
         expected, turned_in = self._noise(u, x)
         level = torch.maximum(cost, (expected + span.precision).square()) / max(1, self.spare)
-        uncertainty = turned_in + (_trace_of_inverse(normal) * level).sqrt() / c.norm(dim=1)
+        uncertainty, freedom = self._expected_error(c, turned_in, level, normal)
         outside = (d - u @ span.left.T).flatten(1).norm(dim=1) / d.flatten(1).norm(dim=1).clamp(min=1e-200)
         shares = self._share(c, u, d)
-        every = Inputs(span.inputs(c), labels, deltas, outside, shares, uncertainty, span.batch_size)
+        every = Inputs(span.inputs(c), labels, deltas, outside, shares, uncertainty, freedom, span.batch_size)
         tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
         by_chance = tolerance ** min(max(witnesses, 0), 100) * (1 + condition)
         return every, (cost.sqrt() < tolerance) & (uncertainty < UNSURE) & (by_chance < CHANCE)
+
+    def _expected_error(self, c: Tensor, turned_in: Tensor, level: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """An image's expected relative error, and that error's degrees of freedom, (N,) each."""
+        trace, own = _trace_of_inverse(normal)
+        within = (trace * level).sqrt() / c.norm(dim=1)
+        uncertainty = torch.hypot(turned_in, within)
+        # a turned span moves all entries of an input alike; within it, what the equations leave open is moved
+        shares_of_four = (turned_in / uncertainty) ** 4 / self.span.right.shape[1] + (within / uncertainty) ** 4 / own
+        return uncertainty, 1 / shares_of_four
 
     def _condition(self, u: Tensor, x: Tensor) -> Tensor:
         """What the share makes of a relative error in an image's x (N, P r) or y = U^T delta (N, P, r), (N,).
@@ -260,8 +269,9 @@ def _damped_step(normal: Tensor, pull: Tensor, damping: Tensor) -> Tensor:
     return torch.where((failed == 0)[:, None], step, 0.0).nan_to_num(0.0)
 
 
-def _trace_of_inverse(normal: Tensor) -> Tensor:
-    """tr (J^T J)^-1, (N,); inf where it is singular."""
+def _trace_of_inverse(normal: Tensor) -> tuple[Tensor, Tensor]:
+    """tr C of C = (J^T J)^-1, (N,), infinite where it is singular; and (tr C)^2 / tr C^2."""
     inverse, failed = torch.linalg.inv_ex(normal)
-    trace = inverse.diagonal(dim1=1, dim2=2).sum(1)
-    return torch.where((failed == 0) & trace.isfinite() & (trace > 0), trace, math.inf)
+    trace, squares = inverse.diagonal(dim1=1, dim2=2).sum(1), inverse.square().sum((1, 2))
+    fine = (failed == 0) & trace.isfinite() & (trace > 0)
+    return torch.where(fine, trace, math.inf), torch.where(fine, trace.square() / squares, 1.0)

@@ -18,7 +18,9 @@ labels = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 def read(*some):
     """Signals of so many images with these labels."""
     label, empty = torch.tensor(some), torch.zeros(len(some))
-    return Signals(label, torch.zeros(len(some), 4), torch.zeros(len(some), 6), empty, empty, empty, rank=len(some))
+    return Signals(
+        label, torch.zeros(len(some), 4), torch.zeros(len(some), 6), empty, empty, empty, empty, rank=len(some)
+    )
 
 
 @given(labels, st.data())

@@ -222,15 +222,6 @@ def test_an_update_rounded_to_sixteen_bits_still_gives_labels_away():
     assert error.max() < 0.05
 
 
-def test_confidence_falls_with_uncertainty():
-    update, model, _, _ = case([3, 11, 0, 19, 5])
-    signals = recover_signals(update, model, generator=generator(2))
-    doubtful = dataclasses.replace(signals, uncertainty=torch.tensor([1e-3, 3e-3, 5e-3, 1e-2, 1.0]).double())
-    assert (signals.confidence > 0.99).all()
-    assert (doubtful.confidence.diff() < 0).all()
-    assert doubtful.confidence[3].item() == pytest.approx(0.6827, abs=1e-4)  # one standard deviation
-
-
 def test_models_and_batches_that_do_not_permit_signals_say_so():
     update, model, _, _ = case([0, 1, 2, 3, 4])
     with pytest.raises(ValueError, match=r"batch_size is 20: .*at most 19"):

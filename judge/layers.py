@@ -1,0 +1,56 @@
+"""How right each layer's recovered inputs are, where the truth is known: a column of layers.csv."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from attack.prepare import Known
+from data import Batch
+from update.stages import inputs_along, parametrised, stages
+
+
+def measured(known: Known, model: nn.Module, truth: Batch | None) -> Known:
+    """What was read, each layer's row with its `relative_error`, None where that cannot be known.
+
+    The recovered inputs have served their purpose then and are left out: they are as large as all activations.
+    """
+    errors = relative_errors(known.recovered, model, truth.images) if truth and known.recovered else {}
+    rows = [_beside_uncertainty(row, errors.get(row["layer"])) for row in known.layers]
+    return replace(known, layers=rows, recovered={})
+
+
+def relative_errors(recovered: Mapping[str, Tensor], model: nn.Module, images: Tensor) -> dict[str, float]:
+    """By layer, the largest relative error |a' - a| / |a| of the inputs a' recovered there.
+
+    Args:
+        recovered: inputs (N, ...) by the name of the layer or residual stage that takes them, in any order.
+        model: that takes the images.
+        images: the truth (B, C, H, W), B >= N. True inputs are computed in float64, and matched one to one.
+
+    Returns:
+        errors by the name of a layer; a residual stage's under that of its first one, as in layers.csv.
+    """
+    chain = stages(copy.deepcopy(model).double())
+    taken = inputs_along(chain, images.to(next(model.parameters()).device).double())
+    return {
+        next(parametrised([stage])).name: _relative_error(recovered[stage.name], truth)
+        for stage, truth in taken
+        if stage.name in recovered
+    }
+
+
+def _relative_error(found: Tensor, truth: Tensor) -> float:
+    """The largest of found (N, ...) after the one-to-one assignment to truth (B, ...) of least distance."""
+    found, truth = found.flatten(1).to(truth), truth.flatten(1)
+    distance = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist") / truth.norm(dim=1)  # (N, B)
+    return float(distance.cpu().numpy()[linear_sum_assignment(distance.cpu().numpy())].max())
+
+
+def _beside_uncertainty(row: Mapping, error: float | None) -> dict:
+    names = list(row)
+    at = names.index("uncertainty") + 1
+    return {name: row[name] for name in names[:at]} | {"relative_error": error} | {n: row[n] for n in names[at:]}
