@@ -38,6 +38,8 @@ DOUBT = 20.0  # and up to which it may be wrong to be so, or not
 RANGE = 40.0  # and up to which a mask may be changed by a residual that asks for it
 GAIN = 0.2  # share of a channel's squared residual that changing one entry of a mask must take away
 STANDS_OUT = 10.0  # a channel whose residual is so many times the median has a wrong mask
+EXPLAINED = 0.5  # share of a channel's squared residual that one entry must explain to be changed by itself
+SUSPECTS = 16  # entries changed so, one after the other
 COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
@@ -381,7 +383,7 @@ class LayerSource:
         near = self.above.margin.abs() < RANGE
         if self.gradient is None or not near.any():
             return flips
-        patches = replace(self.map, weight=torch.ones_like(self.map.weight[:1])).outputs(u.square())
+        patches = self._patches(u)
         for _ in range(ROUNDS):
             rest = self.gradient - source.map.weights(u, source.above.delta)
             squares = rest.flatten(1).square().sum(1)  # (c_out,)
@@ -396,6 +398,26 @@ class LayerSource:
                 break
             source, flips = replace(source, above=source.above.flipped(chosen)), flips ^ chosen
         return flips
+
+    def suspicion(self, u: Tensor) -> Tensor:
+        """How much of the weighted squared residual each entry's flip explains at its best strength, (B, ...).
+
+        A solution takes up most of what a wrong mask leaves, and with it the strength; the direction still shows. Zero
+        for an entry that is far from doubtful or does not explain most of its channel's residual.
+        """
+        near = self.above.margin.abs() < RANGE
+        if self.gradient is None or not near.any():
+            return torch.zeros_like(self.above.delta)
+        rest = self.gradient - self.map.weights(u, self.above.delta)
+        squares = rest.flatten(1).square().sum(1)  # (c_out,)
+        towards = replace(self.map, weight=rest).outputs(u) * (self.above.asleep - self.above.delta).sign()
+        share = towards.clamp(min=0).square() / (self._patches(u) * squares.view(self._columns)).clamp(min=1e-300)
+        heard = squares * self._gradient_weights().flatten().square()
+        return torch.where(near & (share > EXPLAINED), share * heard.view(self._columns), 0.0)
+
+    def _patches(self, u: Tensor) -> Tensor:
+        """|patch|^2 at every place of the output, (B, 1, ...)."""
+        return replace(self.map, weight=torch.ones_like(self.map.weight[:1])).outputs(u.square())
 
 
 @dataclass(frozen=True)
@@ -430,6 +452,10 @@ class IdentitySource:
     def coarser(self, factor: float) -> "IdentitySource":
         """With masks for so many times the noise."""
         return replace(self, above=self.above.coarser(factor))
+
+    def suspicion(self, u: Tensor) -> Tensor:
+        """None: it has no gradient rows that could tell."""
+        return torch.zeros_like(u)
 
     def decided(self, u: Tensor) -> "IdentitySource":
         """The same."""
@@ -691,7 +717,24 @@ class _Walk:
             if solution.residual < enough or time.perf_counter() > self.deadline:
                 break
             trial, _ = self._least_squares([source.without_outliers(u) for source in sources], shape)
-        return best
+        return self._one_by_one(*best, shape, enough)
+
+    def _one_by_one(
+        self, u: Tensor, solution: Solution, sources: list[Source], shape: tuple[int, ...], enough: float
+    ) -> tuple[Tensor, Solution, list[Source]]:
+        """Change the most suspicious entry of all masks and solve again, as long as that helps."""
+        for _ in range(SUSPECTS):
+            suspicions = [source.suspicion(u) for source in sources]
+            worst = max(float(each.max()) for each in suspicions)
+            if not worst > 0 or solution.residual < enough or time.perf_counter() > self.deadline:
+                break
+            pairs = zip(sources, suspicions, strict=True)
+            tried = [replace(source, above=source.above.flipped(each == worst)) for source, each in pairs]
+            other = self._least_squares(tried, shape)
+            if not other[1].residual < solution.residual:
+                break
+            (u, solution), sources = other, tried
+        return u, solution, sources
 
     def _coarser(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution, list[Source]] | None:
         """The masks for other noise than was measured that leave the least residual; None if there are no others."""

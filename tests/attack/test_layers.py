@@ -1,10 +1,12 @@
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from attack.signals.layers import Point, Update, below, descend, noise_of, without_noise
+from attack.signals.layers import LayerSource, Point, Update, below, descend, noise_of, without_noise
 from attack.signals.leastsquares import Product, cgls, refined
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
 from client.victim import share_update
@@ -164,6 +166,25 @@ def test_noise_is_read_below_zero():
     measured = noise_of(clean + noise * double(4, 50, 3, 3, seed=1), torch.zeros(4, 1, 1, 1).double(), True)
     ratio = (measured / noise).flatten(1).median(1).values
     assert ((ratio > 0.7) & (ratio < 4)).all()
+
+
+def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it():
+    conv, truth = nn.Conv2d(3, 24, 3, padding=1, dtype=torch.float64), double(2, 3, 4, 4)
+    linear, delta = LinearMap.of(conv, (3, 4, 4)), double(2, 24, 4, 4, seed=1)
+    gradient = linear.weights(truth, delta)
+    wrong, asleep = (1, 5, 2, 2), torch.zeros_like(delta)
+    asleep[wrong], delta[wrong] = delta[wrong].item(), 0.0
+    above = replace(point(linear.outputs(truth), delta), asleep=asleep, margin=torch.ones_like(delta))
+    source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, torch.zeros(24).bool())
+    operator, target = stack(source.rows()[:1])
+    u = cgls(operator, target, torch.zeros_like(truth), iterations=200).x
+    assert (u - truth).norm() > 1e-2 * truth.norm()
+    suspicion = source.suspicion(u)
+    assert np.unravel_index(int(suspicion.argmax()), delta.shape) == wrong
+    mended = replace(source, above=above.flipped(suspicion == suspicion.max()))
+    operator, target = stack(mended.rows()[:1])
+    assert torch.allclose(cgls(operator, target, torch.zeros_like(truth), iterations=200).x, truth)
+    assert not mended.suspicion(truth).any()
 
 
 # ----------------------------------------------------------------------------------------------------
