@@ -188,6 +188,8 @@ def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
         for text in getattr(asked, name, ()):
             refuse_own([word for word in shlex.split(text) if word.startswith("--")])
             resolve([*shlex.split(text)[1:], *flags], magia.FLAGS)
+    for text in getattr(asked, "defences", ()):
+        resolve([*([text] if text.startswith("--") else ["--defence", text]), *flags], magia.FLAGS)
 
 
 # ----------------------------------------------------------------------------------------------------

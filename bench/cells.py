@@ -112,7 +112,7 @@ def has_failed(row: Cell) -> bool:
 def _outcome(measure: Callable[[Cell], Cell], cell: Cell) -> Cell:
     try:
         return measure(cell)
-    except Exception as error:  # whatever it is, it costs this cell only
+    except (Exception, SystemExit) as error:  # whatever it is, it costs this cell only
         return {"status": FAILED + " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 

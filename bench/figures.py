@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -143,7 +144,7 @@ def plot_grid(lines: Sequence[Cell], budget: str, out: Path) -> None:
 
 def file_suffix(model: str, among: Sequence[Cell]) -> str:
     """What tells a network's files apart from those of the others; nothing where there are no others."""
-    return "" if len({line["model"] for line in among}) == 1 else "_" + model.replace(" ", "-")
+    return "" if len({line["model"] for line in among}) == 1 else "_" + re.sub(r"\W+", "-", model).strip("-")
 
 
 def plot_lines(lines: Sequence[Cell], path: Path, measure: str, *, x: str, panel: str) -> None:

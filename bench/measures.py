@@ -92,6 +92,7 @@ def measure(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
         Exception: whatever kept it from being run; it is the cell's that failed.
     """
     name = str(cell["preset"]).split()[0]
+    shutil.rmtree(run_folder(cell, flags, out), ignore_errors=True)  # what another program has left, or a dead process
     if name in GUESSES:
         return measure_guess(cell, flags, out)
     return (measure_attack if name in PRESETS else measure_peer)(cell, flags, out)
@@ -106,7 +107,6 @@ def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """
     path = run_folder(cell, flags, out)
     argv = [*flags_of(cell), *flags, "--quiet", "--save_dir", str(path.parent), "--run_name", path.name]
-    shutil.rmtree(path, ignore_errors=True)  # what a process that died there has left
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
         status = magia.main(argv)
     if status == INTERRUPTED:
@@ -156,7 +156,6 @@ def mean_image_scores(cell: Cell, flags: Sequence[str]) -> Cell:
 def _recorded(cell: Cell, flags: Sequence[str], out: Path, images: Tensor, figures: Cell) -> Cell:
     """Save pictures (B, C, H, W) and figures as a run of the program does; returns the cell's figures."""
     path = run_folder(cell, flags, out)
-    shutil.rmtree(path, ignore_errors=True)
     with RunDirectory(path) as run:
         (path / "images").mkdir(parents=True)
         save_images(run, images)

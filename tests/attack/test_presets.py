@@ -9,7 +9,7 @@ import torch
 from conftest import CPU, ROOT, metrics_of, resolved
 
 import main_MAGIA_sel as magia
-from attack.published.presets import PRESETS
+from attack.published.presets import PRESETS, TUNED
 from cli.victim import victim
 
 PEERS = [name for name in PRESETS if name != "magia"]
@@ -84,7 +84,7 @@ def test_batchnorm_statistics_enter_where_the_model_has_them(model, there):
 
 @pytest.mark.parametrize("preset", PEERS)
 def test_every_published_attack_starts_as_its_source_does(preset):
-    """Mean and spread of the start: clamped normal, normal, or normal in units of CIFAR-10's colours."""
+    """Mean and spread of the start: clamped normal, normal, normal in units of CIFAR-10's colours, or tuned."""
     settings = resolved("--preset", preset, "--batch_size", 4)
     update, net, _ = victim(settings, CPU)
     state, objective, _ = magia.prepare(update, net, settings, granted=torch.zeros(4, dtype=torch.int64))
@@ -93,6 +93,7 @@ def test_every_published_attack_starts_as_its_source_does(preset):
         "paper": ([0.316] * 3, [0.411] * 3),
         "dlg": ([0.0] * 3, [1.0] * 3),
         "idlg": ([0.0] * 3, [1.0] * 3),
+        **dict.fromkeys((f"{name}_tuned" for name in TUNED), ([0.5] * 3, [0.02] * 3)),
     }.get(preset, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]))
     assert start.mean((0, 1, 3, 4)).tolist() == pytest.approx(mean, abs=0.05)
     assert start.std((0, 1, 3, 4)).tolist() == pytest.approx(std, abs=0.05)

@@ -339,6 +339,15 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
             benchmark.main(["grid", *words, "--out", str(tmp_path)])
         assert stop.value.code == 2
         assert "'magic' is none of" in capsys.readouterr().err
+    for words in (
+        ["defences", "--defences", "none,--unknown"],
+        ["grid", "--presets", "dlg --unknown 1"],
+        ["grid", "--models", "mlp --depth none"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main([*words, "--out", str(tmp_path)])
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["signals", "--batch_sizes", "two", "--out", str(tmp_path)])
     assert stop.value.code == 2
