@@ -35,41 +35,42 @@ class Pairs:
     """
 
     def __init__(self, most: int, like: Tensor) -> None:
-        self.count, self.rows = 0, like.new_zeros(2, most, len(like))  # S and Y, a ring
+        self.count, self.rows = 0, like.new_zeros(most, 2, len(like))  # a ring of pairs, s and y
         self.sy = torch.zeros(most, most, dtype=torch.float64, device=like.device)  # s_i.y_j, right where i is no newer
         self.yy = torch.zeros_like(self.sy)
-        self.seen = torch.zeros(2, most, dtype=torch.float64, device=like.device)  # S g and Y g of the last gradient
+        self.seen = torch.zeros(most, 2, dtype=torch.float64, device=like.device)  # S g and Y g of the last gradient
 
     @property
     def held(self) -> int:
         """How many there are."""
-        return min(self.count, self.rows.shape[1])
+        return min(self.count, len(self.rows))
 
     def direction(self, g: Tensor, s: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """-H g, once the pair of s and y = g - (the gradient before) is taken in, for the oldest where all are held."""
-        at = self.count % self.rows.shape[1]
+        at = self.count % len(self.rows)
         if s is not None:
-            self.rows[0, at], self.rows[1, at] = s, y
+            self.rows[at, 0], self.rows[at, 1] = s, y
             self.count += 1
         if not self.count:
             return -g
         held, before = self.held, self.seen
         self.seen = torch.zeros_like(before)
-        self.seen[:, :held] = (self.rows[:, :held] @ g).double()
+        pairs = self.rows[:held].flatten(0, 1)  # (2 held, n), a view
+        self.seen[:held] = (pairs @ g).double().view(held, 2)
         if s is not None:
-            self.sy[:, at], self.yy[:, at] = self.seen - before
+            self.sy[:, at], self.yy[:, at] = (self.seen - before).T
             self.sy[at, at], self.yy[at, at] = y.dot(s), y.dot(y)
             self.yy[at] = self.yy[:, at]
         order = torch.arange(self.count - held, self.count, device=g.device) % held  # oldest first
-        a, b = self.seen[:, order, None]
+        a, b = self.seen[order].T[..., None]
         upper, yy = self.sy[order][:, order].triu(), self.yy[order][:, order]
         gamma = upper[-1, -1] / yy[-1, -1]
         p = torch.linalg.solve_triangular(upper, a, upper=True)
         inner = upper.diagonal()[:, None] * p + gamma * (yy @ p - b)
         u = torch.linalg.solve_triangular(upper.T, inner, upper=False)
-        weights = torch.zeros(2, held, dtype=torch.float64, device=g.device)
-        weights[:, order] = torch.stack([-u, gamma * p])[..., 0]
-        return weights.flatten().to(g) @ self.rows[:, :held].flatten(0, 1) - gamma.to(g) * g
+        weights = torch.zeros(held, 2, dtype=torch.float64, device=g.device)
+        weights[order] = torch.cat([-u, gamma * p], 1)
+        return weights.flatten().to(g) @ pairs - gamma.to(g) * g
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class LBFGS:
         if self._last is None:
             return {"count": 0}
         pairs = self._pairs
-        held = {"rows": pairs.rows[:, : pairs.held], "count": pairs.count}
+        held = {"rows": pairs.rows[: pairs.held], "count": pairs.count}
         held |= {name: getattr(pairs, name) for name in PRODUCTS}
         return held | {"last": list(self._last)}
 
@@ -180,7 +181,7 @@ class LBFGS:
         pairs.count = count
         for name in PRODUCTS:
             setattr(pairs, name, state[name].to(like.device))
-        pairs.rows[:, : pairs.held] = state["rows"].to(like)
+        pairs.rows[: pairs.held] = state["rows"].to(like)
         self._pairs, self._last = pairs, tuple(t.to(like) for t in state["last"])
 
 
