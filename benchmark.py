@@ -5,6 +5,7 @@
     python benchmark.py defences --out results/defences    # what defences leave of signals and images
     python benchmark.py schedules --out results/schedules  # S(t) with and without the subset term, each to its end
     python benchmark.py tune --out results/tune            # settings, on images that none of the others shows
+    python benchmark.py speed --out results/speed          # time and memory of an evaluation, and what it is spent on
 
 Every measurement is a grid of cells. A finished cell lies in OUT/cells as one JSON file and is not run again, so an
 interrupted grid goes on where it stopped. A model or a preset may bring flags of its own, as in
@@ -50,6 +51,7 @@ from bench.networks import one_with_flags, own_flags, short_name
 from bench.origin import origin
 from bench.peers import PEERS
 from bench.searches import SEARCHES, variants
+from bench.speed import devices, speed
 from cli.flags import OneLineParser, number
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
@@ -144,6 +146,15 @@ def build_parser() -> OneLineParser:
     command = add("tune", "settings of attacks, on images that no table shows", [8])
     command.add_argument("--presets", type=listed(one_with_flags(SEARCHES)), default=list(SEARCHES), metavar="LIST")
     add_budget(command)
+    command = commands.add_parser(
+        "speed", help="time and memory of an evaluation, whole attacks, and a reading's stages"
+    )
+    command.add_argument("--batch_sizes", type=listed(size), default=[4, 16, 64, 256], metavar="LIST")
+    command.add_argument("--course", type=listed(size), default=[16], metavar="LIST", help="B of whole attacks")
+    command.add_argument("--reading", type=listed(size), default=[4, 8, 16], metavar="LIST", help="B of readings")
+    command.add_argument("--max_evals", type=size, default=2500, metavar="N", help="of a whole attack; default 2500")
+    command.add_argument("--device", type=listed(str), default=devices(), metavar="LIST", help="default: all there are")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tables go")
     return parser
 
 
@@ -152,6 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, flags = build_parser().parse_known_args(argv)
     try:
         refuse_own(flags)
+        if asked.command == "speed":
+            speed(asked, flags)
+            print((asked.out / "speed.md").read_text(), end="")
+            return 0
         refuse_unknown(asked, flags)
         rows = COMMANDS[asked.command](asked, flags)
     except (ValueError, OSError) as error:

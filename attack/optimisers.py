@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attack.lbfgs import LBFGS
+
 LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.05}
 LINE_SEARCHES = ("strong_wolfe", "none")
 LR_SCHEDULES = ("constant", "step", "cosine")
@@ -54,23 +56,17 @@ class Optimiser:
         """The step size after this share of the budget."""
         return learning_rate(self.base, self.lr_schedule, progress)
 
-    def build(self, variables: list[Tensor]) -> torch.optim.Optimizer:
-        """A fresh optimiser of the variables.
-
-        L-BFGS gets tolerances of 0: matching losses fall far below the library's absolute defaults long before the
-        images are sharp. A step is ended by its iterations and evaluations alone.
-        """
+    def build(self, variables: list[Tensor]) -> torch.optim.Adam | LBFGS:
+        """A fresh optimiser of the variables."""
         if self.name == "adam":
             return torch.optim.Adam(variables, lr=self.base)
-        return torch.optim.LBFGS(
+        return LBFGS(
             variables,
             lr=self.base,
             max_iter=self.inner_iter,
             max_eval=self.inner_iter * 5 // 4,
-            history_size=self.history,
-            line_search_fn=None if self.line_search == "none" else self.line_search,
-            tolerance_grad=0,
-            tolerance_change=0,
+            history=self.history,
+            line_search=self.line_search,
         )
 
 

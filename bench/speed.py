@@ -1,0 +1,405 @@
+"""How fast one evaluation is, how soon images are sharp, and where a reading's time goes: `benchmark.py speed`.
+
+Three variants of one attack are timed side by side:
+
+- published: the closure of MAGIA's script: the batch's gradient and the subset's each by a pass of its own, and both
+  differentiated twice.
+- loop: the program's own, `--signals off`: one pass there and back for both gradients.
+- forward: the activations of one layer and the gradients below it (`attack.forward`), once they have been read.
+
+They take turns, evaluation by evaluation, and the ratio is the median over turns: a machine that is slow for a while is
+slow for all. Times of evaluations do not depend on what the images show, so these are noise, and `forward` is given
+what a reading would have found; whole attacks are run on real images, and read for themselves.
+"""
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import main_MAGIA_sel as magia
+from attack.forward import ForwardLoss, ForwardMatching, course_for, spectral_power_for
+from attack.objective import Gradient, Matching, squared_distance, subset_distance
+from attack.optimisers import Budget
+from attack.pixels import PixelMap
+from attack.prepare import Known
+from attack.signals import Reading, read_layers
+from attack.signals.choice import places
+from attack.signals.explain import explain
+from attack.signals.span import span_of
+from attack.state import AttackState
+from bench.cells import Cell
+from bench.figures import write_table
+from bench.measures import flags_of, victim_of
+from cli.model import model_options, server_model
+from cli.runtime import choose_device, stream
+from cli.settings import resolve, schedule_of
+from client.victim import share_update
+from judge.metrics import mean_psnr
+from judge.tables import markdown
+from priors import Prior
+from update.gradients import averaged_gradient
+from update.models import place_of
+from update.shared import SharedUpdate
+from update.stages import index_of, run, stages
+
+SIDE = 32  # pixels of the images that evaluations are timed on
+TURNS = 15  # of each variant, at most
+SECONDS = 20.0  # that the turns of one batch size take, about; three there are in any case
+WARM = 3  # evaluations before any is timed
+FULL = 6  # optimiser steps after which L-BFGS has all the pairs it keeps
+LONGEST = 0.15  # seconds of an evaluation beyond which L-BFGS's own share is not measured: it takes 150 of them
+MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is the arithmetic limit
+MARKS = (20, 25, 30)  # dB
+BEST = 0.1  # dB below the best that count as having reached it
+
+
+@dataclass(frozen=True)
+class PublishedMatching:
+    """The matching loss as the published script computes it; `MatchingLoss` has the same value in one pass."""
+
+    model: nn.Module
+    target: Gradient
+    alpha: float
+
+    def enter(self, phase: int, images: Tensor) -> None:
+        """It has one phase."""
+
+    def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
+        """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
+        labels = label_logits.softmax(1)
+        g_all = averaged_gradient(self.model, images, labels, create_graph=True)
+        g_subset = averaged_gradient(self.model, images[subset], labels[subset], create_graph=True)
+        full, sizes = squared_distance(g_all, self.target), {"batch_size": len(images), "subset_size": len(subset)}
+        weak = subset_distance("published", g_subset, self.target, **sizes)
+        return Matching(self.alpha * full + (1 - self.alpha) * weak, full, weak)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to attack an update, ready for its first step."""
+
+    state: AttackState
+    objective: magia.Objective
+    settings: argparse.Namespace
+
+    def evaluate(self) -> Tensor:
+        """Objective and gradient, as an optimiser's closure takes them."""
+        loss = self.objective(self.state, self.objective.annealing.at(0)).loss
+        self.state.backward(loss)
+        return loss
+
+    def ready(self) -> "Variant":
+        """With a subset drawn and the first phase entered."""
+        self.objective.matching.enter(0, self.objective.pixels.decode(self.state.anchor))
+        self.state.draw_subset(schedule_of(self.settings).size(0))
+        return self
+
+
+# ----------------------------------------------------------------------------------------------------
+# The variants
+
+
+def published(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Variant:
+    """`--preset paper` with its closure as published."""
+    settings, _ = resolve([*flags, "--preset", "paper"], magia.FLAGS)
+    state, objective, _ = magia.prepare(update, model, settings)
+    return Variant(
+        state,
+        replace(objective, matching=PublishedMatching(model, update.targets(model), settings.alpha)),
+        settings,
+    )
+
+
+def loop(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Variant:
+    """The defaults without signals."""
+    settings, _ = resolve([*flags, "--signals", "off"], magia.FLAGS)
+    state, objective, _ = magia.prepare(update, model, settings)
+    return Variant(state, objective, settings)
+
+
+def program(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Variant:
+    """The defaults."""
+    settings, _ = resolve(flags, magia.FLAGS)
+    state, objective, _ = magia.prepare(update, model, settings)
+    return Variant(state, objective, settings)
+
+
+def forward(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Variant:
+    """Activations first and last, whether or not the defaults would match them alone.
+
+    Raises:
+        ValueError: not every image was told apart.
+    """
+    settings, _ = resolve(flags, magia.FLAGS)
+    began = time.perf_counter()
+    reading = read_layers(update, model, generator=stream(settings.seed, "signals"))
+    if len(reading) < update.batch_size:
+        raise ValueError(f"{len(reading)} of {update.batch_size} images told apart")
+    signals = reading.signals
+    made = from_activations(
+        update, model, settings, reading.start, reading.inputs, signals.labels, float(signals.uncertainty.max())
+    )
+    made.state.seconds = time.perf_counter() - began
+    return made
+
+
+def from_activations(
+    update: SharedUpdate,
+    model: nn.Module,
+    settings: argparse.Namespace,
+    start: int,
+    inputs: Tensor,
+    labels: Tensor,
+    uncertainty: float = 0.0,
+) -> Variant:
+    """The forward-only objective for the inputs (B, ...) of stage `start`, known up to a relative error."""
+    chain, place = stages(model), place_of(model)
+    inputs, labels = inputs.to(**place), labels.to(place["device"])
+    how = {
+        "box": settings.box,
+        "spectral_power": spectral_power_for(chain[:start]),
+        "chroma_gain": settings.chroma_gain,
+    }
+    pixels = PixelMap(update.image_shape, **how, **place)
+    course = course_for(chain[:start], uncertainty)
+    matched = ForwardLoss(chain, update.image_shape, start, inputs, labels, update.gradients, uncertainty=uncertainty)
+    known = Known(update.batch_size, None, torch.empty(0), labels, start, inputs)
+    prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
+    objective = magia.Objective(ForwardMatching(matched, course), prior, course, pixels)
+    return Variant(magia.first_state(update, known, pixels, settings), objective, settings)
+
+
+ATTACKS = {"published": published, "loop": loop, "program": program, "forward": forward}
+
+
+def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
+    """The three variants on one update of noise images; `forward` is given activations and labels."""
+    settings, _ = resolve(flags, magia.FLAGS)
+    place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
+    generator, shape = stream(settings.seed, "speed"), (3, settings.image_size or SIDE, settings.image_size or SIDE)
+    images = torch.rand(batch_size, *shape, generator=generator).to(**place)
+    labels = torch.randint(settings.num_classes, (batch_size,), generator=generator).to(place["device"])
+    options = model_options(settings)
+    model = server_model(settings, settings.model, shape, settings.num_classes, options).to(**place)
+    update = share_update(model, settings.model, images, labels, settings.num_classes, options=options)
+    chain = stages(model)
+    deepest = next((row["layer"] for row in explain(chain, shape, batch_size) if row["deepest"]), chain[-1].name)
+    start = max(1, index_of(chain, deepest))
+    with torch.no_grad():
+        inputs = run(chain[:start], images)
+    given = from_activations(update, model, settings, start, inputs, labels)
+    variants = {"published": published(update, model, flags), "loop": loop(update, model, flags), "forward": given}
+    return {name: variant.ready() for name, variant in variants.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of wall time, to the end of whatever was queued on the device."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    wait(device)
+    began = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each, turn by turn."""
+    for work in works.values():
+        for _ in range(WARM):
+            work()
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    began = time.perf_counter()
+    for turn in range(TURNS):
+        if turn >= WARM and time.perf_counter() - began > SECONDS:
+            break
+        for name, work in works.items():
+            seconds[name].append(timed(work, device))
+    return seconds
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> float:
+    """MiB of tensors that `work` holds at its peak, beyond what was there before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    held = most = 0
+    for event in sorted(record.events(), key=lambda event: event.time_range.start):
+        held += event.self_cpu_memory_usage
+        most = max(most, held)
+    return most / 2**20
+
+
+def arithmetic(work: Callable[[], object]) -> int:
+    """Floating-point operations of its matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of the device's own product of two large square matrices, the best of several."""
+    side = MATRIX[device.type]
+    a = torch.rand(side, side, device=device, dtype=dtype)
+    (seconds,) = in_turns({"product": lambda: a @ a}, device).values()
+    return 2 * side**3 / min(seconds)
+
+
+def outside_share(variant: Variant, device: torch.device) -> float:
+    """Share of an optimiser step that is not its closure's, once L-BFGS has all its pairs."""
+    inside = 0.0
+
+    def closure() -> Tensor:
+        nonlocal inside
+        found = []
+        inside += timed(lambda: found.append(variant.evaluate()), device)
+        return found[0]
+
+    for _ in range(FULL):
+        variant.state.optimizer.step(closure)
+    inside = 0.0
+    whole = timed(lambda: variant.state.optimizer.step(closure), device)
+    return 1 - inside / whole
+
+
+def evaluations(batch_size: int, flags: Sequence[str], rate: float | None = None) -> tuple[list[Cell], list[Cell]]:
+    """A row for each variant: its time and memory; and its arithmetic and L-BFGS's share of a step."""
+    variants = on_noise(batch_size, flags)
+    device = variants["loop"].state.z.device
+    seconds = in_turns({name: variant.evaluate for name, variant in variants.items()}, device)
+    rate = matrix_rate(device, variants["loop"].state.z.dtype)
+    rows, limits = [], []
+    for name, variant in variants.items():
+        where = {"batch_size": batch_size, "device": str(device), "variant": name}
+        own, flops = median(seconds[name]), arithmetic(variant.evaluate)
+        ratios = [other / mine for other, mine in zip(seconds["published"], seconds[name], strict=True)]
+        figures = {"ms_per_evaluation": 1e3 * own, "ratio_to_published": median(ratios)}
+        rows.append(where | figures | {"peak_mib": peak_memory(variant.evaluate, device)})
+        share = {"gflop": flops / 1e9, "gflop_per_second": flops / own / 1e9, "share_of_limit": flops / own / rate}
+        own_share = outside_share(variant, device) if own < LONGEST and name != "published" else None
+        limits.append(where | share | {"lbfgs_share_of_step": own_share})
+    return rows, limits
+
+
+def course(name: str, batch_size: int, flags: Sequence[str], max_evals: int) -> Cell:
+    """Evaluations and seconds, the reading's included, after which a whole attack has so many dB."""
+    update, model, truth, _ = victim_of({"batch_size": batch_size}, flags)
+    where = {"batch_size": batch_size, "device": str(place_of(model)["device"]), "variant": name}
+    try:
+        variant = ATTACKS[name](update, model, [*flags_of({"batch_size": batch_size}), *flags])
+    except ValueError as error:
+        return where | {"note": str(error)}
+    with torch.no_grad():
+        start = variant.objective.images(variant.state)[0].clamp(0, 1).cpu()
+    points = [(mean_psnr(truth.images, start), 0, variant.state.seconds)]  # dB, evaluations, seconds
+
+    def observe(state: AttackState, size: int, terms: object, images: Tensor) -> None:
+        points.append((mean_psnr(truth.images, images.cpu()), state.evaluations, state.seconds))
+
+    budget = Budget(n_iter=max_evals, max_evals=max_evals)
+    magia.attack(variant.state, variant.objective, schedule_of(variant.settings), budget, observe)
+    best = max(points)[0]
+    row = where | {"best_db": best, "seconds_to_best": first_at(points, best - BEST)[2]}
+    for mark in MARKS:
+        row |= dict(zip((f"evaluations_{mark}", f"seconds_{mark}"), first_at(points, mark)[1:], strict=True))
+    return row | {"evaluations": points[-1][1], "seconds": points[-1][2], "note": ""}
+
+
+def first_at(points: Iterable[tuple[float, int, float]], level: float) -> tuple:
+    """The first of the points that reaches the level; Nones where none does."""
+    return next((point for point in points if point[0] >= level), (None, None, None))
+
+
+def reading_stages(batch_size: int, flags: Sequence[str]) -> dict[str, float]:
+    """Seconds of each stage of a reading: spans, images told apart, and each layer on the way down."""
+    update, model, _, settings = victim_of({"batch_size": batch_size}, flags)
+    began = time.perf_counter()
+    try:
+        reading = read_layers(update, model, generator=stream(settings.seed, "signals"))
+    except ValueError:
+        return {"nothing told apart": time.perf_counter() - began}
+    spans = _span_seconds(update, model, reading)
+    told = {row["layer"]: row["seconds"] for row in reading.layers if row["dimension"] is not None}
+    down = {f"down to {row['layer']}": row["seconds"] for row in reading.layers if row["dimension"] is None}
+    seconds = {"span": sum(spans.values()), "unmixing": sum(told.values()) - sum(spans.values())}
+    return seconds | {name: spent for name, spent in down.items() if spent > 0} | {"whole": reading.signals.seconds}
+
+
+def _span_seconds(update: SharedUpdate, model: nn.Module, reading: Reading) -> dict[str, float]:
+    """Those of the layers that were asked, measured once more on their own."""
+    chain = stages(copy.deepcopy(model).double())
+    asked = {row["layer"] for row in reading.layers if row["dimension"] is not None}
+    device, seconds = place_of(model)["device"], {}
+    for place in places(chain, update.image_shape, update.gradients):
+        if place.name in asked:
+            what = (update.gradients[f"{place.name}.weight"], place.geometry, update.batch_size, place.bias_gradient)
+            seconds[place.name] = timed(lambda what=what: span_of(*what), device)
+    return seconds
+
+
+def growth(rows: Mapping[int, Mapping[str, float]]) -> list[Cell]:
+    """By stage, seconds at each batch size, and the power of B that they grow with from the first to the last."""
+    table = []
+    for name in dict.fromkeys(name for stages_ in rows.values() for name in stages_):
+        own = {size: stages_[name] for size, stages_ in rows.items() if name in stages_}
+        sizes = sorted(own)
+        power = None
+        if len(sizes) > 1:
+            power = math.log(own[sizes[-1]] / own[sizes[0]]) / math.log(sizes[-1] / sizes[0])
+        table.append({"stage": name} | {f"B={size}": own.get(size) for size in rows} | {"power_of_B": power})
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------
+# The command
+
+
+def devices() -> list[str]:
+    """The CPU, and CUDA where there is one."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def speed(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
+    """Measure it all, write speed.csv and speed.md with its parts beside them, and return the rows of speed.csv."""
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rows, limits, courses, stage_tables = [], [], [], {}
+    for device in asked.device:
+        on = [*flags, "--device", device]
+        for size in asked.batch_sizes:
+            some, more = evaluations(size, on)
+            rows, limits = rows + some, limits + more
+        for size in asked.course:
+            courses += [course(name, size, on, asked.max_evals) for name in ATTACKS]
+        stage_tables[device] = growth({size: reading_stages(size, on) for size in asked.reading})
+    write_table(limits, asked.out / "limits")
+    write_table(courses, asked.out / "courses")
+    stages_ = [{"device": device} | row for device, table in stage_tables.items() for row in table]
+    write_table(stages_, asked.out / "stages")
+    write_table(rows, asked.out / "speed")
+    parts = {
+        "One evaluation": rows,
+        "Its arithmetic, the device's own matrix product as the limit, and L-BFGS's share of a step": limits,
+        f"Whole attacks: evaluations and seconds to {', '.join(map(str, MARKS))} dB": courses,
+        "A reading, stage by stage, in seconds": stages_,
+    }
+    text = "\n".join(f"## {title}\n\n{markdown(part)}" for title, part in parts.items() if part)
+    (asked.out / "speed.md").write_text(text, encoding="utf-8")
+    return rows
