@@ -100,6 +100,8 @@ NOISE_WEIGHT = 600.0  # the prior's weight stays above this times noise times ro
 # entries, 0: off (measured)
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma in the opponent prior (measured)
 CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first in opponent and rgb (measured)
+THIRD_WEIGHT = 1.0  # weight of third differences relative to first in opponent and rgb (measured)
+PRIOR_POWER = 0.8  # power that lengths of differences are raised to in opponent and rgb (measured)
 L2_WEIGHT = 0.0  # weight of the mean squared distance from mid-grey (Yin et al. 2021)
 BN_WEIGHT = 0.0  # weight of the distance from BatchNorm's running statistics (Yin et al. 2021); 0 in models without
 
@@ -317,7 +319,8 @@ def build_objective(
     Where activations of all images are known and determine them better than gradients do, these are what is matched.
     Gradients of a network with kinks are matched through softened ones.
     """
-    prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
+    weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
+    prior = Prior(settings.prior, *weights, settings.prior_power)
     if is_forward(update, model, known):
         chain, place = stages(model), place_of(model)
         course = Course(()) if known.is_exact else course_for(chain[: known.start], known.uncertainty)

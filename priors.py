@@ -14,8 +14,8 @@ from torch import Tensor
 
 PRIORS = ("opponent", "rgb", "anisotropic")
 
-# sqrt(q + SMOOTHING) keeps the prior differentiable on flat regions; 1e-4 of the pixel range is below one grey level.
-SMOOTHING = 1e-8
+# (q + SMOOTHING)^(power/2) keeps the prior differentiable on flat regions; 1e-3 of the range is below one grey level.
+SMOOTHING = 1e-6
 
 
 @cache  # asked for in every evaluation of the prior
@@ -43,21 +43,22 @@ def _differences(images: Tensor) -> tuple[Tensor, Tensor]:
     return down, right
 
 
-def _mean_length(*components: Tensor) -> Tensor:
-    """Mean over images and pixels of the Euclidean length of the given components, taken over channels too."""
+def _mean_length(*components: Tensor, power: float = 1.0) -> Tensor:
+    """Mean over images and pixels of the Euclidean length of the components, over channels too, raised to `power`."""
     squared = sum(c.square() for c in components).sum(1)  # (B, H, W)
-    return (squared + SMOOTHING).sqrt().mean()
+    return ((squared + SMOOTHING) ** (power / 2)).mean()
 
 
-def total_variation(images: Tensor) -> Tensor:
+def total_variation(images: Tensor, power: float = 1.0) -> Tensor:
     """Isotropic vectorial total variation: mean length of the (2C)-dimensional forward difference at each pixel.
 
-    Source: Rudin, Osher, Fatemi 1992; coupled over channels as in Bresson, Chan 2008.
+    Source: Rudin, Osher, Fatemi 1992; coupled over channels as in Bresson, Chan 2008; powers below 1 as in Krishnan,
+    Fergus 2009: the differences of natural images have heavier tails than power 1 speaks for.
     """
-    return _mean_length(*_differences(images))
+    return _mean_length(*_differences(images), power=power)
 
 
-def curvature(images: Tensor) -> Tensor:
+def curvature(images: Tensor, power: float = 1.0) -> Tensor:
     """Mean Frobenius length of the discrete Hessian at each pixel: zero on linear shading, where TV builds steps.
 
     Differences that would reach over an edge are left out, so that a ramp costs nothing anywhere.
@@ -68,7 +69,21 @@ def curvature(images: Tensor) -> Tensor:
     vertical = images[..., 2:, :] - 2 * images[..., 1:-1, :] + images[..., :-2, :]
     horizontal = images[..., 2:] - 2 * images[..., 1:-1] + images[..., :-2]
     mixed = images[..., 1:, 1:] - images[..., 1:, :-1] - images[..., :-1, 1:] + images[..., :-1, :-1]
-    return _mean_length(pad(vertical, (0, 0, 1, 1)), pad(horizontal, (1, 1)), math.sqrt(2) * pad(mixed, (0, 1, 0, 1)))
+    twice = math.sqrt(2) * pad(mixed, (0, 1, 0, 1))
+    return _mean_length(pad(vertical, (0, 0, 1, 1)), pad(horizontal, (1, 1)), twice, power=power)
+
+
+def third_variation(images: Tensor, power: float = 1.0) -> Tensor:
+    """Mean length of the tensor of third differences at each pixel: zero where shading is quadratic.
+
+    Differences that would reach over an edge are left out, as in `curvature`.
+    """
+    order, components = 3, []
+    for across in range(order + 1):
+        component = images.diff(n=order - across, dim=-2).diff(n=across, dim=-1)
+        component = torch.nn.functional.pad(component, (0, across, 0, order - across))
+        components.append(math.sqrt(math.comb(order, across)) * component)
+    return _mean_length(*components, power=power)
 
 
 def anisotropic_variation(images: Tensor) -> Tensor:
@@ -88,15 +103,20 @@ def contrast(images: Tensor) -> Tensor:
 class Prior:
     """A named prior with its weights; call it on images (B, C, H, W) in [0, 1].
 
-    `opponent` is  R(luma) + chroma_weight * R(chroma)  with  R = total_variation + curvature_weight * curvature,
-    luma one channel and chroma the two others taken together. `rgb` is R on the channels as they are, `anisotropic`
-    the published mean form, which has no further weights. Without weights all three are plain: chroma as heavy as luma,
-    no curvature.
+    `opponent` is  R(luma) + chroma_weight * R(chroma)  with
+
+        R = total_variation + curvature_weight * curvature + third_weight * third_variation,
+
+    each of lengths to the `power`, luma one channel and chroma the two others taken together. `rgb` is R on the
+    channels as they are, `anisotropic` the published mean form, which has no further weights. Without weights all three
+    are plain: chroma as heavy as luma, first differences only.
     """
 
     name: str
     chroma_weight: float = 1.0
     curvature_weight: float = 0.0
+    third_weight: float = 0.0
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         if self.name not in PRIORS:
@@ -114,5 +134,9 @@ class Prior:
         return self._roughness(luma) + self.chroma_weight * self._roughness(chroma)
 
     def _roughness(self, images: Tensor) -> Tensor:
-        variation = total_variation(images)
-        return variation + self.curvature_weight * curvature(images) if self.curvature_weight else variation
+        roughness = total_variation(images, self.power)
+        if self.curvature_weight:
+            roughness = roughness + self.curvature_weight * curvature(images, self.power)
+        if self.third_weight:
+            roughness = roughness + self.third_weight * third_variation(images, self.power)
+        return roughness

@@ -131,6 +131,8 @@ TYPES: dict[str, Callable[[str], object]] = {
     "noise_weight": _weight,
     "chroma_weight": _weight,
     "curvature_weight": _weight,
+    "third_weight": _weight,
+    "prior_power": number(float, 0, 2, above=True),
     "l2_weight": _weight,
     "bn_weight": _weight,
     "signals": one_of(SIGNALS),

@@ -10,6 +10,7 @@ from priors import (
     curvature,
     opponent_basis,
     rotate_colours,
+    third_variation,
     total_variation,
 )
 
@@ -45,6 +46,24 @@ def test_curvature_is_blind_to_ramps_but_not_to_steps():
     assert total_variation(ramp).item() > 0.1
 
 
+def test_third_variation_is_blind_to_quadratic_shading():
+    across = torch.linspace(0, 1, 8, dtype=torch.float64)
+    bowl = (across[:, None].square() - across[:, None] * across + across.square()).expand(1, 3, 8, 8)
+    assert third_variation(bowl).item() == pytest.approx(FLAT)
+    assert curvature(bowl).item() > 10 * FLAT
+    spike = torch.zeros(1, 1, 9, 9, dtype=torch.float64)
+    spike[..., 4, 4] = 1
+    assert third_variation(spike).item() == pytest.approx(third_variation(spike.mT).item())
+    assert third_variation(spike).item() > curvature(spike).item()
+
+
+def test_a_power_below_one_prefers_one_steep_edge_to_a_ramp():
+    edge, ramp = step_image(jump=1.0, width=8), torch.linspace(0, 1, 8, dtype=torch.float64).expand(1, 1, 4, 8)
+    rises = [total_variation(image, 0.5).item() for image in (edge, ramp)]
+    assert rises[0] < 0.7 * rises[1]
+    assert total_variation(edge).item() == pytest.approx(total_variation(ramp).item(), rel=0.02)
+
+
 def test_opponent_basis_is_orthonormal_and_puts_grey_on_luma():
     basis = opponent_basis(3, dtype=torch.float64)
     assert torch.allclose(basis @ basis.T, torch.eye(3, dtype=torch.float64))
@@ -67,7 +86,7 @@ def test_opponent_prior_of_grey_images_is_plain_total_variation():
     assert Prior("opponent", 5.0)(image) == total_variation(image)
 
 
-@pytest.mark.parametrize("prior", [Prior("opponent", 2.0, 0.7), Prior("rgb", 1.0, 0.3), Prior("anisotropic")])
+@pytest.mark.parametrize("prior", [Prior("opponent", 2.0, 0.7, 0.4, 0.8), Prior("rgb", 1.0, 0.3), Prior("anisotropic")])
 def test_gradient_agrees_with_finite_differences(prior):
     images = torch.rand(2, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(prior, images.requires_grad_())

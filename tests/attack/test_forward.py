@@ -82,6 +82,39 @@ def test_what_is_smaller_than_the_noise_counts_as_stopped_by_the_relu():
     assert float(aware(images)[0]) < 1e-10 < float(blind(images)[0])
 
 
+@pytest.mark.parametrize("name", ["lenet", "convnet"])
+def test_every_term_is_measured_by_what_grey_images_leave(name):
+    images, loss = scene(name, "head", uses_gradients=True)
+    activations, gradients = (float(term.detach()) for term in loss(torch.full_like(images, 0.5)))
+    assert activations == pytest.approx(1, rel=1e-4)
+    assert gradients == pytest.approx(len(loss.weights), rel=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+def test_smooth_activations_are_compared_before_they_saturate(activation):
+    net = build_model(
+        "mlp", image_shape=(3, 16, 16), num_classes=10, generator=generator(), activation=activation, depth=1, width=64
+    )
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter *= 6  # what goes into the activation is 28 and more: some of what comes out is 0 or 1 exactly
+    images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2])
+    update = share_update(net, "mlp", images, labels, 10)
+    chain, head = stages(net), index_of(stages(net), "head")
+    features = net.features(images).detach()
+
+    def error(images, inputs, uncertainty=0.0):
+        what = (inputs, labels, update.gradients)
+        loss = ForwardLoss(chain, (3, 16, 16), head, *what, uncertainty=uncertainty, uses_gradients=False)
+        return float(loss(images)[0].detach())
+
+    half_way = 0.5 + (images - 0.5) / 2
+    assert error(half_way, features) == pytest.approx(0.25, rel=0.01)  # linear in the images
+    assert error(images, features) < 1e-5
+    noisy = features + 1e-4 * torch.randn(features.shape, generator=generator())
+    assert error(images, noisy, 1e-4) < error(images, noisy) / 10  # what is saturated says little once it is noisy
+
+
 def test_the_loss_chooses_gradients_by_what_is_known():
     assert scene("convnet", "head")[1].weights  # 1,024 activations for 768 pixels
     assert not scene("resnet18_cifar", "body.layer2.0")[1].weights  # 16,384
@@ -155,6 +188,6 @@ def test_the_activations_are_matched_where_that_says_more():
     )
     shape = (3, 16, 16)
     assert is_worthwhile(smooth, shape, index_of(smooth, "conv3"), 4)  # 192 activations and 1,125 rows for 768 pixels
-    assert not is_worthwhile(smooth, shape, index_of(smooth, "conv3"), 64)
+    assert not is_worthwhile(smooth, shape, index_of(smooth, "conv3"), 128)
     assert is_worthwhile(smooth, shape, 0, 16)
     assert is_worthwhile(kinked, shape, len(kinked) - 1, 16)
