@@ -27,6 +27,7 @@ from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, 
 from attack.optimisers import Annealing, Budget, Optimiser
 from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
+from attack.softening import SoftenedMatching, kinked_chain
 from attack.state import AttackState, Terms
 from cli.ahead import read_ahead
 from cli.console import Progress, introduction, show_leaks, show_schedule
@@ -84,14 +85,16 @@ RESAMPLE = "step"  # step: T is fixed within a step's line search; closure: redr
 SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
-DISTANCE = "l2"  # of the full-batch term: l2 (squared), cosine (Geiping et al. 2020)
+DISTANCE = None  # of the full-batch term: l2 (squared), relative (l2 over |g|^2), cosine (Geiping et al. 2020) (None:
+# relative where kinks are softened, otherwise l2)
+SOFTEN = "auto"  # kinks of ReLUs and max-pools: auto (soft at first, hardened over tv_evals; measured), off
 ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves the subset term out
 SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
 RESCALE = "inclusion"  # rho: inclusion (S/B, derived in attack/objective.py), none (1)
 PRIOR = "opponent"  # opponent (luma and chroma apart), rgb (isotropic), anisotropic (published mean form)
 TV_WEIGHT = 1e-2  # weight of the prior at the start (measured; published 5e-3)
 TV_FINAL = 1e-3  # share of tv_weight left at the end of the annealing, 1: constant weight (measured)
-TV_EVALS = 2500  # closure evaluations that the annealing takes (measured)
+TV_EVALS = 2500  # closure evaluations that the annealing takes, and the hardening of kinks (measured)
 NOISE_WEIGHT = 600.0  # the prior's weight stays above this times noise times root mean square of the update's
 # entries, 0: off (measured)
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma in the opponent prior (measured)
@@ -159,7 +162,7 @@ class Objective:
     top of it. `annealing` says how tv_weight falls; it ends at what the noise in the update asks for.
     """
 
-    matching: MatchingLoss | ForwardMatching
+    matching: MatchingLoss | SoftenedMatching | ForwardMatching
     prior: Prior
     annealing: Annealing | Course
     pixels: PixelMap
@@ -311,6 +314,7 @@ def build_objective(
     """The objective of the settings, with the penalties that have a weight and something to weigh.
 
     Where activations of all images are known and determine them better than gradients do, these are what is matched.
+    Gradients of a network with kinks are matched through softened ones.
     """
     prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
     if is_forward(update, model, known):
@@ -320,13 +324,14 @@ def build_objective(
         loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
         return Objective(ForwardMatching(loss, course), prior, course, pixels)
     errors = known.signals.errors.to(**place_of(model)) if known.signals else None
+    kinked = kinked_chain(model) if settings.soften == "auto" else None
     matching = MatchingLoss(
         model,
         update.targets(model),
         settings.alpha,
         rescale=settings.rescale,
         subset_loss=settings.subset_loss,
-        distance=settings.distance,
+        distance=settings.distance or ("relative" if kinked else "l2"),
         known=None if errors is None else (errors, known.features),
     )
     features = FeatureLoss(model, known.features, settings.feature_distance)
@@ -336,11 +341,13 @@ def build_objective(
         Penalty("contrast", settings.l2_weight, contrast),
         Penalty("batchnorm", settings.bn_weight if batchnorm.layers else 0.0, batchnorm),
     )
-    noise = measured_noise(update, model) * update.strength()
+    least = settings.noise_weight * measured_noise(update, model) * update.strength() / matching.unit
+    if kinked:
+        matching = SoftenedMatching(matching, kinked)
     return Objective(
         matching,
         prior,
-        Annealing(settings.tv_weight, settings.tv_final, settings.tv_evals, least=settings.noise_weight * noise),
+        Annealing(settings.tv_weight, settings.tv_final, settings.tv_evals, least, matching.phases),
         pixels,
         [penalty for penalty in penalties if penalty.weight],
         settings.group_weight,

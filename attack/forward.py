@@ -20,14 +20,15 @@ pixels, and no max-pool lies below, since what delta makes of a soft maximum is 
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from attack.objective import Matching
-from update.stages import Chain, Residual, Stage, first_layer, input_shapes, parametrised, run
+from attack.softening import softened
+from update.stages import Chain, first_layer, input_shapes, modules, parametrised, run
 
 # The gradients' weight. They mix the images, which makes them slow to follow; ten times less than the activations was
 # best of 0.03, 0.1 and 1 on a trained ConvNet: 58.5 dB at B=1, where 0.03 gave 54.9 and 1 gave 54.1.
@@ -48,8 +49,6 @@ DEAD = 10.0
 
 # Equations for each pixel from which on known activations are matched alone, see `is_worthwhile`.
 ENOUGH = 0.55
-
-SILENT = 1e-6  # root mean square below which a kink gets no larger beta
 
 
 @dataclass(frozen=True)
@@ -94,77 +93,10 @@ SMOOTH = (Phase(50, 1e-2), Phase(100, 1e-3), Phase(250, 1e-4), Phase(500, 1e-5),
 
 def phases_for(chain: Chain) -> tuple[Phase, ...]:
     """The course for what lies between images and the known activations."""
-    kinds = {type(module) for module in _modules(chain)}
+    kinds = {type(module) for module in modules(chain)}
     if nn.MaxPool2d in kinds:
         return POOLED
     return RECTIFIED if nn.ReLU in kinds else SMOOTH
-
-
-def _modules(chain: Chain) -> Iterator[nn.Module]:
-    for stage in chain:
-        if isinstance(stage.module, Residual):
-            yield from _modules([*stage.module.body, *stage.module.shortcut])
-        else:
-            yield stage.module
-
-
-class SoftMaximum(nn.Module):
-    """A max-pool with logsumexp(beta z) / beta in place of the maximum."""
-
-    def __init__(self, pool: nn.MaxPool2d, beta: float) -> None:
-        super().__init__()
-        self.pool, self.beta = pool, beta
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pooled (B, C, H', W')."""
-        (kernel, kernel_), (stride, stride_), (pad, pad_) = map(
-            _pair, (self.pool.kernel_size, self.pool.stride, self.pool.padding)
-        )
-        height, width = self.pool(x[:1, :1].detach()).shape[2:]
-        below = max(0, (height - 1) * stride + kernel - x.shape[2] - 2 * pad)  # ceil_mode reaches over the edge
-        right = max(0, (width - 1) * stride_ + kernel_ - x.shape[3] - 2 * pad_)
-        lowest = torch.finfo(x.dtype).min / (10 * self.beta)  # stays finite times beta
-        x = nn.functional.pad(x, (pad_, pad_ + right, pad, pad + below), value=lowest)
-        rows, columns = stride * (height - 1) + 1, stride_ * (width - 1) + 1
-        windows = [
-            x[:, :, i : i + rows : stride, j : j + columns : stride_] for i in range(kernel) for j in range(kernel_)
-        ]
-        return torch.logsumexp(self.beta * torch.stack(windows), 0) / self.beta
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-@torch.no_grad()
-def softened(chain: Chain, hardness: float, images: Tensor) -> Chain:
-    """The chain with softplus for ReLU and a soft maximum for max-pools; the chain itself if hardness is infinite.
-
-    Each beta is the hardness over the root mean square of what `images` bring to that kink.
-    """
-    if math.isinf(hardness):
-        return chain
-    return _soften(chain, hardness, images)[0]
-
-
-def _soften(chain: Chain, hardness: float, x: Tensor) -> tuple[list[Stage], Tensor]:
-    """The softened chain, and what the images have become behind it."""
-    soft = []
-    for stage in chain:
-        module = stage.module
-        if isinstance(module, Residual):
-            body, left = _soften(module.body, hardness, x)
-            shortcut, right = _soften(module.shortcut, hardness, x)
-            module, x = Residual(body, shortcut), left + right
-        else:
-            beta = hardness / max(float(x.square().mean().sqrt()), SILENT)
-            if isinstance(module, nn.ReLU):
-                module = nn.Softplus(beta)
-            elif isinstance(module, nn.MaxPool2d):
-                module = SoftMaximum(module, beta)
-            x = module(x)
-        soft.append(Stage(stage.name, module))
-    return soft, x
 
 
 class ForwardLoss:
@@ -208,7 +140,7 @@ class ForwardLoss:
         self.delta = delta.reshape(shape) * self.active if self.is_rectified else delta.reshape(shape)
         self.size = self.inputs.square().sum()
         if uses_gradients is None:
-            is_pooled = any(isinstance(module, nn.MaxPool2d) for module in _modules(self.chain))
+            is_pooled = any(isinstance(module, nn.MaxPool2d) for module in modules(self.chain))
             uses_gradients = not is_pooled and int(self.active.sum()) < PLENTY * len(inputs) * math.prod(image_shape)
         matched = gradients if uses_gradients else {}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
@@ -277,7 +209,7 @@ def spectral_power_for(chain: Chain) -> float:
     Activations tell fine detail as well as coarse: with half the power that gradients want, a trained ConvNet at B=4
     ends at 49.7 dB and not at 42.6. Below a max-pool it is the gradients' power.
     """
-    return 1.0 if any(isinstance(module, nn.MaxPool2d) for module in _modules(chain)) else 0.5
+    return 1.0 if any(isinstance(module, nn.MaxPool2d) for module in modules(chain)) else 0.5
 
 
 def is_worthwhile(chain: Chain, image_shape: Sequence[int], start: int, batch_size: int) -> bool:
@@ -291,7 +223,7 @@ def is_worthwhile(chain: Chain, image_shape: Sequence[int], start: int, batch_si
     below = chain[:start]
     rows = sum(layer.module.weight.numel() for layer in parametrised(below)) / batch_size
     known = math.prod(input_shapes(chain, image_shape)[start]) + rows
-    return known >= ENOUGH * math.prod(image_shape) or any(isinstance(m, nn.ReLU) for m in _modules(below))
+    return known >= ENOUGH * math.prod(image_shape) or any(isinstance(m, nn.ReLU) for m in modules(below))
 
 
 class ForwardMatching:

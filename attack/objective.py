@@ -10,6 +10,7 @@ Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from update.gradients import averaged_gradient, gradient_and_part, trainable
 from update.head import Head
 
-DISTANCES = ("l2", "cosine")
+DISTANCES = ("l2", "relative", "cosine")
+FEATURE_DISTANCES = ("l2", "cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
 
@@ -165,8 +167,9 @@ class MatchingLoss:
         alpha: weight of the full-batch term, in [0, 1].
         rescale: `inclusion` multiplies by rho(B, S), `none` does not.
         subset_loss: one of `SUBSET_LOSSES`.
-        distance: of the full-batch term, one of `DISTANCES`.
+        distance: of the full-batch term, one of `DISTANCES`; relative divides both terms by |g|^2.
         known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
+        network: what gradients are taken through, with the model's parameters; None: the model itself.
 
     Raises:
         ValueError: alpha outside [0, 1], an unknown rescale or subset_loss.
@@ -179,6 +182,7 @@ class MatchingLoss:
     subset_loss: str = "published"
     distance: str = "l2"
     known: tuple[Tensor, Tensor] | None = None
+    network: nn.Module | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -190,8 +194,18 @@ class MatchingLoss:
         if self.subset_loss not in SUBSET_LOSSES:
             raise ValueError(f"unknown subset_loss {self.subset_loss!r}: choose one of {', '.join(SUBSET_LOSSES)}")
 
+    @cached_property
+    def unit(self) -> float:
+        """What squared distances are measured in: |g|^2 if they are relative, which suits gradients of any size."""
+        return float(sum(g.square().sum() for g in self.target)) or 1.0 if self.distance == "relative" else 1.0
+
+    @property
+    def phases(self) -> int:
+        """A network as it is has one phase only; one that is softened has several, see `attack.softening`."""
+        return 1
+
     def enter(self, phase: int, images: Tensor) -> None:
-        """Gradients are matched alike in all phases; activations are not, see `attack.forward`."""
+        """Nothing changes in the only phase."""
 
     def __repr__(self) -> str:
         if self.alpha == 1:
@@ -202,12 +216,16 @@ class MatchingLoss:
         """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
         batch_size, subset_size = len(images), len(subset)
         g_all, g_subset = self._gradients(images, label_logits.softmax(1), subset)
-        full = (cosine_distance if self.distance == "cosine" else squared_distance)(g_all, self.target)
+        if self.distance == "cosine":
+            full = cosine_distance(g_all, self.target)
+        else:
+            full = squared_distance(g_all, self.target) / self.unit
         sizes = {"batch_size": batch_size, "subset_size": subset_size}
         if g_subset is None:
             weak = torch.zeros_like(full)
         else:
-            weak = subset_distance(self.subset_loss, g_subset, self._subset_target(subset, batch_size), **sizes)
+            goal = self._subset_target(subset, batch_size)
+            weak = subset_distance(self.subset_loss, g_subset, goal, **sizes) / self.unit
         rho = inclusion_probability(batch_size, subset_size) if self.rescale == "inclusion" else 1.0
         return Matching(rho * (self.alpha * full + (1 - self.alpha) * weak), full, weak)
 
@@ -228,9 +246,10 @@ class MatchingLoss:
 
     def _gradients(self, images: Tensor, labels: Tensor, subset: Tensor) -> tuple[Gradient, Gradient | None]:
         """Mean gradients over all images and over the subset; the second is None where alpha = 1 has no use for it."""
+        network = self.network or self.model
         if self.alpha == 1:
-            return averaged_gradient(self.model, images, labels, create_graph=True), None
+            return averaged_gradient(network, images, labels, create_graph=True), None
         if len(subset) == len(images):
-            g_all = averaged_gradient(self.model, images, labels, create_graph=True)
+            g_all = averaged_gradient(network, images, labels, create_graph=True)
             return g_all, g_all
-        return gradient_and_part(self.model, images, labels, subset)
+        return gradient_and_part(network, images, labels, subset)

@@ -97,17 +97,19 @@ class Annealing:
     A strong prior first gives a smooth image that L-BFGS can move as a whole; as the weight falls, the gradient is
     matched ever more exactly and the prior decides only what the gradient leaves open. The horizon is in evaluations of
     its own, not a share of the run: where a run is stopped does not change the way it took. `least` is what noise asks
-    for: a gradient that is matched more closely than it is known is matched to noise.
+    for: a gradient that is matched more closely than it is known is matched to noise. `phases` are equal parts of the
+    horizon; what changes from one to the next is the matching's, see `attack.softening`.
     """
 
     weight: float
     final: float = 1.0
     horizon: int = 1
     least: float = 0.0
+    phases: int = 1
 
     def phase(self, evaluations: float) -> int:
-        """It has one phase only; `attack.forward.Course` has several."""
-        return 0
+        """The index of the phase after so many evaluations; the last one stays."""
+        return min(int(self.phases * evaluations / self.horizon), self.phases - 1)
 
     def ended(self, evaluations: float) -> None:
         """It never ends an attack."""

@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attack.objective import DISTANCES, RESCALES, SUBSET_LOSSES
+from attack.objective import DISTANCES, FEATURE_DISTANCES, RESCALES, SUBSET_LOSSES
 from attack.optimisers import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
 from attack.pixels import BOXES
 from attack.published.labels import STRATEGIES
 from attack.published.presets import PRESETS
+from attack.softening import SOFTENINGS
 from data import DATASETS, LABEL_MODES
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
@@ -119,6 +120,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "sig_b": _real,
     "resample": one_of(RESAMPLES),
     "distance": one_of(DISTANCES),
+    "soften": one_of(SOFTENINGS),
     "alpha": _share,
     "subset_loss": one_of(SUBSET_LOSSES),
     "rescale": one_of(RESCALES),
@@ -133,7 +135,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "bn_weight": _weight,
     "signals": one_of(SIGNALS),
     "feature_weight": _weight,
-    "feature_distance": one_of(DISTANCES),
+    "feature_distance": one_of(FEATURE_DISTANCES),
     "label_strategy": one_of(STRATEGIES),
     "box": one_of(BOXES),
     "spectral_power": number(float, 0, 8),

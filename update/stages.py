@@ -86,6 +86,15 @@ def parametrised(chain: Chain) -> Iterator[Stage]:
             yield stage
 
 
+def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What the stages apply, those inside residual stages too, in the order in which they are applied."""
+    for stage in chain:
+        if isinstance(stage.module, Residual):
+            yield from modules([*stage.module.body, *stage.module.shortcut])
+        else:
+            yield stage.module
+
+
 def first_layer(chain: Chain) -> str:
     """The name of the first stage that does more than to flatten."""
     return next(stage.name for stage in chain if not isinstance(stage.module, (nn.Flatten, nn.Identity)))

@@ -1,7 +1,9 @@
 """Published attacks as settings of the one loop: what differs from the defaults of main_MAGIA_sel.py."""
 
-# What published attacks share: whole batches, plain pixels, nothing read beforehand, no annealing.
+# What published attacks share: whole batches, kinks as they are, plain pixels, nothing read beforehand, no annealing.
 PLAIN = {
+    "distance": "l2",
+    "soften": "off",
     "alpha": 1.0,
     "rescale": "none",
     "signals": "off",

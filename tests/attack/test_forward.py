@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import main_MAGIA_sel as magia
 from attack.forward import (
@@ -11,11 +10,9 @@ from attack.forward import (
     ForwardLoss,
     ForwardMatching,
     Phase,
-    SoftMaximum,
     course_for,
     is_worthwhile,
     phases_for,
-    softened,
 )
 from attack.optimisers import Budget, Optimiser
 from attack.pixels import PixelMap
@@ -54,29 +51,6 @@ def scene(name, start, count=2, uses_gradients=None):
 
 def psnr(a, b):
     return float(-10 * (a - b).square().flatten(1).mean(1).log10().mean())
-
-
-@pytest.mark.parametrize("settings", [(2, 2, 0, False), (2, 2, 0, True), (3, 2, 1, False), (3, 1, 1, False)])
-def test_the_soft_maximum_hardens_into_the_pool(settings):
-    kernel, stride, padding, ceil = settings
-    pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil)
-    x = torch.randn(2, 3, 7, 7, generator=generator())
-    hard = pool(x)
-    assert torch.allclose(SoftMaximum(pool, 1e4)(x), hard, atol=1e-3)
-    soft = SoftMaximum(pool, 10.0)(x)
-    assert soft.shape == hard.shape
-    assert ((soft >= hard - 1e-6) & (soft <= hard + math.log(kernel**2) / 10 + 1e-6)).all()
-
-
-def test_softening_is_in_units_of_what_goes_into_the_kink():
-    chain = stages(build_model("convnet", image_shape=(3, 16, 16), num_classes=10, generator=generator()))
-    x = torch.rand(2, 3, 16, 16, generator=generator())
-    assert softened(chain, math.inf, x) is chain
-    off = [
-        float((run(softened(chain, beta, x)[:-1], x) - run(chain[:-1], x)).abs().max().detach())
-        for beta in (10, 100, 1000)
-    ]
-    assert off[0] > 5 * off[1] > 25 * off[2] > 0
 
 
 @pytest.mark.parametrize(
