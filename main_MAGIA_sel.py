@@ -34,7 +34,7 @@ from cli.console import Progress, introduction, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, interruptible, stream
-from cli.settings import adopt, resolve, run_path, schedule_of
+from cli.settings import adopt, facts_of, resolve, run_path, schedule_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
 from judge.layers import measured
@@ -45,7 +45,7 @@ from schedules import Schedule
 from update.head import measured_noise
 from update.models import place_of
 from update.shared import SharedUpdate
-from update.stages import stages
+from update.tracing import stages
 
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one, and its comment is the flag's help (`make docs` writes them to
@@ -61,20 +61,27 @@ BATCH_SIZE = 16  # images averaged over, B
 INDICES = None  # which images, e.g. 0,3,8-11 (0-based; None: the first B)
 LABELS = "random"  # dataset: the true ones; random: uniform over the classes; unique: random without repetition
 IMAGE_SIZE = None  # side in pixels to crop and resize to (None: as they are)
+CHANNELS = 3  # of an image where none is at hand: with --explain, and with an update from outside
 SAVE_BATCH = None  # .npz to write the images and their own labels to, for --dataset npz, and stop
 
 # model and update (what the server has)
-MODEL = "lenet"  # architecture: lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5
+MODEL = "lenet"  # lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5, or from
+# outside: torchvision:NAME, FILE.py:FACTORY (a file, which is then run, and what in it is called to make the model)
 ACTIVATION = None  # of mlp: relu, sigmoid, tanh, gelu (None: sigmoid)
 DEPTH = None  # hidden layers of mlp (None: 2)
 WIDTH = None  # units in a hidden layer of mlp (None: 256)
 NUM_CLASSES = 100  # outputs of the head, K (the paper's: 100)
+MEAN = None  # of the pixels that the model takes, e.g. 0.485,0.456,0.406, where it takes normalised ones (None: 0)
+STD = None  # their standard deviation (None: 1); images stay in [0, 1], normalisation is the model's first layer
 WEIGHTS = None  # checkpoint to load, .safetensors, .npz or .pt (None: random weights from the seed)
 EXPLAIN = False  # say what this model gives away at this batch size before there is any data, and stop
 FROZEN = None  # parameters that are not trained, by the beginnings of their names, e.g. head.bias,conv1
 DEFENCE = "none"  # what the client does to its update: none, noise:STD, float16, bfloat16, topk:SHARE
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
-UPDATE = None  # file of a shared update to attack instead; the truth is then not at hand
+UPDATE = None  # file of a shared update to attack instead, see docs/update-format.md; the truth is then not at hand
+UPDATE_KIND = "gradient"  # what an update from outside holds: gradient, difference (new - old weights), weights (new)
+LOCAL_LR = None  # the client's learning rate, where it holds weights or their difference
+LOCAL_STEPS = 1  # and the steps that the client made
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds
 SEL_MODE = "constk"  # const1, constk, linear_inc_l, linear_inc_total, linear_dec_l, linear_dec_total, sigmoid
@@ -371,17 +378,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         settings, given = resolve(words, FLAGS, __doc__)
-        schedule = schedule_of(settings)
         if settings.show_schedule:
-            return show_schedule(schedule, Path(settings.save_dir))
+            return show_schedule(schedule_of(settings), Path(settings.save_dir))
         if settings.explain:
             return show_leaks(settings)
         if settings.save_batch:
             return save_batch(settings)
         place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
         update, model, truth = victim(settings, place)
-        facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
-        adopt(settings, given, facts | update.options, "the update")
+        adopt(settings, given, facts_of(update), "the update")
         with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
             if settings.save_update:
                 update.save(settings.save_update)
@@ -422,7 +427,7 @@ def run_attack(
         checkpoint=began,
     )
     if not settings.quiet:
-        print(introduction(update, settings, objective, known, stages(model), run.path))
+        print(introduction(update, settings, objective, known, model, run.path))
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)

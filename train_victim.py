@@ -32,11 +32,14 @@ IMAGE_SIZE = None  # side in pixels to crop and resize to (None: as they are)
 HOLD_OUT = 0.1  # share of the images that accuracy is measured on and nothing is learned from
 
 # model
-MODEL = "lenet"  # architecture: lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5
+MODEL = "lenet"  # lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5, or from
+# outside: torchvision:NAME, FILE.py:FACTORY (a file, which is then run, and what in it is called to make the model)
 ACTIVATION = None  # of mlp: relu, sigmoid, tanh, gelu (None: sigmoid)
 DEPTH = None  # hidden layers of mlp (None: 2)
 WIDTH = None  # units in a hidden layer of mlp (None: 256)
 NUM_CLASSES = 10  # outputs of the head, K
+MEAN = None  # of the pixels that the model takes, e.g. 0.485,0.456,0.406, where it takes normalised ones (None: 0)
+STD = None  # their standard deviation (None: 1)
 
 # training
 EPOCHS = 1  # passes over the images

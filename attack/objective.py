@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from update.gradients import averaged_gradient, gradient_and_part, trainable
-from update.head import Head
+from update.head import Head, features_of
+from update.normalise import Normalise
 
 DISTANCES = ("l2", "relative", "cosine")
 FEATURE_DISTANCES = ("l2", "cosine")
@@ -100,7 +101,7 @@ class FeatureLoss:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The loss of images (B, C, H, W)."""
-        features = self.model.features(images[: len(self.features)])
+        features = features_of(self.model, images[: len(self.features)])
         if self.distance == "cosine":
             return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
         return (features - self.features).square().sum() / len(images)
@@ -120,7 +121,8 @@ class BatchNormLoss:
     @property
     def layers(self) -> list[nn.Module]:
         """The layers compared; none in a model without BatchNorm."""
-        return [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        return [layer for layer in layers if not isinstance(layer, Normalise)]
 
     def __call__(self, images: Tensor) -> Tensor:
         """The loss of images (B, C, H, W)."""
@@ -132,7 +134,7 @@ class BatchNormLoss:
 
         hooks = [layer.register_forward_pre_hook(compare) for layer in self.layers]
         try:
-            self.model.features(images)
+            self.model(images)
         finally:
             for hook in hooks:
                 hook.remove()

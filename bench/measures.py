@@ -28,6 +28,7 @@ from data import Batch, open_source
 from judge import metrics
 from judge.pictures import save_images
 from judge.run_directory import RunDirectory
+from update.head import features_of
 from update.shared import SharedUpdate
 
 CLOSE = 0.01  # features count as read when their relative error is below this
@@ -54,7 +55,7 @@ def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
     row |= {"found": len(signals), "signal_seconds": round(signals.seconds, 2)}
     if len(signals):
         with torch.no_grad():
-            features = model.features(truth.images.to(next(model.parameters()))).to(signals.features)
+            features = features_of(model, truth.images.to(next(model.parameters()))).to(signals.features)
         distance = torch.cdist(signals.features, features) / features.norm(dim=1)
         found, true = (torch.from_numpy(i) for i in linear_sum_assignment(distance.cpu().numpy()))
         error = distance[found, true]

@@ -14,7 +14,7 @@ from cli.console import Search
 from cli.runtime import stream
 from update.models import place_of
 from update.shared import SharedUpdate
-from update.stages import stages
+from update.tracing import stages
 
 SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
 

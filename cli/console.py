@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import nn
 from tqdm import tqdm
 
 from attack.prepare import Known
@@ -13,7 +14,8 @@ from judge.pictures import save_leaks, save_schedule
 from judge.tables import aligned, markdown, write_csv
 from schedules import Schedule
 from update.shared import SharedUpdate
-from update.stages import Chain, first_layer, stages
+from update.stages import first_layer
+from update.tracing import stages
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
@@ -40,16 +42,16 @@ class Search(tqdm):
 
 
 def introduction(
-    update: SharedUpdate, settings: argparse.Namespace, objective: object, known: Known, chain: Chain, path: Path
+    update: SharedUpdate, settings: argparse.Namespace, objective: object, known: Known, model: nn.Module, path: Path
 ) -> str:
     """Four lines: the batch, the objective, what was read, the optimiser and where the results go."""
     shape = "x".join(map(str, update.image_shape))
     source = settings.update or f"{settings.dataset}, labels {settings.labels}"
-    found = "signals: none used"
+    found = f"signals: none used{_why_not_walked(model)}"
     if known.signals is not None:
         found = f"signals: {len(known.signals)} of {update.batch_size} images told apart"
         if known.inputs is not None:
-            deepest = f"down to the inputs of {first_layer(chain[known.start :])}"
+            deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.signals.seconds:.1f} s"
     return (
@@ -60,20 +62,36 @@ def introduction(
     )
 
 
+def _beside(stem: Path, ending: str) -> Path:
+    """The stem with an ending; a model's name may hold a dot of its own."""
+    return stem.with_name(stem.name + ending)
+
+
+def _why_not_walked(model: nn.Module) -> str:
+    """What in the model keeps its layers from being asked one by one; empty where nothing does."""
+    try:
+        stages(model)
+    except ValueError as error:
+        return f", the model cannot be taken apart: {error}"
+    return ""
+
+
 def show_leaks(settings: argparse.Namespace) -> int:
     """Print which layers of the model give their inputs away at this batch size, and save it as table and picture.
 
-    No data is touched: images are taken to be RGB, of --image_size or 32 pixels. Returns the exit status.
+    No data is touched: images are of --channels, and of --image_size or 32 pixels. Returns the exit status.
     """
     side = settings.image_size or SIDE
-    model = server_model(settings, settings.model, (3, side, side), settings.num_classes, model_options(settings))
-    rows = explain(stages(model), (3, side, side), settings.batch_size)
-    stem = Path(settings.save_dir) / f"explain_{settings.model}_B{settings.batch_size}_{side}"
+    shape = (settings.channels, side, side)
+    model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings))
+    rows = explain(stages(model), shape, settings.batch_size)
+    name = Path(settings.model).name.replace(":", "_")
+    stem = Path(settings.save_dir) / f"explain_{name}_B{settings.batch_size}_{side}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     title = f"{settings.model}, B={settings.batch_size}, {side}x{side}, {settings.num_classes} classes"
-    write_csv(stem.with_suffix(".csv"), rows)
-    stem.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
-    save_leaks(stem.with_suffix(".png"), rows, title)
+    write_csv(_beside(stem, ".csv"), rows)
+    _beside(stem, ".md").write_text(markdown(rows), encoding="utf-8")
+    save_leaks(_beside(stem, ".png"), rows, title)
     deepest = next((row["layer"] for row in rows if row["deepest"]), None)
     print(f"{title}: which layers give their inputs away, image by image?")
     print(aligned(rows))

@@ -22,6 +22,8 @@ from data import DATASETS, LABEL_MODES
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
 from update.models import ACTIVATIONS, MODELS
+from update.outside import OUTSIDE, is_outside
+from update.received import KINDS
 
 SIGNALS = ("auto", "on", "off", "ica")
 DTYPES = ("float32", "float64")
@@ -96,6 +98,22 @@ def one_of(choices: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
+def model_name(text: str) -> str:
+    """An argparse type: a model that is stated here, or one from outside."""
+    if text not in MODELS and not is_outside(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MODELS)}, {OUTSIDE}")
+    return text
+
+
+model_name.choices = tuple(MODELS)
+
+
+def numbers(least: float, *, above: bool = False) -> Callable[[str], list[float]]:
+    """An argparse type: finite numbers such as 0.5,0.4,0.3, each at least or above `least`."""
+    parse_one = number(float, least, above=above)
+    return lambda text: [parse_one(part) for part in text.split(",")]
+
+
 _MANY = 10**9
 _steps, _size, _count = number(int, 1, _MANY), number(int, 1, 10**6), number(int, 0, _MANY)
 _positive, _weight, _share = number(float, 0, above=True), number(float, 0), number(float, 0, 1)
@@ -108,11 +126,17 @@ TYPES: dict[str, Callable[[str], object]] = {
     "batch_size": _size,
     "labels": one_of(LABEL_MODES),
     "image_size": number(int, 1, 1024),
-    "model": one_of(MODELS),
+    "channels": number(int, 1, 1000),
+    "model": model_name,
     "activation": one_of(ACTIVATIONS),
     "depth": number(int, 1, 1000),
     "width": number(int, 1, 10**5),
     "num_classes": number(int, 2, 100_000),
+    "mean": numbers(-1e6),
+    "std": numbers(0, above=True),
+    "update_kind": one_of(KINDS),
+    "local_lr": _positive,
+    "local_steps": _steps,
     "sel_mode": one_of(MODES),
     "sel_k": _size,
     "sel_l_iter": _count,

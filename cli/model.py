@@ -8,7 +8,7 @@ from cli.runtime import stream
 from update.models import ALL_OPTIONS, build_model, load_checkpoint
 
 
-def model_options(settings: argparse.Namespace) -> dict[str, str | int]:
+def model_options(settings: argparse.Namespace) -> dict[str, object]:
     """What the flags tell the model beside its shapes; what they leave open is left to the model."""
     return {name: getattr(settings, name) for name in ALL_OPTIONS if getattr(settings, name) is not None}
 
@@ -22,3 +22,15 @@ def server_model(
     if settings.weights:
         load_checkpoint(model, settings.weights)
     return model
+
+
+def parse_names(text: str | None) -> list[str]:
+    """The names in a list such as "head.bias, conv1"; none in None.
+
+    Raises:
+        ValueError: one of them is empty, and would fit every parameter.
+    """
+    names = [name.strip() for name in text.split(",")] if text is not None else []
+    if "" in names:
+        raise ValueError(f"--frozen {text!r}: a name is missing before or after a comma")
+    return names

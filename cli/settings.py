@@ -11,9 +11,14 @@ from cli.flags import Flag, build_parser
 from data import parse_indices
 from judge.run_directory import restore
 from schedules import Schedule
+from update.outside import is_file
+from update.shared import SharedUpdate
 
 # What the client did is not known of an update that comes from a file.
-CLIENT = ("dataset", "data_path", "indices", "labels", "image_size", "frozen", "defence", "save_update", "save_batch")
+CLIENT = ("dataset", "data_path", "indices", "labels", "defence", "save_update", "save_batch")
+
+# What is only to be said of such an update.
+RECEIVED = ("update_kind", "local_lr", "local_steps")
 
 # What a resumed run may set anew; everything else must be as the run began.
 RESUMABLE = (
@@ -42,11 +47,15 @@ def resolve(
         raise ValueError(f"--run_name {settings.run_name}: the run to resume is {settings.resume}")
     if settings.resume:
         settings = _resumed(settings, given, defaults)
+    if is_file(settings.model) and settings.model not in (given.get("model"), defaults["model"]):
+        raise ValueError(f"the run began with --model {settings.model}, a file that is run only if you name it again")
     if settings.update:
-        for name in ("frozen", "defence"):
-            if name in given:
-                raise ValueError(f"--{name} is the client's: a saved update comes as the client made it")
-        vars(settings).update(dict.fromkeys(CLIENT))
+        if "defence" in given:
+            raise ValueError("--defence is the client's: a saved update comes as the client made it")
+        vars(settings).update(dict.fromkeys(CLIENT), batch_size=given.get("batch_size"))
+    for name in RECEIVED:
+        if name in given and not settings.update:
+            raise ValueError(f"--{name} tells of an update from outside: it goes with --update")
     if settings.indices:
         adopt(settings, given, {"batch_size": len(parse_indices(settings.indices))}, f"--indices {settings.indices}")
     return settings, given
@@ -76,6 +85,15 @@ def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: 
         if given.get(name, value) != value:
             raise ValueError(f"--{name} {given[name]}: {source} has {value}")
         setattr(settings, name, value)
+
+
+def facts_of(update: SharedUpdate) -> dict[str, object]:
+    """What an update says of itself, by the names of the flags that say the same."""
+    channels, height, width = update.image_shape
+    facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
+    if height == width:
+        facts["image_size"] = width
+    return facts | {"channels": channels} | update.options
 
 
 def schedule_of(settings: argparse.Namespace) -> Schedule:

@@ -1,4 +1,4 @@
-"""What the flags name: the victim's batch, the model the server sent out, the update that is shared or was saved."""
+"""What the flags name: the victim's batch, the model the server sent out, the update that is shared."""
 
 import argparse
 from pathlib import Path
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from attack.prepare import INITS
-from cli.model import model_options, server_model
+from cli.model import model_options, parse_names, server_model
+from cli.received import received_update
 from cli.runtime import stream
 from client.victim import share_update
 from data import Batch, load_batch, open_source, parse_indices
-from update.gradients import freeze
-from update.models import load_weights
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
 
@@ -27,7 +26,7 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
         ValueError: data, model or update cannot be used as the flags say; the message names the value.
     """
     if settings.update:
-        return *saved_update(settings, place), None
+        return *received_update(settings, place), None
     batch = client_batch(settings, settings.labels, settings.num_classes)
     options = model_options(settings)
     shape = tuple(batch.images.shape[1:])
@@ -80,18 +79,6 @@ def client_batch(settings: argparse.Namespace, labels: str, num_classes: int | N
     )
 
 
-def saved_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
-    """The update in the file of --update, and its model; parameters that the update says nothing of are frozen."""
-    update = SharedUpdate.load(settings.update)
-    model = server_model(settings, update.model, update.image_shape, update.num_classes, update.options)
-    if update.weights and not settings.weights:
-        load_weights(model, update.weights, settings.update)
-    freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
-    model.to(**place)
-    update.targets(model)  # refuses an update that does not fit
-    return update, model
-
-
 def images_named(init: str, batch_size: int, side: int, generator: torch.Generator) -> Tensor | None:
     """The first images (B, C, H, W) of the folder or .npz that --init names; None where it names no files."""
     if init in INITS:
@@ -99,15 +86,3 @@ def images_named(init: str, batch_size: int, side: int, generator: torch.Generat
     source = open_source("npz" if init.endswith(".npz") else "folder", init)
     how = {"labels": "random", "num_classes": 2, "generator": generator, "image_size": side}
     return load_batch(source, range(batch_size), **how).images
-
-
-def parse_names(text: str | None) -> list[str]:
-    """The names in a list such as "head.bias, conv1"; none in None.
-
-    Raises:
-        ValueError: one of them is empty, and would fit every parameter.
-    """
-    names = [name.strip() for name in text.split(",")] if text is not None else []
-    if "" in names:
-        raise ValueError(f"--frozen {text!r}: a name is missing before or after a comma")
-    return names

@@ -41,14 +41,12 @@ def gradient_and_part(
     """
     parameters = trainable(model)
     layers = [layer for layer in model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))]
-    in_place = any(getattr(module, "inplace", False) for module in model.modules())
-    if in_place or not all(type(layer) in _PARTS and not layer.training for layer in layers):
-        loss = batch_loss(model(images), labels)
-        return tuple(_gradient(values.mean(), parameters) for values in (loss, loss[subset]))
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    if not all(type(layer) in _PARTS and not layer.training for layer in layers):
+        return _in_two_passes(model, images, labels, subset)
+    calls: list[tuple[nn.Module, Tensor, Tensor, object]] = []
 
     def keep(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        calls.append((layer, inputs[0], output))
+        calls.append((layer, inputs[0], output, output.grad_fn))
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
@@ -56,16 +54,30 @@ def gradient_and_part(
     finally:
         for hook in hooks:
             hook.remove()
-    outputs = [output for _, _, output in calls]
+    if any(_is_spoilt(output, made_by) for _, _, output, made_by in calls):
+        return _in_two_passes(model, images, labels, subset)
+    outputs = [output for _, _, output, _ in calls]
     found = torch.autograd.grad(loss, [*parameters.values(), *outputs], create_graph=True)
     part: dict[nn.Parameter, Tensor] = {}
-    for (layer, inputs, _), delta in zip(calls, found[len(parameters) :], strict=True):
+    for (layer, inputs, _, _), delta in zip(calls, found[len(parameters) :], strict=True):
         weight, bias = _PARTS[type(layer)](layer, inputs[subset], delta[subset])
         part[layer.weight] = part.get(layer.weight, 0) + weight
         if layer.bias is not None:
             part[layer.bias] = part.get(layer.bias, 0) + bias
     share = len(images) / len(subset)  # the deltas are those of the mean over the whole batch
     return found[: len(parameters)], tuple(share * part[parameter] for parameter in parameters.values())
+
+
+def _in_two_passes(
+    model: nn.Module, images: Tensor, labels: Tensor, subset: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    loss, parameters = batch_loss(model(images), labels), trainable(model)
+    return tuple(_gradient(values.mean(), parameters) for values in (loss, loss[subset]))
+
+
+def _is_spoilt(output: Tensor, made_by: object) -> bool:
+    """Whether a layer's output was changed in place by more than a sum, whose derivative is one."""
+    return output.grad_fn is not made_by and not type(output.grad_fn).__name__.startswith("Add")
 
 
 def _gradient(loss: Tensor, parameters: dict[str, nn.Parameter]) -> tuple[Tensor, ...]:

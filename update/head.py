@@ -1,10 +1,19 @@
 """The head: the linear layer that a model ends in. The one place that knows where it is and what its gradients say."""
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from update.shared import SharedUpdate
+from update.tracing import stages
+
+RANGES = {  # of activations' values
+    nn.ReLU: (0.0, math.inf),
+    nn.Sigmoid: (0.0, 1.0),
+    nn.Tanh: (-1.0, 1.0),
+    nn.GELU: (-0.17, math.inf),  # least value -0.16997
+}
 
 
 @dataclass(frozen=True)
@@ -17,12 +26,17 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Head":
-        """The head of a model: of the layers without layers of their own, the one that was registered last.
+        """The head of a model: its chain's last stage, or, if it cannot be walked, the layer that was registered last.
 
         Raises:
             ValueError: that layer is not linear.
         """
-        name, layer = [(name, layer) for name, layer in model.named_modules() if not [*layer.children()]][-1]
+        try:
+            name = stages(model)[-1].name
+        except ValueError:
+            owners = [name for name, layer in model.named_modules() if [*layer.parameters(recurse=False)]]
+            name = owners[-1]
+        layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise ValueError("the model's last layer is not linear")
         return cls(layer, f"{name}.weight", f"{name}.bias")
@@ -30,6 +44,32 @@ class Head:
     def gradients(self, update: SharedUpdate) -> tuple[Tensor | None, Tensor | None]:
         """The averaged gradients of weight (K, d) and bias (K,) in the update; None for what it does not hold."""
         return update.gradients.get(self.weight), update.gradients.get(self.bias)
+
+
+def features_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Features (B, d) that the head of the model sees, of images (B, C, H, W). Differentiable.
+
+    Raises:
+        ValueError: the model ends in another layer.
+    """
+    seen: list[Tensor] = []
+    hook = Head.of(model).layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    return seen[-1]
+
+
+def feature_range(model: nn.Module) -> tuple[float, float]:
+    """Least and largest value that a feature can have, as far as the model's last activation tells."""
+    try:
+        below = reversed(stages(model)[:-1])
+    except ValueError:
+        return -math.inf, math.inf
+    keeping = (nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+    last = next((stage.module for stage in below if not isinstance(stage.module, keeping)), None)
+    return RANGES.get(type(last), (-math.inf, math.inf))
 
 
 def measured_noise(update: SharedUpdate, model: nn.Module) -> float:

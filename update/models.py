@@ -1,37 +1,28 @@
 """Victim models, their initialisation from an explicit generator, and loading a checkpoint into them.
 
-Every model maps images (B, C, H, W) to class logits (B, K): `features` (B, d), with values in `feature_range`, then
-a final linear layer named `head`. It is used in eval mode: a gradient of the batch is then the mean of the gradients of
-its images, which is what FL averages.
+Every model maps images (B, C, H, W) to class logits (B, K). It is used in eval mode: a gradient of the batch is then
+the mean of the gradients of its images, which is what FL averages. Those stated here end in a linear layer named
+`head`; others come from `outside`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from update.stages import Chain, Residual, Stage, run
-from update.storage import StorageError, read_tensors
+from update.normalise import normalised
+from update.outside import OUTSIDE, is_outside, outside_model, try_out
+from update.received import named
+from update.storage import read_tensors
 from update.vision import torchvision
 
 
 class _Victim(nn.Module):
-    """What all models share: a chain of stages, the head on the features, and how most layers are initialised."""
-
-    def stages(self) -> list[Stage]:
-        """The chain from images to logits, see `update.stages`."""
-        raise NotImplementedError
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, d) that the head sees, of images (B, C, H, W)."""
-        return run(self.stages()[:-1], images)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Class logits (B, K)."""
-        return self.head(self.features(images))
+    """What all models share: how most layers are initialised."""
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -51,8 +42,6 @@ class LeNet(_Victim):
     Source: Zhu, Liu, Han 2019 (arXiv 1906.08935).
     """
 
-    feature_range = (0.0, 1.0)
-
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         side = math.ceil(math.ceil(image_size / 2) / 2)
@@ -61,9 +50,11 @@ class LeNet(_Victim):
         self.conv3 = nn.Conv2d(12, 12, 5, stride=1, padding=2)
         self.head = nn.Linear(12 * side * side, num_classes)
 
-    def stages(self) -> list[Stage]:
-        """Three convolutions, each with its sigmoid."""
-        return [*_layers(self, ("conv1", "conv2", "conv3"), nn.Sigmoid()), *_flat_head(self)]
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, C, H, W)."""
+        for convolution in (self.conv1, self.conv2, self.conv3):
+            x = convolution(x).sigmoid()
+        return self.head(x.flatten(1))
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -104,16 +95,12 @@ class MLP(_Victim):
             self.add_module(f"hidden{layer}", nn.Linear(inputs if layer == 1 else width, width))
         self.head = nn.Linear(width, num_classes)
 
-    @property
-    def feature_range(self) -> tuple[float, float]:
-        """That of the activation."""
-        return ACTIVATIONS[self.activation].range
-
-    def stages(self) -> list[Stage]:
-        """The hidden layers, each with its activation."""
-        names = [f"hidden{layer}" for layer in range(1, self.depth + 1)]
-        hidden = _layers(self, names, ACTIVATIONS[self.activation].module())
-        return [Stage("flatten", nn.Flatten()), *hidden, Stage("head", self.head)]
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, C, H, W)."""
+        x = x.flatten(1)
+        for layer in range(1, self.depth + 1):
+            x = ACTIVATIONS[self.activation].function(getattr(self, f"hidden{layer}")(x))
+        return self.head(x)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -129,8 +116,6 @@ class LeNet5(_Victim):
     Source: LeCun et al. 1998; all of the second convolution's connections are there, and the head is linear.
     """
 
-    feature_range = (-1.0, 1.0)
-
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         side = ((image_size - 4) // 2 - 4) // 2
@@ -140,13 +125,14 @@ class LeNet5(_Victim):
         self.hidden2 = nn.Linear(120, 84)
         self.head = nn.Linear(84, num_classes)
 
-    def stages(self) -> list[Stage]:
-        """Convolution, tanh and pool twice, then two fully connected layers."""
-        chain: list[Stage] = []
-        for number, name in enumerate(("conv1", "conv2"), 1):
-            chain += [*_layers(self, [name], nn.Tanh()), Stage(f"pool{number}", nn.AvgPool2d(2))]
-        hidden = _layers(self, ("hidden1", "hidden2"), nn.Tanh())
-        return [*chain, Stage("flatten", nn.Flatten()), *hidden, Stage("head", self.head)]
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, C, H, W)."""
+        for convolution in (self.conv1, self.conv2):
+            x = functional.avg_pool2d(convolution(x).tanh(), 2)
+        x = x.flatten(1)
+        for layer in (self.hidden1, self.hidden2):
+            x = layer(x).tanh()
+        return self.head(x)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -159,8 +145,6 @@ class LeNet5(_Victim):
 class ConvNet(_Victim):
     """A small ReLU ConvNet: 3x3 convolutions of 32, 64 and 64 channels, strides 1, 2, 2, one linear layer."""
 
-    feature_range = (0.0, math.inf)
-
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         side = math.ceil(math.ceil(image_size / 2) / 2)
@@ -169,9 +153,11 @@ class ConvNet(_Victim):
         self.conv3 = nn.Conv2d(64, 64, 3, stride=2, padding=1)
         self.head = nn.Linear(64 * side * side, num_classes)
 
-    def stages(self) -> list[Stage]:
-        """Three convolutions, each with its ReLU."""
-        return [*_layers(self, ("conv1", "conv2", "conv3"), nn.ReLU()), *_flat_head(self)]
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, C, H, W)."""
+        for convolution in (self.conv1, self.conv2, self.conv3):
+            x = convolution(x).relu()
+        return self.head(x.flatten(1))
 
 
 class ResNet18(_Victim):
@@ -179,8 +165,6 @@ class ResNet18(_Victim):
 
     Source: He et al. 2016 (arXiv 1512.03385); initialised as torchvision does.
     """
-
-    feature_range = (0.0, math.inf)
 
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
@@ -194,17 +178,9 @@ class ResNet18(_Victim):
                 module.inplace = False  # what a layer gave out stays as it was for whoever keeps it
         self.head = nn.Linear(width, num_classes)
 
-    def stages(self) -> list[Stage]:
-        """Stem, eight residual blocks with a ReLU behind each, and the mean over positions."""
-        chain = _named(self, "body", ("conv1", "bn1", "relu", "maxpool"))
-        for group in ("layer1", "layer2", "layer3", "layer4"):
-            for number, block in enumerate(getattr(self.body, group)):
-                chain += _basic_block(f"body.{group}.{number}", block)
-        return [*chain, Stage("body.avgpool", self.body.avgpool), *_flat_head(self)]
-
-    def features(self, images: Tensor) -> Tensor:
-        """Features (B, 512) that the head sees, of images (B, C, H, W)."""
-        return self.body(images)
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, C, H, W)."""
+        return self.head(self.body(x))
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -237,8 +213,6 @@ class VGG11(_Victim):
     Source: Simonyan, Zisserman 2015 (arXiv 1409.1556), configuration A.
     """
 
-    feature_range = (0.0, math.inf)
-
     def __init__(self, channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
         for number, width in enumerate(VGG11_WIDTHS, 1):
@@ -250,16 +224,16 @@ class VGG11(_Victim):
         self.hidden2 = nn.Linear(512, 512)
         self.head = nn.Linear(512, num_classes)
 
-    def stages(self) -> list[Stage]:
-        """Convolution, BatchNorm, ReLU, and a pool behind the first, second, fourth, sixth and eighth."""
-        chain: list[Stage] = []
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, C, H, W)."""
         for number in range(1, len(VGG11_WIDTHS) + 1):
-            chain += [Stage(f"{kind}{number}", getattr(self, f"{kind}{number}")) for kind in ("conv", "bn")]
-            chain.append(Stage(f"relu{number}", nn.ReLU()))
+            x = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(x)).relu()
             if number in VGG11_POOLS:
-                chain.append(Stage(f"pool{number}", nn.MaxPool2d(2, ceil_mode=True)))
-        hidden = _layers(self, ("hidden1", "hidden2"), nn.ReLU())
-        return [*chain, Stage("flatten", nn.Flatten()), *hidden, Stage("head", self.head)]
+                x = functional.max_pool2d(x, 2, ceil_mode=True)
+        x = x.flatten(1)
+        for layer in (self.hidden1, self.hidden2):
+            x = layer(x).relu()
+        return self.head(x)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -279,43 +253,18 @@ VGG11_POOLS = (1, 2, 4, 6, 8)  # convolutions with a max-pool behind them
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation of the MLP: its module, the range of its values, and the gain of weights in front of it."""
+    """An activation of the MLP, and the gain of weights in front of it."""
 
-    module: type[nn.Module]
-    range: tuple[float, float]
+    function: Callable[[Tensor], Tensor]
     gain: float
 
 
 ACTIVATIONS = {
-    "relu": Activation(nn.ReLU, (0.0, math.inf), math.sqrt(6)),
-    "sigmoid": Activation(nn.Sigmoid, (0.0, 1.0), 1.0),
-    "tanh": Activation(nn.Tanh, (-1.0, 1.0), math.sqrt(3)),
-    "gelu": Activation(nn.GELU, (-0.17, math.inf), math.sqrt(6)),  # least value -0.16997
+    "relu": Activation(torch.relu, math.sqrt(6)),
+    "sigmoid": Activation(torch.sigmoid, 1.0),
+    "tanh": Activation(torch.tanh, math.sqrt(3)),
+    "gelu": Activation(functional.gelu, math.sqrt(6)),
 }
-
-
-def _named(model: nn.Module, prefix: str, names: Sequence[str]) -> list[Stage]:
-    """Submodules as stages, under the names that they have in the model; identities do nothing and are left out."""
-    found = [Stage(f"{prefix}.{name}", model.get_submodule(f"{prefix}.{name}")) for name in names]
-    return [stage for stage in found if not isinstance(stage.module, nn.Identity)]
-
-
-def _layers(model: nn.Module, names: Sequence[str], activation: nn.Module) -> list[Stage]:
-    """Layers, each with the activation behind it."""
-    kind = type(activation).__name__.lower()
-    return [s for name in names for s in (Stage(name, getattr(model, name)), Stage(f"{name}.{kind}", activation))]
-
-
-def _flat_head(model: nn.Module) -> list[Stage]:
-    return [Stage("flatten", nn.Flatten()), Stage("head", model.head)]
-
-
-def _basic_block(name: str, block: nn.Module) -> list[Stage]:
-    """torchvision's BasicBlock: two convolutions beside the identity or a strided 1x1 convolution, ReLU on the sum."""
-    body = [Stage(f"{name}.{part}", getattr(block, part)) for part in ("conv1", "bn1", "relu", "conv2", "bn2")]
-    shortcut: Chain = [] if block.downsample is None else _named(block, "downsample", ("0", "1"))
-    shortcut = [Stage(f"{name}.{stage.name}", stage.module) for stage in shortcut]
-    return [Stage(name, Residual(body, shortcut)), Stage(f"{name}.relu", block.relu)]
 
 
 MODELS = {
@@ -328,7 +277,8 @@ MODELS = {
     "lenet5": LeNet5,
 }
 OPTIONS = {"mlp": ("activation", "depth", "width")}  # what `build_model` may be told beside the shapes
-ALL_OPTIONS = tuple(name for names in OPTIONS.values() for name in names)
+FRONT = ("mean", "std")  # and of any model, see `normalise`
+ALL_OPTIONS = (*(name for names in OPTIONS.values() for name in names), *FRONT)
 
 
 def build_model(
@@ -337,31 +287,47 @@ def build_model(
     image_shape: tuple[int, int, int],
     num_classes: int,
     generator: torch.Generator,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **options: str | int,
 ) -> nn.Module:
     """A victim model in eval mode, float32 on the CPU, its weights drawn from `generator`.
 
     Args:
-        name: one of `MODELS`.
+        name: one of `MODELS`, or of a model from outside, see `outside`.
         image_shape: (C, H, W).
         num_classes: K.
         generator: what the weights are drawn from.
+        mean: of the pixels that the model takes, one for each channel or one for all.
+        std: their standard deviation, likewise; with either, normalisation is the model's first layer.
         options: what the model can be told beside, see `OPTIONS`.
 
     Raises:
-        ValueError: unknown name or option, an image that is not square or not of 16 to 64 pixels, fewer than two
-            classes, or what the model says of its options.
+        ValueError: unknown name or option, images that the model does not take (those of `MODELS` take square ones of
+            16 to 64 pixels), fewer than two classes, or what the model says of its options.
     """
-    channels, height, width = image_shape
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    if height != width or not 16 <= height <= 64:
-        raise ValueError(f"models take square images of 16 to 64 pixels, got {height}x{width}: set --image_size")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     for option in options:
         if option not in OPTIONS.get(name, ()):
             raise ValueError(f"--{option} is no option of {name}: {_takers(option)}")
+    if not is_outside(name):
+        model = _stated_here(name, image_shape, num_classes, generator, options)
+        return normalised(model, image_shape[0], mean, std)
+    model = outside_model(name, num_classes=num_classes, generator=generator)
+    model = normalised(model, image_shape[0], mean, std)
+    try_out(model, name, image_shape, num_classes, generator)
+    return model
+
+
+def _stated_here(
+    name: str, image_shape: tuple[int, int, int], num_classes: int, generator: torch.Generator, options: dict
+) -> nn.Module:
+    channels, height, width = image_shape
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}, {OUTSIDE}")
+    if height != width or not 16 <= height <= 64:
+        raise ValueError(f"{name} takes square images of 16 to 64 pixels, got {height}x{width}: set --image_size")
     with torch.device("meta"):  # nothing is drawn from the global generator
         model = MODELS[name](channels, height, num_classes, **options)
     model.to_empty(device="cpu")
@@ -387,11 +353,11 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
         ValueError: a name is missing, unknown or of another shape; `source` says where they came from.
     """
     own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
+    for name in [*own, *(name for name in weights if name not in own)]:
         if name not in weights:
             raise ValueError(f"{source}: weight {name!r} is missing")
         if name not in own:
-            raise ValueError(f"{source}: weight {name!r} is not in the model (it has {', '.join(own)})")
+            raise ValueError(f"{source}: weight {name!r} is not in the model, which begins with {next(iter(own))!r}")
         if own[name].shape != weights[name].shape:
             raise ValueError(
                 f"{source}: weight {name!r} has shape {tuple(weights[name].shape)}, "
@@ -405,18 +371,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
 
 
 def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Load a state dict from `.safetensors`, `.npz`, or a torch file (read with `weights_only=True`).
+    """Load a state dict from a file of `storage.FORMATS`; arrays without names are in the state dict's order.
 
     Raises:
         ValueError: the file is missing, damaged, or does not fit the model.
     """
-    path = Path(path)
-    if path.suffix not in (".pt", ".pth"):
-        return load_weights(model, read_tensors(path)[0], path)
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise StorageError(f"no such file: {path}") from None
-    except Exception as error:  # torch raises many kinds on a damaged file
-        raise StorageError(f"{path} is not a state dict that can be loaded safely: {error}") from None
-    load_weights(model, weights, path)
+    load_weights(model, named(read_tensors(path)[0], list(model.state_dict()), str(path)), path)

@@ -14,6 +14,7 @@ from update.gradients import trainable
 from update.storage import StorageError, read_tensors, write_tensors
 
 FORMAT = "magia-update-1"
+FACTS = "update"  # the name of the text that says what the tensors are
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class SharedUpdate:
     Attributes:
         gradients: averaged gradient, by parameter name; frozen parameters have none.
         weights: state dict of the model that the server sent out; empty if the file did not bring it.
-        model: name of the architecture in `models.MODELS`.
+        model: name of the architecture in `models.MODELS`, or of a model from outside.
         batch_size: number of images averaged over.
         image_shape: (C, H, W) of one image.
         num_classes: K.
-        options: what else the architecture was told, as in `models.OPTIONS`.
+        options: what else the architecture was told, as in `models.OPTIONS`, and its normalisation.
     """
 
     gradients: dict[str, Tensor]
@@ -36,7 +37,7 @@ class SharedUpdate:
     batch_size: int
     image_shape: tuple[int, int, int]
     num_classes: int
-    options: dict[str, str | int] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.
@@ -54,7 +55,7 @@ class SharedUpdate:
             "num_classes": self.num_classes,
             "options": self.options,
         }
-        write_tensors(path, tensors, {"update": json.dumps(facts)})
+        write_tensors(path, tensors, {FACTS: json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path) -> "SharedUpdate":
@@ -63,9 +64,17 @@ class SharedUpdate:
         Raises:
             StorageError: the file is missing, damaged, not an update, or holds what no client sends, see `check`.
         """
-        tensors, text = read_tensors(path)
+        return cls.of(*read_tensors(path), str(path))
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], text: dict[str, str], source: str) -> "SharedUpdate":
+        """The update in a file that `save` wrote, from the file's tensors and text.
+
+        Raises:
+            StorageError: as `load` does; the message calls the file `source`.
+        """
         try:
-            facts = json.loads(text["update"])
+            facts = json.loads(text[FACTS])
             if facts["format"] != FORMAT:
                 raise KeyError(facts["format"])
             update = cls(
@@ -78,14 +87,14 @@ class SharedUpdate:
                 options=dict(facts.get("options", {})),
             )
         except (KeyError, TypeError, ValueError):
-            raise StorageError(f"{path} is not a shared update ({FORMAT}) as --save_update writes it") from None
+            raise StorageError(f"{source} is not a shared update ({FORMAT}) as --save_update writes it") from None
         sizes = {"batch_size": [update.batch_size], "image_shape": update.image_shape}
         for name, numbers in sizes.items():
             if not all(1 <= number <= 10**6 for number in numbers) or (name == "image_shape" and len(numbers) != 3):
-                raise StorageError(f"{path}: {name} {facts[name]} makes no sense")
+                raise StorageError(f"{source}: {name} {facts[name]} makes no sense")
         if not update.gradients:
-            raise StorageError(f"{path}: the update holds no gradients")
-        update.check(str(path))
+            raise StorageError(f"{source}: the update holds no gradients")
+        update.check(source)
         return update
 
     def check(self, source: str) -> None:

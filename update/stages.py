@@ -3,7 +3,7 @@
 A chain takes images (B, C, H, W) to logits (B, K). Its stages are torch modules (Linear, Conv2d, BatchNorm2d in eval
 mode, an activation, a pool, Flatten) and `Residual`, two chains side by side whose outputs add up; the last stage is
 the linear head. A stage is named as its module is in the model, so `name + ".weight"` is the name of its parameter and
-of its gradient. Stages without parameters have a name to be shown and no more.
+of its gradient. Stages without parameters have a name to be shown and no more. `tracing` makes a model's chain.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,20 +36,6 @@ class Residual:
     def __call__(self, x: Tensor) -> Tensor:
         """The sum of both branches."""
         return run(self.body, x) + run(self.shortcut, x)
-
-
-def stages(model: nn.Module) -> list[Stage]:
-    """The chain of a model that states it, as every model of `models` does.
-
-    Raises:
-        ValueError: it states none, or its last stage is not linear.
-    """
-    if not hasattr(model, "stages"):
-        raise ValueError(f"{type(model).__name__} does not say what stages it is made of: it cannot be walked")
-    chain = model.stages()
-    if not isinstance(chain[-1].module, nn.Linear):
-        raise ValueError(f"the last stage, {chain[-1].name}, is not linear")
-    return chain
 
 
 def run(chain: Chain, x: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Named tensors on disk, `.safetensors` or `.npz`, with text metadata; nothing is ever unpickled."""
+"""Named tensors on disk, `.safetensors` or `.npz`, with text metadata; nothing is ever unpickled.
+
+Files of other programs are read as well: `.npz` whose arrays have no names, and what `torch.save` wrote, loaded with
+`weights_only=True`.
+"""
 
 import itertools
 import os
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _COUNT = itertools.count()
-FORMATS = (".safetensors", ".npz")
+FORMATS = (".safetensors", ".npz")  # written and read
+TORCH = (".pt", ".pth")  # read only
+UNNAMED = "arr_"  # what numpy calls an array without a name, before its number
 _METADATA = "metadata/"  # prefix of the text entries of an .npz
+# what numpy and safetensors raise on a damaged file; TypeError on a lone .npy array
+DAMAGED = (SafetensorError, OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 class StorageError(ValueError):
@@ -47,21 +56,32 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Named tensors and text metadata of a file written by `write_tensors`.
+    """Named tensors and text metadata of a file; a list of tensors in a torch file is named as numpy would name it.
 
     Raises:
-        StorageError: unknown ending, missing file, damaged content.
+        StorageError: unknown ending, missing file, damaged content, or content that is not tensors.
     """
-    path = checked_name(path)
+    path = checked_name(path, FORMATS + TORCH)
     if not path.is_file():
         raise StorageError(f"no such file: {path}")
+    if path.suffix in TORCH:
+        return _read_torch(path), {}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (SafetensorError, OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+        KeyError,
+    ) as error:
         raise StorageError(f"{path} is damaged or not a {path.suffix} file: {error}") from None
     try:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if not name.startswith(_METADATA)}
@@ -69,6 +89,22 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise StorageError(f"{path} holds an array that is not of numbers: {error}") from None
     text = {name.removeprefix(_METADATA): str(array) for name, array in arrays.items() if name.startswith(_METADATA)}
     return tensors, text
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds on a damaged file
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise StorageError(f"{path} is damaged or cannot be loaded safely: {reason}") from None
+    if isinstance(content, (list, tuple)):
+        content = {f"{UNNAMED}{index}": tensor for index, tensor in enumerate(content)}
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise StorageError(f"{path} holds a {type(content).__name__}: a list of tensors, or tensors by name, is needed")
+    for name, tensor in content.items():
+        if not isinstance(tensor, Tensor):
+            raise StorageError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -81,13 +117,13 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def checked_name(path: str | Path) -> Path:
-    """The path, if its ending names a format.
+def checked_name(path: str | Path, formats: Sequence[str] = FORMATS) -> Path:
+    """The path, if its ending names one of the formats.
 
     Raises:
         StorageError: it does not.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise StorageError(f"{path}: the name must end in {' or '.join(FORMATS)}")
+    if path.suffix not in formats:
+        raise StorageError(f"{path}: the name must end in {' or '.join(formats)}")
     return path

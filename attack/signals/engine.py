@@ -28,8 +28,10 @@ from attack.signals.recovery import Signals, recover_signals
 from attack.signals.span import Span, span_of
 from attack.signals.unmix import Above, unmix
 from update.head import Head, measured_noise
+from update.normalise import Normalise
 from update.shared import SharedUpdate
-from update.stages import Chain, Residual, Stage, index_of, input_shapes, parametrised, run, stages
+from update.stages import Chain, Residual, Stage, index_of, input_shapes, parametrised, run
+from update.tracing import stages
 
 LONGEST = 900.0  # seconds that a reading takes at most, whatever it is allowed
 SHARE = 0.5  # of the time left that one layer may take while others wait
@@ -264,9 +266,10 @@ class _Reader:
             inputs = descent.inputs[start]
             if after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        while start and isinstance(self.chain[start - 1].module, (nn.Flatten, nn.Identity)):
+        while start and isinstance(front := self.chain[start - 1].module, (nn.Flatten, nn.Identity, Normalise)):
             start -= 1
             inputs = inputs.reshape(len(inputs), *self.shapes[start])
+            inputs = front.pixels(inputs) if isinstance(front, Normalise) else inputs
         features = run(self.chain[index:-1], found.values)
         errors = self.head(features).softmax(1) - nn.functional.one_hot(found.labels, self.update.num_classes)
         signals = Signals(

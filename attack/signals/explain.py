@@ -21,6 +21,7 @@ from attack.signals.choice import order, places
 from update.stages import Chain, Layer, Residual, measured
 
 KNOWN_BEHIND_RELU = 0.5  # share of a ReLU's outputs that are active, about
+INVERTIBLE = (nn.Sigmoid, nn.Tanh, nn.BatchNorm2d, nn.Flatten, nn.Dropout, nn.Identity)
 MARGIN = 1.05  # equations for each unknown below which noise is blown up too far
 
 
@@ -84,7 +85,7 @@ def _steps(
             share = 1.0
         elif isinstance(module, nn.ReLU):
             share = None if share is None else min(share, KNOWN_BEHIND_RELU)
-        elif isinstance(module, (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.GELU)):
+        elif not isinstance(module, INVERTIBLE):
             share = None
     return found, share
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from update.head import features_of
+
 SAMPLE = 384  # random images that tell how features and softmax vary
 
 
@@ -13,4 +15,4 @@ def random_features(model: nn.Module, shape: tuple[int, int, int], count: int, g
     coarse = 1.5 * torch.randn(count, channels, 4, 4, generator=generator)
     colour = torch.randn(count, channels, 1, 1, generator=generator)
     images = torch.sigmoid(nn.functional.interpolate(coarse, size=(height, width), mode="bilinear") + colour)
-    return model.features(images.to(next(model.parameters())))
+    return features_of(model, images.to(next(model.parameters())))

@@ -41,6 +41,7 @@ from attack.signals.counts import LabelCounts, spelled_out
 from attack.signals.equations import solve
 from attack.signals.features import SAMPLE, random_features
 from attack.signals.head import HeadGradient
+from update.head import feature_range
 from update.shared import SharedUpdate
 
 SPREAD = 0.7  # starts lie this far from the mean feature, in units of the distance of random images
@@ -131,7 +132,7 @@ def recover_signals(
     attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
     for _ in range(attempts):
         q = solve(head.equations(labels), q, ITERATIONS, deadline, tick)
-        signals, passed, cost = _judge(head, labels, q, model.feature_range, generator)
+        signals, passed, cost = _judge(head, labels, q, feature_range(model), generator)
         if best is None or (len(signals), -cost) > (len(best), -least):
             best, least = signals, cost
         if passed.all() or time.perf_counter() > deadline:

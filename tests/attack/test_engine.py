@@ -12,7 +12,8 @@ from attack.signals.engine import COLUMNS, read_layers
 from client.victim import share_update
 from data import load_batch, open_source
 from update.models import build_model
-from update.stages import index_of, run, stages
+from update.stages import index_of, run
+from update.tracing import stages
 
 
 def generator(seed=0):
@@ -177,8 +178,8 @@ def test_what_cannot_be_read_says_why():
 
 def test_a_model_that_cannot_be_walked_says_so():
     scene = Scene("mlp", 2)
-    with pytest.raises(ValueError, match="does not say what stages"):
-        read_layers(scene.update, nn.Sequential(nn.Flatten(), nn.Linear(768, 10)), generator=generator())
+    with pytest.raises(ValueError, match="the last stage, 2, is not linear"):
+        read_layers(scene.update, nn.Sequential(nn.Flatten(), nn.Linear(768, 10), nn.Tanh()), generator=generator())
 
 
 def attempt(scene, seconds):

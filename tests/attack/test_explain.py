@@ -3,7 +3,7 @@ import torch
 
 from attack.signals.explain import explain
 from update.models import MODELS, build_model
-from update.stages import stages
+from update.tracing import stages
 
 
 def rows(name, batch_size, side=32, num_classes=10):

@@ -21,8 +21,10 @@ from client.victim import share_update
 from data import load_batch, open_source
 from priors import Prior
 from schedules import Schedule
+from update.head import features_of
 from update.models import build_model
-from update.stages import index_of, run, stages
+from update.stages import index_of, run
+from update.tracing import stages
 
 
 def generator(seed=0):
@@ -70,7 +72,7 @@ def test_what_is_smaller_than_the_noise_counts_as_stopped_by_the_relu():
     net = build_model("convnet", image_shape=(3, 16, 16), num_classes=10, generator=generator())
     images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2])
     update = share_update(net, "convnet", images, labels, 10)
-    chain, features = stages(net), net.features(images).detach()
+    chain, features = stages(net), features_of(net, images).detach()
     noisy = features + 1e-7 * torch.randn(features.shape, generator=generator())
     head = index_of(chain, "head")
     clean, blind, aware = (

@@ -5,6 +5,7 @@ from torch import nn
 
 from attack.published.ica import fast_ica, unmixed_features
 from client.victim import share_update
+from update.head import features_of
 from update.models import build_model
 
 
@@ -30,8 +31,6 @@ def test_independent_tracks_are_unmixed(seed):
 class Sparse(nn.Module):
     """Features that are independent and sparse, as ICA wants them: a few of the pixels themselves."""
 
-    feature_range = (0.0, 1.0)
-
     def __init__(self):
         super().__init__()
         self.head = nn.Linear(768, 20)
@@ -39,17 +38,14 @@ class Sparse(nn.Module):
             self.head.weight.uniform_(-0.02, 0.02, generator=generator(3))
             self.head.bias.zero_()
 
-    def features(self, images):
-        return images.flatten(1) ** 6
-
     def forward(self, images):
-        return self.head(self.features(images))
+        return self.head(images.flatten(1) ** 6)
 
 
 def test_features_that_suit_ica_are_found_with_sign_and_scale():
     model, images = Sparse(), torch.rand(4, 3, 16, 16, generator=generator(1))
     update = share_update(model, "sparse", images, torch.tensor([2, 5, 11, 17]), 20)
-    found, true = unmixed_features(update, model, generator=generator(2)), model.features(images).double()
+    found, true = unmixed_features(update, model, generator=generator(2)), features_of(model, images).double()
     distance = torch.cdist(found, true) / true.norm(dim=1)
     assert distance[linear_sum_assignment(distance.numpy())].max() < 0.25
     assert torch.equal(found, unmixed_features(update, model, generator=generator(2)))

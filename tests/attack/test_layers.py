@@ -12,7 +12,8 @@ from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap,
 from client.victim import share_update
 from data import load_batch, open_source
 from update.models import build_model
-from update.stages import Residual, Stage, index_of, run, stages
+from update.stages import index_of, run
+from update.tracing import stages
 
 
 def generator(seed=0):
@@ -203,15 +204,11 @@ class Block(nn.Module):
         self.last, self.head = nn.Conv2d(24, 32, 3, padding=1), nn.Linear(32 * 16, 10)
         self.activation = activation()
 
-    def stages(self):
-        named = {name: Stage(name, module) for name, module in self.named_modules()}
-        body = [named["a"], named["na"], Stage("a.act", self.activation), named["b"], named["nb"]]
-        act = Stage("act", self.activation)
-        residual = Stage("block", Residual(body, [named["short"], named["ns"]]))
-        return [named["stem"], act, residual, act, named["last"], act, Stage("flatten", nn.Flatten()), named["head"]]
-
     def forward(self, images):
-        return run(self.stages(), images)
+        x = self.activation(self.stem(images))
+        body = self.nb(self.b(self.activation(self.na(self.a(x)))))
+        x = self.activation(body + self.ns(self.short(x)))
+        return self.head(self.activation(self.last(x)).flatten(1))
 
 
 def small_net(activation):
@@ -247,10 +244,10 @@ def walk(net, count, start, noise=1e-7):
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Sigmoid, nn.Tanh])
 def test_the_walk_goes_through_a_residual_block(activation):
     descent, truth, chain = walk(small_net(activation), 2, "last")
-    block = index_of(chain, "block")
+    block = index_of(chain, "add")
     assert block in descent.inputs
     assert (descent.inputs[block] - truth[block]).norm() < 1e-4 * truth[block].norm()
-    assert [record.name for record in descent.records][:2] == ["b", "block"]
+    assert [record.name for record in descent.records][:2] == ["b", "add"]
     assert all(record.determined and record.residual < 1e-5 for record in descent.records[:2])
     assert "b" in descent.inner
 
@@ -268,7 +265,7 @@ def test_the_walk_stops_where_nothing_is_determined():
     last = descent.records[-1]
     assert (last.name, last.determined) == ("stem", False)  # 16 channels of 16 positions for 768 pixels
     assert "equations for 1536 unknowns" in last.reason
-    assert descent.deepest == index_of(chain, "block")
+    assert descent.deepest == index_of(chain, "add")
 
 
 def test_false_gradients_are_not_believed():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from attack.objective import (
     SUBSET_LOSSES,
@@ -18,6 +19,7 @@ from attack.objective import (
     subset_distance,
 )
 from update.gradients import averaged_gradient
+from update.head import features_of
 from update.models import build_model
 
 BATCH = 4
@@ -158,7 +160,7 @@ def test_the_head_of_a_known_subset_is_compared_with_its_own_mean(kind):
     model, images, _, _ = case()
     labels = torch.tensor([3, 1, 0, 0])
     logits = 200.0 * torch.nn.functional.one_hot(labels, 5).double()
-    features = model.features(images).detach()
+    features = features_of(model, images).detach()
     errors = model.head(features).detach().softmax(1) - torch.nn.functional.one_hot(labels, 5)
     target, subset = averaged_gradient(model, images, labels), torch.tensor([3, 1])
     known = MatchingLoss(model, target, 0.5, "none", kind, known=(errors, features))
@@ -186,14 +188,11 @@ def test_the_cosine_distance_is_that_of_the_angle_and_forgets_the_length():
 
 
 def test_feature_distances_of_a_hand_computed_case():
-    class Model:
-        def features(self, images):
-            return images.flatten(1)
-
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
     images = torch.tensor([[3.0, 4.0], [0.0, 2.0], [9.0, 9.0]]).view(3, 1, 1, 2)
     known = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
-    assert float(FeatureLoss(Model(), known)(images)) == pytest.approx((16 + 1) / 3)
-    assert float(FeatureLoss(Model(), known, "cosine")(images)) == pytest.approx((1 - 3 / 5) / 3)
+    assert float(FeatureLoss(model, known)(images)) == pytest.approx((16 + 1) / 3)
+    assert float(FeatureLoss(model, known, "cosine")(images)) == pytest.approx((1 - 3 / 5) / 3)
 
 
 def test_batchnorm_loss_compares_with_the_running_statistics():

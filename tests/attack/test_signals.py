@@ -15,6 +15,7 @@ from attack.signals.noise import additive_noise, noise_floor, precision_of, row_
 from attack.signals.recovery import _choose_labels
 from client.victim import share_update
 from data import load_batch, open_source
+from update.head import features_of
 from update.models import build_model
 
 
@@ -31,7 +32,7 @@ def case(labels, name="lenet", num_classes=20, dtype=torch.float32):
     model = build_model(name, image_shape=(3, 16, 16), num_classes=num_classes, generator=generator(1)).to(dtype)
     labels = torch.tensor(labels)
     update = share_update(model, name, images, labels, num_classes)
-    return update, model, labels, model.features(images).detach().double()
+    return update, model, labels, features_of(model, images).detach().double()
 
 
 def match(signals, features):

@@ -13,6 +13,7 @@ from attack.signals.single import Equations
 from attack.signals.span import Geometry, span_of
 from attack.signals.unmix import Above, unmix, without
 from data import load_batch, open_source
+from update.head import features_of
 from update.models import build_model
 
 F64 = torch.float64
@@ -299,7 +300,7 @@ def head_case(count, num_classes=10, trained=False):
             optimiser.zero_grad()
             nn.functional.cross_entropy(model(more), classes).backward()
             optimiser.step()
-    features = model.features(images).detach()
+    features = features_of(model, images).detach()
     gradient, bias_gradient = torch.autograd.grad(
         nn.functional.cross_entropy(model.head(features), labels), (model.head.weight, model.head.bias)
     )

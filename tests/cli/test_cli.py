@@ -450,8 +450,8 @@ def wrong(update, **changes):
         (lambda u: wrong(u, gradients={n: g.int() for n, g in u.gradients.items()}), ["conv1.weight", "int32"]),
         (lambda u: wrong(u, gradients={n: g + 0j for n, g in u.gradients.items()}), ["conv1.weight", "complex64"]),
         (lambda u: wrong(u, weights={n: g / 0 for n, g in u.weights.items()}), ["weight 'conv1.weight'", "not finite"]),
-        (lambda u: wrong(u, weights={n: g.int() for n, g in u.weights.items()}), ["conv1.bias", "int32"]),
-        (lambda u: wrong(u, weights={n: g + 0j for n, g in u.weights.items()}), ["conv1.bias", "complex64"]),
+        (lambda u: wrong(u, weights={n: g.int() for n, g in u.weights.items()}), ["conv1.weight", "int32"]),
+        (lambda u: wrong(u, weights={n: g + 0j for n, g in u.weights.items()}), ["conv1.weight", "complex64"]),
     ],
 )
 def test_what_no_client_sends_is_refused(cli, tmp_path, change, words):

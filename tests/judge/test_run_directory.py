@@ -161,7 +161,7 @@ def test_a_run_on_a_saved_update_says_nothing_of_what_the_client_did(cli, tmp_pa
     cli("--save_update", path, "--defence", "bfloat16", "--labels", "unique", name="inside")
     run = cli("--update", path)
     config = config_of(run)
-    for name in ("dataset", "data_path", "indices", "labels", "image_size", "frozen", "defence", "save_update"):
+    for name in ("dataset", "data_path", "indices", "labels", "frozen", "defence", "save_update"):
         assert config[name] is None, name
     assert "labels" not in cli.out.splitlines()[0]
     assert cli.out.splitlines()[0] == f"{path}: 3 images 3x16x16"

@@ -111,7 +111,7 @@ def test_other_tensors_are_no_update(tmp_path):
     with pytest.raises(StorageError, match="not a shared update"):
         SharedUpdate.load(tmp_path / "weights.npz")
     with pytest.raises(StorageError, match=r"\.safetensors or \.npz"):
-        SharedUpdate.load(tmp_path / "weights.pt")
+        SharedUpdate.load(tmp_path / "weights.txt")
 
 
 def test_a_gradient_that_is_not_finite_is_refused(tmp_path):

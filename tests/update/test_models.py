@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from update.head import features_of
 from update.models import MODELS, build_model, load_checkpoint
 from update.storage import write_tensors
 
@@ -21,8 +22,8 @@ def test_models_take_every_square_input(name, channels, side):
     net = model(name, channels, side, 7)
     images = torch.rand(2, channels, side, side, generator=generator())
     assert net(images).shape == (2, 7)
-    assert net.features(images).shape == (2, net.head.in_features)
-    assert torch.equal(net.head(net.features(images)), net(images))
+    assert features_of(net, images).shape == (2, net.head.in_features)
+    assert torch.equal(net.head(features_of(net, images)), net(images))
     assert not net.training
 
 
@@ -71,7 +72,7 @@ def test_the_mlp_stays_what_it_was_unless_told_otherwise():
 )
 def test_untrained_deep_nets_tell_images_apart(name, options):
     images = torch.rand(8, 3, 32, 32, generator=generator(3))
-    features = model(name, side=32, **options).features(images)
+    features = features_of(model(name, side=32, **options), images)
     assert 0.1 < features.square().mean().sqrt() < 100
     assert (features - features.mean(0)).norm() > 0.02 * features.norm()
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from update.head import features_of
 from update.models import MODELS, build_model
 from update.stages import (
     Residual,
@@ -11,10 +12,10 @@ from update.stages import (
     measured,
     parametrised,
     run,
-    stages,
     substituted,
     tail,
 )
+from update.tracing import stages
 
 OPTIONS = [{"activation": a, "depth": d, "width": 24} for a in ("relu", "sigmoid", "tanh", "gelu") for d in (1, 5)]
 
@@ -33,7 +34,7 @@ def test_the_chain_is_the_model(name, options):
     net = model(name, **options)
     chain = stages(net)
     assert torch.equal(run(chain, images()), net(images()))
-    assert torch.equal(run(chain[:-1], images()), net.features(images()))
+    assert torch.equal(run(chain[:-1], images()), features_of(net, images()))
     for start in (1, len(chain) // 2, len(chain) - 1):
         assert torch.equal(tail(chain, start)(run(chain[:start], images())), net(images()))
 
@@ -79,8 +80,3 @@ def test_substitution_reaches_into_residual_stages():
     x = torch.randn(3, 4)
     assert torch.equal(run(changed, x), x + x.tanh())
     assert torch.equal(run(chain, x), x.relu() + x.tanh())
-
-
-def test_what_cannot_be_walked_says_so():
-    with pytest.raises(ValueError, match="Sequential does not say"):
-        stages(nn.Sequential(nn.Linear(2, 2)))

@@ -1,0 +1,82 @@
+"""The update in the file of --update: this program's own, or tensors of any framework with the facts in flags."""
+
+import argparse
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from attack.signals.counting import count_images
+from cli.model import model_options, parse_names, server_model
+from update.gradients import freeze, named_by
+from update.models import load_weights
+from update.outside import is_file
+from update.received import averaged_gradients
+from update.shared import FACTS, SharedUpdate
+from update.storage import read_tensors
+
+
+def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
+    """The update and the model that it was computed on, at the `place` of the attack.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit the model; the message names the first that does not.
+    """
+    tensors, text = read_tensors(settings.update)
+    update, model = _own(tensors, text, settings) if FACTS in text else _foreign(tensors, settings)
+    return update, model.to(**place)
+
+
+def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Namespace) -> tuple:
+    """A file of --save_update, which says all that is to be known; parameters that it says nothing of are frozen."""
+    update = SharedUpdate.of(tensors, text, settings.update)
+    if settings.frozen or settings.update_kind != "gradient":
+        raise ValueError(f"--update {settings.update} says itself which gradients it holds: no --frozen, --update_kind")
+    if is_file(update.model):
+        if not is_file(settings.model):
+            raise ValueError(
+                f"the update is of {update.model}, which is run only if you name it: --model {update.model}"
+            )
+        update = replace(update, model=settings.model)
+    model = server_model(settings, update.model, update.image_shape, update.num_classes, update.options)
+    if update.weights and not settings.weights:
+        load_weights(model, update.weights, settings.update)
+    freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
+    update.targets(model)  # refuses an update that does not fit
+    return update, model
+
+
+def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
+    """A file that holds tensors alone; flags say what they are of."""
+    source = settings.update
+    if settings.image_size is None:
+        raise ValueError(f"{source} does not say how large its images are: set --image_size, and --channels if not 3")
+    if not settings.weights and not is_file(settings.model):
+        raise ValueError(f"{source} does not hold the model's weights: set --weights to those that the server sent out")
+    shape = (settings.channels, settings.image_size, settings.image_size)
+    options = model_options(settings)
+    model = server_model(settings, settings.model, shape, settings.num_classes, options)
+    freeze(model, named_by(model, parse_names(settings.frozen)))
+    update = SharedUpdate(
+        gradients=averaged_gradients(tensors, model, settings.update_kind, _rate(settings), source),
+        weights={},
+        model=settings.model,
+        batch_size=settings.batch_size or 1,
+        image_shape=shape,
+        num_classes=settings.num_classes,
+        options=options,
+    )
+    update.check(source)
+    if settings.batch_size is None:
+        update = replace(update, batch_size=count_images(update.gradients, model, shape))
+    return update, model
+
+
+def _rate(settings: argparse.Namespace) -> float:
+    """The learning rate times the local steps; 1 for gradients, which have none."""
+    if settings.update_kind == "gradient":
+        if settings.local_lr is not None or settings.local_steps > 1:
+            raise ValueError("--local_lr and --local_steps belong to --update_kind difference or weights")
+        return 1.0
+    if settings.local_lr is None:
+        raise ValueError(f"--update_kind {settings.update_kind} needs --local_lr, the client's learning rate")
+    return settings.local_lr * settings.local_steps
