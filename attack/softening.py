@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from attack.objective import Matching, MatchingLoss
-from update.stages import Chain, Residual, Stage, modules, run, stages
+from update.stages import Chain, Residual, Stage, modules, run
+from update.tracing import stages
 
 SOFTENINGS = ("auto", "off")
 

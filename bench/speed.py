@@ -49,7 +49,8 @@ from priors import Prior
 from update.gradients import averaged_gradient
 from update.models import place_of
 from update.shared import SharedUpdate
-from update.stages import index_of, run, stages
+from update.stages import index_of, run
+from update.tracing import stages
 
 SIDE = 32  # pixels of the images that evaluations are timed on
 TURNS = 15  # of each variant, at most

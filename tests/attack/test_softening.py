@@ -13,7 +13,8 @@ from attack.softening import HARDNESSES, SoftenedMatching, SoftMaximum, kinked_c
 from cli.victim import victim
 from update.gradients import averaged_gradient
 from update.models import build_model
-from update.stages import run, stages
+from update.stages import run
+from update.tracing import stages
 
 
 @pytest.mark.parametrize("settings", [(2, 2, 0, False), (2, 2, 0, True), (3, 2, 1, False), (3, 1, 1, False)])
@@ -70,7 +71,13 @@ def test_networks_with_kinks_are_softened_by_themselves_and_published_attacks_ar
 
 
 def test_a_model_that_cannot_be_walked_is_matched_as_it_is():
-    assert kinked_chain(nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))) is None
+    class Twice(nn.Sequential):
+        """Features of two paths side by side, which no chain of stages says."""
+
+        def forward(self, x):
+            return self[-1](torch.cat([self[0](x), self[1](x)], 1))
+
+    assert kinked_chain(Twice(nn.Flatten(), nn.Sequential(nn.Flatten(), nn.ReLU()), nn.Linear(8, 2))) is None
 
 
 def case(name):
