@@ -21,7 +21,8 @@ from update.tracing import stages
 SOFTENINGS = ("auto", "off")
 
 # The kinks' hardness, in equal parts of the prior's annealing: beta times the root mean square of what goes into a
-# kink. Trained ConvNet, labels optimised, 2,000 evaluations, see docs/results.md, "Networks with kinks".
+# kink. Trained ConvNet, labels optimised, 2,000 evaluations, see docs/results.md, "Networks with kinks, without
+# signals".
 HARDNESSES = (5.0, 15.0, 50.0, 150.0, 500.0)
 
 SILENT = 1e-6  # root mean square below which a kink gets no larger beta

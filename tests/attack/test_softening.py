@@ -123,8 +123,8 @@ def test_relative_distances_do_not_heed_the_gradients_size(factor):
     assert MatchingLoss(loss.model, none, distance="relative").unit == 1
     plain = MatchingLoss(loss.model, loss.target)(images, logits, subset)
     own = loss(images, logits, subset)
-    assert [float(own.full), float(own.subset), float(own.total)] == pytest.approx(
-        [float(term) / loss.unit for term in (plain.full, plain.subset, plain.total)]
+    assert [float(term.detach()) for term in (own.full, own.subset, own.total)] == pytest.approx(
+        [float(term.detach()) / loss.unit for term in (plain.full, plain.subset, plain.total)]
     )
 
 
