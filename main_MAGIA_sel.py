@@ -30,7 +30,7 @@ from attack.prepare import Known, start_images
 from attack.softening import SoftenedMatching, kinked_chain
 from attack.state import AttackState, Terms
 from cli.ahead import read_ahead
-from cli.console import Progress, introduction, show_leaks, show_schedule
+from cli.console import Progress, cut_short, introduction, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, interruptible, stream
@@ -418,14 +418,8 @@ def run_attack(
     else:
         known = measured(known, model, truth)
         run.begin(config | {"schedule": []}, resumable(state, known))
-    recorder = Recorder(
-        run,
-        truth,
-        known,
-        log_every=settings.log_every,
-        checkpoint_every=settings.checkpoint_every,
-        checkpoint=began,
-    )
+    pace = {"log_every": settings.log_every, "checkpoint_every": settings.checkpoint_every}
+    recorder = Recorder(run, truth, known, **pace, checkpoint=began)
     if not settings.quiet:
         print(introduction(update, settings, objective, known, model, run.path))
     if not began:
@@ -439,15 +433,12 @@ def run_attack(
             state.restore_best()  # in the middle of a step: the checkpoint stays the last one written
             ended_by = "abort"
     figures = recorder.finish(state, objective.images(state)[state.leader], ended_by, config)
-    if ended_by == "non-finite":
-        print(f"the loss was not finite {state.setbacks} times: stopped at the best iterate", file=sys.stderr)
-    elif not recorder.sizes and ended_by != "exact":
-        print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
+    if complaint := cut_short(ended_by, len(recorder.sizes), state.setbacks):
+        print(complaint, file=sys.stderr)
     if not settings.quiet:
         print(f"pictures: {run.path}/" + ("comparison.png" if truth else "reconstruction.png"))
     print(summary(figures))
-    failed = ended_by == "non-finite" or not (recorder.sizes or ended_by == "exact") or run.failures
-    return 130 if ended_by in ("interrupt", "abort") else int(bool(failed))
+    return 130 if ended_by in ("interrupt", "abort") else int(bool(complaint or run.failures))
 
 
 if __name__ == "__main__":

@@ -112,3 +112,12 @@ def show_schedule(schedule: Schedule, folder: Path) -> int:
     save_schedule(path, steps, [schedule.size(step) for step in steps], f"{schedule.mode}, B={schedule.batch_size}")
     print(f"plot: {path}")
     return 0
+
+
+def cut_short(ended_by: str, steps: int, setbacks: int) -> str | None:
+    """What to say of an attack that did not end as it should have; None of one that did."""
+    if ended_by == "non-finite":
+        return f"the loss was not finite {setbacks} times: stopped at the best iterate"
+    if not steps and ended_by != "exact":
+        return f"no step succeeded before {ended_by} ended the attack: the images are its start"
+    return None

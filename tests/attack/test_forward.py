@@ -103,7 +103,7 @@ def test_smooth_activations_are_compared_before_they_saturate(activation):
     images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2])
     update = share_update(net, "mlp", images, labels, 10)
     chain, head = stages(net), index_of(stages(net), "head")
-    features = net.features(images).detach()
+    features = features_of(net, images).detach()
 
     def error(images, inputs, uncertainty=0.0):
         what = (inputs, labels, update.gradients)
