@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.forward import Course, ForwardLoss, ForwardMatching, course_for, is_worthwhile, spectral_power_for
+from attack.forward import Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
 from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, disagreement
 from attack.optimisers import Annealing, Budget, Optimiser
 from attack.pixels import PixelMap
@@ -52,7 +52,9 @@ from update.tracing import stages
 # docs/flags.md). The measurements behind them are in docs/results.md.
 
 # preset
-PRESET = "magia"  # magia: the defaults; published: paper, dlg, idlg, invertinggradients, gradinversion, cpa; from a better
+PRESET = (
+    "magia"  # magia: the defaults; published: paper, dlg, idlg, invertinggradients, gradinversion, cpa; from a better
+)
 # start: paper_tuned, dlg_tuned, idlg_tuned
 
 # data (the client's batch)
@@ -276,19 +278,12 @@ def prepare(
     known = read_ahead(update, model, settings, granted, began)
     power = settings.spectral_power
     if power is None:
-        power = spectral_power_for(stages(model)[: known.start]) if is_forward(update, model, known) else 1.0
+        power = spectral_power_for(stages(model)[: known.start]) if known.is_complete else 1.0
     how = {"spectral_power": power, "box": settings.box, "chroma_gain": settings.chroma_gain}
     pixels = PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
     return state, build_objective(update, model, known, pixels, settings), known
-
-
-def is_forward(update: SharedUpdate, model: nn.Module, known: Known) -> bool:
-    """Whether activations are known of every image, and are better matched than the batch's gradient."""
-    if not known.is_complete:
-        return False
-    return known.is_exact or is_worthwhile(stages(model), update.image_shape, known.start, update.batch_size)
 
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
@@ -324,16 +319,17 @@ def build_objective(
 ) -> Objective:
     """The objective of the settings, with the penalties that have a weight and something to weigh.
 
-    Where activations of all images are known and determine them better than gradients do, these are what is matched.
+    Where activations of all images are known, these are what is matched, with the gradients of the layers below them:
+    the rest of the batch's gradient has been read out into them.
     Gradients of a network with kinks are matched through softened ones.
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
-    if is_forward(update, model, known):
+    if known.is_complete:
         chain, place = stages(model), place_of(model)
-        course = Course(()) if known.is_exact else course_for(chain[: known.start], known.uncertainty)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
         loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
+        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss.uncertainty)
         return Objective(ForwardMatching(loss, course), prior, course, pixels)
     errors = known.signals.errors.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None

@@ -11,7 +11,6 @@ from attack.forward import (
     ForwardMatching,
     Phase,
     course_for,
-    is_worthwhile,
     phases_for,
 )
 from attack.optimisers import Budget, Optimiser
@@ -183,13 +182,15 @@ def test_a_course_weighs_the_prior_by_phase_and_never_below_what_noise_asks():
     assert course_for(chain[:-1], 1e-2).at(10**6) == pytest.approx(1e-2 * course_for(chain[:-1], 1e-1).at(10**6))
 
 
-def test_the_activations_are_matched_where_that_says_more():
-    smooth, kinked = (
-        stages(build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator()))
-        for name in ("lenet", "convnet")
-    )
-    shape = (3, 16, 16)
-    assert is_worthwhile(smooth, shape, index_of(smooth, "conv3"), 4)  # 192 activations and 1,125 rows for 768 pixels
-    assert not is_worthwhile(smooth, shape, index_of(smooth, "conv3"), 128)
-    assert is_worthwhile(smooth, shape, 0, 16)
-    assert is_worthwhile(kinked, shape, len(kinked) - 1, 16)
+@pytest.mark.parametrize("name", ["lenet", "convnet"])
+def test_the_uncertainty_is_what_the_error_of_the_inputs_leaves_at_the_truth(name):
+    net = build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2])
+    update = share_update(net, name, images, labels, 10)
+    features = net.features(images).detach()
+    error = 1e-4 * features.norm() / features.numel() ** 0.5
+    noisy = features + error * torch.randn(features.shape, generator=generator())
+    chain = stages(net)
+    what = (noisy, labels, update.gradients)
+    loss = ForwardLoss(chain, (3, 16, 16), index_of(chain, "head"), *what, uncertainty=1e-4, uses_gradients=False)
+    assert loss.uncertainty == pytest.approx(float(loss(images)[0].detach()) ** 0.5, rel=0.3)
