@@ -30,7 +30,7 @@ from attack.prepare import Known, start_images
 from attack.softening import SoftenedMatching, kinked_chain
 from attack.state import AttackState, Terms
 from cli.ahead import read_ahead
-from cli.console import Progress, cut_short, introduction, show_leaks, show_schedule
+from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, interruptible, stream
@@ -38,7 +38,7 @@ from cli.settings import adopt, facts_of, resolve, run_path, schedule_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
 from judge.layers import measured
-from judge.recorder import Recorder, resumable, summary
+from judge.recorder import Recorder, resumable
 from judge.run_directory import RunDirectory
 from priors import Prior, contrast
 from schedules import Schedule
@@ -430,12 +430,7 @@ def run_attack(
             state.restore_best()  # in the middle of a step: the checkpoint stays the last one written
             ended_by = "abort"
     figures = recorder.finish(state, objective.images(state)[state.leader], ended_by, config)
-    if complaint := cut_short(ended_by, len(recorder.sizes), state.setbacks):
-        print(complaint, file=sys.stderr)
-    if not settings.quiet:
-        print(f"pictures: {run.path}/" + ("comparison.png" if truth else "reconstruction.png"))
-    print(summary(figures))
-    return 130 if ended_by in ("interrupt", "abort") else int(bool(complaint or run.failures))
+    return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 
 
 if __name__ == "__main__":

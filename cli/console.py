@@ -1,6 +1,7 @@
 """What a person sees in the terminal: what is attacked and how, progress, and S(t) on request."""
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from attack.prepare import Known
 from attack.signals.explain import explain
 from cli.model import model_options, server_model
 from judge.pictures import save_leaks, save_schedule
+from judge.recorder import summary
+from judge.run_directory import RunDirectory
 from judge.tables import aligned, markdown, write_csv
 from schedules import Schedule
 from update.shared import SharedUpdate
@@ -60,6 +63,21 @@ def introduction(
         f"{found}\n"
         f"{settings.optimizer}, {settings.dtype} | {path}"
     )
+
+
+def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, run: RunDirectory, *, quiet: bool) -> int:
+    """Say how an attack ended, what came of it and where the pictures are. Returns the exit status."""
+    has_images = has_steps or ended_by == "exact"
+    if ended_by == "non-finite":
+        print(f"the loss was not finite {setbacks} times: stopped at the best iterate", file=sys.stderr)
+    elif not has_images:
+        print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
+    if not quiet:
+        print(f"pictures: {run.path}/" + ("comparison.png" if "psnr_mean" in figures else "reconstruction.png"))
+    print(summary(figures))
+    if ended_by in ("interrupt", "abort"):
+        return 130
+    return int(ended_by == "non-finite" or not has_images or bool(run.failures))
 
 
 def _beside(stem: Path, ending: str) -> Path:
@@ -112,12 +130,3 @@ def show_schedule(schedule: Schedule, folder: Path) -> int:
     save_schedule(path, steps, [schedule.size(step) for step in steps], f"{schedule.mode}, B={schedule.batch_size}")
     print(f"plot: {path}")
     return 0
-
-
-def cut_short(ended_by: str, steps: int, setbacks: int) -> str | None:
-    """What to say of an attack that did not end as it should have; None of one that did."""
-    if ended_by == "non-finite":
-        return f"the loss was not finite {setbacks} times: stopped at the best iterate"
-    if not steps and ended_by != "exact":
-        return f"no step succeeded before {ended_by} ended the attack: the images are its start"
-    return None

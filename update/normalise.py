@@ -17,10 +17,9 @@ class Normalise(nn.BatchNorm2d):
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__(len(mean), eps=0.0, affine=False)
+        super().__init__(len(mean), eps=0.0, affine=False, track_running_stats=False)
         for name, values in {"running_mean": mean, "running_var": [s * s for s in std]}.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
-        self.num_batches_tracked = None
         self.eval()
 
     def train(self, mode: bool = True) -> "Normalise":

@@ -1,0 +1,399 @@
+"""Models and updates from outside, from the command line."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIGNALS, config_of, generator, metrics_of
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import main_MAGIA_sel as magia
+from attack.signals.counting import count_images
+from data import load_batch, open_source
+from update.gradients import averaged_gradient, trainable
+from update.models import build_model
+from update.received import KINDS, averaged_gradients
+from update.storage import read_tensors
+
+NET = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc1 = nn.Linear(8 * 8 * 8, 40)
+        self.fc2 = nn.Linear(40, 10)
+
+    def forward(self, x):
+        x = functional.relu(self.bn(self.conv(x)))
+        x = x.view(-1, 8 * 8 * 8)
+        return self.fc2(functional.relu(self.fc1(x)))
+
+def tokens():
+    return Tokens()
+
+class Tokens(Net):
+    def forward(self, x):
+        return super().forward(torch.cat([x[:, :1], x[:, 1:]], 1))
+
+def broken():
+    raise RuntimeError("no weights\\nhere")
+
+def leaving():
+    raise SystemExit("bye")
+
+def number():
+    return 3
+
+def narrow():
+    return nn.Sequential(nn.Flatten(), nn.Linear(27, 10))
+
+def pair():
+    class Pair(Net):
+        def forward(self, x):
+            return super().forward(x), x
+    return Pair()
+"""
+FLAGS = ["--num_classes", 10, "--image_size", 16]
+
+
+@pytest.fixture
+def net_file(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(NET)
+    return path
+
+
+def test_a_model_from_a_file_is_walked_down_to_its_pixels(cli, net_file):
+    run = cli("--model", f"{net_file}:Net", "--mean", "0.5,0.4,0.3", "--std", 0.2, *SIGNALS, "--labels", "unique")
+    assert (run / "layers.csv").read_text().count("images told apart") >= 1
+    assert metrics_of(run)["signals_found"] == 3
+    assert metrics_of(run)["label_accuracy"] == 1
+    assert config_of(run)["mean"] == [0.5, 0.4, 0.3]
+
+
+def test_normalised_pixels_are_known_exactly(cli):
+    flags = ["--model", "mlp", "--activation", "relu", "--mean", "0.5,0.4,0.3", "--std", "0.2,0.3,0.4", *SIGNALS]
+    run = cli(*flags, "--save_update", cli.folder / "u.npz")
+    assert metrics_of(run)["psnr_mean"] > 80
+    again = cli("--update", cli.folder / "u.npz", *SIGNALS, name="again")
+    assert config_of(again)["std"] == [0.2, 0.3, 0.4]
+    assert metrics_of(again)["signals_found"] == 3
+
+
+def test_a_model_that_cannot_be_walked_gets_the_loop_and_says_why(cli, net_file):
+    run = cli("--model", f"{net_file}:tokens", *SIGNALS)
+    (line,) = [line for line in cli.out.splitlines() if line.startswith("signals")]
+    assert "function cat cannot be walked" in line
+    assert metrics_of(run)["steps"] == 4
+    assert "function cat cannot be walked" in cli.error("--model", f"{net_file}:tokens", "--signals", "on")
+
+
+def test_a_torchvision_model_is_explained(cli, capsys):
+    flags = ["--model", "torchvision:resnet18", "--num_classes", "20", "--image_size", "64", "--batch_size", "2"]
+    assert magia.main(["--explain", *flags, "--channels", "3", "--save_dir", str(cli.folder)]) == 0
+    out = capsys.readouterr().out
+    assert "torchvision:resnet18, B=2, 64x64, 20 classes" in out
+    assert (cli.folder / "explain_torchvision_resnet18_B2_64.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--model {}:broken", ["broken raises RuntimeError: no weights"]),
+        ("--model {}:leaving", ["leaving raises SystemExit: bye"]),
+        ("--model {}:number", ["number returns int, not a torch.nn.Module"]),
+        ("--model {}:none", ["has no function 'none'"]),
+        ("--model {}x.py:Net", ["no such file"]),
+        ("--model {}:narrow", ["narrow does not take images of 3x16x16"]),
+        ("--model {}:pair", ["puts out tuple"]),
+        ("--model {}:Net --num_classes 11", ["has 10 classes, not 11: set --num_classes 10"]),
+        ("--model {}:Net --mean 1,2", ["--mean has 2 numbers: images have 3 channels"]),
+        ("--model {}:Net --depth 3", ["--depth is no option"]),
+        ("--model {}", ["net.py' is none of lenet", "FILE.py:FACTORY"]),
+        ("--model torchvision:resnet19", ["no classifier 'resnet19'", "resnet18"]),
+        ("--model torchvision:fasterrcnn_resnet50_fpn", ["no classifier"]),
+        ("--std 0", ["--std", "above 0"]),
+        ("--mean 1,x", ["--mean", "'x'"]),
+        ("--update_kind weights", ["--update_kind", "goes with --update"]),
+    ],
+)
+def test_wrong_models_are_one_line(cli, net_file, flags, words):
+    message = cli.error(*flags.format(net_file).split())
+    assert all(word in message for word in words), message
+
+
+def test_a_file_that_cannot_be_parsed_is_one_line(cli, tmp_path):
+    (tmp_path / "bad.py").write_text("def broken(:\n")
+    assert "bad.py:broken raises SyntaxError" in cli.error("--model", f"{tmp_path / 'bad.py'}:broken")
+
+
+def test_a_file_is_run_only_where_the_user_names_it(cli, net_file, tmp_path):
+    marker = tmp_path / "was_run"
+    update = tmp_path / "u.npz"
+    run = cli("--model", f"{net_file}:Net", "--save_update", update)
+    net_file.write_text(f"open({str(marker)!r}, 'w').close()\n" + NET)
+    assert "run only if you name it" in cli.error("--update", update)
+    assert "run only if you name it" in cli.error("--resume", run)
+    assert not marker.exists()
+    moved = net_file.rename(tmp_path / "moved.py")
+    cli("--update", update, "--model", f"{moved}:Net", name="named")
+    assert marker.exists()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Updates
+
+
+class Client:
+    """A batch, a model with BatchNorm, what one step of plain SGD makes of it, and the flags that name all this."""
+
+    def __init__(self, folder, model="resnet18_cifar", rate=0.1, batch_size=3):
+        self.folder, self.rate = folder, rate
+        self.model = build_model(model, image_shape=(3, 16, 16), num_classes=10, generator=generator(1))
+        data = open_source("sample", None)
+        how = {"labels": "random", "num_classes": 10, "generator": generator(), "image_size": 16}
+        batch = load_batch(data, range(batch_size), **how)
+        gradients = averaged_gradient(self.model, batch.images, batch.labels)
+        self.gradients = dict(zip(trainable(self.model), gradients, strict=True))
+        self.state = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        save_file(self.state, folder / "server.safetensors")
+        self.flags = ["--model", model, "--weights", folder / "server.safetensors", *FLAGS]
+
+    def tensors(self, kind):
+        """What the client sends: by the names of parameters, or for weights of the whole state."""
+        if kind == "gradient":
+            return dict(self.gradients)
+        if kind == "difference":
+            return {name: -self.rate * gradient for name, gradient in self.gradients.items()}
+        new = {name: (self.state[name].double() - self.rate * g.double()).float() for name, g in self.gradients.items()}
+        return self.state | new
+
+    def write(self, tensors, form):
+        """The file in one of the forms of `FORMS`."""
+        path = self.folder / f"update_{form.replace('.', '_')}{form[form.index('.') :]}"
+        if form == "named.safetensors":
+            save_file(tensors, path)
+        elif form == "named.npz":
+            np.savez(path, **{name: tensor.numpy() for name, tensor in tensors.items()})
+        elif form == "numbered.npz":
+            np.savez(path, *(tensor.numpy() for tensor in tensors.values()))
+        else:
+            torch.save(list(tensors.values()) if form == "listed.pt" else tensors, path)
+        return path
+
+    def words(self, kind):
+        """The flags for an update of this kind."""
+        return [*self.flags, "--update_kind", kind, *([] if kind == "gradient" else ["--local_lr", self.rate])]
+
+
+FORMS = ("named.safetensors", "named.npz", "numbered.npz", "named.pt", "listed.pt")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_form_and_kind_is_the_same_gradient(tmp_path, form, kind):
+    client = Client(tmp_path)
+    path = client.write(client.tensors(kind), form)
+    found = averaged_gradients(read_tensors(path)[0], client.model, kind, client.rate, str(path))
+    assert list(found) == list(client.gradients)
+    for name, gradient in client.gradients.items():
+        if kind == "gradient":
+            assert torch.equal(found[name], gradient)
+        rounding = 2e-7 * gradient.abs()
+        if kind == "weights":
+            rounding = rounding + 6e-8 * client.state[name].abs() / client.rate
+        assert ((found[name] - gradient).abs() <= rounding + 1e-12).all()
+
+
+names = st.text("abcdefgh._/0123456789", min_size=1, max_size=12).filter(lambda n: not n.startswith("metadata/"))
+kinds = st.sampled_from([torch.float32, torch.float64, torch.float16])
+
+
+@given(
+    st.dictionaries(names, st.tuples(kinds, st.lists(st.integers(0, 3), max_size=3), st.integers(0, 99)), min_size=1)
+)
+def test_every_form_brings_every_bit_back(tmp_path_factory, shapes):
+    tensors = {
+        name: torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(kind)
+        for name, (kind, shape, seed) in shapes.items()
+        if not name.startswith("arr_")
+    }
+    folder = tmp_path_factory.mktemp("bits")
+    for form in FORMS:
+        numbered = form in ("numbered.npz", "listed.pt")
+        expected = {f"arr_{i}": t for i, t in enumerate(tensors.values())} if numbered else tensors
+        if not expected:
+            continue
+        path = Client.write(type("At", (), {"folder": folder}), tensors, form)
+        found, _ = read_tensors(path)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+@pytest.mark.parametrize("form", ["named.safetensors", "numbered.npz", "listed.pt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_from_outside_is_attacked_like_one_from_inside(tmp_path, capsys, form, kind):
+    client = Client(tmp_path, model="convnet")
+    path = client.write(client.tensors(kind), form)
+    words = ["--update", path, *client.words(kind), "--max_evals", 4, "--save_dir", tmp_path, "--run_name", "run"]
+    assert magia.main(list(map(str, words))) == 0
+    assert capsys.readouterr().out.startswith(f"{path}: 3 images 3x16x16\nconvnet, 10 classes")
+    assert metrics_of(tmp_path / "run")["signals_found"] == 3
+
+
+@pytest.mark.parametrize(("model", "batch_size"), [("convnet", 8), ("mlp", 12), ("lenet", 5), ("resnet18_cifar", 4)])
+def test_the_batch_size_is_read_off_the_ranks(tmp_path, model, batch_size):
+    client = Client(tmp_path, model=model, batch_size=batch_size)
+    assert count_images(client.gradients, client.model, (3, 16, 16)) == batch_size
+
+
+def test_a_batch_that_no_layer_can_count_is_asked_for(tmp_path):
+    client = Client(tmp_path, model="lenet", batch_size=9)  # K - 1: the head's rows sum to zero in any case
+    with pytest.raises(ValueError, match="set --batch_size"):
+        count_images(client.gradients, client.model, (3, 16, 16))
+
+
+def test_a_frozen_parameter_is_named(cli, tmp_path):
+    client = Client(tmp_path, model="lenet")
+    tensors = client.tensors("gradient")
+    del tensors["conv2.bias"]
+    words = ["--update", client.write(tensors, "named.npz"), *client.flags]
+    assert "'conv2.bias' is missing; name it with --frozen" in cli.error(*words)
+    cli(*words, "--frozen", "conv2.bias")
+
+
+def without(tensors, name):
+    return {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def with_nan(tensors):
+    tensors["conv2.weight"][0, 0, 0, 0] = float("nan")
+    return tensors
+
+
+WRONG = {
+    "a missing name": (lambda t: without(t, "conv2.weight"), ["'conv2.weight' is missing"]),
+    "another model": (lambda t: {f"body.{name}": tensor for name, tensor in t.items()}, ["'conv1.weight' is missing"]),
+    "one name too many": (lambda t: t | {"extra": torch.ones(1)}, ["'extra' is not in the model"]),
+    "transposed": (
+        lambda t: t | {"head.weight": t["head.weight"].T.contiguous()},
+        ["'head.weight' has shape (192, 10), the model needs (10, 192): it is transposed"],
+    ),
+    "NaN": (with_nan, ["gradient of 'conv2.weight' is not finite"]),
+    "zeros": (lambda t: {name: 0 * tensor for name, tensor in t.items()}, ["all gradients are zero"]),
+    "other classes": (
+        lambda t: t | {"head.weight": torch.ones(7, 192), "head.bias": torch.ones(7)},
+        ["'head.weight' has shape (7, 192), the model needs (10, 192)"],
+    ),
+    "whole numbers": (lambda t: t | {"conv1.bias": torch.ones(12).int()}, ["'conv1.bias' must hold floating-point"]),
+    "no name": (lambda t: {}, ["'conv1.weight' is missing"]),
+}
+
+
+@pytest.mark.parametrize("form", ["named.npz", "named.safetensors", "named.pt"])
+@pytest.mark.parametrize("case", WRONG)
+def test_an_update_that_does_not_fit_is_one_line(cli, tmp_path, case, form):
+    client = Client(tmp_path, model="lenet")
+    change, words = WRONG[case]
+    path = client.write(change(client.tensors("gradient")), form)
+    message = cli.error("--update", path, *client.flags)
+    assert all(word in message for word in [path.name, *words]), message
+    assert not (tmp_path / "bad").exists()
+
+
+class Touch:
+    """What would leave a trace if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("ending", [".npz", ".safetensors", ".pt"])
+def test_a_pickle_is_refused_and_not_executed(cli, tmp_path, ending):
+    client, marker = Client(tmp_path, model="lenet"), tmp_path / "was_run"
+    for name, write in {
+        "plain": lambda path: path.write_bytes(pickle.dumps({"conv1.weight": Touch(marker)})),
+        "torch": lambda path: path.open("wb").write(b"") or torch.save({"conv1.weight": Touch(marker)}, path),
+        "object": lambda path: save_objects(path, marker),
+    }.items():
+        path = tmp_path / f"{name}{ending}"
+        write(path)
+        assert path.name in cli.error("--update", path, *client.flags)
+    assert not marker.exists()
+
+
+def save_objects(path, marker):
+    with path.open("wb") as file:
+        np.savez(file, **{"conv1.weight": np.array([Touch(marker)], dtype=object)})
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_file_is_one_line(cli, tmp_path, form, share):
+    client = Client(tmp_path, model="lenet")
+    path = client.write(client.tensors("gradient"), form)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert f"{path.name} is damaged" in cli.error("--update", path, *client.flags)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [
+        (["--image_size"], ["--image_size", "--channels"]),
+        (["--weights"], ["--weights"]),
+        (["--local_lr"], ["needs --local_lr"]),
+    ],
+)
+def test_what_the_file_does_not_say_is_asked_for(tmp_path, capsys, left_out, words):
+    client = Client(tmp_path, model="lenet")
+    given_words = list(
+        map(str, ["--update", client.write(client.tensors("weights"), "named.npz"), *client.words("weights")])
+    )
+    for name in left_out:
+        at = given_words.index(name)
+        del given_words[at : at + 2]
+    assert magia.main([*given_words, "--save_dir", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--local_lr 0.1", ["--local_lr", "--update_kind"]),
+        ("--channels 1", ["'conv1.weight'", "(12, 1, 5, 5)"]),
+        ("--model mlp", ["'hidden1.weight' is missing"]),
+        ("--defence float16", ["--defence"]),
+        ("--frozen tail", ["tail"]),
+    ],
+)
+def test_flags_that_do_not_fit_the_file_are_one_line(cli, tmp_path, flags, words):
+    client = Client(tmp_path, model="lenet")
+    path = client.write(client.tensors("gradient"), "named.npz")
+    message = cli.error("--update", path, *client.flags, *flags.split())
+    assert any(word in message for word in words), message
+
+
+def test_numbers_with_a_gap_name_it(cli, tmp_path):
+    client = Client(tmp_path, model="lenet")
+    tensors = list(client.tensors("gradient").values())
+    np.savez(tmp_path / "gap.npz", **{f"arr_{i + (i > 2)}": t.numpy() for i, t in enumerate(tensors)})
+    assert "arr_3 is missing" in cli.error("--update", tmp_path / "gap.npz", *client.flags)
+    np.savez(tmp_path / "few.npz", *(t.numpy() for t in tensors[:-1]))
+    assert "7 arrays without names, the model needs 8" in cli.error("--update", tmp_path / "few.npz", *client.flags)
