@@ -52,10 +52,8 @@ from update.tracing import stages
 # docs/flags.md). The measurements behind them are in docs/results.md.
 
 # preset
-PRESET = (
-    "magia"  # magia: the defaults; published: paper, dlg, idlg, invertinggradients, gradinversion, cpa; from a better
-)
-# start: paper_tuned, dlg_tuned, idlg_tuned
+PRESET = "magia"  # magia: the defaults; published: paper, dlg, idlg, invertinggradients, gradinversion, cpa; from grey
+# and not from noise: paper_tuned, dlg_tuned, idlg_tuned
 
 # data (the client's batch)
 DATASET = "sample"  # source of the images: sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
