@@ -312,6 +312,12 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     )
 
 
+def prior_of(settings: argparse.Namespace) -> Prior:
+    """The prior that the settings ask for."""
+    weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
+    return Prior(settings.prior, *weights, settings.prior_power)
+
+
 def build_objective(
     update: SharedUpdate, model: nn.Module, known: Known, pixels: PixelMap, settings: argparse.Namespace
 ) -> Objective:
@@ -321,13 +327,12 @@ def build_objective(
     the rest of the batch's gradient has been read out into them.
     Gradients of a network with kinks are matched through softened ones.
     """
-    weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
-    prior = Prior(settings.prior, *weights, settings.prior_power)
+    prior = prior_of(settings)
     if known.is_complete:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
         loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
-        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss.uncertainty)
+        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss, update.image_shape)
         return Objective(ForwardMatching(loss, course), prior, course, pixels)
     errors = known.signals.errors.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None

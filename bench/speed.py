@@ -45,7 +45,6 @@ from cli.settings import resolve, schedule_of
 from client.victim import share_update
 from judge.metrics import mean_psnr
 from judge.tables import markdown
-from priors import Prior
 from update.gradients import averaged_gradient
 from update.models import place_of
 from update.shared import SharedUpdate
@@ -171,10 +170,10 @@ def from_activations(
         "chroma_gain": settings.chroma_gain,
     }
     pixels = PixelMap(update.image_shape, **how, **place)
-    course = course_for(chain[:start], uncertainty)
     matched = ForwardLoss(chain, update.image_shape, start, inputs, labels, update.gradients, uncertainty=uncertainty)
+    course = course_for(chain[:start], matched, update.image_shape)
     known = Known(update.batch_size, None, torch.empty(0), labels, start, inputs)
-    prior = Prior(settings.prior, settings.chroma_weight, settings.curvature_weight)
+    prior = magia.prior_of(settings)
     objective = magia.Objective(ForwardMatching(matched, course), prior, course, pixels)
     return Variant(magia.first_state(update, known, pixels, settings), objective, settings)
 

@@ -178,8 +178,33 @@ def test_a_course_weighs_the_prior_by_phase_and_never_below_what_noise_asks():
     assert weights == pytest.approx([1, 1, 0.1, 0.1, 0.05, 0.05])
     assert [course.ended(evaluations) for evaluations in (0, 309, 310)] == [None, None, "course"]
     assert Course(()).ended(0) == "exact"
-    chain = stages(build_model("convnet", image_shape=(3, 16, 16), num_classes=10, generator=generator()))
-    assert course_for(chain[:-1], 1e-2).at(10**6) == pytest.approx(1e-2 * course_for(chain[:-1], 1e-1).at(10**6))
+
+
+def loss_before(stage, name, uncertainty):
+    """The loss for two images whose inputs of a stage are known, and the chain up to that stage."""
+    net = build_model(name, image_shape=(3, 32, 32), num_classes=10, generator=generator())
+    images, labels = torch.rand(2, 3, 32, 32, generator=generator()), torch.tensor([1, 2])
+    chain, update = stages(net), share_update(net, name, images, labels, 10)
+    start = index_of(chain, stage)
+    known = run(chain[:start], images).detach()
+    loss = ForwardLoss(chain, (3, 32, 32), start, known, labels, update.gradients, uncertainty=uncertainty)
+    return loss, chain[:start]
+
+
+def test_a_course_ends_where_the_noise_in_the_activations_asks():
+    ends = []
+    for uncertainty in (1e-1, 1e-2):
+        loss, chain = loss_before("head", "convnet", uncertainty)
+        ends.append(course_for(chain, loss, (3, 32, 32)).at(10**6))
+    assert ends[1] == pytest.approx(1e-2 * ends[0])
+
+
+def test_phases_whose_softness_drowns_the_images_are_left_out():
+    """Behind seven layers of VGG what soft kinks add has grown a million times; behind a ResNet's stem it has not."""
+    deep = course_for(*reversed(loss_before("conv7", "vgg11", 1e-6)), (3, 32, 32))
+    shallow = course_for(*reversed(loss_before("body.layer1.0", "resnet18", 1e-6)), (3, 32, 32))
+    assert deep.phases == phases_for(loss_before("conv7", "vgg11", 1e-6)[1])[-len(deep.phases) :]
+    assert 3 <= len(deep.phases) < len(shallow.phases)
 
 
 @pytest.mark.parametrize("name", ["lenet", "convnet"])
@@ -187,7 +212,7 @@ def test_the_uncertainty_is_what_the_error_of_the_inputs_leaves_at_the_truth(nam
     net = build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator())
     images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2])
     update = share_update(net, name, images, labels, 10)
-    features = net.features(images).detach()
+    features = features_of(net, images).detach()
     error = 1e-4 * features.norm() / features.numel() ** 0.5
     noisy = features + error * torch.randn(features.shape, generator=generator())
     chain = stages(net)
