@@ -187,7 +187,7 @@ def test_the_uncertainty_is_what_the_error_of_the_inputs_leaves_at_the_truth(nam
     net = build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator())
     images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2])
     update = share_update(net, name, images, labels, 10)
-    features = net.features(images).detach()
+    features = features_of(net, images).detach()
     error = 1e-4 * features.norm() / features.numel() ** 0.5
     noisy = features + error * torch.randn(features.shape, generator=generator())
     chain = stages(net)
