@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from attack.signals.choice import places
+from attack.signals.noise import precision_of
 from attack.signals.span import Geometry, span_of
 from update.head import Head
 from update.tracing import stages
 
-GAP = 30.0  # ratio of neighbouring singular values that ends a rank; rounding leaves 1e3 and more
+GAP = 20.0  # ratio of neighbouring singular values that may end a rank: rounding alone leaves 30 and more
 
 
 def count_images(gradients: Mapping[str, Tensor], model: nn.Module, image_shape: Sequence[int]) -> int:
@@ -48,8 +49,8 @@ def _count(gradient: Tensor, geometry: Geometry, is_head: bool) -> int:
     matrix = gradient.double().flatten(1)  # (c_out, c_in k^2)
     room = min(int(matrix.any(1).sum()) - is_head, int(matrix.any(0).sum()))
     lengths = matrix.norm(dim=1, keepdim=True)
-    evened = matrix / torch.where(lengths > 0, lengths, 1.0)  # rounding is relative
-    rank = max(_rank(rows, room) for rows in (matrix, evened)) if room > 1 else 0
+    evened = matrix / torch.where(lengths > 0, lengths, 1.0)  # rounding is relative, so now all rows are as exact
+    rank = _rank(evened, room, precision_of(gradient))
     count = -(-rank // geometry.positions)
     if not rank or count * geometry.positions >= room:
         return 0
@@ -57,10 +58,10 @@ def _count(gradient: Tensor, geometry: Geometry, is_head: bool) -> int:
     return count if span.determined and span.dimension == count else 0
 
 
-def _rank(matrix: Tensor, room: int) -> int:
-    """Singular values before the largest gap, 0 if there is none within the room."""
+def _rank(matrix: Tensor, room: int, eps: float) -> int:
+    """Singular values before the last gap between what rounding cannot be and what it is; 0 where they leave none."""
     sigma = torch.linalg.svdvals(matrix)[: room + 1]
-    sigma = sigma.clamp(min=1e-15 * float(sigma[0]))
-    ratios = sigma[:-1] / sigma[1:]
-    rank = int(ratios.argmax()) + 1
-    return rank if rank < room and float(ratios.max()) > GAP else 0
+    rounding = eps * sigma[0]
+    gaps = ((sigma[:-1] > rounding) & (sigma[:-1] > GAP * sigma[1:])).nonzero()
+    rank = int(gaps[-1]) + 1 if len(gaps) else 0
+    return rank if rank < room and sigma[rank] < rounding else 0

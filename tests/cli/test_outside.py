@@ -192,7 +192,8 @@ class Client:
 
     def words(self, kind):
         """The flags for an update of this kind."""
-        return [*self.flags, "--update_kind", kind, *([] if kind == "gradient" else ["--local_lr", self.rate])]
+        rate = [] if kind == "gradient" else ["--local_lr", self.rate]
+        return [*self.flags, "--update_kind", kind, *rate, *(["--batch_size", 3] if kind == "weights" else [])]
 
 
 FORMS = ("named.safetensors", "named.npz", "numbered.npz", "named.pt", "listed.pt")
@@ -252,16 +253,28 @@ def test_an_update_from_outside_is_attacked_like_one_from_inside(tmp_path, capsy
     assert metrics_of(tmp_path / "run")["signals_found"] == 3
 
 
-@pytest.mark.parametrize(("model", "batch_size"), [("convnet", 8), ("mlp", 12), ("lenet", 5), ("resnet18_cifar", 4)])
+@pytest.mark.parametrize(
+    ("model", "batch_size"),
+    [("convnet", 1), ("convnet", 8), ("mlp", 9), ("mlp", 12), ("lenet", 5), ("lenet", 8), ("resnet18_cifar", 4)],
+)
 def test_the_batch_size_is_read_off_the_ranks(tmp_path, model, batch_size):
     client = Client(tmp_path, model=model, batch_size=batch_size)
     assert count_images(client.gradients, client.model, (3, 16, 16)) == batch_size
 
 
-def test_a_batch_that_no_layer_can_count_is_asked_for(tmp_path):
-    client = Client(tmp_path, model="lenet", batch_size=9)  # K - 1: the head's rows sum to zero in any case
+@pytest.mark.parametrize("model", ["lenet", "convnet"])
+@pytest.mark.parametrize("batch_size", [9, 10, 12])  # K - 1 and more: the head's rows sum to zero in any case
+def test_a_batch_that_no_layer_can_count_is_asked_for(tmp_path, model, batch_size):
+    client = Client(tmp_path, model=model, batch_size=batch_size)
     with pytest.raises(ValueError, match="set --batch_size"):
         count_images(client.gradients, client.model, (3, 16, 16))
+
+
+def test_noise_is_not_counted(tmp_path):
+    client = Client(tmp_path, model="mlp")
+    noisy = {name: g + 1e-4 * torch.randn(g.shape, generator=generator()) for name, g in client.gradients.items()}
+    with pytest.raises(ValueError, match="set --batch_size"):
+        count_images(noisy, client.model, (3, 16, 16))
 
 
 def test_a_frozen_parameter_is_named(cli, tmp_path):
