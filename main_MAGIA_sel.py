@@ -101,10 +101,10 @@ ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves t
 SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
 RESCALE = "inclusion"  # rho: inclusion (S/B, derived in attack/objective.py), none (1)
 PRIOR = "opponent"  # opponent (luma and chroma apart), rgb (isotropic), anisotropic (published mean form)
-TV_WEIGHT = 1e-2  # weight of the prior at the start (measured; published 5e-3)
+TV_WEIGHT = 4e-3  # weight of the prior at the start (measured; published 5e-3)
 TV_FINAL = 1e-3  # share of tv_weight left at the end of the annealing, 1: constant weight (measured)
 TV_EVALS = 2500  # closure evaluations that the annealing takes, and the hardening of kinks (measured)
-NOISE_WEIGHT = 600.0  # the prior's weight stays above this times noise times root mean square of the update's
+NOISE_WEIGHT = 240.0  # the prior's weight stays above this times noise times root mean square of the update's
 # entries, 0: off (measured)
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma in the opponent prior (measured)
 CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first in opponent and rgb (measured)
