@@ -25,7 +25,7 @@ def scheduler(tmp_path_factory):
     words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     processes = [subprocess.Popen([*python, *words, "--scheduler-file", file], cwd=folder)]
     try:
-        wait_for(file.exists)
+        wait_for(lambda: file.exists() and file.read_text().endswith("}"))  # it is there before all of it is written
         address = json.loads(file.read_text())["address"]
         words = ["distributed.cli.dask_worker", address, "--nworkers", "2", "--nthreads", "1", "--no-dashboard"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
