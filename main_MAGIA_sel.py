@@ -274,14 +274,19 @@ def prepare(
     """
     started = time.perf_counter()
     known = read_ahead(update, model, settings, granted, began)
+    pixels = pixel_map(update, model, known, settings)
+    state = first_state(update, known, pixels, settings)
+    state.seconds = time.perf_counter() - started
+    return state, build_objective(update, model, known, pixels, settings), known
+
+
+def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: argparse.Namespace) -> PixelMap:
+    """What the optimiser moves, as the settings say or as what is matched asks for."""
     power = settings.spectral_power
     if power is None:
         power = spectral_power_for(stages(model)[: known.start]) if known.is_complete else 1.0
     how = {"spectral_power": power, "box": settings.box, "chroma_gain": settings.chroma_gain}
-    pixels = PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
-    state = first_state(update, known, pixels, settings)
-    state.seconds = time.perf_counter() - started
-    return state, build_objective(update, model, known, pixels, settings), known
+    return PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
 
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
@@ -312,12 +317,6 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     )
 
 
-def prior_of(settings: argparse.Namespace) -> Prior:
-    """The prior that the settings ask for."""
-    weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
-    return Prior(settings.prior, *weights, settings.prior_power)
-
-
 def build_objective(
     update: SharedUpdate, model: nn.Module, known: Known, pixels: PixelMap, settings: argparse.Namespace
 ) -> Objective:
@@ -327,12 +326,13 @@ def build_objective(
     the rest of the batch's gradient has been read out into them.
     Gradients of a network with kinks are matched through softened ones.
     """
-    prior = prior_of(settings)
+    weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
+    prior = Prior(settings.prior, *weights, settings.prior_power)
     if known.is_complete:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
         loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
-        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss, update.image_shape)
+        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss)
         return Objective(ForwardMatching(loss, course), prior, course, pixels)
     errors = known.signals.errors.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None

@@ -127,7 +127,8 @@ class ForwardLoss:
         uncertainty: relative error of the inputs. Behind a ReLU what is smaller is taken for zero.
         uses_gradients: whether they are matched; None: where they are needed and right, see above.
 
-    `uncertainty`, the attribute, is the root of the activations' term that the error of the inputs leaves at the truth.
+    `uncertainty`, the attribute, is the root of the activations' term that the error of the inputs leaves at the truth;
+    `grey` are the images (B, C, H, W) that all terms are measured by.
     """
 
     def __init__(
@@ -170,8 +171,8 @@ class ForwardLoss:
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
         self.gradients = [gradients[f"{stage.name}.weight"].to(inputs) for stage in layers]
-        grey = self._errors(inputs.new_full((len(inputs), *image_shape), GREY), self.chain)
-        self.units = [max(float(unit.detach()), LEAST) for unit in grey]
+        self.grey = inputs.new_full((len(inputs), *image_shape), GREY)
+        self.units = [max(float(unit.detach()), LEAST) for unit in self._errors(self.grey, self.chain)]
         self.uncertainty = float(error.norm() / self.inputs.norm()) / math.sqrt(self.units[0])
 
     def __call__(self, images: Tensor, chain: Chain | None = None) -> tuple[Tensor, Tensor]:
@@ -239,15 +240,18 @@ class Course:
         return "course" if evaluations >= sum(phase.evaluations for phase in self.phases) else None
 
 
-def course_for(chain: Chain, loss: ForwardLoss, image_shape: Sequence[int]) -> Course:
+def course_for(chain: Chain, loss: ForwardLoss) -> Course:
     """The course for what lies between images and known activations, up to their relative error.
 
     What soft kinks add to activations grows from layer to layer: eight of VGG's multiply the error of grey images by a
     million. Phases in which it drowns what the images add are left out.
     """
-    grey = loss.inputs.new_full((len(loss.inputs), *image_shape), GREY)
-    left = {p: loss(grey, softened(loss.chain, p.hardness, grey))[0].detach() for p in phases_for(chain)}
-    return Course(tuple(p for p in left if left[p] < DROWNED), least=NOISE * loss.uncertainty**2)
+
+    def is_heard(phase: Phase) -> bool:
+        activations, _ = loss(loss.grey, softened(loss.chain, phase.hardness, loss.grey))
+        return float(activations.detach()) < DROWNED
+
+    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE * loss.uncertainty**2)
 
 
 def spectral_power_for(chain: Chain) -> float:

@@ -50,8 +50,8 @@ class Known:
 
     @property
     def uncertainty(self) -> float:
-        """The largest expected relative error of what was read."""
-        return float(self.signals.uncertainty.max())
+        """The largest expected relative error of what was read; 0 of what is given without signals."""
+        return float(self.signals.uncertainty.max()) if self.signals else 0.0
 
     @property
     def is_exact(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attack.objective import Matching, MatchingLoss
 from update.stages import Chain, Residual, Stage, modules, run
-from update.tracing import stages
+from update.tracing import stages_if_walked
 
 SOFTENINGS = ("auto", "off")
 
@@ -133,8 +133,5 @@ class SoftenedMatching:
 
 def kinked_chain(model: nn.Module) -> Chain | None:
     """The stages of a model that has kinks; None if it has none, or cannot be walked."""
-    try:
-        chain = stages(model)
-    except ValueError:
-        return None
+    chain = stages_if_walked(model) or ()
     return chain if any(isinstance(module, (nn.ReLU, nn.MaxPool2d)) for module in modules(chain)) else None

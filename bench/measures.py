@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import main_MAGIA_sel as magia
@@ -26,6 +25,7 @@ from cli.settings import resolve
 from cli.victim import client_batch, victim
 from data import Batch, open_source
 from judge import metrics
+from judge.layers import matched
 from judge.pictures import save_images
 from judge.run_directory import RunDirectory
 from update.head import features_of
@@ -56,9 +56,7 @@ def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
     if len(signals):
         with torch.no_grad():
             features = features_of(model, truth.images.to(next(model.parameters()))).to(signals.features)
-        distance = torch.cdist(signals.features, features) / features.norm(dim=1)
-        found, true = (torch.from_numpy(i) for i in linear_sum_assignment(distance.cpu().numpy()))
-        error = distance[found, true]
+        found, true, error = matched(signals.features, features)
         row["labels_right"] = int((signals.labels.cpu()[found] == truth.labels[true]).sum())
         row["within_1_percent"] = int((error < CLOSE).sum())
         row["worst_error"] = float(error.max())
@@ -138,20 +136,22 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
 
 def measure_guess(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """What a guess scores on the batch that a cell names; it names no labels."""
-    settings, truth = settings_of(cell, flags), truth_of(cell, flags)
-    source = open_source(settings.dataset, settings.data_path)
-    images = guess(str(cell["preset"]), source, truth.images)
-    figures = metrics.evaluate(truth.images, truth.labels, images, truth.labels)
+    images, figures = _guessed(str(cell["preset"]), cell, flags)
     figures |= {"label_accuracy": None, "signals_found": 0, "evaluations": 0, "seconds": 0.0, "status": "guess"}
     return _recorded(cell, flags, out, images, figures)
 
 
 def mean_image_scores(cell: Cell, flags: Sequence[str]) -> Cell:
     """PSNR and SSIM of the mean image on the batch of a cell: what an attack is worth that came to nothing."""
-    settings, truth = settings_of(cell, flags), truth_of(cell, flags)
-    images = guess(MEAN, open_source(settings.dataset, settings.data_path), truth.images)
-    figures = metrics.evaluate(truth.images, truth.labels, images, truth.labels)
+    _, figures = _guessed(MEAN, cell, flags)
     return {name: figures[name] for name in ("psnr_mean", "ssim_mean")}
+
+
+def _guessed(name: str, cell: Cell, flags: Sequence[str]) -> tuple[Tensor, Cell]:
+    """The images (B, C, H, W) of a guess, and how close they come to the batch of a cell."""
+    settings, truth = settings_of(cell, flags), truth_of(cell, flags)
+    images = guess(name, open_source(settings.dataset, settings.data_path), truth.images)
+    return images, metrics.evaluate(truth.images, truth.labels, images, truth.labels)
 
 
 def _recorded(cell: Cell, flags: Sequence[str], out: Path, images: Tensor, figures: Cell) -> Cell:

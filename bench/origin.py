@@ -1,15 +1,14 @@
 """What made a cell: the program's sources, its libraries, the files that it read."""
 
 import hashlib
-import importlib.metadata
 from collections.abc import Iterable
 from pathlib import Path
 
-from cli.provenance import provenance
+from cli.provenance import provenance, version_of
 
 ROOT = Path(__file__).parent.parent
 # What a figure can depend on: all that a cell runs, and nothing that only shows what was measured.
-SOURCES = ("*.py", "attack/**/*.py", "cli/*.py", "client/*.py", "update/*.py", "judge/metrics.py")
+SOURCES = ("*.py", "attack/**/*.py", "cli/*.py", "client/*.py", "update/*.py", "judge/metrics.py", "judge/layers.py")
 MEASURING = ("bench/measures.py", "bench/peers.py", "bench/guesses.py")
 LEFT_OUT = ("benchmark.py", "train_victim.py", "cli/docs.py", "cli/console.py")
 PEERS = ("breaching", "joblib")  # packages beside those of every run
@@ -25,7 +24,7 @@ def origin(files: Iterable[Path] = ()) -> dict[str, object]:
     return {
         "commit": commit,
         "sources": _digest(sources()),
-        "versions": made["versions"] | {name: _version(name) for name in PEERS},
+        "versions": made["versions"] | {name: version_of(name) for name in PEERS},
         "files": {str(path): _digest([path]) for path in files},
     }
 
@@ -42,10 +41,3 @@ def _digest(paths: Iterable[Path]) -> str:
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

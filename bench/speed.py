@@ -26,10 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_MAGIA_sel as magia
-from attack.forward import ForwardLoss, ForwardMatching, course_for, spectral_power_for
 from attack.objective import Gradient, Matching, squared_distance, subset_distance
 from attack.optimisers import Budget
-from attack.pixels import PixelMap
 from attack.prepare import Known
 from attack.signals import Reading, read_layers
 from attack.signals.choice import places
@@ -39,6 +37,7 @@ from attack.state import AttackState
 from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
+from cli.ahead import read_ahead
 from cli.model import model_options, server_model
 from cli.runtime import choose_device, stream
 from cli.settings import resolve, schedule_of
@@ -134,47 +133,25 @@ def program(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Var
 
 
 def forward(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Variant:
-    """Activations first and last, whether or not the defaults would match them alone.
+    """Activations matched even where they give the images themselves away.
 
     Raises:
         ValueError: not every image was told apart.
     """
     settings, _ = resolve(flags, magia.FLAGS)
     began = time.perf_counter()
-    reading = read_layers(update, model, generator=stream(settings.seed, "signals"))
-    if len(reading) < update.batch_size:
-        raise ValueError(f"{len(reading)} of {update.batch_size} images told apart")
-    signals = reading.signals
-    made = from_activations(
-        update, model, settings, reading.start, reading.inputs, signals.labels, float(signals.uncertainty.max())
-    )
+    known = replace(read_ahead(update, model, settings, None, None), pixels=None)
+    if not known.is_complete:
+        raise ValueError(f"{len(known.features)} of {update.batch_size} images told apart")
+    made = from_known(update, model, known, settings)
     made.state.seconds = time.perf_counter() - began
     return made
 
 
-def from_activations(
-    update: SharedUpdate,
-    model: nn.Module,
-    settings: argparse.Namespace,
-    start: int,
-    inputs: Tensor,
-    labels: Tensor,
-    uncertainty: float = 0.0,
-) -> Variant:
-    """The forward-only objective for the inputs (B, ...) of stage `start`, known up to a relative error."""
-    chain, place = stages(model), place_of(model)
-    inputs, labels = inputs.to(**place), labels.to(place["device"])
-    how = {
-        "box": settings.box,
-        "spectral_power": spectral_power_for(chain[:start]),
-        "chroma_gain": settings.chroma_gain,
-    }
-    pixels = PixelMap(update.image_shape, **how, **place)
-    matched = ForwardLoss(chain, update.image_shape, start, inputs, labels, update.gradients, uncertainty=uncertainty)
-    course = course_for(chain[:start], matched, update.image_shape)
-    known = Known(update.batch_size, None, torch.empty(0), labels, start, inputs)
-    prior = magia.prior_of(settings)
-    objective = magia.Objective(ForwardMatching(matched, course), prior, course, pixels)
+def from_known(update: SharedUpdate, model: nn.Module, known: Known, settings: argparse.Namespace) -> Variant:
+    """What the program does with what is known."""
+    pixels = magia.pixel_map(update, model, known, settings)
+    objective = magia.build_objective(update, model, known, pixels, settings)
     return Variant(magia.first_state(update, known, pixels, settings), objective, settings)
 
 
@@ -196,7 +173,7 @@ def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
     start = max(1, index_of(chain, deepest))
     with torch.no_grad():
         inputs = run(chain[:start], images)
-    given = from_activations(update, model, settings, start, inputs, labels)
+    given = from_known(update, model, Known(batch_size, None, torch.empty(0), labels, start, inputs), settings)
     variants = {"published": published(update, model, flags), "loop": loop(update, model, flags), "forward": given}
     return {name: variant.ready() for name, variant in variants.items()}
 

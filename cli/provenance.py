@@ -26,7 +26,7 @@ def provenance(argv: Sequence[str]) -> dict:
             return None
 
     changes = git("status", "--porcelain")
-    versions = {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
+    versions = {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
     return {
         "command": shlex.join(["python", "main_MAGIA_sel.py", *argv]),
         "git_commit": git("rev-parse", "HEAD"),
@@ -35,7 +35,8 @@ def provenance(argv: Sequence[str]) -> dict:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version that is installed; None where the package is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -38,17 +38,23 @@ def relative_errors(recovered: Mapping[str, Tensor], model: nn.Module, images: T
     chain = stages(copy.deepcopy(model).double())
     taken = inputs_along(chain, images.to(next(model.parameters()).device).double())
     return {
-        next(parametrised([stage])).name: _relative_error(recovered[stage.name], truth)
+        next(parametrised([stage])).name: float(matched(recovered[stage.name], truth)[2].max())
         for stage, truth in taken
         if stage.name in recovered
     }
 
 
-def _relative_error(found: Tensor, truth: Tensor) -> float:
-    """The largest of found (N, ...) after the one-to-one assignment to truth (B, ...) of least distance."""
+def matched(found: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The one-to-one assignment of found (N, ...) to truth (B, ...) of least relative distance.
+
+    Returns:
+        found, true: indices (N,) of what belongs together, on the CPU.
+        error: (N,) its relative distance |found - true| / |true|.
+    """
     found, truth = found.flatten(1).to(truth), truth.flatten(1)
     distance = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist") / truth.norm(dim=1)  # (N, B)
-    return float(distance.cpu().numpy()[linear_sum_assignment(distance.cpu().numpy())].max())
+    pairs = tuple(map(torch.from_numpy, linear_sum_assignment(distance.cpu().numpy())))
+    return *pairs, distance.cpu()[pairs]
 
 
 def _beside_uncertainty(row: Mapping, error: float | None) -> dict:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from update.shared import SharedUpdate
-from update.tracing import stages
+from update.tracing import stages_if_walked
 
 RANGES = {  # of activations' values
     nn.ReLU: (0.0, math.inf),
@@ -31,11 +31,10 @@ class Head:
         Raises:
             ValueError: that layer is not linear.
         """
-        try:
-            name = stages(model)[-1].name
-        except ValueError:
-            owners = [name for name, layer in model.named_modules() if [*layer.parameters(recurse=False)]]
-            name = owners[-1]
+        if chain := stages_if_walked(model):
+            name = chain[-1].name
+        else:
+            name = [name for name, layer in model.named_modules() if [*layer.parameters(recurse=False)]][-1]
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise ValueError("the model's last layer is not linear")
@@ -63,10 +62,7 @@ def features_of(model: nn.Module, images: Tensor) -> Tensor:
 
 def feature_range(model: nn.Module) -> tuple[float, float]:
     """Least and largest value that a feature can have, as far as the model's last activation tells."""
-    try:
-        below = reversed(stages(model)[:-1])
-    except ValueError:
-        return -math.inf, math.inf
+    below = reversed((stages_if_walked(model) or [])[:-1])
     keeping = (nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
     last = next((stage.module for stage in below if not isinstance(stage.module, keeping)), None)
     return RANGES.get(type(last), (-math.inf, math.inf))

@@ -72,16 +72,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (
-        SafetensorError,
-        OSError,
-        ValueError,
-        EOFError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-        KeyError,
-    ) as error:
+    except DAMAGED as error:
         raise StorageError(f"{path} is damaged or not a {path.suffix} file: {error}") from None
     try:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if not name.startswith(_METADATA)}

@@ -63,6 +63,14 @@ def stages(model: nn.Module) -> list[Stage]:
     return list(found)
 
 
+def stages_if_walked(model: nn.Module) -> list[Stage] | None:
+    """The same, or None where the model cannot be walked."""
+    try:
+        return stages(model)
+    except ValueError:
+        return None
+
+
 @torch.no_grad()
 def verify(model: nn.Module, images: Tensor) -> None:
     """Never walk this model again if its chain and itself disagree on images (B, C, H, W).

@@ -167,14 +167,13 @@ class Equations:
         deltas, span = self.deltas(c, labels), self.span
         d = by_position(deltas) * span.rows
         u, x = d @ span.left, c @ self.rows.flatten(1)
-        condition = self._condition(u, x)
-        mismatch = self.residual(c, zeros, deltas)
-        mismatch[:, deltas[0].numel()] /= 1 + condition  # the share
+        expected, turned_in, condition = self._noise(u, x)
+        mismatch, share = self.residual(c, zeros, deltas), deltas[0].numel()  # its column behind delta outside U
+        outside = mismatch[:, :share].norm(dim=1)
+        mismatch[:, share] /= 1 + condition
         cost = mismatch.square().sum(1)
-        expected, turned_in = self._noise(u, x)
         level = torch.maximum(cost, (expected + span.precision).square()) / max(1, self.spare)
         uncertainty, freedom = self._expected_error(c, turned_in, level, normal)
-        outside = (d - u @ span.left.T).flatten(1).norm(dim=1) / d.flatten(1).norm(dim=1).clamp(min=1e-200)
         shares = self._share(c, u, d)
         every = Inputs(span.inputs(c), labels, deltas, outside, shares, uncertainty, freedom, span.batch_size)
         tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
@@ -190,31 +189,21 @@ class Equations:
         shares_of_four = (turned_in / uncertainty) ** 4 / self.span.right.shape[1] + (within / uncertainty) ** 4 / own
         return uncertainty, 1 / shares_of_four
 
-    def _condition(self, u: Tensor, x: Tensor) -> Tensor:
-        """What the share makes of a relative error in an image's x (N, P r) or y = U^T delta (N, P, r), (N,).
+    def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What noise makes of true images with x (N, P r) and y = U^T delta (N, P, r): three numbers each, (N,).
 
-        It is x^T S^-1 y / B, and 1: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error shows. Images
+        They are the relative error of its mismatch and that of its input, and what the share makes of such an error.
+        Noise N in the entries of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x. The share
+        is x^T S^-1 y / B, and 1: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error shows. Images
         whose errors nearly cancel have such an x and y.
         """
-        y_weak, x_weak = self._weak(u, x)
-        lengths = torch.maximum(x.norm(dim=1) * y_weak, u.flatten(1).norm(dim=1) * x_weak)
-        return lengths / self.span.batch_size
-
-    def _weak(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """|S^-1 y| and |S^-1 x|, (N,) each: how much of an image lies in directions that noise drowns first."""
-        y_weak = (u / self.span.sigma).flatten(1).norm(dim=1)
-        return y_weak, (x.view(u.shape) / self.span.sigma).flatten(1).norm(dim=1)
-
-    def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What noise in the update makes of a true image's mismatch, and of its input, relative errors (N,) each.
-
-        Noise N in the entries of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x.
-        """
         span = self.span
-        y_weak, x_weak = self._weak(u, x)
-        turned_out = span.noise * len(span.left) ** 0.5 * y_weak / u.flatten(1).norm(dim=1).clamp(min=1e-200)
-        turned_in = span.noise * span.right.shape[1] ** 0.5 * x_weak / x.norm(dim=1)
-        return turned_out + turned_in + span.noise * x_weak * y_weak / span.batch_size, turned_in
+        y_weak, x_weak = ((v / span.sigma).flatten(1).norm(dim=1) for v in (u, x.view(u.shape)))
+        y_length, x_length = u.flatten(1).norm(dim=1), x.norm(dim=1)
+        turned_out = span.noise * len(span.left) ** 0.5 * y_weak / y_length.clamp(min=1e-200)
+        turned_in = span.noise * span.right.shape[1] ** 0.5 * x_weak / x_length
+        expected = turned_out + turned_in + span.noise * x_weak * y_weak / span.batch_size
+        return expected, turned_in, torch.maximum(x_length * y_weak, y_length * x_weak) / span.batch_size
 
     def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping."""

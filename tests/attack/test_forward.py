@@ -195,14 +195,14 @@ def test_a_course_ends_where_the_noise_in_the_activations_asks():
     ends = []
     for uncertainty in (1e-1, 1e-2):
         loss, chain = loss_before("head", "convnet", uncertainty)
-        ends.append(course_for(chain, loss, (3, 32, 32)).at(10**6))
+        ends.append(course_for(chain, loss).at(10**6))
     assert ends[1] == pytest.approx(1e-2 * ends[0], rel=0.5)
 
 
 def test_phases_whose_softness_drowns_the_images_are_left_out():
     """Behind seven layers of VGG what soft kinks add has grown a million times; behind a ResNet's stem it has not."""
-    deep = course_for(*reversed(loss_before("conv7", "vgg11", 1e-6)), (3, 32, 32))
-    shallow = course_for(*reversed(loss_before("body.layer1.0", "resnet18", 1e-6)), (3, 32, 32))
+    deep = course_for(*reversed(loss_before("conv7", "vgg11", 1e-6)))
+    shallow = course_for(*reversed(loss_before("body.layer1.0", "resnet18", 1e-6)))
     assert deep.phases == phases_for(loss_before("conv7", "vgg11", 1e-6)[1])[-len(deep.phases) :]
     assert 3 <= len(deep.phases) < len(shallow.phases)
 
