@@ -12,10 +12,12 @@ STEPS = {"lr": (0.025, 0.05, 0.1)}
 
 SEARCHES: dict[str, dict[str, tuple[object, ...]]] = {
     "magia": {
-        "tv_weight": (3e-3, 1e-2, 3e-2),
+        "tv_weight": (1.3e-3, 4e-3, 1.2e-2),
         "tv_final": (1e-4, 1e-3, 1e-2),
         "chroma_weight": (1.0, 3.0, 10.0),
         "curvature_weight": (0.3, 1.0, 3.0),
+        "third_weight": (0.3, 1.0, 3.0),
+        "prior_power": (0.6, 0.8, 1.0),
     },
     "paper": STARTS,
     "dlg": STARTS,
