@@ -33,7 +33,7 @@ from cli.ahead import read_ahead
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
-from cli.runtime import choose_device, interruptible, stream
+from cli.runtime import choose_device, enough_threads, interruptible, stream
 from cli.settings import adopt, facts_of, resolve, run_path, schedule_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
@@ -390,7 +390,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
             if settings.save_update:
                 update.save(settings.save_update)
-            return run_attack(update, model, truth, settings, run, words)
+            with enough_threads(model, update.batch_size, update.image_shape):
+                return run_attack(update, model, truth, settings, run, words)
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

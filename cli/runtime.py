@@ -8,6 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from update.models import place_of
+
+FLOPS_PER_THREAD = 2e8  # of a batch's forward pass (measured): with less to do, threads mostly wait for each other
 
 
 def stream(seed: int, name: str) -> torch.Generator:
@@ -30,6 +36,25 @@ def choose_device(name: str) -> torch.device:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would drown the small residuals that matter
     return torch.device(device)
+
+
+@contextmanager
+def enough_threads(model: nn.Module, batch_size: int, image_shape: tuple[int, ...]) -> Iterator[None]:
+    """As many threads as batches of images (C, H, W) keep busy on the CPU, never more than before.
+
+    Two threads for a small net gain nothing on idle cores, and beside another program each of its thousand short
+    operations waits until both have had their turn. The work decides and not a clock: rounding depends on the threads,
+    and a seed has to repeat a run.
+    """
+    before = torch.get_num_threads()
+    if place_of(model)["device"].type == "cpu":
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, *image_shape, **place_of(model)))
+        torch.set_num_threads(min(before, max(1, int(batch_size * counter.get_total_flops() / FLOPS_PER_THREAD))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
