@@ -1,14 +1,16 @@
 """How fast one evaluation is, how soon images are sharp, and where a reading's time goes: `benchmark.py speed`.
 
-Three variants of one attack are timed side by side:
+Variants of one attack are timed side by side:
 
 - published: the closure of MAGIA's script: the batch's gradient and the subset's each by a pass of its own, and both
   differentiated twice.
 - loop: the program's own, `--signals off`: one pass there and back for both gradients.
-- forward: the activations of one layer and the gradients below it (`attack.forward`), once they have been read.
+- forward: what the program does once the activations of one layer are read (`attack.forward`): it matches them, and
+  where these are too few the gradients below the layer, which have to be differentiated twice.
+- activations: the same without those gradients.
 
 They take turns, evaluation by evaluation, and the ratio is the median over turns: a machine that is slow for a while is
-slow for all. Times of evaluations do not depend on what the images show, so these are noise, and `forward` is given
+slow for all. Times of evaluations do not depend on what the images show, so these are noise, and the last two are given
 what a reading would have found; whole attacks are run on real images, and read for themselves.
 """
 
@@ -26,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_MAGIA_sel as magia
+from attack.forward import ForwardLoss, ForwardMatching
 from attack.objective import Gradient, Matching, squared_distance, subset_distance
 from attack.optimisers import Budget
 from attack.prepare import Known
@@ -159,7 +162,7 @@ ATTACKS = {"published": published, "loop": loop, "program": program, "forward": 
 
 
 def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
-    """The three variants on one update of noise images; `forward` is given activations and labels."""
+    """The variants on one update of noise images; `forward` and `activations` are given activations and labels."""
     settings, _ = resolve(flags, magia.FLAGS)
     place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
     generator, shape = stream(settings.seed, "speed"), (3, settings.image_size or SIDE, settings.image_size or SIDE)
@@ -174,7 +177,14 @@ def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
     with torch.no_grad():
         inputs = run(chain[:start], images)
     given = from_known(update, model, Known(batch_size, None, torch.empty(0), labels, start, inputs), settings)
-    variants = {"published": published(update, model, flags), "loop": loop(update, model, flags), "forward": given}
+    alone = ForwardLoss(chain, update.image_shape, start, inputs, labels, {})
+    matching = ForwardMatching(alone, given.objective.annealing)
+    variants = {
+        "published": published(update, model, flags),
+        "loop": loop(update, model, flags),
+        "forward": given,
+        "activations": replace(given, objective=replace(given.objective, matching=matching)),
+    }
     return {name: variant.ready() for name, variant in variants.items()}
 
 

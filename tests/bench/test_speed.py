@@ -22,7 +22,7 @@ def test_the_command_leaves_its_tables(tmp_path, capsys):
     rows = table(tmp_path / "speed.csv")
     names = ["batch_size", "device", "variant", "ms_per_evaluation", "ratio_to_published", "peak_mib"]
     assert list(rows[0]) == names
-    assert [row["variant"] for row in rows] == ["published", "loop", "forward"]
+    assert [row["variant"] for row in rows] == ["published", "loop", "forward", "activations"]
     assert float(rows[0]["ratio_to_published"]) == 1
     assert all(float(row["ms_per_evaluation"]) > 0 and float(row["peak_mib"]) > 0 for row in rows)
     assert all(0 < float(row["share_of_limit"]) < 1 for row in table(tmp_path / "limits.csv"))
