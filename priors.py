@@ -5,12 +5,15 @@ its weight means the same at every batch and image size. The repr of a `Prior` s
 describes itself.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 PRIORS = ("opponent", "rgb", "anisotropic")
 
@@ -36,17 +39,70 @@ def rotate_colours(images: Tensor, basis: Tensor) -> Tensor:
     return torch.einsum("ij,bjhw->bihw", basis, images)
 
 
-def _differences(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Forward differences along rows and columns, same shape as `images`, zero across the last edge."""
-    down = torch.nn.functional.pad(images[..., 1:, :] - images[..., :-1, :], (0, 0, 0, 1))
-    right = torch.nn.functional.pad(images[..., 1:] - images[..., :-1], (0, 1))
-    return down, right
+class Roughness(torch.autograd.Function):
+    """sum_n weight_n sum_g weight_g  mean over images and pixels of |n-th differences of channels g|^power.
+
+    The length at a pixel is that of the whole tensor of n-th differences, over the channels of the group; differences
+    that would reach over an edge are left out. The gradient is written out: of some sixty small operations autograd
+    would build a graph that costs more than the rest of an evaluation on a small net.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, images: Tensor, orders: Sequence[float], groups: Sequence[tuple[int, float]], power: float
+    ) -> Tensor:
+        """The value at images (B, C, H, W), for weights of orders 1, 2, ... and (size, weight) of groups."""
+        levels = [[images]]  # levels[n][k] (B, C, H - n + k, W - k): n - k differences down and k to the right
+        for _ in orders:
+            levels.append([levels[-1][0].diff(dim=-2), *(component.diff(dim=-1) for component in levels[-1])])
+        value = images.new_zeros(())
+        for order, weight in enumerate(orders, 1):
+            squares = torch.zeros_like(images)
+            for k, component in enumerate(levels[order]):
+                at_pixels(squares, order, k, component).addcmul_(component, component, value=math.comb(order, k))
+            lengths, slope = powers_of_lengths(squares, groups, power)
+            value += weight * lengths
+            for k, component in enumerate(levels[order]):  # from here on it is the value's derivative by the component
+                component.mul_(at_pixels(slope, order, k, component)).mul_(weight * math.comb(order, k))
+        levels[0] = [torch.zeros_like(images)]
+        for above, below in itertools.pairwise(reversed(levels)):
+            add_transposed(below[0], above[0], dim=-2)
+            for component, right in zip(below, above[1:], strict=True):
+                add_transposed(component, right, dim=-1)
+        ctx.save_for_backward(levels[0][0])
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None, None]:
+        """The derivative by the images, which `forward` has taken along."""
+        (gradient,) = ctx.saved_tensors
+        return slope * gradient, None, None, None
 
 
-def _mean_length(*components: Tensor, power: float = 1.0) -> Tensor:
-    """Mean over images and pixels of the Euclidean length of the components, over channels too, raised to `power`."""
-    squared = sum(c.square() for c in components).sum(1)  # (B, H, W)
-    return ((squared + SMOOTHING) ** (power / 2)).mean()
+def powers_of_lengths(squares: Tensor, groups: Sequence[tuple[int, float]], power: float) -> tuple[Tensor, Tensor]:
+    """sum_g weight_g mean (sum of the group's squares)^(power/2), and twice its derivative by squares (B, C, H, W)."""
+    value, slopes = squares.new_zeros(()), []
+    for (_, weight), part in zip(groups, squares.split([size for size, _ in groups], 1), strict=True):
+        squared = part.sum(1, keepdim=True) + SMOOTHING  # (B, 1, H, W)
+        lengths = squared ** (power / 2)
+        value += weight * lengths.mean()
+        slopes.append((lengths / squared * (weight * power / lengths.numel())).expand_as(part))
+    return value, torch.cat(slopes, 1)
+
+
+def at_pixels(images: Tensor, order: int, k: int, component: Tensor) -> Tensor:
+    """The part of images (B, C, H, W) that the entries of a component stand for: straight second differences are
+    centred, all others begin at their pixel."""
+    top, left = {(2, 0): (1, 0), (2, 2): (0, 1)}.get((order, k), (0, 0))
+    height, width = component.shape[-2:]
+    return images[..., top : top + height, left : left + width]
+
+
+def add_transposed(images: Tensor, differences: Tensor, dim: int) -> None:
+    """Add to `images`, in place, what the transpose of taking differences along `dim` makes of `differences`."""
+    images.narrow(dim, 1, differences.shape[dim]).add_(differences)
+    images.narrow(dim, 0, differences.shape[dim]).sub_(differences)
 
 
 def total_variation(images: Tensor, power: float = 1.0) -> Tensor:
@@ -55,35 +111,20 @@ def total_variation(images: Tensor, power: float = 1.0) -> Tensor:
     Source: Rudin, Osher, Fatemi 1992; coupled over channels as in Bresson, Chan 2008; powers below 1 as in Krishnan,
     Fergus 2009: the differences of natural images have heavier tails than power 1 speaks for.
     """
-    return _mean_length(*_differences(images), power=power)
+    return Roughness.apply(images, (1.0,), ((images.shape[1], 1.0),), power)
 
 
 def curvature(images: Tensor, power: float = 1.0) -> Tensor:
     """Mean Frobenius length of the discrete Hessian at each pixel: zero on linear shading, where TV builds steps.
 
-    Differences that would reach over an edge are left out, so that a ramp costs nothing anywhere.
-
     Source: Lysaker, Lundervold, Tai 2003 (second-order total variation).
     """
-    pad = torch.nn.functional.pad
-    vertical = images[..., 2:, :] - 2 * images[..., 1:-1, :] + images[..., :-2, :]
-    horizontal = images[..., 2:] - 2 * images[..., 1:-1] + images[..., :-2]
-    mixed = images[..., 1:, 1:] - images[..., 1:, :-1] - images[..., :-1, 1:] + images[..., :-1, :-1]
-    twice = math.sqrt(2) * pad(mixed, (0, 1, 0, 1))
-    return _mean_length(pad(vertical, (0, 0, 1, 1)), pad(horizontal, (1, 1)), twice, power=power)
+    return Roughness.apply(images, (0.0, 1.0), ((images.shape[1], 1.0),), power)
 
 
 def third_variation(images: Tensor, power: float = 1.0) -> Tensor:
-    """Mean length of the tensor of third differences at each pixel: zero where shading is quadratic.
-
-    Differences that would reach over an edge are left out, as in `curvature`.
-    """
-    order, components = 3, []
-    for across in range(order + 1):
-        component = images.diff(n=order - across, dim=-2).diff(n=across, dim=-1)
-        component = torch.nn.functional.pad(component, (0, across, 0, order - across))
-        components.append(math.sqrt(math.comb(order, across)) * component)
-    return _mean_length(*components, power=power)
+    """Mean length of the tensor of third differences at each pixel: zero where shading is quadratic."""
+    return Roughness.apply(images, (0.0, 0.0, 1.0), ((images.shape[1], 1.0),), power)
 
 
 def anisotropic_variation(images: Tensor) -> Tensor:
@@ -126,17 +167,8 @@ class Prior:
         """The prior's value, a scalar."""
         if self.name == "anisotropic":
             return anisotropic_variation(images)
+        orders = (1.0, self.curvature_weight, self.third_weight)
         if self.name == "rgb" or images.shape[1] != 3:
-            return self._roughness(images)
-        luma, chroma = rotate_colours(images, opponent_basis(3, dtype=images.dtype, device=images.device)).split(
-            [1, 2], dim=1
-        )
-        return self._roughness(luma) + self.chroma_weight * self._roughness(chroma)
-
-    def _roughness(self, images: Tensor) -> Tensor:
-        roughness = total_variation(images, self.power)
-        if self.curvature_weight:
-            roughness = roughness + self.curvature_weight * curvature(images, self.power)
-        if self.third_weight:
-            roughness = roughness + self.third_weight * third_variation(images, self.power)
-        return roughness
+            return Roughness.apply(images, orders, ((images.shape[1], 1.0),), self.power)
+        opponent = rotate_colours(images, opponent_basis(3, dtype=images.dtype, device=images.device))
+        return Roughness.apply(opponent, orders, ((1, 1.0), (2, self.chroma_weight)), self.power)
