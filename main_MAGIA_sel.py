@@ -46,6 +46,7 @@ from update.head import measured_noise
 from update.models import place_of
 from update.shared import SharedUpdate
 from update.tracing import stages
+from update.training import before_averaging
 
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one, and its comment is the flag's help (`make docs` writes them to
@@ -81,8 +82,10 @@ DEFENCE = "none"  # what the client does to its update: none, noise:STD, float16
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
 UPDATE = None  # file of a shared update to attack instead, see docs/update-format.md; the truth is then not at hand
 UPDATE_KIND = "gradient"  # what an update from outside holds: gradient, difference (new - old weights), weights (new)
-LOCAL_LR = None  # the client's learning rate, where it holds weights or their difference
-LOCAL_STEPS = 1  # and the steps that the client made
+LOCAL_LR = None  # the client's learning rate, where it makes several steps, or sent weights or their difference
+LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; what it shares is divided by rate and steps
+LOCAL_BATCHES = 1  # equal minibatches of the batch that these steps go through in turn, M
+BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train-private (not shared)
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds
 SEL_MODE = "constk"  # const1, constk, linear_inc_l, linear_inc_total, linear_dec_l, linear_dec_total, sigmoid
@@ -344,6 +347,8 @@ def build_objective(
         subset_loss=settings.subset_loss,
         distance=settings.distance or ("relative" if kinked else "l2"),
         known=None if errors is None else (errors, known.features),
+        training=update.training,
+        statistics=before_averaging(model, update.statistics, update.training.steps) if update.statistics else (),
     )
     features = FeatureLoss(model, known.features, settings.feature_distance)
     batchnorm = BatchNormLoss(model)

@@ -1,4 +1,4 @@
-"""One client's step: the averaged gradient of its batch, defended as it sees fit, and shared."""
+"""One client's round: it trains on its batch, defends the update as it sees fit, and shares it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from client.defences import defend
-from update.gradients import averaged_gradient, freeze, named_by, trainable
+from update.gradients import freeze, named_by, trainable
 from update.shared import SharedUpdate
+from update.training import FEDSGD, LocalTraining, after_training, train_locally, use_batch_statistics
 
 
 def share_update(
@@ -19,30 +20,44 @@ def share_update(
     *,
     options: Mapping[str, str | int] | None = None,
     frozen: Sequence[str] = (),
+    training: LocalTraining = FEDSGD,
     defence: str = "none",
     generator: torch.Generator | None = None,
 ) -> SharedUpdate:
-    """What one client sends after one FedSGD step on images (B, C, H, W) with labels (B,).
+    """What one client sends after it trained on images (B, C, H, W) with labels (B,).
 
     Args:
-        model: what the server sent out; the parameters that start with one of `frozen` are frozen in it.
+        model: what the server sent out. The parameters that start with one of `frozen` are frozen in it, and BatchNorm
+            is put into the mode of the training; its weights and statistics stay.
         name: of its architecture, as in `update.models.MODELS`.
         options: what else it was told.
+        training: one step of FedSGD, or local training.
         defence: see `client.defences.defend`, which draws from `generator`.
 
     Raises:
-        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, an unknown defence.
+        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, an unknown defence,
+            a training that does not suit the batch or the model.
     """
     freeze(model, named_by(model, frozen))
-    gradients = averaged_gradient(model, images, labels)
+    training.check(len(images))
+    if training.uses_batch_statistics:
+        use_batch_statistics(model)
+    old, trained = trainable(model), train_locally(model, images, labels, training)
+    gradients = trained.average
+    if not training.is_one_step:  # weights are what such a client has, with their rounding
+        reach = training.rate * training.steps
+        gradients = [(w.detach() - new.detach()) / reach for w, new in zip(old.values(), trained.weights, strict=True)]
+    shares_statistics = training.batchnorm == "train"
     update = SharedUpdate(
-        gradients={name: gradient.detach() for name, gradient in zip(trainable(model), gradients, strict=True)},
+        gradients={name: gradient.detach() for name, gradient in zip(old, gradients, strict=True)},
         weights={n: w.detach().clone() for n, w in model.state_dict().items()},
         model=name,
         batch_size=len(images),
         image_shape=tuple(images.shape[1:]),
         num_classes=num_classes,
         options=dict(options or {}),
+        training=training,
+        statistics=after_training(model, trained.statistics, training.steps) if shares_statistics else {},
     )
     update.check("the client's update")
     return defend(update, defence, generator=generator)

@@ -5,13 +5,14 @@ size, the image shape) and nothing of the images or labels.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from update.gradients import trainable
 from update.storage import StorageError, read_tensors, write_tensors
+from update.training import FEDSGD, LocalTraining
 
 FORMAT = "magia-update-1"
 FACTS = "update"  # the name of the text that says what the tensors are
@@ -22,13 +23,16 @@ class SharedUpdate:
     """One averaged update as the server receives it, with the model that it was computed on.
 
     Attributes:
-        gradients: averaged gradient, by parameter name; frozen parameters have none.
+        gradients: averaged gradient, by parameter name; frozen parameters have none. Of several local steps it is the
+            mean along the way, see `update.training`.
         weights: state dict of the model that the server sent out; empty if the file did not bring it.
         model: name of the architecture in `models.MODELS`, or of a model from outside.
         batch_size: number of images averaged over.
         image_shape: (C, H, W) of one image.
         num_classes: K.
         options: what else the architecture was told, as in `models.OPTIONS`, and its normalisation.
+        training: how the client trained.
+        statistics: BatchNorm's running statistics after training, by buffer name, where the client shares them.
     """
 
     gradients: dict[str, Tensor]
@@ -38,6 +42,8 @@ class SharedUpdate:
     image_shape: tuple[int, int, int]
     num_classes: int
     options: dict[str, object] = field(default_factory=dict)
+    training: LocalTraining = FEDSGD
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.
@@ -47,6 +53,7 @@ class SharedUpdate:
         """
         tensors = {f"gradient/{name}": tensor for name, tensor in self.gradients.items()}
         tensors |= {f"weight/{name}": tensor for name, tensor in self.weights.items()}
+        tensors |= {f"statistic/{name}": tensor for name, tensor in self.statistics.items()}
         facts = {
             "format": FORMAT,
             "model": self.model,
@@ -54,6 +61,7 @@ class SharedUpdate:
             "image_shape": list(self.image_shape),
             "num_classes": self.num_classes,
             "options": self.options,
+            "training": asdict(self.training),
         }
         write_tensors(path, tensors, {FACTS: json.dumps(facts)})
 
@@ -85,6 +93,8 @@ class SharedUpdate:
                 image_shape=tuple(int(side) for side in facts["image_shape"]),
                 num_classes=int(facts["num_classes"]),
                 options=dict(facts.get("options", {})),
+                training=LocalTraining(**facts.get("training", {})),
+                statistics=_section(tensors, "statistic/"),
             )
         except (KeyError, TypeError, ValueError):
             raise StorageError(f"{source} is not a shared update ({FORMAT}) as --save_update writes it") from None
@@ -94,6 +104,7 @@ class SharedUpdate:
                 raise StorageError(f"{source}: {name} {facts[name]} makes no sense")
         if not update.gradients:
             raise StorageError(f"{source}: the update holds no gradients")
+        update.training.check(update.batch_size)
         update.check(source)
         return update
 
@@ -107,7 +118,11 @@ class SharedUpdate:
         for name, tensor in tensors:
             if not tensor.is_floating_point():
                 raise StorageError(f"{source}: the {name} must hold floating-point numbers, not {tensor.dtype}")
-        for name, tensor in tensors + [(f"weight {name!r}", tensor) for name, tensor in self.weights.items()]:
+        others = {"weight": self.weights, "statistic": self.statistics}
+        tensors += [
+            (f"{kind} {name!r}", tensor) for kind, section in others.items() for name, tensor in section.items()
+        ]
+        for name, tensor in tensors:
             if not tensor.isfinite().all():
                 raise StorageError(f"{source}: the {name} is not finite")
         if not any(gradient.any() for gradient in self.gradients.values()):
