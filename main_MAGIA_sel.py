@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.forward import Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
-from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, disagreement
+from attack.forward import STATISTICS, Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
+from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, StatisticsLoss, disagreement
 from attack.optimisers import Annealing, Budget, Optimiser
 from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
@@ -331,12 +331,14 @@ def build_objective(
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
+    statistics = before_averaging(model, update.statistics, update.training.steps) if update.statistics else ()
     if known.is_complete:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
         loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
         course = Course(()) if known.is_exact else course_for(chain[: known.start], loss)
-        return Objective(ForwardMatching(loss, course), prior, course, pixels)
+        penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
+        return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)
     errors = known.signals.errors.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None
     matching = MatchingLoss(
@@ -348,7 +350,7 @@ def build_objective(
         distance=settings.distance or ("relative" if kinked else "l2"),
         known=None if errors is None else (errors, known.features),
         training=update.training,
-        statistics=before_averaging(model, update.statistics, update.training.steps) if update.statistics else (),
+        statistics=statistics,
     )
     features = FeatureLoss(model, known.features, settings.feature_distance)
     batchnorm = BatchNormLoss(model)

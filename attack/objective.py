@@ -3,8 +3,10 @@
     L = rho(B, S) [ alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g) ] + tv_weight * prior(x)
 
 g is the shared average, g_all and g_T are the mean gradients over all dummy images and over the subset T of S of
-them. Of a client that trained for several steps, or with BatchNorm in training mode, g_all is what the same training
-makes of the dummy images, step by step; T has no update of its own then, and D_sub is left out. Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
+them. Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
+
+Of a client that trained for several steps, or with BatchNorm in training mode, g_all is what the same training makes of
+the dummy images, step by step. A subset has no update of its own then, and D_sub is left out.
 
 Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
 """
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from update.gradients import gradient_and_part, trainable
 from update.head import Head, features_of
 from update.normalise import Normalise
-from update.training import FEDSGD, LocalTraining, train_locally
+from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
 
 DISTANCES = ("l2", "relative", "cosine")
 FEATURE_DISTANCES = ("l2", "cosine")
@@ -108,6 +110,18 @@ class FeatureLoss:
         if self.distance == "cosine":
             return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
         return (features - self.features).square().sum() / len(images)
+
+
+@dataclass(frozen=True)
+class StatisticsLoss:
+    """How far BatchNorm's statistics of the images are from those that the client shared, `target`."""
+
+    model: nn.Module
+    target: tuple[Tensor, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        return statistics_distance(batch_statistics(self.model, images), self.target)
 
 
 @dataclass(frozen=True)

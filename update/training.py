@@ -124,7 +124,7 @@ def train_locally(
     for step in range(training.steps):
         first = step % training.batches * size
         part = slice(first, first + size)
-        with _watched(model, training) as seen:
+        with _watched(model) as seen:
             loss = batch_loss(functional_call(model, weights, (images[part],)), labels[part]).mean()
         gradients.append(torch.autograd.grad(loss, tuple(weights.values()), create_graph=create_graph))
         statistics.append([statistic if create_graph else statistic.detach() for statistic in seen])
@@ -146,6 +146,13 @@ def train_locally(
 
 # ----------------------------------------------------------------------------------------------------
 # BatchNorm in training mode
+
+
+def batch_statistics(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """The statistics of one step on images (B, C, H, W), in the order of `Trained.statistics`. Differentiable."""
+    with _watched(model) as seen:
+        model(images)
+    return tuple(seen)
 
 
 def batchnorms(model: nn.Module) -> dict[nn.Module, str]:
@@ -212,7 +219,7 @@ def _shares(layer: nn.Module, steps: int) -> list[float]:
 
 
 @contextmanager
-def _watched(model: nn.Module, training: LocalTraining) -> Iterator[list[Tensor]]:
+def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect mean and variance of what goes into every BatchNorm layer, where it is in training mode."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     collected: list[Tensor] = []
@@ -222,7 +229,7 @@ def _watched(model: nn.Module, training: LocalTraining) -> Iterator[list[Tensor]
         variance, mean = torch.var_mean(inputs[0], axes)  # running variances are unbiased
         seen[layer] = (mean, variance)
 
-    layers = batchnorms(model) if training.uses_batch_statistics else {}
+    layers = [layer for layer in batchnorms(model) if layer.training]
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
         yield collected
