@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.forward import Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
-from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, disagreement
+from attack.forward import STATISTICS, Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
+from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, StatisticsLoss, disagreement
 from attack.optimisers import Annealing, Budget
 from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
@@ -46,6 +46,7 @@ from update.head import measured_noise
 from update.models import place_of
 from update.shared import SharedUpdate
 from update.tracing import stages
+from update.training import before_averaging
 
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one, and its comment is the flag's help (`make docs` writes them to
@@ -85,8 +86,10 @@ DP_ROUNDS = 1  # rounds of dpsgd that an example may be sampled for
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
 UPDATE = None  # file of a shared update to attack instead, see docs/update-format.md; the truth is then not at hand
 UPDATE_KIND = "gradient"  # what an update from outside holds: gradient, difference (new - old weights), weights (new)
-LOCAL_LR = None  # the client's learning rate, where it holds weights or their difference
-LOCAL_STEPS = 1  # and the steps that the client made
+LOCAL_LR = None  # the client's learning rate, where it makes several steps, or sent weights or their difference
+LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; what it shares is divided by rate and steps
+LOCAL_BATCHES = 1  # equal minibatches of the batch that these steps go through in turn, M
+BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train-private (not shared)
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds
 SEL_MODE = "constk"  # const1, constk, linear_inc_l, linear_inc_total, linear_dec_l, linear_dec_total, sigmoid
@@ -324,12 +327,14 @@ def build_objective(
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
+    statistics = before_averaging(model, update.statistics, update.training.steps) if update.statistics else ()
     if known.is_complete:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
         loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
         course = Course(()) if known.is_exact else course_for(chain[: known.start], loss)
-        return Objective(ForwardMatching(loss, course), prior, course, pixels)
+        penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
+        return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)
     errors = known.signals.errors.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None
     matching = MatchingLoss(
@@ -340,6 +345,8 @@ def build_objective(
         subset_loss=settings.subset_loss,
         distance=settings.distance or ("relative" if kinked else "l2"),
         known=None if errors is None else (errors, known.features),
+        training=update.training,
+        statistics=statistics,
     )
     features = FeatureLoss(model, known.features, settings.feature_distance)
     batchnorm = BatchNormLoss(model)

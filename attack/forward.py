@@ -41,6 +41,10 @@ GRADIENTS = 0.1
 # relative loss down to 1e-8, and pairs with it, so it is measured in larger units.
 UNITS = 1e5
 
+# Weight of BatchNorm's shared statistics beside the activations. A small ConvNet in training mode, B=4, ends at 21.0 dB
+# without, and at 21.6, 28.1, 28.8 and 28.6 with 1e-4, 1e-2, 0.1 and 1 of a unit.
+STATISTICS = 0.1 * UNITS
+
 # With so many activations for each pixel, gradients below have nothing to add but time.
 PLENTY = 2.0
 

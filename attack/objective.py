@@ -5,24 +5,29 @@
 g is the shared average, g_all and g_T are the mean gradients over all dummy images and over the subset T of S of
 them. Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
 
+Of a client that trained for several steps, or with BatchNorm in training mode, g_all is what the same training makes of
+the dummy images, step by step. A subset has no update of its own then, and D_sub is left out.
+
 Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from update.gradients import averaged_gradient, gradient_and_part, trainable
+from update.gradients import gradient_and_part, trainable
 from update.head import Head, features_of
 from update.normalise import Normalise
+from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
 
 DISTANCES = ("l2", "relative", "cosine")
 FEATURE_DISTANCES = ("l2", "cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
+STATISTICS_WEIGHT = 1.0  # of BatchNorm's shared statistics beside the relative distance of gradients
 
 Gradient = tuple[Tensor, ...]
 
@@ -101,10 +106,22 @@ class FeatureLoss:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The loss of images (B, C, H, W)."""
-        features = features_of(self.model, images[: len(self.features)])
+        features = features_of(self.model, images)[: len(self.features)]  # BatchNorm may ask for the whole batch
         if self.distance == "cosine":
             return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
         return (features - self.features).square().sum() / len(images)
+
+
+@dataclass(frozen=True)
+class StatisticsLoss:
+    """How far BatchNorm's statistics of the images are from those that the client shared, `target`."""
+
+    model: nn.Module
+    target: tuple[Tensor, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        return statistics_distance(batch_statistics(self.model, images), self.target)
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,11 @@ class BatchNormLoss:
         return torch.stack(distances).sum()
 
 
+def statistics_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Mean over BatchNorm's statistics (C,) of their squared distance, relative to the size of those shared, b."""
+    return torch.stack([(p - q).square().sum() / q.square().sum() for p, q in zip(a, b, strict=True)]).mean()
+
+
 def disagreement(copies: Tensor) -> Tensor:
     """Mean squared distance of copies (R, B, C, H, W) of a batch from their mean image, a scalar.
 
@@ -172,6 +194,8 @@ class MatchingLoss:
         distance: of the full-batch term, one of `DISTANCES`; relative divides both terms by |g|^2.
         known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
         network: what gradients are taken through, with the model's parameters; None: the model itself.
+        training: how the client trained.
+        statistics: of the minibatches, as in `update.training.Trained`; none where they were not shared.
 
     Raises:
         ValueError: alpha outside [0, 1], an unknown rescale or subset_loss.
@@ -185,6 +209,8 @@ class MatchingLoss:
     distance: str = "l2"
     known: tuple[Tensor, Tensor] | None = None
     network: nn.Module | None = None
+    training: LocalTraining = FEDSGD
+    statistics: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -217,11 +243,13 @@ class MatchingLoss:
     def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
         """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
         batch_size, subset_size = len(images), len(subset)
-        g_all, g_subset = self._gradients(images, label_logits.softmax(1), subset)
+        g_all, g_subset, statistics = self._imitated(images, label_logits.softmax(1), subset)
         if self.distance == "cosine":
             full = cosine_distance(g_all, self.target)
         else:
             full = squared_distance(g_all, self.target) / self.unit
+        if self.statistics:
+            full = full + STATISTICS_WEIGHT * statistics_distance(statistics, self.statistics)
         sizes = {"batch_size": batch_size, "subset_size": subset_size}
         if g_subset is None:
             weak = torch.zeros_like(full)
@@ -246,12 +274,16 @@ class MatchingLoss:
         names = trainable(self.model)
         return tuple(scale * exact[n] if n in exact else g for n, g in zip(names, self.target, strict=True))
 
-    def _gradients(self, images: Tensor, labels: Tensor, subset: Tensor) -> tuple[Gradient, Gradient | None]:
-        """Mean gradients over all images and over the subset; the second is None where alpha = 1 has no use for it."""
+    def _imitated(
+        self, images: Tensor, labels: Tensor, subset: Tensor
+    ) -> tuple[Gradient, Gradient | None, tuple[Tensor, ...]]:
+        """What the client's training makes of all images and of the subset, and BatchNorm's statistics on the way.
+
+        The second is None where alpha = 1 has no use for it, or the training knows no update of a part.
+        """
         network = self.network or self.model
-        if self.alpha == 1:
-            return averaged_gradient(network, images, labels, create_graph=True), None
-        if len(subset) == len(images):
-            g_all = averaged_gradient(network, images, labels, create_graph=True)
-            return g_all, g_all
-        return gradient_and_part(network, images, labels, subset)
+        if self.training.is_plain and self.alpha < 1 and len(subset) < len(images):
+            return *gradient_and_part(network, images, labels, subset), ()
+        trained = train_locally(network, images, labels, self.training, create_graph=True)
+        own = trained.average if self.training.is_plain and self.alpha < 1 else None
+        return trained.average, own, trained.statistics

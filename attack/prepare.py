@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attack.signals import Signals
+from attack.trial import Trial
 
 NOISE = 0.02  # around the grey start: enough to tell images apart, too little to be seen in them
 INITS = ("grey", "normal", "uniform", "randn", "standardised")
@@ -29,6 +30,8 @@ class Known:
             no signals were read.
         inputs: (N, ...), they.
         pixels: (N, C, H, W) the images themselves, where the known inputs are they.
+        drift: expected of the client's local training, see `attack.drift`; None of a single step.
+        trial: labels that were found by training on grey images, or None.
         layers, recovered: what came of each layer that was asked, and their inputs where they were believed, see
             `attack.signals.engine.Reading`; a resumed run has no need of the latter.
     """
@@ -40,6 +43,8 @@ class Known:
     start: int | None = None
     inputs: Tensor | None = None
     pixels: Tensor | None = None
+    drift: float | None = None
+    trial: Trial | None = None
     layers: Sequence[Mapping] = ()
     recovered: Mapping[str, Tensor] = field(default_factory=dict)
 

@@ -2,14 +2,17 @@
 
 import argparse
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from attack.drift import EXACT, expected_drift
 from attack.prepare import Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
-from attack.signals import Signals, read_layers
+from attack.signals import Reading, Signals, read_layers
+from attack.trial import Trial, labels_by_trial
 from cli.console import Search
 from cli.runtime import stream
 from update.models import place_of
@@ -31,14 +34,16 @@ def read_ahead(
     """
     generator, place = stream(settings.seed, "signals"), place_of(model)
     signals, start, inputs, layers, recovered, features = None, None, None, [], {}, torch.empty(0)
+    drift, trial = None, None
     if began is not None:
         signals = Signals(**began["signals"]) if began["signals"] else None
-        start, inputs, layers = began["start"], began["inputs"], began["layers"]
+        start, inputs, layers, drift = began["start"], began["inputs"], began["layers"], began["drift"]
+        trial = Trial(**began["trial"]) if began["trial"] else None
     elif settings.signals in ("auto", "on"):
-        seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
+        if not update.training.is_one_step:
+            drift = expected_drift(update, model, generator)
         try:
-            with Search(quiet=settings.quiet) as bar:
-                reading = read_layers(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
+            reading = _read(update, model, settings, generator, drift)
             signals, start, inputs = reading.signals, reading.start, reading.inputs
             layers, recovered = reading.layers, reading.recovered
         except ValueError as error:
@@ -53,9 +58,56 @@ def read_ahead(
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(settings.label_strategy, update, model, granted)
+    if signals is None and began is None:
+        trial = _tried(update, model, settings, generator, labels)
+    if trial and trial.is_believed:
+        labels = trial.labels.to(place["device"])
     pixels = None
     if signals and all(isinstance(stage.module, nn.Flatten) for stage in stages(model)[:start]):
         pixels = inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
     read = (start, inputs, pixels) if signals else (None, None, None)
     known = (update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read)
-    return Known(*known, layers=layers, recovered=recovered)
+    return Known(*known, drift=drift, trial=trial, layers=layers, recovered=recovered)
+
+
+def _read(
+    update: SharedUpdate,
+    model: nn.Module,
+    settings: argparse.Namespace,
+    generator: torch.Generator,
+    drift: float | None,
+) -> Reading:
+    """The engine's reading; of an update that has drifted a little, all of it or nothing, and no surer than that.
+
+    Raises:
+        ValueError: nothing can be read, or the update has drifted too far to be read as a gradient.
+    """
+    if drift is not None and not drift < EXACT:
+        raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
+    seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
+    with Search(quiet=settings.quiet) as bar:
+        reading = read_layers(update, model, generator=generator, max_seconds=seconds, tick=bar.update)
+    if drift is None:
+        return reading
+    if len(reading) < update.batch_size:
+        raise ValueError(f"{len(reading)} of {update.batch_size} images told apart after local training, not all")
+    uncertainty = torch.hypot(reading.signals.uncertainty, torch.full_like(reading.signals.uncertainty, drift))
+    return replace(reading, signals=replace(reading.signals, uncertainty=uncertainty))
+
+
+def _tried(
+    update: SharedUpdate,
+    model: nn.Module,
+    settings: argparse.Namespace,
+    generator: torch.Generator,
+    labels: Tensor | None,
+) -> Trial | None:
+    """Labels by trial after several steps, or the order of those that are known; None where there is no use for one."""
+    training = update.training
+    needed = training.batches > 1 if labels is not None else settings.signals in ("auto", "on")
+    if training.is_one_step or not needed:
+        return None
+    try:
+        return labels_by_trial(update, model, generator, labels)
+    except ValueError:
+        return None

@@ -25,6 +25,7 @@ from update.defences import Defences
 from update.models import ACTIVATIONS, MODELS
 from update.outside import OUTSIDE, is_outside
 from update.received import KINDS
+from update.training import BATCHNORMS
 
 SIGNALS = ("auto", "on", "off", "ica")
 DTYPES = ("float32", "float64")
@@ -151,7 +152,9 @@ TYPES: dict[str, Callable[[str], object]] = {
     "dp_rounds": _steps,
     "update_kind": one_of(KINDS),
     "local_lr": _positive,
-    "local_steps": _steps,
+    "local_steps": number(int, 1, 10_000),
+    "local_batches": _size,
+    "bn": one_of(BATCHNORMS),
     "sel_mode": one_of(MODES),
     "sel_k": _size,
     "sel_l_iter": _count,

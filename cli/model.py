@@ -1,4 +1,4 @@
-"""The model that the flags name."""
+"""The model that the flags name, and how the client trains it."""
 
 import argparse
 
@@ -6,6 +6,7 @@ from torch import nn
 
 from cli.runtime import stream
 from update.models import ALL_OPTIONS, build_model, load_checkpoint
+from update.training import LocalTraining
 
 
 def model_options(settings: argparse.Namespace) -> dict[str, object]:
@@ -22,6 +23,11 @@ def server_model(
     if settings.weights:
         load_checkpoint(model, settings.weights)
     return model
+
+
+def local_training(settings: argparse.Namespace) -> LocalTraining:
+    """How the client trains: one step of FedSGD, unless the flags say otherwise."""
+    return LocalTraining(settings.local_steps, settings.local_batches, settings.local_lr, settings.bn)
 
 
 def parse_names(text: str | None) -> list[str]:

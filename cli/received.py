@@ -6,13 +6,14 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from attack.signals.counting import count_images
-from cli.model import model_options, parse_names, server_model
+from cli.model import local_training, model_options, parse_names, server_model
 from update.gradients import freeze, named_by
 from update.models import load_weights
 from update.outside import is_file
-from update.received import averaged_gradients
+from update.received import averaged_gradients, statistics
 from update.shared import FACTS, SharedUpdate
 from update.storage import read_tensors
+from update.training import before_averaging, use_batch_statistics
 
 
 def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
@@ -23,6 +24,10 @@ def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUp
     """
     tensors, text = read_tensors(settings.update)
     update, model = _own(tensors, text, settings) if FACTS in text else _foreign(tensors, settings)
+    if update.training.uses_batch_statistics:
+        use_batch_statistics(model)
+        if update.training.batchnorm == "train":
+            before_averaging(model, update.statistics, update.training.steps)  # refuses statistics that do not fit
     return update, model.to(**place)
 
 
@@ -53,21 +58,27 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
     if not settings.weights and not is_file(settings.model):
         raise ValueError(f"{source} does not hold the model's weights: set --weights to those that the server sent out")
     shape = (settings.channels, settings.image_size, settings.image_size)
+    rate, training = _rate(settings), local_training(settings)
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options)
     freeze(model, named_by(model, parse_names(settings.frozen)))
     update = SharedUpdate(
-        gradients=averaged_gradients(tensors, model, settings.update_kind, _rate(settings), source),
+        gradients=averaged_gradients(tensors, model, settings.update_kind, rate, source),
         weights={},
         model=settings.model,
         batch_size=settings.batch_size or 1,
         image_shape=shape,
         num_classes=settings.num_classes,
         options=options,
+        training=training,
+        statistics=statistics(tensors, model, settings.update_kind) if training.batchnorm == "train" else {},
     )
     update.check(source)
     if settings.batch_size is None:
+        if not training.is_plain:
+            raise ValueError("the batch size is read off one step with BatchNorm in eval mode: set --batch_size")
         update = replace(update, batch_size=count_images(update.gradients, model, shape))
+    training.check(update.batch_size)
     return update, model
 
 
@@ -79,4 +90,4 @@ def _rate(settings: argparse.Namespace) -> float:
         return 1.0
     if settings.local_lr is None:
         raise ValueError(f"--update_kind {settings.update_kind} needs --local_lr, the client's learning rate")
-    return settings.local_lr * settings.local_steps
+    return local_training(settings).rate * settings.local_steps

@@ -21,7 +21,7 @@ from update.shared import SharedUpdate
 CLIENT = ("dataset", "data_path", "indices", "labels", "defence", "save_update", "save_batch")
 
 # What is only to be said of such an update.
-RECEIVED = ("update_kind", "local_lr", "local_steps")
+RECEIVED = ("update_kind",)
 
 # What a resumed run may set anew; everything else must be as the run began.
 RESUMABLE = (
@@ -105,7 +105,9 @@ def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, ob
     }
     if height == width:
         facts["image_size"] = width
-    return facts | {"channels": channels} | update.options
+    training = update.training
+    facts |= {"local_steps": training.steps, "local_batches": training.batches, "local_lr": training.rate}
+    return facts | {"bn": training.batchnorm, "channels": channels} | update.options
 
 
 def schedule_of(settings: argparse.Namespace) -> Schedule:

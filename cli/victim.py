@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.prepare import INITS
-from cli.model import model_options, parse_names, server_model
+from cli.model import local_training, model_options, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
 from client.victim import share_update
@@ -41,6 +41,7 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
         settings.num_classes,
         options=options,
         frozen=parse_names(settings.frozen),
+        training=local_training(settings),
         defence=settings.defence,
         generator=stream(settings.seed, "defence"),
     )

@@ -1,4 +1,4 @@
-"""One client's step: the averaged gradient of its batch, defended as it sees fit, and shared; or several, summed."""
+"""One client's round: it trains on its batch, defends the update as it sees fit, and shares it; or several, summed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from client.defences import defend
 from client.privacy import private_gradient
 from update.defences import Defences
-from update.gradients import averaged_gradient, freeze, named_by, trainable
+from update.gradients import freeze, named_by, trainable
 from update.shared import SharedUpdate
+from update.training import FEDSGD, LocalTraining, after_training, train_locally, use_batch_statistics
 
 
 def share_update(
@@ -21,29 +22,39 @@ def share_update(
     *,
     options: Mapping[str, str | int] | None = None,
     frozen: Sequence[str] = (),
+    training: LocalTraining = FEDSGD,
     defence: str = "none",
     generator: torch.Generator | None = None,
 ) -> SharedUpdate:
-    """What the server sees after one FedSGD step on images (B, C, H, W) with labels (B,).
+    """What the server sees after training on images (B, C, H, W) with labels (B,).
 
     Args:
-        model: what the server sent out; the parameters that start with one of `frozen` are frozen in it.
+        model: what the server sent out. The parameters that start with one of `frozen` are frozen in it, and BatchNorm
+            is put into the mode of the training; its weights and statistics stay.
         images: of one client, or, in equal parts, of as many as `defence` sums over.
         name: of its architecture, as in `update.models.MODELS`.
         options: what else it was told.
+        training: one step of FedSGD, or local training.
         defence: as `update.defences` reads it and `client.defences.defend` does it; both draw from `generator`.
 
     Raises:
-        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, an unknown defence.
+        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, an unknown defence, one that is
+            not of such a training, or a training that does not suit the batch or the model.
     """
     freeze(model, named_by(model, frozen))
+    training.check(len(images))
     defences = Defences.parse(defence)
+    if not training.is_plain and (defences.private or defences.clients > 1):
+        raise ValueError(f"--defence {defence}: for one local step with --bn eval only")
+    if training.uses_batch_statistics:
+        use_batch_statistics(model)
 
     def one_client(images: Tensor, labels: Tensor) -> SharedUpdate:
+        statistics: dict[str, Tensor] = {}
         if defences.private:
             gradients = private_gradient(model, images, labels, *defences.private, generator)
         else:
-            gradients = averaged_gradient(model, images, labels)
+            gradients, statistics = trained_update(model, images, labels, training)
         update = SharedUpdate(
             gradients={name: gradient.detach() for name, gradient in zip(trainable(model), gradients, strict=True)},
             weights={n: w.detach().clone() for n, w in model.state_dict().items()},
@@ -52,9 +63,24 @@ def share_update(
             image_shape=tuple(images.shape[1:]),
             num_classes=num_classes,
             options=dict(options or {}),
+            training=training,
+            statistics=statistics,
         )
         update.check("the client's update")
         return update
 
     batches = zip(images.chunk(defences.clients), labels.chunk(defences.clients), strict=True)
     return defend([one_client(*batch) for batch in batches], defences, generator=generator)
+
+
+def trained_update(
+    model: nn.Module, images: Tensor, labels: Tensor, training: LocalTraining
+) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
+    """The averaged update of local training, one tensor per trainable parameter, and the statistics that go with it."""
+    old, trained = trainable(model), train_locally(model, images, labels, training)
+    gradients = trained.average
+    if not training.is_one_step:  # weights are what such a client has, with their rounding
+        reach = training.rate * training.steps
+        gradients = [(w.detach() - new.detach()) / reach for w, new in zip(old.values(), trained.weights, strict=True)]
+    shares_statistics = training.batchnorm == "train"
+    return gradients, after_training(model, trained.statistics, training.steps) if shares_statistics else {}

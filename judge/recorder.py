@@ -106,7 +106,7 @@ class Recorder:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
         figures = self._judge(images, labels) if self.truth else {}
-        figures |= _signal_figures(self.signals)
+        figures |= _signal_figures(self.signals) | _training_figures(self.known)
         figures |= {
             "layers": [_in_json(row) for row in self.known.layers],
             "evaluations": state.evaluations,
@@ -146,6 +146,8 @@ def resumable(state: AttackState, known: Known) -> dict:
         "signals": None if known.signals is None else vars(known.signals),
         "start": known.start,
         "inputs": known.inputs,
+        "drift": known.drift,
+        "trial": None if known.trial is None else vars(known.trial),
         "layers": [dict(row) for row in known.layers],
     }
     return state.state_dict() | read | NOTHING_RECORDED
@@ -180,6 +182,14 @@ def in_words(signals: Signals, index: int) -> list[str]:
 def _in_json(row: Mapping) -> dict:
     """A row of layers.csv; JSON knows no infinity, which a gap is where nothing bounds it."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _training_figures(known: Known) -> dict:
+    """What metrics.json says of local training; empty for a single step."""
+    if known.drift is None and known.trial is None:
+        return {}
+    distance = None if known.trial is None else known.trial.distance
+    return {"exact_way": known.is_complete, "local_drift": known.drift, "trial_distance": distance}
 
 
 def _signal_figures(signals: Signals | None) -> dict:

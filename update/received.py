@@ -5,7 +5,7 @@ difference   new weights - old weights, what most servers average
 weights      the new weights, what a Flower client returns
 
 The last two are -rate times the averaged gradient beside the old weights, with rate the learning rate times the local
-steps: exactly so for one step of plain SGD, nearly so for a few.
+steps; of several steps it is the mean along the way, see `update.training`.
 """
 
 import re
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from update.gradients import trainable
 from update.storage import UNNAMED, StorageError
+from update.training import statistic_names
 
 KINDS = ("gradient", "difference", "weights")
 
@@ -62,6 +63,23 @@ def averaged_gradients(
         if name not in state:
             raise StorageError(f"{source}: {name!r} is not in the model, which begins with {next(iter(state))!r}")
     return {name: _gradient(tensors[name], parameter, kind, rate) for name, parameter in parameters.items()}
+
+
+def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
+    """BatchNorm's running statistics after training, by buffer name, of a file that holds weights or their difference.
+
+    Args:
+        tensors, model, kind: as in `averaged_gradients`.
+
+    Raises:
+        StorageError: the file holds none, or gradients, beside which there are no buffers.
+    """
+    if kind == "gradient":
+        raise StorageError("--bn train: gradients come without running statistics; --bn train-private if so")
+    state = model.state_dict()
+    tensors = named(tensors, [*state] if len(tensors) == len(state) else [*trainable(model)], "the update")
+    found = {name: tensors[name] for name in statistic_names(model) if name in tensors}
+    return {name: state[name] + new if kind == "difference" else new for name, new in found.items()}
 
 
 def _check_fit(name: str, tensor: Tensor, parameter: Tensor, source: str) -> None:

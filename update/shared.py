@@ -5,7 +5,7 @@ size, the image shape) and nothing of the images or labels.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from update.defences import Defences
 from update.gradients import trainable
 from update.storage import StorageError, read_tensors, write_tensors
+from update.training import FEDSGD, LocalTraining
 
 FORMAT = "magia-update-1"
 FACTS = "update"  # the name of the text that says what the tensors are
@@ -23,7 +24,8 @@ class SharedUpdate:
     """One averaged update as the server receives it, with the model that it was computed on.
 
     Attributes:
-        gradients: averaged gradient, by parameter name; frozen parameters have none.
+        gradients: averaged gradient, by parameter name; frozen parameters have none. Of several local steps it is the
+            mean along the way, see `update.training`.
         weights: state dict of the model that the server sent out; empty if the file did not bring it.
         model: name of the architecture in `models.MODELS`, or of a model from outside.
         batch_size: number of images averaged over, of all clients where several were summed.
@@ -31,6 +33,8 @@ class SharedUpdate:
         num_classes: K.
         options: what else the architecture was told, as in `models.OPTIONS`, and its normalisation.
         defence: what the clients did to it, as in `update.defences`; that they do so is public.
+        training: how the client trained.
+        statistics: BatchNorm's running statistics after training, by buffer name, where the client shares them.
     """
 
     gradients: dict[str, Tensor]
@@ -41,6 +45,8 @@ class SharedUpdate:
     num_classes: int
     options: dict[str, object] = field(default_factory=dict)
     defence: str = "none"
+    training: LocalTraining = FEDSGD
+    statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.
@@ -50,6 +56,7 @@ class SharedUpdate:
         """
         tensors = {f"gradient/{name}": tensor for name, tensor in self.gradients.items()}
         tensors |= {f"weight/{name}": tensor for name, tensor in self.weights.items()}
+        tensors |= {f"statistic/{name}": tensor for name, tensor in self.statistics.items()}
         facts = {
             "format": FORMAT,
             "model": self.model,
@@ -58,6 +65,7 @@ class SharedUpdate:
             "num_classes": self.num_classes,
             "options": self.options,
             "defence": self.defence,
+            "training": asdict(self.training),
         }
         write_tensors(path, tensors, {FACTS: json.dumps(facts)})
 
@@ -90,6 +98,8 @@ class SharedUpdate:
                 num_classes=int(facts["num_classes"]),
                 options=dict(facts.get("options", {})),
                 defence=str(Defences.parse(facts.get("defence", "none"))),
+                training=LocalTraining(**facts.get("training", {})),
+                statistics=_section(tensors, "statistic/"),
             )
         except (AttributeError, KeyError, TypeError, ValueError):
             raise StorageError(f"{source} is not a shared update ({FORMAT}) as --save_update writes it") from None
@@ -99,6 +109,7 @@ class SharedUpdate:
                 raise StorageError(f"{source}: {name} {facts[name]} makes no sense")
         if not update.gradients:
             raise StorageError(f"{source}: the update holds no gradients")
+        update.training.check(update.batch_size)
         update.check(source)
         return update
 
@@ -112,7 +123,11 @@ class SharedUpdate:
         for name, tensor in tensors:
             if not tensor.is_floating_point():
                 raise StorageError(f"{source}: the {name} must hold floating-point numbers, not {tensor.dtype}")
-        for name, tensor in tensors + [(f"weight {name!r}", tensor) for name, tensor in self.weights.items()]:
+        others = {"weight": self.weights, "statistic": self.statistics}
+        tensors += [
+            (f"{kind} {name!r}", tensor) for kind, section in others.items() for name, tensor in section.items()
+        ]
+        for name, tensor in tensors:
             if not tensor.isfinite().all():
                 raise StorageError(f"{source}: the {name} is not finite")
         if not any(gradient.any() for gradient in self.gradients.values()):

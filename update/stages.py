@@ -81,6 +81,20 @@ def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
             yield stage.module
 
 
+def unmixed_from(chain: Chain) -> int:
+    """The first stage behind all that mixes the images of a batch, BatchNorm in training mode; 0 if nothing does."""
+    mixing = [
+        index
+        for index, stage in enumerate(chain)
+        if any(isinstance(module, nn.Module) and _mixes(module) for module in modules([stage]))
+    ]
+    return mixing[-1] + 1 if mixing else 0
+
+
+def _mixes(module: nn.Module) -> bool:
+    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.training
+
+
 @torch.no_grad()
 def inputs_along(chain: Chain, x: Tensor) -> Iterator[tuple[Stage, Tensor]]:
     """Each linear, convolutional and residual stage, those inside residual stages too, with what it takes, (B, ...)."""
@@ -192,4 +206,5 @@ def _measure(chain: Chain, x: Tensor, found: list[Layer]) -> Tensor:
 
 
 def _blank(chain: Chain, image_shape: Sequence[int]) -> Tensor:
-    return next(parametrised(chain)).module.weight.new_zeros(1, *image_shape)
+    """Two images: BatchNorm in training mode asks for more than one value per channel."""
+    return next(parametrised(chain)).module.weight.new_zeros(2, *image_shape)

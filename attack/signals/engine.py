@@ -30,7 +30,7 @@ from attack.signals.unmix import Above, unmix
 from update.head import Head, measured_noise
 from update.normalise import Normalise
 from update.shared import SharedUpdate
-from update.stages import Chain, Residual, Stage, index_of, input_shapes, parametrised, run
+from update.stages import Chain, Residual, Stage, index_of, input_shapes, parametrised, run, unmixed_from
 from update.tracing import stages
 
 LONGEST = 900.0  # seconds that a reading takes at most, whatever it is allowed
@@ -110,7 +110,12 @@ class _Reader:
         self.shapes = input_shapes(self.chain, update.image_shape)
         self.head = self.chain[-1].module
         self.like = self.head.weight.new_zeros(1)
-        self.places = {place.name: place for place in places(self.chain, update.image_shape, update.gradients)}
+        self.first = unmixed_from(self.chain)  # below it, an image's delta depends on the others
+        self.places = {
+            place.name: place
+            for place in places(self.chain, update.image_shape, update.gradients)
+            if place.index >= self.first
+        }
         self.rows = _blank_rows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
 

@@ -10,7 +10,8 @@ place. Between the layers:
   since one wrong mask adds or lacks one delta times one patch. Then all are solved again.
 - Residual blocks. The body's layers but the lowest are solved by their gradient alone; what the body puts out is then
   known, and out - body is what the shortcut put out, wherever the ReLU behind the sum is active.
-- BatchNorm in eval mode is a scale and a shift for each channel, a pool of one position nothing at all.
+- BatchNorm in eval mode is a scale and a shift for each channel, a pool of one position nothing at all. In training
+  mode it ends the walk: an image's delta below it depends on all others.
 
 Every layer leaves a `Record`. Two figures decide whether it is believed: the residual of its equations, which must be
 noise, and a rehearsal, in which a known random input is put through the same equations with as much noise and must
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from attack.signals.leastsquares import Operator, Product, Solution, refined
 from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
-from update.stages import Chain, Residual, Stage, input_shapes, run
+from update.stages import Chain, Residual, Stage, input_shapes, run, unmixed_from
 
 ITERATIONS = 300, 800  # of CGLS, least and most: determined layers take 1 to 120, barely determined ones 600
 EFFORT = 4e7  # unknowns times iterations: small layers may take more
@@ -531,13 +532,15 @@ def descend(
         deadline: of `time.perf_counter`, after which no layer is begun.
     """
     walk = _Walk(update, generator, deadline)
-    shapes = input_shapes(chain, image_shape)
+    shapes, lowest = input_shapes(chain, image_shape), unmixed_from(chain)
     point = _first_point(chain, start, inputs, labels, uncertainty)
     known, walk.noises[chain[start].name] = {start: inputs}, point.noise
     for index in reversed(range(start)):
         stage = chain[index]
         began = time.perf_counter()
         try:
+            if index < lowest:
+                raise UndeterminedError("BatchNorm in training mode mixes the images of the batch")
             if _is_elementwise(stage.module):
                 point = below(stage.module, point, shapes[index])
                 continue

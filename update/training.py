@@ -1,0 +1,239 @@
+"""Local training: what a client does to the weights before it shares them, as it does it and as the server imitates it.
+
+A client of FedSGD shares the gradient of its batch. One of FedAvg (McMahan et al. 2017, arXiv 1602.05629) makes N steps
+of plain SGD first, each on the next of M equal minibatches, and shares how far the weights went:
+
+    w_t+1 = w_t - rate g(w_t; minibatch t mod M),        (w_0 - w_N) / (rate N) = (1/N) sum_t g(w_t; minibatch t mod M).
+
+The right side is the mean gradient along the way, and for N = M = 1 the gradient itself. It is differentiable by images
+and labels, through all steps. BatchNorm in training mode normalises by the minibatch's own mean and variance, and a
+client that shares its buffers gives these away: after N steps a running statistic is
+
+    (1 - m)^N old + m sum_t (1 - m)^(N-1-t) s_t        with m the layer's momentum and s_t the statistic at step t.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from update.gradients import batch_loss, trainable
+from update.normalise import Normalise
+
+BATCHNORMS = ("eval", "train", "train-private")  # modes of a client's BatchNorm layers
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trained before it shared its update; the default is one step of FedSGD.
+
+    Attributes:
+        steps: of plain SGD, N.
+        batches: equal minibatches that the steps go through in turn, M.
+        rate: the learning rate; None for a single step, on which it has no influence.
+        batchnorm: eval (running statistics), train (the minibatch's own, and the running ones are shared), or
+            train-private (they are not).
+
+    Raises:
+        ValueError: numbers below 1, steps that are no whole passes, several steps without a rate above 0.
+    """
+
+    steps: int = 1
+    batches: int = 1
+    rate: float | None = None
+    batchnorm: str = "eval"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--local_{name} {getattr(self, name)}: at least 1")
+        if self.rate is not None and not 0 < self.rate < float("inf"):
+            raise ValueError(f"--local_lr {self.rate}: a finite number above 0")
+        if self.steps % self.batches:
+            raise ValueError(f"--local_steps {self.steps}: not whole passes through {self.batches} minibatches")
+        if self.steps > 1 and self.rate is None:
+            raise ValueError(f"--local_steps {self.steps} needs --local_lr, the client's learning rate")
+        if self.batchnorm not in BATCHNORMS:
+            raise ValueError(f"unknown bn {self.batchnorm!r}: choose one of {', '.join(BATCHNORMS)}")
+
+    @property
+    def is_one_step(self) -> bool:
+        """Whether what is shared is the gradient itself."""
+        return self.steps == 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one step with BatchNorm in eval mode: then an image's gradient depends on no other image."""
+        return self.is_one_step and not self.uses_batch_statistics
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether BatchNorm is in training mode."""
+        return self.batchnorm != "eval"
+
+    @property
+    def reach(self) -> float:
+        """Steps times rate: how far the weights go, in gradients; 0 where they do not before the update is made."""
+        return 0.0 if self.is_one_step else self.steps * self.rate
+
+    def check(self, batch_size: int) -> None:
+        """Refuse a batch that does not fall into equal minibatches.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if batch_size % self.batches:
+            raise ValueError(f"--local_batches {self.batches} does not divide the batch of {batch_size} images")
+
+
+FEDSGD = LocalTraining()  # one step on the whole batch
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training comes to.
+
+    Attributes:
+        average: mean gradient along the way, one tensor per trainable parameter of the model, in their order.
+        weights: the trained parameters, in the same order.
+        statistics: mean and variance (C,) of what went into each layer of `batchnorms`, one after the other, averaged
+            over the steps as running statistics are; empty where BatchNorm is in eval mode.
+    """
+
+    average: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
+    statistics: tuple[Tensor, ...]
+
+
+def train_locally(
+    model: nn.Module, images: Tensor, labels: Tensor, training: LocalTraining, *, create_graph: bool = False
+) -> Trained:
+    """Train a copy of the model's weights on the batch; the model itself stays as it is.
+
+    Args:
+        model: with BatchNorm in the mode of this training, see `use_batch_statistics`.
+        images: (B, C, H, W); minibatch j holds the j-th B / M of them.
+        labels: class indices (B,) or class probabilities (B, K).
+        create_graph: keep the graph of all steps, so that the result can be differentiated by images and labels.
+    """
+    weights, size = trainable(model), len(images) // training.batches
+    gradients, statistics = [], []
+    for step in range(training.steps):
+        first = step % training.batches * size
+        part = slice(first, first + size)
+        with _watched(model) as seen:
+            loss = batch_loss(functional_call(model, weights, (images[part],)), labels[part]).mean()
+        gradients.append(torch.autograd.grad(loss, tuple(weights.values()), create_graph=create_graph))
+        statistics.append([statistic if create_graph else statistic.detach() for statistic in seen])
+        if not training.is_one_step:
+            moved = zip(weights.items(), gradients[-1], strict=True)
+            weights = {name: weight - training.rate * gradient for (name, weight), gradient in moved}
+            if not create_graph:
+                weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    shares = [share for layer in batchnorms(model) for share in [_shares(layer, training.steps)] * 2]
+    return Trained(
+        average=tuple(sum(each) / training.steps for each in zip(*gradients, strict=True)),
+        weights=tuple(weights.values()),
+        statistics=tuple(
+            sum(share * statistic for share, statistic in zip(parts, each, strict=True))
+            for parts, each in zip(shares, zip(*statistics, strict=True), strict=False)
+        ),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------
+# BatchNorm in training mode
+
+
+def batch_statistics(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
+    """The statistics of one step on images (B, C, H, W), in the order of `Trained.statistics`. Differentiable."""
+    with _watched(model) as seen:
+        model(images)
+    return tuple(seen)
+
+
+def batchnorms(model: nn.Module) -> dict[nn.Module, str]:
+    """The BatchNorm layers that keep running statistics, with their names; normalisation of pixels is none of them."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return {
+        layer: name
+        for name, layer in model.named_modules()
+        if isinstance(layer, kinds) and not isinstance(layer, Normalise) and layer.running_mean is not None
+    }
+
+
+def use_batch_statistics(model: nn.Module) -> None:
+    """Put the model's BatchNorm layers into training mode; their running statistics stay as the server sent them.
+
+    Raises:
+        ValueError: the model has no such layers, or one whose running statistics have no momentum.
+    """
+    if not batchnorms(model):
+        raise ValueError("--bn train: the model has no BatchNorm layers with running statistics")
+    for layer, name in batchnorms(model).items():
+        if layer.momentum is None:
+            raise ValueError(f"--bn train: {name} has no momentum; its running statistics are not those of a few steps")
+        layer.train()
+        layer.track_running_stats = False
+
+
+def statistic_names(model: nn.Module) -> list[str]:
+    """The buffers that `Trained.statistics` are of, in its order."""
+    return [f"{name}.{kind}" for name in batchnorms(model).values() for kind in ("running_mean", "running_var")]
+
+
+def after_training(model: nn.Module, statistics: Sequence[Tensor], steps: int) -> dict[str, Tensor]:
+    """Running statistics by name after so many steps, from the model's own and the minibatches' (`Trained`)."""
+    old, kept = dict(model.named_buffers()), _kept(model, steps)
+    named = zip(statistic_names(model), kept, statistics, strict=True)
+    return {name: keep * old[name] + (1 - keep) * new for name, keep, new in named}
+
+
+def before_averaging(model: nn.Module, buffers: Mapping[str, Tensor], steps: int) -> tuple[Tensor, ...]:
+    """The minibatches' statistics from running ones by name: the inverse of `after_training`.
+
+    Raises:
+        ValueError: one is missing, or has another shape.
+    """
+    old, kept, found = dict(model.named_buffers()), _kept(model, steps), []
+    for name, keep in zip(statistic_names(model), kept, strict=True):
+        if name not in buffers or buffers[name].shape != old[name].shape:
+            raise ValueError(f"--bn train: the update holds no {name!r} of the model's shape; --bn train-private if so")
+        found.append((buffers[name].to(old[name]) - keep * old[name]) / (1 - keep))
+    return tuple(found)
+
+
+def _kept(model: nn.Module, steps: int) -> list[float]:
+    """(1 - m)^N for each shared statistic: what is left of the server's."""
+    return [(1 - layer.momentum) ** steps for layer in batchnorms(model) for _ in range(2)]
+
+
+def _shares(layer: nn.Module, steps: int) -> list[float]:
+    """What each step's statistic weighs in the running one, less the server's part of it; they sum to 1."""
+    momentum = layer.momentum or 1.0
+    weights = [momentum * (1 - momentum) ** (steps - 1 - step) for step in range(steps)]
+    return [weight / sum(weights) for weight in weights]
+
+
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect mean and variance of what goes into every BatchNorm layer, where it is in training mode."""
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    collected: list[Tensor] = []
+
+    def watch(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
+        variance, mean = torch.var_mean(inputs[0], axes)  # running variances are unbiased
+        seen[layer] = (mean, variance)
+
+    layers = [layer for layer in batchnorms(model) if layer.training]
+    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
+    try:
+        yield collected
+    finally:
+        for hook in hooks:
+            hook.remove()
+    collected.extend(statistic for layer in layers for statistic in seen[layer])
