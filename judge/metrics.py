@@ -3,6 +3,7 @@
 from collections import Counter
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from skimage.metrics import structural_similarity
@@ -10,6 +11,7 @@ from torch import Tensor
 
 # A mean squared error below this is float32 rounding, not information: PSNR is capped at 100 dB.
 LEAST_MSE = 1e-10
+MOST_PSNR = 100.0
 
 # An image counts as recovered from this structural similarity on: what it shows is then recognisable at a glance.
 RECOVERED_SSIM = 0.6
@@ -47,6 +49,28 @@ def label_accuracy(labels: Tensor, predicted: Tensor) -> float:
     would be chance.
     """
     return (Counter(labels.tolist()) & Counter(predicted.tolist())).total() / len(labels)
+
+
+def guessed_label_accuracy(labels: Tensor, num_classes: int) -> float:
+    """`label_accuracy` that a guess has on average which names all classes equally often, what is over at random."""
+    each, over = divmod(len(labels), num_classes)
+    counts = Counter(labels.tolist()).values()
+    return sum(min(count, each) + (count > each) * over / num_classes for count in counts) / len(labels)
+
+
+def guess_psnr(truth: Tensor) -> list[float]:
+    """PSNR in dB that each of the images (B, C, H, W) has without any update: that of the better of two guesses.
+
+    They are a grey image, 0.5 everywhere, and the mean of the batch's other images. Images that are the same as this
+    one are no others.
+    """
+    between = psnr_matrix(truth, truth)
+    best = psnr_matrix(truth, torch.full_like(truth[:1], 0.5))[:, 0]
+    for i, image in enumerate(truth):
+        others = truth[torch.from_numpy(between[i] < MOST_PSNR)]
+        if len(others):
+            best[i] = max(best[i], psnr_matrix(image[None], others.mean(0, keepdim=True))[0, 0])
+    return best.tolist()
 
 
 def evaluate(truth: Tensor, labels: Tensor, reconstruction: Tensor, predicted: Tensor) -> dict:
