@@ -1,6 +1,7 @@
 """The threat model of a run in words: what the attacker was assumed to know, and what the client did."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 OPTIMISED = "optimise"
 
@@ -20,14 +21,15 @@ def _model(config: Mapping) -> str:
 
 def _weights(config: Mapping) -> str:
     if config["weights"]:
-        return f"Known: {config['weights']}."
+        return f"Known: those in {Path(config['weights']).name}."
     if config["update"]:
         return "Known: as they came with the update, or with the model."
     return f"Known: random ones, from seed {config['seed']}. A trained network may give away more, or less."
 
 
 def _batch(config: Mapping) -> str:
-    return f"{config['batch_size']} images, a number that is known."
+    images = "1 image" if config["batch_size"] == 1 else f"{config['batch_size']} images"
+    return f"{images}. The server is taken to know how many."
 
 
 def _images(config: Mapping) -> str:

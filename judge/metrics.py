@@ -1,5 +1,6 @@
 """The judge: match reconstructions to truths one to one, and measure how close they are."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 # A mean squared error below this is float32 rounding, not information: PSNR is capped at 100 dB.
 LEAST_MSE = 1e-10
-MOST_PSNR = 100.0
+MOST_PSNR = -10 * math.log10(LEAST_MSE)
 
 # An image counts as recovered from this structural similarity on: what it shows is then recognisable at a glance.
 RECOVERED_SSIM = 0.6
@@ -61,16 +62,17 @@ def guessed_label_accuracy(labels: Tensor, num_classes: int) -> float:
 def guess_psnr(truth: Tensor) -> list[float]:
     """PSNR in dB that each of the images (B, C, H, W) has without any update: that of the better of two guesses.
 
-    They are a grey image, 0.5 everywhere, and the mean of the batch's other images. Images that are the same as this
-    one are no others.
+    They are a flat picture in the image's own mean colour, which no guess of one colour can beat, and the mean of the
+    batch's other images. Images that are the same as this one are no others.
     """
-    between = psnr_matrix(truth, truth)
-    best = psnr_matrix(truth, torch.full_like(truth[:1], 0.5))[:, 0]
-    for i, image in enumerate(truth):
-        others = truth[torch.from_numpy(between[i] < MOST_PSNR)]
+    between, best = psnr_matrix(truth, truth), []
+    for image, likeness in zip(truth, between, strict=True):
+        guesses = [image.mean((1, 2), keepdim=True).expand_as(image)]
+        others = truth[torch.from_numpy(likeness < MOST_PSNR)]
         if len(others):
-            best[i] = max(best[i], psnr_matrix(image[None], others.mean(0, keepdim=True))[0, 0])
-    return best.tolist()
+            guesses.append(others.mean(0))
+        best.append(float(psnr_matrix(image[None], torch.stack(guesses)).max()))
+    return best
 
 
 def evaluate(truth: Tensor, labels: Tensor, reconstruction: Tensor, predicted: Tensor) -> dict:

@@ -40,12 +40,7 @@ def brief(number: float | None) -> str:
     return "" if number is None else f"{number:.0e}".replace("e-0", "e-") if number < 0.001 else f"{number:.2g}"
 
 
-def share(number: float) -> str:
-    """A share in percent."""
-    return f"{100 * number:.2g} %" if number < 0.1 else f"{100 * number:.0f} %"
-
-
-TEMPLATES.filters |= {"brief": brief, "share": share}
+TEMPLATES.filters |= {"brief": brief, "percent": verdict.percent}
 
 
 def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
@@ -148,6 +143,7 @@ def report_page(facts: Mapping, folder: Path) -> str:
         names=verdict.NAMES | verdict.SIMILARITIES,
         lower_bound=verdict.LOWER_BOUND,
         certain=verdict.CERTAIN,
+        shown=STRIP,
         picture=lambda name: embedded(folder / name),
         generator=GENERATOR,
     )
