@@ -38,7 +38,8 @@ def audit(
     Args:
         run_one: runs settings, given those by hand and the words of the command line; returns an exit status.
 
-    Returns the exit status: the worst of all runs.
+    Returns the exit status: the first run's, or that of an interruption. An attack that breaks down on a defended
+        update is a result, no failure.
 
     Raises:
         ValueError: the settings hold a defence already, or the first run is refused.
@@ -62,14 +63,15 @@ def audit(
                 ended = run_one(own, given, words_of(own, flags))
                 rows.append(defended_row(defence, change, run_path(own), path, facts))
             except (ValueError, OSError) as error:
-                ended = 0
+                ended = None
                 rows.append(refused_row(defence, " ".join(str(error).split())))
             first = undefended_row(facts)
             table = {"undefended": first, "rows": rows, "conclusion": conclusion(first, rows)}
             write_report(run, facts | {"defences": table})
-            status = max(status, ended)
             if ended == INTERRUPTED:
+                status = INTERRUPTED
                 break
+        status = max(status, int(bool(run.failures)))
         write_gallery(path.parent)
     if not settings.quiet:
         shown = [{name: row[name] for name in SHOWN if row.get(name) not in (None, "")} for row in [first, *rows]]

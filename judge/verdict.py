@@ -217,7 +217,11 @@ def stops(rows: Sequence[Mapping], undefended: str) -> str:
     if not tried:
         return "No defence was tried to the end."
     if not stopping:
-        return f"None of the {len(tried)} defences that were tried stops this attack."
+        one, many = (
+            "The one defence that was tried does not stop",
+            f"None of the {len(tried)} defences that were tried stops",
+        )
+        return f"{one if len(tried) == 1 else many} this attack."
     mildest = min(stopping, key=lambda row: row["change"])
     return (
         f"The mildest defence that stops this attack is {mildest['defence']}: it moves the update by "

@@ -63,13 +63,17 @@ class Browser:
 
     def open(self, path: Path, *, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         """Show a file at this width in pixels, as on a phone below 600, and wait until it has loaded."""
-        self.messages.clear()
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
-        self.send("Page.navigate", url=path.resolve().as_uri())
+        self.visit(path.resolve().as_uri())
+
+    def visit(self, url: str) -> None:
+        """Go to an address, and wait until the page has loaded."""
+        self.messages.clear()
+        self.send("Page.navigate", url=url)
         self._wait_for("Page.loadEventFired")
 
     def evaluate(self, expression: str) -> object:
