@@ -62,7 +62,7 @@ def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
             "model": config["model"],
             "num_classes": config["num_classes"],
             "batch_size": config["batch_size"],
-            "source": Path(config["update"]).name if config["update"] else config["dataset"],
+            "source": Path(config["update"] or config["data_path"] or config["dataset"]).name,
         },
         "figures": {key: value for key, value in figures.items() if not isinstance(value, list)},
         "images": images,

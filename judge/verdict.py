@@ -128,8 +128,9 @@ def _said(level: str, count: int, total: int) -> tuple[str, str]:
             "as far by chance; a stronger attack would start from here.",
         ),
         "none": (
-            "This attack saw no more than a guess",
-            "The reconstructions are no closer to the images than pictures that can be had without the update.",
+            "No picture is better than a guess",
+            "The reconstructions are no closer to the images than pictures that can be had without the update. That is "
+            "what this attack reached with these settings, and no more than that.",
         ),
         "read": (
             f"{these} {is_are} read from the update, pixels and all",
@@ -161,7 +162,7 @@ def _of_labels(figures: Mapping, total: int, granted: bool) -> list[str]:
     if granted:
         return ["The attack was told the labels, so nothing is said of them."]
     right, guessed = (round(figures[name] * total, 1) for name in ("label_accuracy", "label_accuracy_guess"))
-    return [f"{right:g} of {total} labels are right, where a guess has {guessed:g} on average."]
+    return [f"{right:g} of {total} labels are right, of which the attack was told none; a guess has {guessed:g}."]
 
 
 def _of_signals(figures: Mapping, total: int) -> list[str]:
@@ -195,11 +196,7 @@ def similarity_level(ssim: Sequence[float], told_apart: int) -> str:
     return "same" if max(ssim) >= RECOVERED_SSIM else "other"
 
 
-SIMILARITIES = {
-    "apart": "Still told apart",
-    "same": "Same pictures",
-    "other": "Other pictures",
-}
+SIMILARITIES = {"same": "Same pictures", "other": "Other pictures"}
 STOPPED = ("none", "other")  # levels at which a defence stopped this attack
 
 

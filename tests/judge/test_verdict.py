@@ -75,7 +75,7 @@ def test_failure_is_never_called_safety():
 def test_what_else_leaked_is_said():
     signals = [{"confidence": 1.0}, {"confidence": 0.5}]
     words = of(["none"] * 4, signals=signals, signals_found=2, label_accuracy=0.75, label_accuracy_guess=0.3)["meaning"]
-    assert "3 of 4 labels are right, where a guess has 1.2 on average." in words
+    assert "3 of 4 labels are right, of which the attack was told none; a guess has 1.2." in words
     assert "2 of 4 images were told apart by features and label, 1 of them with certainty." in words
     granted = verdict({"none": 4}, FIGURES | {"label_accuracy": 1.0, "label_accuracy_guess": 0.3}, granted_labels=True)
     assert "The attack was told the labels, so nothing is said of them." in granted["meaning"]
