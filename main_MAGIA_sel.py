@@ -15,7 +15,7 @@ Inversion (arXiv 2509.18170).
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from attack.prepare import Known, start_images
 from attack.softening import SoftenedMatching, kinked_chain
 from attack.state import AttackState, Terms
 from cli.ahead import read_ahead
+from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
@@ -37,8 +38,7 @@ from cli.runtime import choose_device, enough_threads, interruptible, stream
 from cli.settings import adopt, facts_of, optimiser_of, privacy_of, resolve, run_path, schedule_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
-from judge.layers import measured
-from judge.recorder import Recorder, resumable
+from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
 from priors import Prior, contrast
 from schedules import Schedule
@@ -164,6 +164,7 @@ OVERWRITE = False  # replace the run in a run directory that exists
 RESUME = None  # go on from the checkpoint of a run: of this directory, or, without one, of run_name in save_dir
 CHECKPOINT_EVERY = 50  # steps between checkpoints, 0: only at the end
 LOG_EVERY = 1  # steps between rows of trace.csv
+AUDIT = False  # attack once more under each of the nearest defences, and report what would stop the attack
 QUIET = False  # print the last line only
 
 # ----------------------------------------------------------------------------------------------------
@@ -387,17 +388,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_leaks(settings)
         if settings.save_batch:
             return save_batch(settings)
-        place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
-        update, model, truth = victim(settings, place)
-        adopt(settings, given, facts_of(update, settings), "the update")
-        with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
-            if settings.save_update:
-                update.save(settings.save_update)
-            with enough_threads(model, update.batch_size, update.image_shape):
-                return run_attack(update, model, truth, settings, run, words)
+        if settings.audit:
+            return audit(run_one, settings, given, words, FLAGS)
+        return run_one(settings, given, words)
     except (ValueError, OSError) as error:
         print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) -> int:
+    """The victim's side, then the attacker's, in a directory of its own. Returns the exit status."""
+    place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
+    update, model, truth = victim(settings, place)
+    adopt(settings, given, facts_of(update, settings), "the update")
+    with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
+        if settings.save_update:
+            update.save(settings.save_update)
+        with enough_threads(model, update.batch_size, update.image_shape):
+            return run_attack(update, model, truth, settings, run, words)
 
 
 def run_attack(
@@ -412,18 +420,9 @@ def run_attack(
     began = run.read_checkpoint() if settings.resume else None
     granted = truth.labels.to(place_of(model)["device"]) if truth and settings.label_strategy == "known" else None
     state, objective, known = prepare(update, model, settings, granted, began)
-    config = (
-        vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words) | privacy_of(update, settings)
-    )
-    if began:
-        try:
-            state.load_state_dict(began)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{run / 'checkpoint.pt'} is damaged or of another run: {error}") from None
-        run.write_json("config.json", config | {"schedule": began["sizes"]})
-    else:
-        known = measured(known, model, truth)
-        run.begin(config | {"schedule": []}, resumable(state, known))
+    place = {"device": str(place_of(model)["device"])}
+    config = vars(settings) | place | provenance(words) | privacy_of(update, settings)
+    known = open_record(run, config, state, known, model, truth, began)
     pace = {"log_every": settings.log_every, "checkpoint_every": settings.checkpoint_every}
     recorder = Recorder(run, truth, known, **pace, checkpoint=began)
     if not settings.quiet:

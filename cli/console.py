@@ -14,8 +14,10 @@ from cli.model import model_options, server_model
 from cli.settings import clients_of, privacy_of
 from judge.pictures import save_leaks, save_schedule
 from judge.recorder import summary
+from judge.report import read_facts
 from judge.run_directory import RunDirectory
 from judge.tables import aligned, markdown, write_csv
+from judge.verdict import NAMES
 from schedules import Schedule
 from update.shared import SharedUpdate
 from update.stages import first_layer
@@ -89,11 +91,22 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
     elif not has_images:
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not quiet:
+        print(f"verdict: {verdict_line(run.path)}")
+        print(f"report: {run.path}/report.html")
         print(f"pictures: {run.path}/" + ("comparison.png" if "psnr_mean" in figures else "reconstruction.png"))
     print(summary(figures))
     if ended_by in ("interrupt", "abort"):
         return 130
     return int(ended_by == "non-finite" or not has_images or bool(run.failures))
+
+
+def verdict_line(path: Path) -> str:
+    """The verdict of the run in this directory, in a line."""
+    try:
+        said = read_facts(path)["verdict"]
+    except (OSError, ValueError):
+        return "not written"
+    return f"{NAMES[said['level']].lower()}: {said['headline'][0].lower()}{said['headline'][1:]}"
 
 
 def _beside(stem: Path, ending: str) -> Path:

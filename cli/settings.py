@@ -17,8 +17,8 @@ from update.defences import Defences
 from update.outside import is_file
 from update.shared import SharedUpdate
 
-# What the client did is not known of an update that comes from a file.
-CLIENT = ("dataset", "data_path", "indices", "labels", "defence", "save_update", "save_batch")
+# What the client did is not known of an update that comes from a file. A defence can be put on top of it.
+CLIENT = ("dataset", "data_path", "indices", "labels", "save_update", "save_batch")
 
 # What is only to be said of such an update.
 RECEIVED = ("update_kind",)
@@ -26,7 +26,7 @@ RECEIVED = ("update_kind",)
 # What a resumed run may set anew; everything else must be as the run began.
 RESUMABLE = (
     "n_iter", "max_evals", "max_seconds", "device", "save_dir", "run_name", "resume", "overwrite", "quiet", "log_every",
-    "checkpoint_every", "show_schedule", "save_update",
+    "checkpoint_every", "show_schedule", "save_update", "audit",
 )  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def resolve(
     if is_file(settings.model) and settings.model not in (given.get("model"), defaults["model"]):
         raise ValueError(f"the run began with --model {settings.model}, a file that is run only if you name it again")
     if settings.update:
-        if "defence" in given:
-            raise ValueError("--defence is the client's: a saved update comes as the client made it")
+        if not settings.resume:
+            settings.defence = given.get("defence")
         vars(settings).update(dict.fromkeys(CLIENT), batch_size=given.get("batch_size"))
     for name in RECEIVED:
         if name in given and not settings.update:
@@ -62,6 +62,21 @@ def resolve(
     if settings.indices:
         adopt(settings, given, {"batch_size": len(parse_indices(settings.indices))}, f"--indices {settings.indices}")
     return settings, given
+
+
+def words_of(settings: argparse.Namespace, flags: Sequence[Flag]) -> list[str]:
+    """The command line that makes a new run of these settings: all that preset and defaults do not say."""
+    usual = {flag.name: flag.default for flag in flags} | PRESETS[settings.preset]
+    usual["preset"] = None
+    words = []
+    for name, value in vars(settings).items():
+        if value is None or value == usual[name] or name in ("resume", "overwrite"):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return words
 
 
 def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) -> argparse.Namespace:

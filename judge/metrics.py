@@ -1,8 +1,10 @@
 """The judge: match reconstructions to truths one to one, and measure how close they are."""
 
+import math
 from collections import Counter
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from skimage.metrics import structural_similarity
@@ -10,6 +12,7 @@ from torch import Tensor
 
 # A mean squared error below this is float32 rounding, not information: PSNR is capped at 100 dB.
 LEAST_MSE = 1e-10
+MOST_PSNR = -10 * math.log10(LEAST_MSE)
 
 # An image counts as recovered from this structural similarity on: what it shows is then recognisable at a glance.
 RECOVERED_SSIM = 0.6
@@ -47,6 +50,29 @@ def label_accuracy(labels: Tensor, predicted: Tensor) -> float:
     would be chance.
     """
     return (Counter(labels.tolist()) & Counter(predicted.tolist())).total() / len(labels)
+
+
+def guessed_label_accuracy(labels: Tensor, num_classes: int) -> float:
+    """`label_accuracy` that a guess has on average which names all classes equally often, what is over at random."""
+    each, over = divmod(len(labels), num_classes)
+    counts = Counter(labels.tolist()).values()
+    return sum(min(count, each) + (count > each) * over / num_classes for count in counts) / len(labels)
+
+
+def guess_psnr(truth: Tensor) -> list[float]:
+    """PSNR in dB that each of the images (B, C, H, W) has without any update: that of the better of two guesses.
+
+    They are a flat picture in the image's own mean colour, which no guess of one colour can beat, and the mean of the
+    batch's other images. Images that are the same as this one are no others.
+    """
+    between, best = psnr_matrix(truth, truth), []
+    for image, likeness in zip(truth, between, strict=True):
+        guesses = [image.mean((1, 2), keepdim=True).expand_as(image)]
+        others = truth[torch.from_numpy(likeness < MOST_PSNR)]
+        if len(others):
+            guesses.append(others.mean(0))
+        best.append(float(psnr_matrix(image[None], torch.stack(guesses)).max()))
+    return best
 
 
 def evaluate(truth: Tensor, labels: Tensor, reconstruction: Tensor, predicted: Tensor) -> dict:

@@ -57,6 +57,13 @@ def save_images(run: RunDirectory, images: Tensor) -> None:
         run.write(f"images/rec_{i:03d}.png", save_png(_picture(image)))
 
 
+def save_truth(run: RunDirectory, images: Tensor) -> None:
+    """original.png and truth/true_000.png ... of the true images (B, C, H, W) in [0, 1]."""
+    run.write("original.png", save_png(grid(images)))
+    for i, image in enumerate(images):
+        run.write(f"truth/true_{i:03d}.png", save_png(_picture(image)))
+
+
 def save_png(picture: Image.Image) -> Callable[[Path], None]:
     """What writes the picture to a path of any name."""
     return lambda path: picture.save(path, format="PNG")

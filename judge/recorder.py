@@ -3,18 +3,21 @@
 import math
 from collections.abc import Callable, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from attack.prepare import Known
 from attack.signals import Signals
 from attack.state import AttackState, Terms
 from data import Batch
 from judge import metrics
-from judge.pictures import Film, comparison, grid, save_curves, save_images, save_png
+from judge.gallery import write_gallery
+from judge.layers import measured
+from judge.pictures import Film, comparison, save_curves, save_images, save_png, save_truth
+from judge.report import audit_facts, write_report
 from judge.run_directory import RunDirectory, Trace
 from judge.tables import write_csv
+from judge.verdict import CERTAIN
 
-CERTAIN = 0.999  # the confidence from which on a signal is called certain
 NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
 
 
@@ -91,7 +94,7 @@ class Recorder:
         )
 
     def finish(self, state: AttackState, images: Tensor, ended_by: str, config: Mapping) -> dict:
-        """Write the checkpoint, the pictures, config.json with the schedule as it was run, and metrics.json.
+        """Write the checkpoint, the pictures, config.json with the schedule as it was run, metrics.json and the report.
 
         Returns what metrics.json holds.
         """
@@ -105,9 +108,11 @@ class Recorder:
         if self.trace.rows:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
-        figures = self._judge(images, labels) if self.truth else {}
+        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
         figures |= _signal_figures(self.signals) | _training_figures(self.known)
         figures |= {
+            "labels": labels.tolist(),
+            "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
             "layers": [_in_json(row) for row in self.known.layers],
             "evaluations": state.evaluations,
             "steps": state.step,
@@ -119,12 +124,20 @@ class Recorder:
             run.write("layers.csv", lambda path: write_csv(path, self.known.layers))
         run.write_json("config.json", {**config, "schedule": self.sizes})
         run.write_json("metrics.json", figures)
+        write_report(run, audit_facts(config, figures, run.path.name))
+        write_gallery(run.path.parent)
         return figures
 
-    def _judge(self, images: Tensor, labels: Tensor) -> dict:
+    def _judge(self, images: Tensor, labels: Tensor, num_classes: int) -> dict:
         truth, signals = self.truth, self.signals
-        figures = metrics.evaluate(truth.images, truth.labels, images, labels)
-        self.run.write("original.png", save_png(grid(truth.images)))
+        guesses = metrics.guess_psnr(truth.images)
+        figures = metrics.evaluate(truth.images, truth.labels, images, labels) | {
+            "psnr_guess_mean": sum(guesses) / len(guesses),
+            "psnr_guess": guesses,
+            "label_accuracy_guess": metrics.guessed_label_accuracy(truth.labels, num_classes),
+            "true_labels": truth.labels.tolist(),
+        }
+        save_truth(self.run, truth.images)
         captions = [[f"{psnr:.1f} dB"] for psnr in figures["psnr"]]
         if signals is not None:
             right = 0
@@ -138,6 +151,34 @@ class Recorder:
         sheet = comparison(truth.images, matched, captions, note if signals is not None and len(signals) else "")
         self.run.write("comparison.png", save_png(sheet))
         return figures
+
+
+def open_record(
+    run: RunDirectory,
+    config: Mapping,
+    state: AttackState,
+    known: Known,
+    model: nn.Module,
+    truth: Batch | None,
+    began: Mapping | None,
+) -> Known:
+    """Let the run take its directory, anew or where the checkpoint that it `began` with left off.
+
+    Returns what was read, judged layer by layer where the truth is known.
+
+    Raises:
+        ValueError: the directory cannot be written, or the checkpoint is damaged or of another run.
+    """
+    if began is None:
+        known = measured(known, model, truth)
+        run.begin({**config, "schedule": []}, resumable(state, known))
+        return known
+    try:
+        state.load_state_dict(began)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'checkpoint.pt'} is damaged or of another run: {error}") from None
+    run.write_json("config.json", {**config, "schedule": began["sizes"]})
+    return known
 
 
 def resumable(state: AttackState, known: Known) -> dict:

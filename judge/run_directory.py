@@ -16,11 +16,12 @@ from torch import Tensor
 
 from update.storage import replace_atomically
 
+DEFENDED = "defences"  # the folder in a run directory that holds its runs under defences
 # All that a run writes; --overwrite removes these and nothing else.
 FILES = (
     "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png", "comparison.png",
-    "history.gif", "curves.png",
-    "layers.csv", "images/rec_*.png",
+    "history.gif", "curves.png", "audit.json", "report.html",
+    "layers.csv", "images/rec_*.png", "truth/true_*.png", f"{DEFENDED}/index.html",
 )  # fmt: skip
 OWN_KEYS = {"sel_mode", "tv_weight", "versions"}  # a config.json with these is one of ours: no model's has them
 CHECKPOINT_KEYS = {
@@ -113,6 +114,7 @@ class RunDirectory:
     def write(self, name: str, write: Callable[[Path], None]) -> None:
         """Replace the file `name` by what `write` makes of a temporary path; a failure is noted, and told once."""
         try:
+            (self / name).parent.mkdir(exist_ok=True)
             replace_atomically(self / name, write)
         except (OSError, RuntimeError) as error:
             self.fail(name, error)
@@ -252,10 +254,13 @@ def is_run(path: Path) -> bool:
 
 
 def _remove_run(path: Path) -> None:
-    """Remove the files that a run writes, and the directories that this leaves empty."""
+    """Remove the files that a run writes, its runs under defences, and the directories that this leaves empty."""
+    for folder in path.glob(f"{DEFENDED}/*"):
+        if is_run(folder):
+            _remove_run(folder)
     for file in (file for name in FILES for file in path.glob(name)):
         file.unlink()
-    for folder in (path / "images", path):
+    for folder in (path / "images", path / "truth", path / DEFENDED, path):
         with suppress(OSError):
             folder.rmdir()
 

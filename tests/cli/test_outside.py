@@ -392,7 +392,7 @@ def test_what_the_file_does_not_say_is_asked_for(tmp_path, capsys, left_out, wor
         ("--local_lr 0.1", ["--local_lr", "--update_kind"]),
         ("--channels 1", ["'conv1.weight'", "(12, 1, 5, 5)"]),
         ("--model mlp", ["'hidden1.weight' is missing"]),
-        ("--defence float16", ["--defence"]),
+        ("--defence magic", ["'magic'"]),
         ("--frozen tail", ["tail"]),
     ],
 )

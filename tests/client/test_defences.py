@@ -89,7 +89,18 @@ def test_frozen_parameters_are_neither_shared_nor_matched(cli, tmp_path):
     again = cli("--update", path, *SIGNALS, name="again")
     assert metrics_of(again)["final_loss"] == metrics_of(run)["final_loss"]
     assert "says itself which gradients it holds" in cli.error("--update", path, "--frozen", "conv1")
-    assert "client's" in cli.error("--update", path, "--defence", "float16")
+
+
+def test_a_defence_goes_on_top_of_a_received_update(cli, tmp_path):
+    path, defended = tmp_path / "u.safetensors", tmp_path / "defended.safetensors"
+    cli("--save_update", path, name="plain")
+    run = cli("--save_update", defended, "--defence", "noise:0.1", name="defended")
+    again = cli("--update", path, "--defence", "noise:0.1", name="again")
+    assert config_of(again)["defence"] == "noise:0.1"
+    assert metrics_of(again)["final_loss"] == metrics_of(run)["final_loss"]
+    cli("--resume", again, "--n_iter", 6)
+    on = cli("--resume", run, "--n_iter", 6)
+    assert metrics_of(again)["final_loss"] == metrics_of(on)["final_loss"]
 
 
 def test_a_frozen_head_gives_no_signals(cli):

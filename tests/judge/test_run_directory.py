@@ -52,10 +52,10 @@ MAIN = "sys.exit(magia.main(sys.argv[1:]))"
 def test_the_run_directory_is_complete(cli):
     run = cli("--seed", 3)
     names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
-    images = {f"images/rec_{i:03d}.png" for i in range(3)}
+    images = {name.format(i) for i in range(3) for name in ("images/rec_{:03d}.png", "truth/true_{:03d}.png")}
     assert names == images | {
         "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png",
-        "comparison.png", "history.gif", "curves.png",
+        "comparison.png", "history.gif", "curves.png", "audit.json", "report.html",
     }  # fmt: skip
     config, figures = config_of(run), metrics_of(run)
     assert {flag.name for flag in magia.FLAGS} <= config.keys()
@@ -91,7 +91,7 @@ def test_the_default_name_says_what_the_run_is(tmp_path):
     assert (
         magia.main([*SMALL, "--n_iter", "1", "--save_dir", str(tmp_path), "--seed", "4", "--sel_mode", "const1"]) == 0
     )
-    (run,) = (entry for entry in tmp_path.iterdir() if not entry.name.startswith("."))
+    (run,) = (entry for entry in tmp_path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     assert re.fullmatch(r"sample_B3_const1_seed4_\d{8}-\d{6}", run.name)
 
 

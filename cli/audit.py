@@ -1,0 +1,106 @@
+"""--audit: the attack on the update as it is, then under each of the nearest defences, and what would stop it."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from cli.flags import Flag
+from cli.runtime import choose_device
+from cli.settings import run_path, words_of
+from cli.victim import victim
+from judge.defences import conclusion, defended_row, refused_row, undefended_row
+from judge.gallery import write_gallery
+from judge.report import read_facts, write_report
+from judge.run_directory import DEFENDED, RunDirectory
+from judge.tables import aligned
+from update.shared import SharedUpdate
+
+INTERRUPTED = 130  # exit status
+
+# What a client can do to any update without changing how it trains, each kind from weak to strong.
+NEAREST = ("float16", "noise:1e-4", "noise:1e-3", "noise:1e-2", "topk:0.5", "topk:0.1")
+
+SHOWN = ("defence", "level", "psnr_mean", "ssim_mean", "likeness", "signals_found", "change", "note")
+
+RunOne = Callable[[argparse.Namespace, Mapping, Sequence[str]], int]
+
+
+def audit(
+    run_one: RunOne, settings: argparse.Namespace, given: Mapping, words: Sequence[str], flags: Sequence[Flag]
+) -> int:
+    """Run the attack as it is, then under each defence in a run of its own below the first one's directory.
+
+    The page is written anew after each, so that an audit that is interrupted shows what it has; a resumed one goes on,
+    in the first run and in each of the others. A defence that cannot be applied has the reason in its row.
+
+    Args:
+        run_one: runs settings, given those by hand and the words of the command line; returns an exit status.
+
+    Returns the exit status: the first run's, or that of an interruption. An attack that breaks down on a defended
+        update is a result, no failure.
+
+    Raises:
+        ValueError: the settings hold a defence already, or the first run is refused.
+    """
+    if settings.defence not in (None, "none"):
+        raise ValueError(f"--audit tries defences itself: it goes without --defence {settings.defence}")
+    path = run_path(settings)
+    if not settings.resume:
+        settings.run_name = path.name  # the default one holds the time
+    status = run_one(settings, given, words)
+    if status == INTERRUPTED:
+        return status
+    with RunDirectory(path, resume=True) as run:
+        facts, plain, rows = read_facts(path), _update(settings), []
+        for defence in NEAREST:
+            own = under(defence, settings, path)
+            if not settings.quiet:
+                print(f"\nunder the defence {defence}")
+            try:
+                change = relative_change(plain, _update(own))
+                ended = run_one(own, given, words_of(own, flags))
+                rows.append(defended_row(defence, change, run_path(own), path, facts))
+            except (ValueError, OSError) as error:
+                ended = None
+                rows.append(refused_row(defence, " ".join(str(error).split())))
+            first = undefended_row(facts)
+            table = {"undefended": first, "rows": rows, "conclusion": conclusion(first, rows)}
+            write_report(run, facts | {"defences": table})
+            if ended == INTERRUPTED:
+                status = INTERRUPTED
+                break
+        status = max(status, int(bool(run.failures)))
+        write_gallery(path.parent)
+    if not settings.quiet:
+        shown = [{name: row[name] for name in SHOWN if row.get(name) not in (None, "")} for row in [first, *rows]]
+        print(f"\n{aligned(shown)}\nreport: {path / 'report.html'}")
+    print(table["conclusion"])
+    return status
+
+
+def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Namespace:
+    """The settings of the run under a defence, in its directory below that of the first run, `path`."""
+    folder, name = path / DEFENDED, defence.replace(":", "_").replace(",", "+")
+    own = {
+        "defence": defence,
+        "audit": False,
+        "save_update": None,
+        "save_dir": str(folder),
+        "run_name": name,
+        "resume": (bool(settings.resume) and (folder / name / "checkpoint.pt").is_file()) or None,
+    }
+    return argparse.Namespace(**(vars(settings) | own))
+
+
+def relative_change(plain: SharedUpdate, defended: SharedUpdate) -> float:
+    """|g' - g| / |g|: how far the defence moves the update, of its length."""
+    pairs = [(plain.gradients[name].double(), defended.gradients[name].double()) for name in plain.gradients]
+    moved = sum(float((changed - gradient).square().sum()) for gradient, changed in pairs)
+    return (moved / sum(float(gradient.square().sum()) for gradient, _ in pairs)) ** 0.5
+
+
+def _update(settings: argparse.Namespace) -> SharedUpdate:
+    place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
+    return victim(settings, place)[0]

@@ -1,0 +1,93 @@
+"""The threat model of a run in words: what the attacker was assumed to know, and what the client did."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+OPTIMISED = "optimise"
+
+
+def assumptions(config: Mapping) -> list[dict[str, str]]:
+    """Each `topic` and how it was `here`, from a run's settings; what a received update does not say is not known."""
+    return [{"topic": topic, "here": here(config)} for topic, here in ROWS.items()]
+
+
+def _attacker(config: Mapping) -> str:
+    return "An honest-but-curious server. It follows the protocol, and looks at the one averaged update that it gets."
+
+
+def _model(config: Mapping) -> str:
+    return f"{config['model']} with {config['num_classes']} classes, known in full: the server sent it out."
+
+
+def _weights(config: Mapping) -> str:
+    if config["weights"]:
+        return f"Known: those in {Path(config['weights']).name}."
+    if config["update"]:
+        return "Known: as they came with the update, or with the model."
+    return f"Known: random ones, from seed {config['seed']}. A trained network may give away more, or less."
+
+
+def _batch(config: Mapping) -> str:
+    images = "1 image" if config["batch_size"] == 1 else f"{config['batch_size']} images"
+    return f"{images}. The server is taken to know how many."
+
+
+def _images(config: Mapping) -> str:
+    side = f", {config['image_size']} pixels a side" if config.get("image_size") else ""
+    scaled = " They are normalised as the flags say." if config["mean"] or config["std"] else ""
+    return f"Their shape is known{side}; their pixels are known to lie between 0 and 1.{scaled}"
+
+
+def _labels(config: Mapping) -> str:
+    of_client = {
+        "random": " The client's are drawn at random, not the images' own.",
+        "unique": " The client's are drawn at random without repetition, not the images' own.",
+    }.get(config["labels"], "")
+    if config["label_strategy"] == OPTIMISED:
+        return f"Not known: they are read from the update or found with the images.{of_client}"
+    if config["label_strategy"] == "known":
+        return f"Granted to the attack, without their order.{of_client}"
+    return f"Not known: read from the update as published ({config['label_strategy']}).{of_client}"
+
+
+def _training(config: Mapping) -> str:
+    steps = config.get("local_steps") or 1
+    rate = f" at rate {config['local_lr']:g}" if config.get("local_lr") else ""
+    done = f"{steps} step{'s' if steps > 1 else ''}{rate}" if steps > 1 or rate else "One step"
+    return f"{done} of plain SGD. What it shares is the mean over the whole batch."
+
+
+def _batch_norm(config: Mapping) -> str:
+    if config.get("bn", "eval") == "train":
+        return "In training mode, where the model has any: with the batch's own statistics."
+    return "In eval mode, where the model has any: with running statistics, which the server knows."
+
+
+def _defence(config: Mapping) -> str:
+    if config["update"]:
+        applied = f" On top of it, {config['defence']} was applied here." if config["defence"] else ""
+        return f"What the client did to the update is not known.{applied}"
+    if config["defence"] == "none":
+        return "None. The update is seen alone, without secure aggregation."
+    return f"{config['defence']}, applied by the client before it shares the update."
+
+
+def _budget(config: Mapping) -> str:
+    limits = [f"{config['n_iter']:,} steps"]
+    limits += [f"{config['max_evals']:,} evaluations"] if config["max_evals"] else []
+    limits += [f"{config['max_seconds']:g} seconds"] if config["max_seconds"] else []
+    return f"At most {', '.join(limits)}, on {config['device']}. A real attacker may spend more."
+
+
+ROWS: dict[str, Callable[[Mapping], str]] = {
+    "The attacker": _attacker,
+    "Model": _model,
+    "Weights": _weights,
+    "Batch": _batch,
+    "Images": _images,
+    "Labels": _labels,
+    "Local training": _training,
+    "BatchNorm": _batch_norm,
+    "Defence": _defence,
+    "Effort": _budget,
+}

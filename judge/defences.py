@@ -1,0 +1,89 @@
+"""What would stop the attack: a row of audit.json for each defence that was tried, and a sentence on them all."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from judge import metrics, verdict
+from judge.report import STRIP, first_pictures, read_facts
+from judge.run_directory import DEFENDED
+
+FIGURES = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # those of a row, None where not known
+WHY = {
+    "interrupt": "interrupted: resume the audit",
+    "abort": "interrupted: resume the audit",
+    "non-finite": "the attack broke down on it",
+}
+
+
+def undefended_row(facts: Mapping) -> dict:
+    """The row of the first run, from its facts."""
+    return _row("none", facts, 0.0) | {"run": None, "pictures": first_pictures(facts["images"])}
+
+
+def defended_row(defence: str, change: float, folder: Path, first: Path, undefended: Mapping) -> dict:
+    """The row of a run under a defence.
+
+    Without the truth the run is judged by what it still tells apart, and by how alike its images are to those of the
+    first run, one to one.
+
+    Args:
+        change: how far the defence moves the update, relative to its length.
+        folder, first: the run's directory, and that of the first run, above it.
+        undefended: the facts of the first run.
+
+    Raises:
+        ValueError, OSError: the run has left no facts.
+    """
+    facts, name = read_facts(folder), f"{DEFENDED}/{folder.name}"
+    row = _row(defence, facts, change) | {"run": name}
+    names = first_pictures(facts["images"])
+    if not facts["truth_known"] and row["level"] != verdict.FAILED:
+        figures = _likeness(first, folder, len(facts["images"]))
+        row |= {"likeness": float(np.mean(figures["ssim"]))}
+        row |= {"level": verdict.similarity_level(figures["ssim"], row["signals_found"])}
+        names = [facts["images"][index]["reconstruction"] for index in figures["assignment"][:STRIP]]
+    return row | {"pictures": [f"{name}/{picture}" for picture in names]}
+
+
+def refused_row(defence: str, reason: str) -> dict:
+    """The row of a defence under which no attack could be made."""
+    return {"defence": defence, "level": None, "note": f"not tried: {reason}", "run": None}
+
+
+def conclusion(undefended: Mapping, rows: Sequence[Mapping]) -> str:
+    """A sentence on which of the defences stopped the attack."""
+    return verdict.stops(rows, undefended["level"])
+
+
+def _row(defence: str, facts: Mapping, change: float) -> dict:
+    figures = facts["figures"]
+    return {
+        "defence": defence,
+        "level": facts["verdict"]["level"],
+        "note": WHY.get(figures["ended_by"], ""),
+        "change": change,
+        "likeness": None,
+        "images": facts["verdict"]["images"],
+        **{name: figures.get(name) for name in FIGURES},
+    }
+
+
+def _likeness(first: Path, second: Path, count: int) -> dict:
+    """How alike the images of two runs are, by the figures of `metrics.evaluate`."""
+    pictures = [
+        torch.stack([_image(path / f"images/rec_{i:03d}.png") for i in range(count)]) for path in (first, second)
+    ]
+    nothing = torch.zeros(count, dtype=torch.long)
+    return metrics.evaluate(pictures[0], nothing, pictures[1], nothing)
+
+
+def _image(path: Path) -> Tensor:
+    """An image file as a tensor (C, H, W) in [0, 1]."""
+    with Image.open(path) as picture:
+        pixels = torch.from_numpy(np.array(picture)).float() / 255
+    return pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels[None]

@@ -1,0 +1,172 @@
+"""audit.json and report.html: what came of a run, what was assumed, and what it means for the client.
+
+The facts come from what config.json and metrics.json hold; the page from the facts and the pictures that lie in the run
+directory, so that it can be written again when defences have been tried. The page is one file: pictures are in it as
+data, and it needs no script and no network.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from judge import verdict
+from judge.assumptions import assumptions
+from judge.run_directory import RunDirectory
+
+SCHEMA = "magia-audit-1"
+GENERATOR = "MAGIA"  # the name by which our own pages are known
+PLAIN = 96  # pixels a side up to which pictures are embedded as they are: beyond, JPEG shows no less and is far smaller
+QUALITY = 88  # of that JPEG
+FOLDERS = ("images", "truth")  # that single images lie in
+STRIP = 4  # pictures that stand for a run under a defence
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+
+
+def brief(number: float | None) -> str:
+    """An error as a person reads it, to one digit; nothing where it is not known."""
+    return "" if number is None else f"{number:.0e}".replace("e-0", "e-") if number < 0.001 else f"{number:.2g}"
+
+
+TEMPLATES.filters |= {"brief": brief, "percent": verdict.percent}
+
+
+def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
+    """What audit.json holds of the run `name`, see results/README.md.
+
+    Args:
+        config, figures: what config.json and metrics.json hold.
+    """
+    images = _judged(figures) if "psnr" in figures else _believed(figures)
+    counts = verdict.counts_of([image["level"] for image in images])
+    granted = config["label_strategy"] == "known"
+    return {
+        "schema": SCHEMA,
+        "run": name,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "verdict": verdict.verdict(counts, figures, granted_labels=granted) | {"images": counts},
+        "truth_known": "psnr" in figures,
+        "subject": {
+            "model": config["model"],
+            "num_classes": config["num_classes"],
+            "batch_size": config["batch_size"],
+            "source": Path(config["update"] or config["data_path"] or config["dataset"]).name,
+        },
+        "figures": {key: value for key, value in figures.items() if not isinstance(value, list)},
+        "images": images,
+        "layers": figures["layers"],
+        "assumptions": assumptions(config),
+        "defence": config["defence"],
+        "defences": None,
+        "command": config["command"],
+        "origin": {key: config[key] for key in ("git_commit", "git_dirty", "versions", "device", "seed")},
+    }
+
+
+def _judged(figures: Mapping) -> list[dict]:
+    """The images in the order of the truth, each with its reconstruction."""
+    columns = ("assignment", "psnr", "ssim", "psnr_guess", "true_labels")
+    images = []
+    for truth, (index, psnr, ssim, guess, label) in enumerate(zip(*(figures[c] for c in columns), strict=True)):
+        images.append(
+            {
+                "level": verdict.level_of(psnr, ssim, guess),
+                "truth": f"truth/true_{truth:03d}.png",
+                **_reconstruction(figures, index),
+                "true_label": label,
+                "psnr": psnr,
+                "psnr_guess": guess,
+                "ssim": ssim,
+            }
+        )
+    return images
+
+
+def _believed(figures: Mapping) -> list[dict]:
+    """The images in the attack's own order."""
+    images = []
+    for index in range(len(figures["labels"])):
+        found = _reconstruction(figures, index)
+        level = verdict.belief_of(found["confidence"], has_pixels=index < figures["pixels_read"])
+        images.append({"level": level, **found})
+    return images
+
+
+def _reconstruction(figures: Mapping, index: int) -> dict:
+    """What the attack says of its image `index`; leading ones have a signal."""
+    signals = figures["signals"]
+    signal = signals[index] if index < len(signals) else {"confidence": None, "uncertainty": None}
+    return {
+        "reconstruction": f"images/rec_{index:03d}.png",
+        "label": figures["labels"][index],
+        "confidence": signal["confidence"],
+        "uncertainty": signal["uncertainty"],
+    }
+
+
+def write_report(run: RunDirectory, facts: Mapping) -> None:
+    """Write audit.json and report.html of these facts."""
+    run.write_json("audit.json", facts)
+    page = report_page(facts, run.path)
+    run.write("report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+
+
+def read_facts(folder: Path) -> dict:
+    """The facts in the audit.json of a run directory.
+
+    Raises:
+        ValueError, OSError: it is missing, damaged, or of another kind.
+    """
+    facts = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+        raise ValueError(f"{folder / 'audit.json'} is not of this kind ({SCHEMA})")
+    return facts
+
+
+def report_page(facts: Mapping, folder: Path) -> str:
+    """The page on these facts, with the pictures that lie in the run directory `folder`."""
+    return TEMPLATES.get_template("report.html").render(
+        facts=facts,
+        scale={level: verdict.MEANINGS[level] for level in facts["verdict"]["images"]},
+        names=verdict.NAMES | verdict.SIMILARITIES,
+        lower_bound=verdict.LOWER_BOUND,
+        certain=verdict.CERTAIN,
+        shown=STRIP,
+        picture=lambda name: embedded(folder / name),
+        generator=GENERATOR,
+    )
+
+
+def embedded(path: Path) -> str | None:
+    """The picture as a data URI; None where it cannot be read."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            if path.parent.name in FOLDERS and max(picture.size) > PLAIN:
+                buffer = io.BytesIO()
+                picture.convert("L" if picture.mode == "L" else "RGB").save(buffer, "JPEG", quality=QUALITY)
+                return _data_uri("jpeg", buffer.getvalue())
+    except OSError:
+        return None
+    return _data_uri("png", data)
+
+
+def _data_uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def first_pictures(images: Sequence[Mapping], count: int = STRIP) -> list[str]:
+    """The reconstructions of the first images, as names in their run directory."""
+    return [image["reconstruction"] for image in images[:count]]
