@@ -30,7 +30,7 @@ B; re-weighting follows Candes, Wakin, Boyd 2008; Wedderburn's rank reduction is
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -50,6 +50,9 @@ SPREAD = (0.2, 0.8)  # starts lie this far from the point nearest the origin, re
 HOPEFUL = 0.5  # a ray whose mismatch is larger is not polished: true ones lie below 0.05, random ones near 1
 NEAR = 1e-2  # a mismatch below this is polished once more against the whole gradient, and judged
 SAME = 1e-2  # relative distance below which two proposals are one image
+BLURRED = (
+    5.0  # or below so many times their expected errors: those of a polish that time cut short are up to 6 too small
+)
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,9 @@ def unmix(
         stages += [Equations(stage.span, stage.layer, stage.tail) for stage in useful]
     search = _Search(stages, activation in NON_NEGATIVE, generator, deadline)
     found = search.run()
-    order = found.uncertainty.argsort()
-    return replace(found.pick(order), seconds=time.perf_counter() - started)
+    found = unlike(found.pick(found.uncertainty.argsort()), nothing(span))  # the surest of several, if they are one
+    surest = torch.arange(len(found), device=found.labels.device)[: span.batch_size]
+    return replace(found.pick(surest), seconds=time.perf_counter() - started)
 
 
 @dataclass
@@ -129,7 +133,7 @@ class _Search:
         """All images found by searches from the whole span: each takes the images out in another order."""
         found = nothing(self.whole.span)
         for _ in range(SEARCHES):
-            found = found.joined(_news(self._peeled(), found))
+            found = found.joined(unlike(self._peeled(), found))
             if found.complete or not len(found) or time.perf_counter() > self.deadline:
                 break
         return found
@@ -139,7 +143,7 @@ class _Search:
         self.rests = [stage.span for stage in self.stages]
         found, fruitless = nothing(self.rest), 0
         while self.rest.dimension and fruitless < FRUITLESS and time.perf_counter() < self.deadline:
-            new = _news(self._round(fruitless), found)
+            new = unlike(self._round(fruitless), found)
             fruitless = 0 if len(new) else fruitless + 1
             self.linked ^= fruitless > 0  # keep to the kind of programme that brings images
             if len(new):
@@ -176,7 +180,9 @@ class _Search:
         best = _distinct(values, labels, mismatch, mismatch < near)
         if not len(best):
             return nothing(self.whole.span)
-        return self.whole.believed(values[best] @ self.whole.span.basis.T, zeros[best], labels[best], self.deadline)
+        new = self.whole.believed(values[best] @ self.whole.span.basis.T, zeros[best], labels[best], self.deadline)
+        # a polish that time cut short is further off than its fit tells, seven times on a sparse update
+        return new if time.perf_counter() < self.deadline else nothing(self.whole.span)
 
     def _proposals(self, fruitless: int) -> tuple[Tensor, Tensor]:
         """Coordinates (N, dim A) and which entries of the input are held at zero, (N, n)."""
@@ -195,14 +201,27 @@ class _Search:
         return c, torch.zeros(len(c), self.rest.basis.shape[1], dtype=torch.bool, device=c.device)
 
 
-def _news(new: Inputs, found: Inputs) -> Inputs:
-    """Each of the new images once, without those found before: a polish may lead several candidates to one image."""
-    known, keep = list(zip(found.values.flatten(1), found.labels.tolist(), strict=True)), []
-    for i, (value, label) in enumerate(zip(new.values.flatten(1), new.labels.tolist(), strict=True)):
-        if all((value - other).norm() > SAME * other.norm() for other, its in known if its == label):
-            known.append((value, label))
+def unlike(new: Inputs, found: Inputs) -> Inputs:
+    """Each of the new images once, without those found before: a polish may lead several candidates to one image.
+
+    Two whose expected errors explain how far they are apart are not told apart.
+    """
+    known, keep = list(_one_by_one(found)), []
+    for i, (value, label, error) in enumerate(_one_by_one(new)):
+        alike = (
+            (value - other).norm() <= max(SAME, BLURRED * (error + others)) * other.norm()
+            for other, its, others in known
+            if its == label
+        )
+        if not any(alike):
+            known.append((value, label, error))
             keep.append(i)
     return new.pick(torch.tensor(keep, dtype=torch.long, device=new.labels.device))
+
+
+def _one_by_one(inputs: Inputs) -> Iterator[tuple[Tensor, int, float]]:
+    """Value (n,), label and expected relative error of each image."""
+    return zip(inputs.values.flatten(1), inputs.labels.tolist(), inputs.uncertainty.tolist(), strict=True)
 
 
 def _distinct(values: Tensor, labels: Tensor, cost: Tensor, eligible: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from attack.signals import programmes
+from attack.signals.inputs import Inputs
 from attack.signals.joint import label_sets, unmix_head
 from attack.signals.programmes import extreme_rays
 from attack.signals.single import Equations
 from attack.signals.span import Geometry, span_of
-from attack.signals.unmix import Above, unmix, without
+from attack.signals.unmix import Above, unlike, unmix, without
 from data import load_batch, open_source
 from update.head import features_of
 from update.models import build_model
@@ -383,3 +384,27 @@ def test_what_one_search_leaves_over_another_finds():
     """Where images resemble each other, one order of taking them out fails now and then; tried again, most succeed."""
     complete = [head_with_likeness(3e-2, seed) for seed in range(6)]
     assert sum(len(case.unmix(0, "relu", seed=seed)) == 8 for seed, case in enumerate(complete)) >= 4
+
+
+def told(values, labels, uncertainty):
+    """Inputs (N, 2) as an unmixing returns them, with the errors that are expected of them."""
+    count = len(values)
+    return Inputs(
+        values=torch.tensor(values, dtype=F64),
+        labels=torch.tensor(labels),
+        deltas=torch.zeros(count, 1, dtype=F64),
+        residuals=torch.zeros(count, dtype=F64),
+        shares=torch.ones(count, dtype=F64),
+        uncertainty=torch.tensor(uncertainty, dtype=F64),
+        freedom=torch.ones(count, dtype=F64),
+        batch_size=4,
+    )
+
+
+def test_images_that_their_errors_could_explain_are_one_image():
+    """Two that were less sharp once came on top of the four that were all: six of four."""
+    sharp = told([[1.0, 0.0], [0.0, 1.0]], [3, 3], [1e-6, 1e-6])
+    blurred = told([[1.0, 0.02], [0.7, 0.7], [1.0, 0.02]], [3, 3, 5], [5e-3, 5e-3, 5e-3])
+    new = unlike(blurred, sharp)
+    assert new.values.tolist() == [[0.7, 0.7], [1.0, 0.02]]  # the second is neither, the third has another label
+    assert len(unlike(told([[1.0, 0.02]], [3], [1e-6]), sharp)) == 1
