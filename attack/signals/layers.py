@@ -728,7 +728,7 @@ class _Walk:
         if solution.residual < enough or time.perf_counter() > self.deadline:
             return u, solution, sources
         best = u, solution, sources
-        trial, _ = way.solve([source.cautious() for source in sources])
+        trial = way.solve([source.cautious() for source in sources])[0] if way.is_linear else u
         for _ in range(ROUNDS):
             decided = [source.decided(trial) for source in sources]
             if not any(_changes(old, new) for old, new in zip(sources, decided, strict=True)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attack.signals.leastsquares import Operator, Solution, cgls
 
-INNER = 100  # iterations of CGLS in a step
+INNER, LAST = 60, 400  # iterations of CGLS in a step: while masks change anyway, and once the residual has settled
 STEPS = 60  # at most
 HALVINGS = 6  # of a step
 SLOW, PATIENCE = 0.8, 2  # a residual that so many steps in a row have not brought below this share of it has settled
@@ -126,23 +126,29 @@ class Settled:
     step: Tensor
 
 
-def gauss_newton(equations: Equations, start: Tensor, *, deadline: float = math.inf) -> Settled:
+def gauss_newton(
+    equations: Equations, start: Tensor, *, enough: float = math.inf, deadline: float = math.inf
+) -> Settled:
     """Minimise |r(x)| from `start`.
 
     It ends `stalled` when no step lowers the residual, `settled` when it hardly falls any more, or for `iterations` or
-    `deadline` (of `time.perf_counter`).
+    `deadline` (of `time.perf_counter`). A residual that settles below `enough`, relative to the targets, is that of
+    the solution, and steps are solved to the end from then on: what the residual hardly shows comes right last.
     """
     x = equations.held(start)
     residual = equations.residual(x)
     lengths, spent, last, stopped = [float(residual.norm())], 0, torch.zeros_like(x), "iterations"
-    for _ in range(STEPS):
-        if len(lengths) > PATIENCE and lengths[-1] > SLOW * lengths[-1 - PATIENCE]:
-            stopped = "settled"
-            break
+    inner, since = INNER, 0  # iterations of a step, and the steps that were made with fewer
+    for taken in range(STEPS):
+        if taken - since >= PATIENCE and lengths[-1] > SLOW * lengths[-1 - PATIENCE]:
+            if inner == LAST or lengths[-1] > enough * equations.size:
+                stopped = "settled"
+                break
+            inner, since = LAST, taken
         if time.perf_counter() > deadline:
             stopped = "deadline"
             break
-        step = _step(equations, x, residual, deadline)
+        step = _step(equations, x, residual, inner, deadline)
         spent += step.iterations
         found = _halved(equations, x, step.x, lengths[-1])
         if found is None:
@@ -153,13 +159,13 @@ def gauss_newton(equations: Equations, start: Tensor, *, deadline: float = math.
     return Settled(Solution(x, lengths[-1] / equations.size, spent, stopped), last)
 
 
-def _step(equations: Equations, x: Tensor, residual: Tensor, deadline: float) -> Solution:
+def _step(equations: Equations, x: Tensor, residual: Tensor, iterations: int, deadline: float) -> Solution:
     """The step of x that linearised equations ask for."""
     length = residual.norm()
     operator, target = equations.linearised(x), (residual / length).float()
     if equations.is_positive:
         operator = operator.within((x > 0) | (operator.adjoint(target) > 0))
-    step = cgls(operator, target, torch.zeros_like(operator.scale), iterations=INNER, deadline=deadline)
+    step = cgls(operator, target, torch.zeros_like(operator.scale), iterations=iterations, deadline=deadline)
     change = length * (operator.scale * step.x).to(x)
     return Solution(change, step.residual, step.iterations, step.stopped)
 

@@ -31,6 +31,7 @@ from attack.signals.newton import Equations, gauss_newton
 from attack.signals.rows import GradientRows, Rows, stack
 from update.stages import Chain, Residual, run, substituted
 
+FINE = 40.0  # times the noise: with a wrong mask the residual is larger, and not worth being brought down to the end
 FAINT = 1e-3  # of the strongest delta: no image counts for less
 REHEARSAL = 1000  # iterations of CGLS, at most, that a known input may take to come back
 
@@ -87,7 +88,8 @@ class Together:
 
     def solve(self, above: Sequence[Rows], below: Sequence[Rows] = ()) -> tuple[Tensor, Tensor, Solution]:
         """h, u and the solver's word."""
-        settled = gauss_newton(self._equations(above, below), self.u, deadline=self.deadline)
+        enough = FINE * self.noise(above, below)
+        settled = gauss_newton(self._equations(above, below), self.u, enough=enough, deadline=self.deadline)
         self.u = settled.solution.x
         self.change = relative(settled.step, self.u)
         return self._function(self.block)(self.u)[0], self.u, settled.solution
