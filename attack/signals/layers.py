@@ -31,7 +31,7 @@ from attack.signals.leastsquares import Solution
 from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows
 from attack.signals.solvers import FLOOR, Alone, Way, Whole, Within, rows_of
-from attack.signals.together import Together
+from attack.signals.together import NOISE, Together
 from update.stages import Chain, Residual, Stage, input_shapes, run
 
 ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
@@ -45,7 +45,6 @@ COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for whe
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
 CLEARLY = 0.1  # of that: so far below it, a few changed masks need no rehearsal of their own
-NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which it does not
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be

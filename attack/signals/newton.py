@@ -118,18 +118,10 @@ class Linearised:
         return Linearised(self.tangent, self.rows, self.counts, self.scale * free)
 
 
-@dataclass(frozen=True)
-class Settled:
-    """Where Gauss-Newton ended: the solution, its iterations those of CGLS, and the last step that was taken to it."""
-
-    solution: Solution
-    step: Tensor
-
-
 def gauss_newton(
     equations: Equations, start: Tensor, *, enough: float = math.inf, deadline: float = math.inf
-) -> Settled:
-    """Minimise |r(x)| from `start`.
+) -> Solution:
+    """Minimise |r(x)| from `start`; the iterations are those of CGLS.
 
     It ends `stalled` when no step lowers the residual, `settled` when it hardly falls any more, or for `iterations` or
     `deadline` (of `time.perf_counter`). A residual that settles below `enough`, relative to the targets, is that of
@@ -137,7 +129,7 @@ def gauss_newton(
     """
     x = equations.held(start)
     residual = equations.residual(x)
-    lengths, spent, last, stopped = [float(residual.norm())], 0, torch.zeros_like(x), "iterations"
+    lengths, spent, stopped = [float(residual.norm())], 0, "iterations"
     inner, since = INNER, 0  # iterations of a step, and the steps that were made with fewer
     for taken in range(STEPS):
         if taken - since >= PATIENCE and lengths[-1] > SLOW * lengths[-1 - PATIENCE]:
@@ -154,9 +146,9 @@ def gauss_newton(
         if found is None:
             stopped = "stalled"
             break
-        last, (x, residual) = found[0] - x, found
+        x, residual = found
         lengths.append(float(residual.norm()))
-    return Settled(Solution(x, lengths[-1] / equations.size, spent, stopped), last)
+    return Solution(x, lengths[-1] / equations.size, spent, stopped)
 
 
 def _step(equations: Equations, x: Tensor, residual: Tensor, iterations: int, deadline: float) -> Solution:

@@ -31,7 +31,7 @@ from attack.signals.newton import Equations, gauss_newton
 from attack.signals.rows import GradientRows, Rows, stack
 from update.stages import Chain, Residual, run, substituted
 
-FINE = 40.0  # times the noise: with a wrong mask the residual is larger, and not worth being brought down to the end
+NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
 FAINT = 1e-3  # of the strongest delta: no image counts for less
 REHEARSAL = 1000  # iterations of CGLS, at most, that a known input may take to come back
 
@@ -49,7 +49,7 @@ class Together:
         generator: what rehearsals are drawn from, on the CPU.
         deadline: of `time.perf_counter`.
 
-    `u` is the last solution, where the next one starts; `change` (B,) how far its last step has moved it, relatively.
+    `u` is the last solution, where the next one starts.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Together:
         self.is_positive, self.generator, self.deadline = is_positive, generator, deadline
         loudness = delta.flatten(1).norm(dim=1)
         self.loudness = (loudness / loudness.max()).clamp(min=FAINT)
-        self.u, self.change = self._start(shape), torch.ones_like(self.loudness)
+        self.u = self._start(shape)
 
     def _start(self, shape: Sequence[int]) -> Tensor:
         """What is known of the output, where the block's input has that shape."""
@@ -88,11 +88,10 @@ class Together:
 
     def solve(self, above: Sequence[Rows], below: Sequence[Rows] = ()) -> tuple[Tensor, Tensor, Solution]:
         """h, u and the solver's word."""
-        enough = FINE * self.noise(above, below)
-        settled = gauss_newton(self._equations(above, below), self.u, enough=enough, deadline=self.deadline)
-        self.u = settled.solution.x
-        self.change = relative(settled.step, self.u)
-        return self._function(self.block)(self.u)[0], self.u, settled.solution
+        enough = NOISE * self.noise(above, below)  # what a wrong mask leaves is not worth being brought down to the end
+        solution = gauss_newton(self._equations(above, below), self.u, enough=enough, deadline=self.deadline)
+        self.u = solution.x
+        return self._function(self.block)(self.u)[0], self.u, solution
 
     def rehearsed(self, above: Sequence[Rows], below: Sequence[Rows], noise: float) -> Tensor:
         """The relative error (B,) with which a random input comes back through the equations linearised at u.

@@ -43,9 +43,9 @@ def equations_of(function, truth, is_positive):
 def test_gauss_newton_finds_a_square_root():
     truth = 1 + double(1, 3, 4).abs()
     equations = equations_of(lambda x: (x.square(),), truth, is_positive=False)
-    settled = gauss_newton(equations, torch.full_like(truth, 3.0))
-    assert torch.allclose(settled.solution.x, truth, rtol=1e-6)
-    assert settled.solution.residual < 1e-6
+    solution = gauss_newton(equations, torch.full_like(truth, 3.0))
+    assert torch.allclose(solution.x, truth, rtol=1e-6)
+    assert solution.residual < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -55,7 +55,7 @@ def test_what_may_not_be_negative_is_the_best_that_is_not(seed):
         equations_of(lambda x: (x @ mix.to(x).T,), torch.ones(1, 8, dtype=torch.float64), is_positive=True),
         targets=[target.flatten()],
     )
-    x = gauss_newton(equations, torch.ones(1, 8, dtype=torch.float64)).solution.x
+    x = gauss_newton(equations, torch.ones(1, 8, dtype=torch.float64)).x
     best, length = nnls(mix.numpy(), target.flatten().numpy())
     assert (best == 0).any()
     assert np.allclose(x.numpy(), best, atol=1e-4)
