@@ -45,6 +45,7 @@ COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for whe
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
 CLEARLY = 0.1  # of that: so far below it, a few changed masks need no rehearsal of their own
+WORTH = 1.1  # equations for each unknown from which a block is tried as a whole: on a small net 1.11 do, 1.03 do not
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which it does not
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
@@ -652,7 +653,7 @@ class _Walk:
                 return sources, output, flips, onward
             if chain is block.module.body and 0 < way.count(sources) < way.unknowns:
                 within = Within(self._together(block, index, point.delta))
-                way = within if within.count(sources) >= within.unknowns else way
+                way = within if within.count(sources) >= WORTH * within.unknowns else way
             u, solved = self.solve(stage.name, sources, way, is_after_relu)
             if isinstance(way, Within):
                 onward = Whole(way.together, rows_of(solved))
