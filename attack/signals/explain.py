@@ -6,6 +6,8 @@ For each linear or convolutional layer:
   every image, and the layer's inputs can be told apart without anything above it.
 - Determined from above. With inputs known further up, delta is, and each input channel has c_out k^2 gradient rows for
   B H W unknowns. Forward rows add up to c_out P an image; behind a ReLU about half of them are known.
+- Determined together. Inside a residual block, a layer whose own equations are too few has the block's output beside
+  them, for the block's input in place of its own (`together`); equations and unknowns are then those.
 
 The walk starts at the lowest layer that is spanned and can be asked (`choice`), or at the head, and goes down while the
 steps are determined. An estimate for typical weights: zeros in delta, closed channels or a singular weight can make it
@@ -14,6 +16,7 @@ worse.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -25,6 +28,18 @@ INVERTIBLE = (nn.Sigmoid, nn.Tanh, nn.BatchNorm2d, nn.Flatten, nn.Dropout, nn.Id
 MARGIN = 1.05  # equations for each unknown below which noise is blown up too far
 
 
+class Step(NamedTuple):
+    """The equations of a step down to a layer's input, over the batch, and what they are to tell."""
+
+    equations: int
+    unknowns: int
+
+    @property
+    def is_determined(self) -> bool:
+        """Whether there are enough of them."""
+        return self.equations >= MARGIN * self.unknowns
+
+
 def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[dict]:
     """One row for each linear or convolutional layer, from the images up.
 
@@ -33,8 +48,8 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
     (the lowest of these).
     """
     layers = {layer.name: layer for layer in measured(chain, image_shape)}
-    equations, _ = _steps(chain, 0.0, layers, batch_size)
-    rows = [_row(layer, equations[name], batch_size) for name, layer in layers.items()]
+    steps, _ = _steps(chain, 0.0, layers, batch_size)
+    rows = [_row(layer, steps[name], batch_size) for name, layer in layers.items()]
     like = next(iter(layers.values())).module.weight.new_zeros(1)
     asked = {place.name for place in order(places(chain, image_shape, {}), batch_size, like) if place.overlaps}
     is_known = False
@@ -45,9 +60,9 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
     return [row | {"deepest": row["layer"] == deepest} for row in rows]
 
 
-def _row(layer: Layer, equations: int | None, batch_size: int) -> dict:
+def _row(layer: Layer, step: Step | None, batch_size: int) -> dict:
     room = min(layer.channels_out, layer.patch)
-    unknowns = batch_size * math.prod(layer.input_shape)
+    step = step or Step(0, batch_size * math.prod(layer.input_shape))
     return {
         "layer": layer.name,
         "input_shape": layer.input_shape,
@@ -55,16 +70,16 @@ def _row(layer: Layer, equations: int | None, batch_size: int) -> dict:
         "rank_bound": batch_size * layer.positions,
         "rank_room": room,
         "spanned": batch_size * layer.positions < room,
-        "equations": equations or 0,
-        "unknowns": unknowns,
-        "determined": (equations or 0) >= MARGIN * unknowns,
+        "equations": step.equations,
+        "unknowns": step.unknowns,
+        "determined": step.is_determined,
     }
 
 
 def _steps(
     chain: Chain, share: float | None, layers: dict[str, Layer], batch_size: int
-) -> tuple[dict[str, int | None], float | None]:
-    """By layer, the equations for its input; and the share of the chain's own input that is known once that is solved.
+) -> tuple[dict[str, Step | None], float | None]:
+    """By layer, the step to its input; and the share of the chain's own input that is known once that is solved.
 
     Args:
         chain: a model's, or a branch's.
@@ -73,15 +88,17 @@ def _steps(
         layers: by name.
         batch_size: B.
     """
-    found: dict[str, int | None] = {}
+    found: dict[str, Step | None] = {}
     for stage in reversed(chain):
         module = stage.module
         if isinstance(module, Residual):
             found |= _block(module, share, layers, batch_size)
             share = 1.0
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            outputs = batch_size * math.prod(layers[stage.name].output_shape)
-            found[stage.name] = None if share is None else module.weight.numel() + int(share * outputs)
+            layer = layers[stage.name]
+            known = None if share is None else int(share * batch_size * math.prod(layer.output_shape))
+            unknowns = batch_size * math.prod(layer.input_shape)
+            found[stage.name] = None if known is None else Step(module.weight.numel() + known, unknowns)
             share = 1.0
         elif isinstance(module, nn.ReLU):
             share = None if share is None else min(share, KNOWN_BEHIND_RELU)
@@ -90,18 +107,22 @@ def _steps(
     return found, share
 
 
-def _block(module: Residual, share: float | None, layers: dict[str, Layer], batch_size: int) -> dict[str, int | None]:
-    """The equations inside a residual block: the lowest layers of both branches share theirs, since they share u."""
+def _block(module: Residual, share: float | None, layers: dict[str, Layer], batch_size: int) -> dict[str, Step | None]:
+    """The steps inside a residual block: the lowest layers of both branches share theirs, since they share u."""
     body, _ = _steps(module.body, None if share is None else 0.0, layers, batch_size)
     shortcut, _ = _steps(module.shortcut, share, layers, batch_size)
-    lowest = [next(iter(_names(branch))) for branch in (module.body, module.shortcut) if _names(branch)]
+    lowest = [_names(branch)[0] for branch in (module.body, module.shortcut) if _names(branch)]
     found = body | shortcut
     if share is None or not lowest:
         return found
-    total = sum(found[name] for name in lowest)
-    if not module.shortcut:
-        total += int(share * batch_size * math.prod(layers[lowest[0]].input_shape))
-    return found | dict.fromkeys(lowest, total)
+    outputs = int(share * batch_size * math.prod(layers[_names(module.body)[-1]].output_shape))
+    unknowns = found[lowest[0]].unknowns
+    for name in _names(module.body)[1:]:
+        if body[name] and not body[name].is_determined:
+            together = Step(body[name].equations + outputs, unknowns)
+            found[name] = together if together.is_determined else body[name]
+    total = sum(found[name].equations for name in lowest) + (0 if module.shortcut else outputs)
+    return found | dict.fromkeys(lowest, Step(total, unknowns))
 
 
 def _names(chain: Chain) -> list[str]:

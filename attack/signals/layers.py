@@ -10,6 +10,8 @@ place. Between the layers:
   since one wrong mask adds or lacks one delta times one patch. Then all are solved again.
 - Residual blocks. The body's layers but the lowest are solved by their gradient alone; what the body puts out is then
   known, and out - body is what the shortcut put out, wherever the ReLU behind the sum is active.
+- Layers of a body whose gradient has too few rows. Their input h is no free tensor: it is what the body makes of the
+  block's input u, which the block makes its output of. Both together determine u, nonlinearly, see `together`.
 - BatchNorm in eval mode is a scale and a shift for each channel, a pool of one position nothing at all. In training
   mode it ends the walk: an image's delta below it depends on all others.
 
@@ -22,18 +24,17 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import is_ as is_same
 
 import torch
 from torch import Tensor, nn
 
-from attack.signals.leastsquares import Operator, Product, Solution, refined
+from attack.signals.leastsquares import Solution
 from attack.signals.noise import precision_of
-from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
+from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows
+from attack.signals.solvers import FLOOR, Alone, Way, Whole, Within, rows_of
+from attack.signals.together import NOISE, Together
 from update.stages import Chain, Residual, Stage, input_shapes, run, unmixed_from
 
-ITERATIONS = 300, 800  # of CGLS, least and most: determined layers take 1 to 120, barely determined ones 600
-EFFORT = 4e7  # unknowns times iterations: small layers may take more
 ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
 DOUBT = 20.0  # and up to which it may be wrong to be so, or not
 RANGE = 40.0  # and up to which a mask may be changed by a residual that asks for it
@@ -45,16 +46,14 @@ COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for whe
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
 CLEARLY = 0.1  # of that: so far below it, a few changed masks need no rehearsal of their own
-NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
+WORTH = 1.1  # equations for each unknown from which a block is tried as a whole: on a small net 1.11 do, 1.03 do not
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which it does not
-EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
 FEW = 0.1  # share of an image's entries that is taken for zeros without a look: of all layers tried, 0.3 and more are
 WITHIN = 0.4  # standard deviations within which a third of the zeros lie: that tenth, where 0.3 are zeros
 GATHERED = 1e-2  # of the median: zeros stand apart at least so far
 SAMPLE = 8  # negative entries that are enough to measure noise by
-FLOOR = 1.2e-7  # relative: no noise is taken for less than rounding of the float32 that the victim computed in
 
 
 class UndeterminedError(ValueError):
@@ -544,8 +543,9 @@ def descend(
             if _is_elementwise(stage.module):
                 point = below(stage.module, point, shapes[index])
                 continue
-            sources = walk.sources(stage, point, shapes[index])
-            u, sources = walk.solve(stage.name, sources, (len(inputs), *shapes[index]), after_relu(chain[:index]))
+            is_after_relu = after_relu(chain[:index])
+            sources, way = walk.sources(stage, point, shapes[index], is_after_relu)
+            u, sources = walk.solve(stage.name, sources, way, is_after_relu)
         except UndeterminedError as stop:
             if not walk.records or walk.records[-1].determined:
                 seconds = time.perf_counter() - began
@@ -601,17 +601,20 @@ class _Walk:
         self.inner: dict[str, Tensor] = {}
         self.noises: dict[str, Tensor] = {}
         self.noise = torch.zeros(0)  # of the last layer solved, of its input's shape
-        self._kept: tuple | None = None  # what the last system of equations was made of, and it
 
-    def sources(self, stage: Stage, point: Point, shape: tuple[int, ...]) -> list[Source]:
-        """Whatever says something of the input, of that shape, of a layer or residual stage."""
+    def sources(
+        self, stage: Stage, point: Point, shape: tuple[int, ...], is_after_relu: bool
+    ) -> tuple[list[Source], Way]:
+        """Whatever says something of the input, of that shape, of a layer or residual stage, and how to find it."""
+        alone = Alone((len(point.values), *shape), self.generator, self.deadline)
         if not isinstance(stage.module, Residual):
-            return [self._layer(stage, point, shape)]
-        body, output, flips = self._branch(stage.module.body, point.untold(), shape)
+            return [self._layer(stage, point, shape)], alone
+        block = _Block(stage.module, point, shape, is_after_relu)
+        body, output, flips, way = self._branch(stage.module.body, point.untold(), shape, block)
         point = point.flipped(flips)
         rest = point.untold() if output is None else replace(point, values=point.values - output)
-        shortcut, _, _ = self._branch(stage.module.shortcut, rest, shape)
-        return [*body, *shortcut]
+        shortcut, _, _, _ = self._branch(stage.module.shortcut, rest, shape, block)
+        return [*body, *shortcut], way or alone
 
     def _layer(self, stage: Stage, point: Point, shape: tuple[int, ...]) -> LayerSource:
         module = stage.module
@@ -631,9 +634,15 @@ class _Walk:
             left_out=torch.zeros(width, dtype=torch.bool, device=point.values.device),
         )
 
-    def _branch(self, chain: Chain, point: Point, shape: tuple[int, ...]) -> tuple[list[Source], Tensor | None, Tensor]:
-        """What a branch says of its input; its output, once a layer in it is solved; flips of the point's mask."""
-        output, flips, same_mask = None, torch.zeros_like(point.known), True
+    def _branch(
+        self, chain: Chain, point: Point, shape: tuple[int, ...], block: "_Block"
+    ) -> tuple[list[Source], Tensor | None, Tensor, Way | None]:
+        """What a branch says of its input.
+
+        Also its output, once a layer in it is solved, flips of the point's mask, and how to find the block's input
+        where a layer was only found together with it.
+        """
+        output, flips, same_mask, onward = None, torch.zeros_like(point.known), True, None
         shapes = input_shapes(chain, shape) if chain else []
         for index in reversed(range(len(chain))):
             stage = chain[index]
@@ -641,22 +650,38 @@ class _Walk:
                 point = below(stage.module, point, shapes[index])
                 same_mask = same_mask and isinstance(stage.module, nn.BatchNorm2d)
                 continue
-            sources = self.sources(stage, point, shapes[index])
+            is_after_relu = after_relu(chain[:index]) if index else block.is_after_relu
+            sources, way = self.sources(stage, point, shapes[index], is_after_relu)
             if index == 0:
-                return sources, output, flips
-            is_after_relu = after_relu(chain[:index])
-            u, solved = self.solve(stage.name, sources, (len(point.values), *shapes[index]), is_after_relu)
+                return sources, output, flips, onward
+            if chain is block.module.body and 0 < way.count(sources) < way.unknowns:
+                within = Within(self._together(block, index, point.delta))
+                way = within if within.count(sources) >= WORTH * within.unknowns else way
+            u, solved = self.solve(stage.name, sources, way, is_after_relu)
+            if isinstance(way, Within):
+                onward = Whole(way.together, rows_of(solved))
             if output is None:
                 output = run(chain[index:], u)
                 if same_mask:  # the ReLU behind the block is the one that these equations have judged
                     flips = (solved[0].above.delta != sources[0].above.delta).view_as(flips)
             self.inner[stage.name] = u
             point = _point(u, sum(source.delta() for source in solved), self.noise)
-        return [IdentitySource(point)], output, flips
+        return [IdentitySource(point)], output, flips, onward
 
-    def solve(
-        self, name: str, sources: list[Source], shape: tuple[int, ...], is_after_relu: bool
-    ) -> tuple[Tensor, list[Source]]:
+    def _together(self, block: "_Block", index: int, delta: Tensor) -> Together:
+        """All that is known of a block, around a layer of its body, with delta at that layer's output."""
+        return Together(
+            block.module,
+            index,
+            (len(delta), *block.shape),
+            IdentitySource(block.above).rows(),
+            delta,
+            is_positive=block.is_after_relu,
+            generator=self.generator,
+            deadline=self.deadline,
+        )
+
+    def solve(self, name: str, sources: list[Source], way: Way, is_after_relu: bool) -> tuple[Tensor, list[Source]]:
         """The input that all sources agree on, and the sources with their masks as decided.
 
         Raises:
@@ -665,24 +690,24 @@ class _Walk:
         began = time.perf_counter()
         if began > self.deadline:
             raise UndeterminedError("no time is left")
-        rows = [r for source in sources for r in source.rows()]
-        equations, unknowns = sum(r.count for r in rows), math.prod(shape)
+        equations, unknowns = way.count(sources), way.unknowns
         if equations < unknowns:
             self._record(name, f"{equations} equations for {unknowns} unknowns", equations, unknowns, began=began)
-        taken, noise = sources, max(FLOOR, *(source.noise for source in sources))
-        error = self._rehearse(taken, shape, noise)
-        if not float(error.max()) < DETERMINED:
+        taken, noise = sources, way.noise(sources)
+        error = way.rehearsed(sources, noise) if way.is_linear else None
+        if error is not None and not float(error.max()) < DETERMINED:
             self._record(name, _comes_back(error), equations, unknowns, math.nan, float(error.max()), began=began)
-        u, solution, sources = self._settle(taken, shape, NOISE * noise)
+        u, solution, sources = self._settle(taken, way, NOISE * noise)
         if not solution.residual < NOISE * noise:
-            other = self._coarser(taken, shape)
+            other = self._coarser(taken, way)
             if other is not None and other[1].residual < solution.residual:
-                u, solution, sources = self._settle(other[2], shape, NOISE * noise)
+                u, solution, sources = self._settle(other[2], way, NOISE * noise)
         flips = sum(_changes(old, new) for old, new in zip(taken, sources, strict=True))
-        error = error * max(1.0, solution.residual / noise)  # the equations are linear, and so are errors in noise
-        if flips and not float(error.max()) < DETERMINED * CLEARLY:
-            error = self._rehearse(sources, shape, solution.residual)
-        self.noise = noise_of(u, self._spread(sources, u, solution), is_after_relu)
+        if error is not None:
+            error = error * max(1.0, solution.residual / noise)  # the equations are linear, and so are errors in noise
+        if error is None or (flips and not float(error.max()) < DETERMINED * CLEARLY):
+            error = way.rehearsed(sources, max(noise, solution.residual))
+        self.noise = noise_of(u, way.spread(sources, u, solution, error), is_after_relu)
         self.noises[name] = self.noise
         errors = (_size(self.noise) / _size(u)).flatten()
         reason = ""
@@ -690,7 +715,7 @@ class _Walk:
             reason = "no time was left"
         elif not float(error.max()) < DETERMINED:
             reason = _comes_back(error)
-        elif not solution.residual < max(TRUSTED, CONTRADICTED * noise):
+        elif not solution.residual < (max(TRUSTED, CONTRADICTED * noise) if way.is_linear else NOISE * noise):
             reason = f"its equations contradict each other by {solution.residual:.1e}"
         elif not float(errors.max()) < DETERMINED:
             reason = f"it came out with an error of {float(errors.max()):.1e} of its size"
@@ -700,30 +725,28 @@ class _Walk:
         )  # fmt: skip
         return u, sources
 
-    def _settle(
-        self, sources: list[Source], shape: tuple[int, ...], enough: float
-    ) -> tuple[Tensor, Solution, list[Source]]:
+    def _settle(self, sources: list[Source], way: Way, enough: float) -> tuple[Tensor, Solution, list[Source]]:
         """Solve; if the residual is more than enough, let it decide the doubtful masks, and solve again."""
-        u, solution = self._least_squares(sources, shape)
+        u, solution = way.solve(sources)
         if solution.residual < enough or time.perf_counter() > self.deadline:
             return u, solution, sources
         best = u, solution, sources
-        trial, _ = self._least_squares([source.cautious() for source in sources], shape)
+        trial = way.solve([source.cautious() for source in sources])[0] if way.is_linear else u
         for _ in range(ROUNDS):
             decided = [source.decided(trial) for source in sources]
             if not any(_changes(old, new) for old, new in zip(sources, decided, strict=True)):
                 break
             sources = decided
-            u, solution = self._least_squares(sources, shape)
+            u, solution = way.solve(sources)
             if solution.residual < best[1].residual:
                 best = u, solution, sources
             if solution.residual < enough or time.perf_counter() > self.deadline:
                 break
-            trial, _ = self._least_squares([source.without_outliers(u) for source in sources], shape)
-        return self._one_by_one(*best, shape, enough)
+            trial, _ = way.solve([source.without_outliers(u) for source in sources])
+        return self._one_by_one(*best, way, enough)
 
     def _one_by_one(
-        self, u: Tensor, solution: Solution, sources: list[Source], shape: tuple[int, ...], enough: float
+        self, u: Tensor, solution: Solution, sources: list[Source], way: Way, enough: float
     ) -> tuple[Tensor, Solution, list[Source]]:
         """Change the most suspicious entry of all masks and solve again, as long as that helps."""
         for _ in range(SUSPECTS):
@@ -733,13 +756,13 @@ class _Walk:
                 break
             pairs = zip(sources, suspicions, strict=True)
             tried = [replace(source, above=source.above.flipped(each == worst)) for source, each in pairs]
-            other = self._least_squares(tried, shape)
+            other = way.solve(tried)
             if not other[1].residual < solution.residual:
                 break
             (u, solution), sources = other, tried
         return u, solution, sources
 
-    def _coarser(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution, list[Source]] | None:
+    def _coarser(self, sources: list[Source], way: Way) -> tuple[Tensor, Solution, list[Source]] | None:
         """The masks for other noise than was measured that leave the least residual; None if there are no others."""
         best = None
         for factor in COARSER:
@@ -747,7 +770,7 @@ class _Walk:
             if time.perf_counter() > self.deadline:
                 break
             if any(_changes(old, new) for old, new in zip(sources, tried, strict=True)):
-                u, solution = self._least_squares(tried, shape)
+                u, solution = way.solve(tried)
                 best = min(best or (u, solution, tried), (u, solution, tried), key=lambda found: found[1].residual)
         return best
 
@@ -756,70 +779,22 @@ class _Walk:
         if reason:
             raise UndeterminedError(reason)
 
-    def _least_squares(self, sources: list[Source], shape: tuple[int, ...]) -> tuple[Tensor, Solution]:
-        """The input u (B, ...) and the solver's word."""
-        system = self._system(sources, shape)
-        solution = self._solved(system, system.target, shape)
-        return system.scaling.forward(solution.x), solution
-
-    def _solved(self, system: "_System", target: Tensor, shape: Sequence[int]) -> Solution:
-        """The scaled unknowns with which the rows come closest to a target."""
-        start = target.new_zeros(shape)
-        how = {"iterations": _iterations(shape), "deadline": self.deadline}
-        return refined(system.exact, system.rough, target, start, **how)
-
-    def _spread(self, sources: list[Source], u: Tensor, solution: Solution) -> Tensor:
-        """Standard deviation (B, 1, ...) of u's errors: that of unit noise, times the noise that the residual shows."""
-        rows = [r for source in sources for r in source.rows()]
-        freedom = max(1, sum(r.count for r in rows) - u.numel())
-        system = self._system(sources, u.shape)
-        spread = system.scaling.spread(u.shape) * (solution.residual * system.target.norm() / math.sqrt(freedom))
-        columns = [r.weight * r.target for r in rows if isinstance(r.operator, GradientRows)]
-        if not columns:
-            return spread
-        loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
-        return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
-
-    def _rehearse(self, sources: list[Source], shape: tuple[int, ...], noise: float) -> Tensor:
-        """The relative error (B,) with which a random input comes back through the equations with so much noise."""
-        system = self._system(sources, shape)
-        draw = {"generator": self.generator, "dtype": system.target.dtype}
-        play = torch.randn(shape, **draw).to(system.target).relu()
-        disturbed = system.rows.forward(play)
-        disturbance = torch.randn(len(disturbed), **draw).to(disturbed) * (disturbed != 0)
-        disturbed += disturbance * (noise * disturbed.norm() / disturbance.norm().clamp(min=1e-300))
-        back = system.scaling.forward(self._solved(system, disturbed, shape).x)
-        return (back - play).flatten(1).norm(dim=1) / play.flatten(1).norm(dim=1)
-
-    def _system(self, sources: list[Source], shape: Sequence[int]) -> "_System":
-        """The equations of all sources; the last ones are kept."""
-        if not (self._kept and len(self._kept[0]) == len(sources) and all(map(is_same, self._kept[0], sources))):
-            self._kept = sources, _System.of([r for source in sources for r in source.rows()], torch.Size(shape))
-        return self._kept[1]
-
 
 @dataclass(frozen=True)
-class _System:
-    """All rows as one operator, their targets, what makes them well conditioned, and the product of both, twice."""
+class _Block:
+    """A residual stage on the walk.
 
-    rows: Operator
-    target: Tensor
-    scaling: Scaling
-    exact: Operator
-    rough: Operator  # in float32
+    Attributes:
+        module: it.
+        above: what is known of its output.
+        shape: of its input, one image's.
+        is_after_relu: whether that input is not negative.
+    """
 
-    @classmethod
-    def of(cls, rows: list[Rows], shape: torch.Size) -> "_System":
-        """For unknowns of that shape."""
-        stacked, target = stack(rows)
-        scaling = Scaling.of(rows, shape)
-        rough, _ = stack([r.float() for r in rows])
-        return cls(stacked, target, scaling, Product(stacked, scaling), Product(rough, scaling.float()))
-
-
-def _iterations(shape: Sequence[int]) -> int:
-    least, most = ITERATIONS
-    return min(most, max(least, int(EFFORT / math.prod(shape))))
+    module: Residual
+    above: Point
+    shape: tuple[int, ...]
+    is_after_relu: bool
 
 
 def _comes_back(error: Tensor) -> str:

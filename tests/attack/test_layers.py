@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from attack.signals.explain import explain
 from attack.signals.layers import LayerSource, Point, Update, below, descend, noise_of, without_noise
 from attack.signals.leastsquares import Product, cgls, refined
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
@@ -299,3 +300,57 @@ def test_a_sigmoid_mlp_gives_its_pixels():
     descent, truth, _ = walk(net, 4, "hidden2", noise=1e-9)
     assert descent.deepest <= 1
     assert (descent.inputs[1] - truth[1]).norm() < 1e-2 * truth[1].norm()
+
+
+# ----------------------------------------------------------------------------------------------------
+# Blocks as a whole
+
+
+class Plain(nn.Module):
+    """A stem, a residual block that keeps its shape, a layer and a head."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, stride=4, padding=1)
+        self.a, self.na = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.b, self.nb = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.last, self.head = nn.Conv2d(width, 8, 3, padding=1), nn.Linear(8 * 16, 10)
+
+    def forward(self, images):
+        x = self.stem(images).relu()
+        x = (self.nb(self.b(self.na(self.a(x)).relu())) + x).relu()
+        return self.head(self.last(x).relu().flatten(1))
+
+
+def plain():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Plain().eval()
+
+
+def test_a_block_is_solved_whose_layers_have_too_few_equations():
+    descent, truth, chain = walk(plain(), 8, "last")
+    inner, block = descent.records[:2]
+    assert (inner.name, block.name) == ("b", "add")
+    assert 8 * 8 * 9 < inner.unknowns < inner.equations  # b's own gradient has too few rows
+    assert inner.determined
+    assert block.determined
+    index = index_of(chain, "add")
+    error = (descent.inputs[index] - truth[index]).flatten(1).norm(dim=1) / truth[index].flatten(1).norm(dim=1)
+    assert float(error.max()) < 1e-5
+    assert float(error.max()) / 5 < float(block.noise.max()) < 20 * float(error.max())
+
+
+def test_a_block_is_not_believed_where_even_all_its_equations_do_not_lead_there():
+    descent, _, chain = walk(plain(), 12, "last")  # 1.03 for each unknown
+    assert descent.deepest == index_of(chain, "last")
+    assert not descent.records[-1].determined
+
+
+@pytest.mark.parametrize(("batch_size", "is_known"), [(2, True), (8, True), (40, False)])
+def test_what_is_determined_together_is_explained(batch_size, is_known):
+    rows = {row["layer"]: row for row in explain(stages(plain()), (3, 16, 16), batch_size)}
+    assert rows["b"]["determined"] is is_known
+    alone = 8 * 8 * 9
+    together = alone + batch_size * 8 * 16 // 2
+    assert rows["b"]["equations"] == (together if batch_size == 8 else alone)
