@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from attack.forward import Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
 from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, disagreement
-from attack.optimisers import Annealing, Budget, Optimiser
+from attack.optimisers import Annealing, Budget
 from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
 from attack.softening import SoftenedMatching, kinked_chain
@@ -34,7 +34,7 @@ from cli.console import Progress, introduction, show_end, show_leaks, show_sched
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, enough_threads, interruptible, stream
-from cli.settings import adopt, facts_of, resolve, run_path, schedule_of
+from cli.settings import adopt, facts_of, optimiser_of, privacy_of, resolve, run_path, schedule_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
 from judge.layers import measured
@@ -77,7 +77,11 @@ STD = None  # their standard deviation (None: 1); images stay in [0, 1], normali
 WEIGHTS = None  # checkpoint to load, .safetensors, .npz or .pt (None: random weights from the seed)
 EXPLAIN = False  # say what this model gives away at this batch size before there is any data, and stop
 FROZEN = None  # parameters that are not trained, by the beginnings of their names, e.g. head.bias,conv1
-DEFENCE = "none"  # what the client does to its update: none, noise:STD, float16, bfloat16, topk:SHARE
+DEFENCE = "none"  # what the client does to its update, in this order, e.g. clip:1.0,noise:0.01: clip:NORM, noise:STD,
+# topk:SHARE, quantise:BITS, sign, float16, bfloat16, secure_sum:CLIENTS, dpsgd:CLIP:SIGMA (docs/defences.md)
+DP_DELTA = 1e-5  # delta of the epsilon that dpsgd buys
+DP_RATE = 0.01  # share of all examples that is sampled for a round of dpsgd
+DP_ROUNDS = 1  # rounds of dpsgd that an example may be sampled for
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
 UPDATE = None  # file of a shared update to attack instead, see docs/update-format.md; the truth is then not at hand
 UPDATE_KIND = "gradient"  # what an update from outside holds: gradient, difference (new - old weights), weights (new)
@@ -302,15 +306,7 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
         z=pixels.encode(start.to(pixels.device, pixels.dtype)),
         label_variables=(logits / settings.label_gain).to(pixels.device, pixels.dtype),
         generator=generator,
-        optimiser=Optimiser(
-            settings.optimizer,
-            lr=settings.lr,
-            lr_schedule=settings.lr_schedule,
-            signed=settings.signed,
-            inner_iter=settings.inner_iter,
-            history=settings.history,
-            line_search=settings.line_search,
-        ),
+        optimiser=optimiser_of(settings),
         label_gain=settings.label_gain,
         known_labels=known.labels,
         copies=copies,
@@ -386,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return save_batch(settings)
         place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
         update, model, truth = victim(settings, place)
-        adopt(settings, given, facts_of(update), "the update")
+        adopt(settings, given, facts_of(update, settings), "the update")
         with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
             if settings.save_update:
                 update.save(settings.save_update)
@@ -409,7 +405,9 @@ def run_attack(
     began = run.read_checkpoint() if settings.resume else None
     granted = truth.labels.to(place_of(model)["device"]) if truth and settings.label_strategy == "known" else None
     state, objective, known = prepare(update, model, settings, granted, began)
-    config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
+    config = (
+        vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words) | privacy_of(update, settings)
+    )
     if began:
         try:
             state.load_state_dict(began)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from attack.prepare import Known
 from attack.signals.explain import explain
 from cli.model import model_options, server_model
+from cli.settings import clients_of, privacy_of
 from judge.pictures import save_leaks, save_schedule
 from judge.recorder import summary
 from judge.run_directory import RunDirectory
@@ -58,11 +59,26 @@ def introduction(
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.signals.seconds:.1f} s"
     return (
-        f"{source}: {update.batch_size} images {shape}\n"
+        f"{source}: {update.batch_size} images {shape}{_defended(update, settings)}\n"
         f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {objective}\n"
         f"{found}\n"
         f"{settings.optimizer}, {settings.dtype} | {path}"
     )
+
+
+def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
+    """What the clients did to the update, and the privacy that it buys; empty where they did nothing."""
+    if update.defence == "none":
+        return ""
+    text = f" | {update.defence}"
+    if clients_of(settings) > 1:
+        text += f", {clients_of(settings)} clients with {settings.batch_size} each"
+    for name, bound in privacy_of(update, settings).items():
+        found = "not computed: pip install opacus" if bound is None else f"at most {bound:.3g}"
+        text += (
+            f", {name} {found} (delta {settings.dp_delta:g}, rate {settings.dp_rate:g}, {settings.dp_rounds} rounds)"
+        )
+    return text
 
 
 def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, run: RunDirectory, *, quiet: bool) -> int:

@@ -21,6 +21,7 @@ from attack.softening import SOFTENINGS
 from data import DATASETS, LABEL_MODES
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
+from update.defences import Defences
 from update.models import ACTIVATIONS, MODELS
 from update.outside import OUTSIDE, is_outside
 from update.received import KINDS
@@ -108,6 +109,15 @@ def model_name(text: str) -> str:
 model_name.choices = tuple(MODELS)
 
 
+def defence(text: str) -> str:
+    """An argparse type: what a client may do to its update."""
+    try:
+        Defences.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(f"--defence {text}: ")) from None
+    return text
+
+
 def numbers(least: float, *, above: bool = False) -> Callable[[str], list[float]]:
     """An argparse type: finite numbers such as 0.5,0.4,0.3, each at least or above `least`."""
     parse_one = number(float, least, above=above)
@@ -117,6 +127,7 @@ def numbers(least: float, *, above: bool = False) -> Callable[[str], list[float]
 _MANY = 10**9
 _steps, _size, _count = number(int, 1, _MANY), number(int, 1, 10**6), number(int, 0, _MANY)
 _positive, _weight, _share = number(float, 0, above=True), number(float, 0), number(float, 0, 1)
+_chance = number(float, 0, 1, above=True)
 _real = number(float, -sys.float_info.max)
 
 # Every flag that is not a plain string, by its type. True and False: a switch.
@@ -134,6 +145,10 @@ TYPES: dict[str, Callable[[str], object]] = {
     "num_classes": number(int, 2, 100_000),
     "mean": numbers(-1e6),
     "std": numbers(0, above=True),
+    "defence": defence,
+    "dp_delta": _chance,
+    "dp_rate": _chance,
+    "dp_rounds": _steps,
     "update_kind": one_of(KINDS),
     "local_lr": _positive,
     "local_steps": _steps,

@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from attack.optimisers import Optimiser
 from attack.published.presets import PRESETS
 from cli.flags import Flag, build_parser
+from client.privacy import epsilon
 from data import parse_indices
 from judge.run_directory import restore
 from schedules import Schedule
+from update.defences import Defences
 from update.outside import is_file
 from update.shared import SharedUpdate
 
@@ -87,10 +90,19 @@ def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: 
         setattr(settings, name, value)
 
 
-def facts_of(update: SharedUpdate) -> dict[str, object]:
+def clients_of(settings: argparse.Namespace) -> int:
+    """How many clients with batches of --batch_size are in the update; 1 for one from a file, whose size is of all."""
+    return 1 if settings.update else Defences.parse(settings.defence).clients
+
+
+def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, object]:
     """What an update says of itself, by the names of the flags that say the same."""
     channels, height, width = update.image_shape
-    facts = {"batch_size": update.batch_size, "model": update.model, "num_classes": update.num_classes}
+    facts = {
+        "batch_size": update.batch_size // clients_of(settings),
+        "model": update.model,
+        "num_classes": update.num_classes,
+    }
     if height == width:
         facts["image_size"] = width
     return facts | {"channels": channels} | update.options
@@ -100,7 +112,7 @@ def schedule_of(settings: argparse.Namespace) -> Schedule:
     """S(t) under the flags --sel_mode, --sel_k, --sel_l_iter, --sig_a, --sig_b and --resample."""
     return Schedule(
         settings.sel_mode,
-        batch_size=settings.batch_size,
+        batch_size=clients_of(settings) * settings.batch_size,
         n_iter=settings.n_iter,
         k=settings.sel_k,
         l_iter=settings.sel_l_iter,
@@ -108,6 +120,34 @@ def schedule_of(settings: argparse.Namespace) -> Schedule:
         b=settings.sig_b,
         resample=settings.resample,
     )
+
+
+def optimiser_of(settings: argparse.Namespace) -> Optimiser:
+    """What moves images and labels under --optimizer, --lr, --lr_schedule, --signed and the flags of L-BFGS."""
+    return Optimiser(
+        settings.optimizer,
+        lr=settings.lr,
+        lr_schedule=settings.lr_schedule,
+        signed=settings.signed,
+        inner_iter=settings.inner_iter,
+        history=settings.history,
+        line_search=settings.line_search,
+    )
+
+
+def privacy_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, float | None]:
+    """The epsilon that DP-SGD buys under --dp_delta, --dp_rate and --dp_rounds; empty of another update.
+
+    None where there is no Opacus to compute it.
+    """
+    private = Defences.parse(update.defence).private
+    if private is None:
+        return {}
+    how = {"rate": settings.dp_rate, "rounds": settings.dp_rounds, "delta": settings.dp_delta}
+    try:
+        return {"epsilon": epsilon(private[1], **how)}
+    except ModuleNotFoundError:
+        return {"epsilon": None}
 
 
 def run_path(settings: argparse.Namespace) -> Path:

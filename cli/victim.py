@@ -1,6 +1,7 @@
 """What the flags name: the victim's batch, the model the server sent out, the update that is shared."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from cli.model import model_options, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
 from client.victim import share_update
-from data import Batch, load_batch, open_source, parse_indices
+from data import Batch, DataError, load_batch, open_source, parse_indices
+from update.defences import Defences
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
 
@@ -68,15 +70,36 @@ def _save_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def client_batch(settings: argparse.Namespace, labels: str, num_classes: int | None) -> Batch:
-    """The images that the flags name, with labels as in `data.load_batch`."""
+    """The images that the flags name, with labels as in `data.load_batch`.
+
+    Where --defence sums over several clients, these are the images of all, the others' behind the first's.
+    """
+    source = open_source(settings.dataset, settings.data_path)
+    indices = parse_indices(settings.indices) if settings.indices else range(settings.batch_size)
     return load_batch(
-        open_source(settings.dataset, settings.data_path),
-        parse_indices(settings.indices) if settings.indices else range(settings.batch_size),
+        source,
+        [*indices, *_of_other_clients(indices, Defences.parse(settings.defence), len(source))],
         labels=labels,
         num_classes=num_classes,
         generator=stream(settings.seed, "labels"),
         image_size=settings.image_size,
     )
+
+
+def _of_other_clients(indices: Sequence[int], defences: Defences, count: int) -> range:
+    """The images of the other clients of a sum: behind the first client's last one, as many for each as it has itself.
+
+    Raises:
+        DataError: the source's `count` images are too few.
+    """
+    first = max(indices) + 1
+    others = range(first, first + (defences.clients - 1) * len(indices))
+    if others and others[-1] >= count:
+        raise DataError(
+            f"--defence {defences}: {defences.clients} clients with {len(indices)} images each "
+            f"need images up to {others[-1]}, the set has images 0 to {count - 1}"
+        )
+    return others
 
 
 def images_named(init: str, batch_size: int, side: int, generator: torch.Generator) -> Tensor | None:

@@ -1,59 +1,121 @@
 """What a client may do to its update before it shares it, so that what it gives away can be measured."""
 
 import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from update.defences import PRIVATE, SUM, Defences
 from update.shared import SharedUpdate
 
-DEFENCES = ("none", "noise:STD", "float16", "bfloat16", "topk:SHARE")
+Gradients = dict[str, Tensor]  # by parameter name
 
 
-def defend(update: SharedUpdate, defence: str, *, generator: torch.Generator | None) -> SharedUpdate:
-    """The update with its gradients defended.
+def defend(
+    clients: Sequence[SharedUpdate], defences: Defences, *, generator: torch.Generator | None = None
+) -> SharedUpdate:
+    """What the server sees of the clients' updates: defended one by one, in the order of the defences, until summed.
 
-    none        as they are
-    noise:STD   Gaussian noise of this standard deviation, drawn from `generator`, added to every entry
-    float16     rounded to half precision; also bfloat16
-    topk:SHARE  all but this share of the entries, the largest of the whole update, set to zero
+    clip:NORM           the whole update scaled to L2 norm NORM where it is longer
+    noise:STD           Gaussian noise of this standard deviation added to every entry
+    topk:SHARE          all but this share of the entries, the largest of the whole update, set to zero
+    quantise:BITS       each tensor's magnitudes rounded up or down, at random and right on average, to 2^BITS - 1 equal
+                        steps of its largest one, signs apart (QSGD, Alistarh et al. 2017, arXiv 1610.02132, with the
+                        largest magnitude for scale; 1 bit is TernGrad, Wen et al. 2017, arXiv 1705.07878)
+    sign                each tensor's signs times its mean magnitude (signSGD, Bernstein et al. 2018, arXiv 1802.04434,
+                        with the scale of Karimireddy et al. 2019, arXiv 1901.09847); zeros stay zero
+    float16, bfloat16   rounded to half precision
+    secure_sum:CLIENTS  the sum over the clients, divided by their number; what follows is done to it, once
+    dpsgd:CLIP:SIGMA    nothing more: it is in the clients' gradients, see `client.privacy`
+
+    Args:
+        clients: as many as the defences speak of, of one batch size, before any of these.
+        defences: in their order.
+        generator: what noise and rounding are drawn from, on the CPU.
 
     Raises:
-        ValueError: anything else, a standard deviation that is not above 0, a share that is not in (0, 1], or numbers
-            that the defence takes beyond what floats can hold.
+        ValueError: numbers that a defence takes beyond what floats can hold, or nothing but zeros left.
     """
-    kind, _, text = defence.partition(":")
-    amount = _amount(defence, text)
-    if defence == "none":
-        return update
-    if kind == "noise" and amount is not None and 0 < amount < float("inf"):
-        gradients = _noisy(update.gradients, amount, generator)
-    elif defence in ("float16", "bfloat16"):
-        gradients = {name: g.to(getattr(torch, defence)).to(g) for name, g in update.gradients.items()}
-    elif kind == "topk" and amount is not None and 0 < amount <= 1:
-        gradients = _largest(update.gradients, amount)
-    else:
-        raise ValueError(f"unknown defence {defence!r}: choose one of {', '.join(DEFENCES)}")
-    defended = dataclasses.replace(update, gradients=gradients)
-    defended.check(f"--defence {defence}")  # float16 ends at 65,504
+    if len(clients) != defences.clients:
+        raise ValueError(f"--defence {defences} is of {defences.clients} clients, not {len(clients)}")
+    updates = list(clients)
+    for defence in defences:
+        if defence.name == SUM:
+            updates = [_summed(updates)]
+        elif defence.name != PRIVATE:
+            act = ACTS[defence.name]
+            updates = [
+                dataclasses.replace(update, gradients=act(update.gradients, *defence.amounts, generator=generator))
+                for update in updates
+            ]
+    defended = dataclasses.replace(updates[0], defence=str(defences))
+    defended.check(f"--defence {defences}")  # float16 ends at 65,504
     return defended
 
 
-def _noisy(gradients: dict[str, Tensor], std: float, generator: torch.Generator | None) -> dict[str, Tensor]:
+def _summed(updates: Sequence[SharedUpdate]) -> SharedUpdate:
+    """The mean of the clients' updates: as the batches are of one size, the average over the images of all of them."""
+    gradients = {
+        name: torch.stack([update.gradients[name] for update in updates]).mean(0) for name in updates[0].gradients
+    }
+    return dataclasses.replace(updates[0], gradients=gradients, batch_size=sum(update.batch_size for update in updates))
+
+
+def clipped(gradients: Gradients, norm: float, *, generator: torch.Generator | None = None) -> Gradients:
+    """Scaled, all tensors alike, so that their L2 norm as one long vector is at most `norm`."""
+    length = float(torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm())
+    return {name: gradient * min(1.0, norm / length) for name, gradient in gradients.items()} if length else gradients
+
+
+def noisy(gradients: Gradients, std: float, *, generator: torch.Generator | None = None) -> Gradients:
+    """With Gaussian noise of this standard deviation in every entry."""
+
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
     return {name: gradient + std * noise(gradient) for name, gradient in gradients.items()}
 
 
-def _largest(gradients: dict[str, Tensor], share: float) -> dict[str, Tensor]:
+def largest(gradients: Gradients, share: float, *, generator: torch.Generator | None = None) -> Gradients:
+    """All but this share of the entries, the largest of all tensors together, set to zero."""
     sizes = torch.cat([gradient.abs().flatten() for gradient in gradients.values()])
     least = sizes.topk(max(1, round(share * len(sizes)))).values[-1]
     return {name: torch.where(gradient.abs() >= least, gradient, 0) for name, gradient in gradients.items()}
 
 
-def _amount(defence: str, text: str) -> float | None:
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise ValueError(f"{defence!r}: {text!r} is not a number") from None
+def quantised(gradients: Gradients, bits: int, *, generator: torch.Generator | None = None) -> Gradients:
+    """Magnitudes at 2^bits - 1 equal steps of each tensor's largest, by stochastic rounding; signs as they are."""
+    steps = 2**bits - 1
+
+    def rounded(gradient: Tensor) -> Tensor:
+        step = gradient.abs().max() / steps
+        if not step:
+            return gradient
+        draw = torch.rand(gradient.shape, generator=generator, dtype=gradient.dtype).to(gradient.device)
+        return step * (gradient.abs() / step + draw).floor().clamp(max=steps) * gradient.sign()
+
+    return {name: rounded(gradient) for name, gradient in gradients.items()}
+
+
+def signs(gradients: Gradients, *, generator: torch.Generator | None = None) -> Gradients:
+    """Signs, times the mean magnitude of each tensor."""
+    return {name: gradient.sign() * gradient.abs().mean() for name, gradient in gradients.items()}
+
+
+def _rounded_to(dtype: torch.dtype) -> Callable[..., Gradients]:
+    def rounded(gradients: Gradients, *, generator: torch.Generator | None = None) -> Gradients:
+        return {name: gradient.to(dtype).to(gradient) for name, gradient in gradients.items()}
+
+    return rounded
+
+
+ACTS: Mapping[str, Callable[..., Gradients]] = {
+    "clip": clipped,
+    "noise": noisy,
+    "topk": largest,
+    "quantise": quantised,
+    "sign": signs,
+    "float16": _rounded_to(torch.float16),
+    "bfloat16": _rounded_to(torch.bfloat16),
+}

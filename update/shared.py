@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from update.defences import Defences
 from update.gradients import trainable
 from update.storage import StorageError, read_tensors, write_tensors
 
@@ -25,10 +26,11 @@ class SharedUpdate:
         gradients: averaged gradient, by parameter name; frozen parameters have none.
         weights: state dict of the model that the server sent out; empty if the file did not bring it.
         model: name of the architecture in `models.MODELS`, or of a model from outside.
-        batch_size: number of images averaged over.
+        batch_size: number of images averaged over, of all clients where several were summed.
         image_shape: (C, H, W) of one image.
         num_classes: K.
         options: what else the architecture was told, as in `models.OPTIONS`, and its normalisation.
+        defence: what the clients did to it, as in `update.defences`; that they do so is public.
     """
 
     gradients: dict[str, Tensor]
@@ -38,6 +40,7 @@ class SharedUpdate:
     image_shape: tuple[int, int, int]
     num_classes: int
     options: dict[str, object] = field(default_factory=dict)
+    defence: str = "none"
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.
@@ -54,6 +57,7 @@ class SharedUpdate:
             "image_shape": list(self.image_shape),
             "num_classes": self.num_classes,
             "options": self.options,
+            "defence": self.defence,
         }
         write_tensors(path, tensors, {FACTS: json.dumps(facts)})
 
@@ -85,8 +89,9 @@ class SharedUpdate:
                 image_shape=tuple(int(side) for side in facts["image_shape"]),
                 num_classes=int(facts["num_classes"]),
                 options=dict(facts.get("options", {})),
+                defence=str(Defences.parse(facts.get("defence", "none"))),
             )
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise StorageError(f"{source} is not a shared update ({FORMAT}) as --save_update writes it") from None
         sizes = {"batch_size": [update.batch_size], "image_shape": update.image_shape}
         for name, numbers in sizes.items():

@@ -1,0 +1,81 @@
+"""DP-SGD: each example's gradient clipped, Gaussian noise on their sum, and the privacy that this buys.
+
+Source: Abadi et al. 2016, Deep Learning with Differential Privacy (arXiv 1607.00133), algorithm 1; epsilon by Renyi
+accounting (Mironov, Talwar, Zhang 2019, arXiv 1908.10530), as Opacus computes it.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from update.gradients import batch_loss, trainable
+
+TOGETHER = 8  # examples whose gradients are held at a time
+
+
+def private_gradient(
+    model: nn.Module, images: Tensor, labels: Tensor, clip: float, sigma: float, generator: torch.Generator | None
+) -> tuple[Tensor, ...]:
+    """(1/B) [sum_i g_i min(1, clip / |g_i|) + sigma clip N(0, 1)], one tensor per trainable parameter, in their order.
+
+    g_i is the gradient of example i's cross-entropy, |g_i| its L2 norm over all trainable parameters.
+
+    Args:
+        model: in eval mode: per-example gradients are not defined where a batch's statistics mix its examples.
+        images: (B, C, H, W).
+        labels: class indices (B,).
+        clip: the norm that an example's gradient has at most.
+        sigma: the noise multiplier: the standard deviation of the sum's noise in units of `clip`.
+        generator: what the noise is drawn from, on the CPU.
+
+    Raises:
+        ValueError: a BatchNorm layer in training mode.
+    """
+    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training for layer in model.modules()):
+        raise ValueError(
+            "dpsgd: BatchNorm in training mode mixes the examples, which then have no gradients of their own"
+        )
+    weights = {name: weight.detach() for name, weight in trainable(model).items()}
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for some, own in zip(images.split(TOGETHER), labels.split(TOGETHER), strict=True):
+        gradients = example_gradients(model, weights, some, own)  # each (b, ...)
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)  # (b,)
+        share = (clip / norms).clamp(max=1)  # an example without gradient has an infinite ratio, and keeps its zeros
+        for name, gradient in gradients.items():
+            total[name] += torch.tensordot(share, gradient, dims=1)
+    return tuple((gradient + sigma * clip * _noise(gradient, generator)) / len(images) for gradient in total.values())
+
+
+def example_gradients(
+    model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """The gradient of each example's cross-entropy, (B, ...) for each of the weights, by name."""
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return batch_loss(functional_call(model, weights, (image[None],)), label[None]).sum()
+
+    return vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
+
+
+def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
+
+
+def epsilon(sigma: float, *, rate: float, rounds: int, delta: float) -> float:
+    """The epsilon of (epsilon, delta)-differential privacy after so many rounds of DP-SGD, by Opacus's RDP accountant.
+
+    An upper bound. Each round samples every example with probability `rate`, independently, and adds noise of `sigma`
+    clipping norms.
+
+    Raises:
+        ModuleNotFoundError: Opacus is not installed.
+    """
+    from opacus.accountants import RDPAccountant
+
+    accountant = RDPAccountant()
+    accountant.history = [(sigma, rate, rounds)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of orders at the range's end: the bound holds, if not the best
+        return float(accountant.get_epsilon(delta=delta))
