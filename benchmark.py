@@ -34,10 +34,9 @@ from bench.figures import (
     plot_signals,
     summarise,
     write_overview,
-    write_strengths,
     write_table,
 )
-from bench.guesses import GUESSES
+from bench.guesses import GUESSES, MEAN
 from bench.measures import (
     DIVERGED,
     FIGURES,
@@ -52,6 +51,7 @@ from bench.origin import origin
 from bench.peers import PEERS
 from bench.searches import SEARCHES, variants
 from bench.speed import devices, speed
+from bench.strengths import DEFENCES, plot_strengths, weakest, write_strengths
 from cli.flags import OneLineParser, number
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
@@ -63,10 +63,7 @@ OWN = (
     "resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "explain",
     "quiet", "preset", "model", "batch_size", "indices", "seed",
 )  # fmt: skip
-DEFENCES = (
-    "none", "--frozen=head.bias", "--frozen=head", "float16", "bfloat16", "topk:0.5", "topk:0.1", "topk:0.01",
-    "noise:1e-6", "noise:1e-5", "noise:1e-4", "noise:1e-3", "noise:1e-2",
-)  # fmt: skip
+ATTACKS = ("magia --signals auto", "magia --signals off")  # of `defences`
 ALPHAS = (0.999, 1.0)  # of `schedules`: with the subset term and without
 BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # of a cell: what is attacked
 BUDGETS = ("max_evals", "max_seconds")
@@ -137,9 +134,12 @@ def build_parser() -> OneLineParser:
     add_budget(command)
     command = add("signals", "images read from the head's gradient", [1, 2, 4, 8, 16, 24, 32])
     command.add_argument("--num_classes", type=listed(size), default=[100, 10], metavar="LIST")
-    command = add("defences", "what defences leave of signals and images", [16])
-    command.add_argument("--defences", type=listed(str), default=list(DEFENCES), metavar="LIST")
-    command.add_argument("--signals", type=listed(str, ("auto", "off")), default=["auto", "off"], metavar="LIST")
+    command = add("defences", "what defences leave of signals and images", [8])
+    command.add_argument(
+        "--defences", type=str.split, default=list(DEFENCES), metavar="'WORD WORD ...'",
+        help="between blanks: each as --defence takes it, such as clip:1,noise:0.01, or a flag, such as --frozen=head",
+    )  # fmt: skip
+    command.add_argument("--presets", type=listed(one_with_flags(rows)), default=list(ATTACKS), metavar="LIST")
     command.add_argument("--signals_only", action="store_true", help="no images, signals alone: seconds, not minutes")
     command = add("schedules", "S(t) with the subset term and without, each run to its end", [16])
     command.add_argument("--schedules", type=listed(str, MODES), default=list(MODES), metavar="LIST")
@@ -327,17 +327,19 @@ def read_signals(
 
 
 def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `defences`: signals alone, or whole attacks with signals and without, and their means."""
+    """The grid of `defences`: signals alone, or whole attacks beside the mean image, means, and what stops them."""
     each = list(itertools.product(asked.defences, victims(asked, flags)))
     if asked.signals_only:
         cells = [victim | {"defence": defence} for defence, victim in each]
         return read_signals(cells, flags, asked, ("model", "defence", "labels", "batch_size"))
     cells = [
-        victim | {"preset": f"magia --signals {signals}", "defence": defence}
-        for (defence, victim), signals in itertools.product(each, asked.signals)
+        victim | {"preset": attack, "defence": defence}
+        for (defence, victim), attack in itertools.product(each, dict.fromkeys([*asked.presets, MEAN]))
     ]
     rows, lines = compared(cells, flags, asked, ("model", "labels", "batch_size", "defence", "preset"))
     write_strengths(lines, asked.out / "overview.md")
+    plot_strengths(lines, asked.out)
+    write_table(weakest(lines), asked.out / "weakest")
     return rows
 
 

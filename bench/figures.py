@@ -1,6 +1,5 @@
 """What a benchmark shows: tables in CSV and markdown, plots, and a wall of pictures."""
 
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -73,25 +72,13 @@ def write_overview(lines: Sequence[Cell], budget: str, path: Path) -> None:
             rows = []
             for preset in dict.fromkeys(line["preset"] for line in own):
                 at = {line["batch_size"]: line for line in own if line["preset"] == preset}
-                rows.append({title: preset} | {f"B = {b}": _in_a_word(at[b], name) for b in sizes if b in at})
+                rows.append({title: preset} | {f"B = {b}": in_a_word(at[b], name) for b in sizes if b in at})
             page.append(markdown(rows))
     path.write_text("\n".join(page), encoding="utf-8")
 
 
-def write_strengths(lines: Sequence[Cell], path: Path) -> None:
-    """A markdown page of the means under defences: for each network and batch size, what each leaves to each attack."""
-    page: list[str] = []
-    for key in dict.fromkeys((line["model"], line["labels"], line["batch_size"]) for line in lines):
-        own = [line for line in lines if (line["model"], line["labels"], line["batch_size"]) == key]
-        rows: dict[str, Cell] = {}
-        for (name, title), line in itertools.product(OVERVIEW.items(), own):
-            row = rows.setdefault(line["defence"], {"defence": line["defence"]})
-            row[f"{title}, {line['preset']}"] = _in_a_word(line, name)
-        page += [f"## {key[0]}, {key[1]} labels, B = {key[2]}\n", markdown(list(rows.values()))]
-    path.write_text("\n".join(page), encoding="utf-8")
-
-
-def _in_a_word(line: Cell, name: str) -> str:
+def in_a_word(line: Cell, name: str) -> str:
+    """A mean as a table of the overview shows it, PSNR with its spread and the share of failures."""
     if line[name] is None:
         return ""
     text = f"{line[name]:.2f}" if name in ("ssim_mean", "label_accuracy") else f"{line[name]:.1f}"

@@ -1,0 +1,137 @@
+"""What defences leave of an attack, against their strength: tables, a plot, and from where on nothing is left."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from bench.cells import Cell
+from bench.figures import OVERVIEW, file_suffix, in_a_word
+from bench.guesses import MEAN
+from judge.tables import markdown
+from update.defences import Defences
+
+NONE = "none"
+DEFENCES = (
+    NONE, "--frozen=head.bias", "--frozen=head", "float16", "bfloat16",
+    "noise:1e-5", "noise:1e-4", "noise:1e-3", "noise:1e-2", "noise:1e-1",
+    "topk:0.5", "topk:0.1", "topk:0.01", "topk:0.001",
+    "quantise:8", "quantise:4", "quantise:2", "quantise:1", "sign",
+    "clip:1", "clip:0.1", "secure_sum:2", "secure_sum:4", "secure_sum:8",
+    "dpsgd:1:1e-4", "dpsgd:1:1e-3", "dpsgd:1:1e-2", "dpsgd:1:1e-1", "dpsgd:1:1",
+)  # fmt: skip
+STRONGER_BELOW = ("topk", "quantise", "clip")  # the smaller their number, the more they take away
+LEAKS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # of OVERVIEW, that are drawn
+WORTH = {"psnr_mean": "from PSNR", "ssim_mean": "from SSIM"}  # what the mean image has too
+WIDTH, HEIGHT = 3.0, 2.2  # of a panel, inches
+
+
+def kind_and_strength(defence: str) -> tuple[str, float]:
+    """What a defence is measured with, such as ("noise", 0.01): those of one kind differ in strength alone.
+
+    Strengths of a kind ascend with what it takes away. Of DP-SGD it is SIGMA, and CLIP is part of the kind. What has no
+    number, a flag, and a composition are kinds of their own.
+    """
+    steps = () if defence.startswith("--") else Defences.parse(defence).steps
+    if len(steps) != 1 or not steps[0].amounts:
+        return defence, 0.0
+    *kind, _ = defence.split(":")
+    amount = float(steps[0].amounts[-1])
+    return ":".join(kind), -amount if kind[0] in STRONGER_BELOW else amount
+
+
+def panels(lines: Sequence[Cell]) -> dict[tuple, list[Cell]]:
+    """The means of each network, kind of labels and batch size."""
+    each: dict[tuple, list[Cell]] = {}
+    for line in lines:
+        each.setdefault((line["model"], line["labels"], line["batch_size"]), []).append(line)
+    return each
+
+
+def by_kind(lines: Sequence[Cell]) -> dict[str, list[str]]:
+    """The kinds of defences in the lines, each with its members from the weakest to the strongest; not `none`."""
+    kinds: dict[str, list[str]] = {}
+    for defence in dict.fromkeys(line["defence"] for line in lines if line["defence"] != NONE):
+        kinds.setdefault(kind_and_strength(defence)[0], []).append(defence)
+    return {kind: sorted(own, key=lambda text: kind_and_strength(text)[1]) for kind, own in kinds.items()}
+
+
+def write_strengths(lines: Sequence[Cell], path: Path) -> None:
+    """A markdown page of the means under defences: for each network and batch size, what each leaves to each attack."""
+    page: list[str] = []
+    for (model, labels, size), own in panels(lines).items():
+        rows: dict[str, Cell] = {}
+        for (name, title), line in itertools.product(OVERVIEW.items(), own):
+            row = rows.setdefault(line["defence"], {"defence": line["defence"]})
+            if line["preset"] != MEAN or name in WORTH:
+                row[f"{title}, {line['preset']}"] = in_a_word(line, name)
+        page += [f"## {model}, {labels} labels, B = {size}\n", markdown(list(rows.values()))]
+    path.write_text("\n".join(page), encoding="utf-8")
+
+
+def weakest(lines: Sequence[Cell]) -> list[Cell]:
+    """For each attack and kind of defence, the weakest strength at which it is no better than the mean image.
+
+    It must be no better at all stronger ones that were measured either; `none measured` where it is better at the
+    strongest.
+    """
+    rows = []
+    for key, own in panels(lines).items():
+        at = {(line["defence"], line["preset"]): line for line in own}
+        attacks = [preset for preset in dict.fromkeys(line["preset"] for line in own) if preset != MEAN]
+        for (kind, members), attack in itertools.product(by_kind(own).items(), attacks):
+            row = dict(zip(("model", "labels", "batch_size"), key, strict=True)) | {"attack": attack, "kind": kind}
+            for name, title in WORTH.items():
+                row[title] = _last_stand(
+                    [(text, at.get((text, attack)), at.get((text, MEAN))) for text in members], name
+                )
+            rows.append(row)
+    return rows
+
+
+def _last_stand(members: Sequence[tuple[str, Cell | None, Cell | None]], name: str) -> str:
+    """The first defence from which on the attack's figure is no better than the mean image's."""
+    found = "none measured"
+    for defence, attack, guess in reversed(members):
+        scores = [line and line[name] for line in (attack, guess)]
+        if None in scores or scores[0] > scores[1]:
+            break
+        found = defence
+    return found
+
+
+def plot_strengths(lines: Sequence[Cell], out: Path) -> None:
+    """leakage_B<size>.png for each network: a column for each kind with several strengths, a row for each measure.
+
+    The leftmost point is the update as it is, where that was measured; dashes are the mean image.
+    """
+    for (model, labels, size), own in panels(lines).items():
+        kinds = {kind: members for kind, members in by_kind(own).items() if len(members) > 1}
+        if kinds:
+            suffix = file_suffix(model, lines) + (f"_{labels}" if len({line["labels"] for line in lines}) > 1 else "")
+            _plot(own, kinds, out / f"leakage{suffix}_B{size}.png", f"{model}, {labels} labels, B = {size}")
+
+
+def _plot(lines: Sequence[Cell], kinds: Mapping[str, Sequence[str]], path: Path, title: str) -> None:
+    figure = Figure(figsize=(WIDTH * len(kinds) + 1, HEIGHT * len(LEAKS) + 0.8), layout="constrained")
+    axes = figure.subplots(len(LEAKS), len(kinds), squeeze=False, sharex="col", sharey="row")
+    at = {(line["defence"], line["preset"]): line for line in lines}
+    for row, measure in zip(axes, LEAKS, strict=True):
+        row[0].set_ylabel(OVERVIEW[measure])
+        for axis, (kind, members) in zip(row, kinds.items(), strict=True):
+            shown = [NONE, *members] if any(defence == NONE for defence, _ in at) else list(members)
+            for number, preset in enumerate(dict.fromkeys(line["preset"] for line in lines)):
+                points = [(i, at[text, preset][measure]) for i, text in enumerate(shown) if (text, preset) in at]
+                style = (
+                    {"color": "0.5", "linestyle": "--"} if preset == MEAN else {"color": f"C{number}", "marker": "o"}
+                )
+                if preset != MEAN or measure in WORTH:
+                    axis.plot(*zip(*((i, y) for i, y in points if y is not None), strict=True), label=preset, **style)
+            names = [text.removeprefix(f"{kind}:") for text in shown]
+            axis.set_xticks(range(len(shown)), names, rotation=45)
+    for axis, kind in zip(axes[-1], kinds, strict=True):
+        axis.set_xlabel(kind)
+    figure.suptitle(title)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=110)
