@@ -29,7 +29,7 @@ from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
 from attack.softening import SoftenedMatching, kinked_chain
 from attack.state import AttackState, Terms
-from cli.ahead import read_ahead
+from cli.ahead import read_ahead, with_scale
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
@@ -99,7 +99,7 @@ SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
 DISTANCE = None  # of the full-batch term: l2 (squared), relative (l2 over |g|^2), cosine (Geiping et al. 2020) (None:
-# relative where kinks are softened, otherwise l2)
+# cosine where the client may have scaled it and nothing tells how much, relative where kinks are softened, else l2)
 SOFTEN = "auto"  # kinks of ReLUs and max-pools: auto (soft at first, hardened over tv_evals; measured), off
 ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves the subset term out
 SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
@@ -338,7 +338,7 @@ def build_objective(
         settings.alpha,
         rescale=settings.rescale,
         subset_loss=settings.subset_loss,
-        distance=settings.distance or ("relative" if kinked else "l2"),
+        distance=settings.distance or ("cosine" if update.is_rescaled else "relative" if kinked else "l2"),
         known=None if errors is None else (errors, known.features),
     )
     features = FeatureLoss(model, known.features, settings.feature_distance)
@@ -404,10 +404,10 @@ def run_attack(
     """Prepare, attack, record: one run, in its directory. Returns the exit status."""
     began = run.read_checkpoint() if settings.resume else None
     granted = truth.labels.to(place_of(model)["device"]) if truth and settings.label_strategy == "known" else None
-    state, objective, known = prepare(update, model, settings, granted, began)
-    config = (
-        vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words) | privacy_of(update, settings)
-    )
+    restored, scale = with_scale(update, model, settings)
+    state, objective, known = prepare(restored, model, settings, granted, began)
+    config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
+    config |= privacy_of(update, settings) | scale
     if began:
         try:
             state.load_state_dict(began)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from attack.prepare import Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.signals import Signals, read_layers
+from attack.signals.scale import unscaled
 from cli.console import Search
 from cli.runtime import stream
 from update.models import place_of
@@ -17,6 +19,18 @@ from update.shared import SharedUpdate
 from update.tracing import stages
 
 SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
+
+
+def with_scale(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> tuple[SharedUpdate, dict]:
+    """The update as it was before its clients scaled it, and the factor that undoes it; as it is where they did not.
+
+    The factor is None where nothing tells it, or where no more is to be undone.
+    """
+    if update.is_rescaled:
+        with suppress(ValueError, RuntimeError, ArithmeticError):  # a singular system, say: the attack goes on
+            update, factor = unscaled(update, model, generator=stream(settings.seed, "scale"))
+            return update, {"scale": factor}
+    return update, {"scale": None}
 
 
 def read_ahead(
