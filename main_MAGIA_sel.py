@@ -338,7 +338,7 @@ def build_objective(
         settings.alpha,
         rescale=settings.rescale,
         subset_loss=settings.subset_loss,
-        distance=settings.distance or ("cosine" if update.is_rescaled else "relative" if kinked else "l2"),
+        distance=settings.distance or ("relative" if kinked else "l2"),
         known=None if errors is None else (errors, known.features),
     )
     features = FeatureLoss(model, known.features, settings.feature_distance)
@@ -407,7 +407,7 @@ def run_attack(
     restored, scale = with_scale(update, model, settings)
     state, objective, known = prepare(restored, model, settings, granted, began)
     config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
-    config |= privacy_of(update, settings) | scale
+    config |= privacy_of(update, settings) | {"scale": scale}
     if began:
         try:
             state.load_state_dict(began)

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +20,21 @@ from update.tracing import stages
 SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
 
 
-def with_scale(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> tuple[SharedUpdate, dict]:
-    """The update as it was before its clients scaled it, and the factor that undoes it; as it is where they did not.
+def with_scale(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace
+) -> tuple[SharedUpdate, float | None]:
+    """The update as long as it was before its clients shortened it, and the factor that undoes that.
 
-    The factor is None where nothing tells it, or where no more is to be undone.
+    The factor is None where they did not, or where nothing tells it. In the latter case only the update's direction is
+    left to match: --distance, unless it was given, becomes cosine.
     """
-    if update.is_rescaled:
-        with suppress(ValueError, RuntimeError, ArithmeticError):  # a singular system, say: the attack goes on
-            update, factor = unscaled(update, model, generator=stream(settings.seed, "scale"))
-            return update, {"scale": factor}
-    return update, {"scale": None}
+    if not update.is_rescaled:
+        return update, None
+    try:
+        return unscaled(update, model, generator=stream(settings.seed, "scale"))
+    except (ValueError, RuntimeError, ArithmeticError):  # a singular system, say: the attack goes on
+        settings.distance = settings.distance or "cosine"
+        return update, None
 
 
 def read_ahead(

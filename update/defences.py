@@ -102,6 +102,12 @@ class Defences:
         return next((step.amounts for step in self.steps if step.name == PRIVATE), None)
 
     @property
+    def uneven(self) -> bool:
+        """Whether what they shorten is each image or each client by itself, so that no one factor undoes it."""
+        names = [step.name for step in self.steps]
+        return PRIVATE in names or (SUM in names and "clip" in names[: names.index(SUM)])
+
+    @property
     def rescale(self) -> bool:
         """Whether they may shorten the update by a factor that they do not tell."""
         return any(step.name in RESCALING for step in self.steps)

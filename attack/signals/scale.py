@@ -28,6 +28,7 @@ from attack.signals.head import HeadGradient
 from attack.signals.recovery import ITERATIONS, choose_labels, first_features
 from attack.signals.span import span_of
 from attack.signals.unmix import first_images
+from update.defences import Defences
 from update.shared import SharedUpdate
 from update.tracing import stages
 
@@ -42,7 +43,10 @@ ROUGH = 0.1  # share of [G', gamma'] that a solution may leave and still tell ab
 
 
 def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generator) -> tuple[SharedUpdate, float]:
-    """The update as it was before the client scaled it, and the factor that undoes it.
+    """The update as long as it was before the client scaled it, and the factor that undoes it.
+
+    Where the factor is as exact as the update, the defence goes with it. Otherwise, and where each image or client has
+    a factor of its own, the defence stays: single images would be read from such an update as what they are not.
 
     Args:
         update: the client's.
@@ -53,17 +57,18 @@ def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generat
         ValueError: neither the head nor any single image tells the factor.
     """
     factor, is_exact = _by_head(update, model, generator)
-    if not is_exact:
-        factor = _by_single_images(update, model, generator) or factor
+    if not is_exact and (told := _by_single_images(update, model, generator)):
+        factor, is_exact = told, True
     if factor is None or factor < LEAST:
         raise ValueError("neither the head nor any single image tells by how much the update was scaled")
-    return times(update, factor), factor
+    restored = times(update, factor)
+    is_exact &= not Defences.parse(update.defence).uneven
+    return dataclasses.replace(restored, defence="none") if is_exact else restored, factor
 
 
 def times(update: SharedUpdate, factor: float) -> SharedUpdate:
-    """The update with all gradients multiplied, and nothing left to be undone."""
-    gradients = {name: factor * gradient for name, gradient in update.gradients.items()}
-    return dataclasses.replace(update, gradients=gradients, defence="none")
+    """The update with all gradients multiplied."""
+    return dataclasses.replace(update, gradients={name: factor * g for name, g in update.gradients.items()})
 
 
 def _by_head(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[float | None, bool]:

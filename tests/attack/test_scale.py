@@ -5,6 +5,7 @@ from conftest import CPU, SIGNALS, config_of, generator, metrics_of, resolved
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attack.signals import read_layers
 from attack.signals.scale import unscaled
 from cli.victim import victim
 from update.models import build_model
@@ -12,7 +13,8 @@ from update.models import build_model
 
 def clipped(*words, clip="clip:0.5"):
     """A clipped update, its model, and the factor that undoes it."""
-    plain, model, _ = victim(resolved(*words), CPU)
+    same_images = next((word for word in clip.split(",") if "sum" in word), "none")
+    plain, model, _ = victim(resolved(*words, "--defence", same_images), CPU)
     update = victim(resolved(*words, "--defence", clip), CPU)[0]
     return update, model, plain.strength() / update.strength()
 
@@ -46,6 +48,16 @@ def test_noise_leaves_about_the_scale():
     assert unscaled(update, model, generator=generator())[1] == pytest.approx(factor, rel=0.05)
 
 
+@pytest.mark.parametrize("defence", ["dpsgd:0.5:1e-6", "clip:0.5,secure_sum:2"])
+def test_factors_of_each_image_or_client_leave_the_length_but_no_signals(cli, defence):
+    update, model, factor = clipped(*LENET, clip=defence)
+    restored, found = unscaled(update, model, generator=generator())
+    assert found == pytest.approx(factor, rel=0.05)
+    with pytest.raises(ValueError, match=f"by how much {defence} has shortened the update is not known"):
+        read_layers(restored, model, generator=generator())
+    assert "is not known exactly" in cli.error("--defence", defence, "--signals", "on")
+
+
 def test_what_tells_no_scale_is_refused():
     update, _, _ = clipped(*LENET)
     headless = dataclasses.replace(update, gradients={"conv1.weight": update.gradients["conv1.weight"]})
@@ -64,7 +76,8 @@ def test_clipping_hides_nothing_from_a_run(cli):
 
 
 def test_an_update_of_unknown_scale_is_matched_by_its_direction(cli):
-    cli("--defence", "clip:0.1,noise:1", name="lost")
-    assert "cosine matching" in cli.out or config_of(cli.folder / "lost")["scale"]
-    cli("--frozen", "head", "--defence", "clip:0.1")
+    run = cli("--frozen", "head", "--defence", "clip:0.1")
     assert "cosine matching" in cli.out
+    assert (config_of(run)["scale"], config_of(run)["distance"]) == (None, "cosine")
+    cli("--frozen", "head", "--defence", "clip:0.1", "--distance", "l2", name="l2")
+    assert "l2 matching" in cli.out
