@@ -29,7 +29,7 @@ from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
 from attack.softening import SoftenedMatching, kinked_chain
 from attack.state import AttackState, Terms
-from cli.ahead import read_ahead
+from cli.ahead import read_ahead, with_scale
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
@@ -102,7 +102,7 @@ SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
 DISTANCE = None  # of the full-batch term: l2 (squared), relative (l2 over |g|^2), cosine (Geiping et al. 2020) (None:
-# relative where kinks are softened, otherwise l2)
+# cosine where the client may have scaled it and nothing tells how much, relative where kinks are softened, else l2)
 SOFTEN = "auto"  # kinks of ReLUs and max-pools: auto (soft at first, hardened over tv_evals; measured), off
 ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves the subset term out
 SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
@@ -419,9 +419,10 @@ def run_attack(
     """Prepare, attack, record: one run, in its directory. Returns the exit status."""
     began = run.read_checkpoint() if settings.resume else None
     granted = truth.labels.to(place_of(model)["device"]) if truth and settings.label_strategy == "known" else None
-    state, objective, known = prepare(update, model, settings, granted, began)
-    place = {"device": str(place_of(model)["device"])}
-    config = vars(settings) | place | provenance(words) | privacy_of(update, settings)
+    restored, scale = with_scale(update, model, settings)
+    state, objective, known = prepare(restored, model, settings, granted, began)
+    config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
+    config |= privacy_of(update, settings) | {"scale": scale}
     known = open_record(run, config, state, known, model, truth, began)
     pace = {"log_every": settings.log_every, "checkpoint_every": settings.checkpoint_every}
     recorder = Recorder(run, truth, known, **pace, checkpoint=began)

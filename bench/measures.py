@@ -20,6 +20,7 @@ from attack.signals import read_layers
 from bench.cells import Cell, cell_name
 from bench.guesses import GUESSES, MEAN, guess
 from bench.peers import breaching_attack
+from cli.ahead import with_scale
 from cli.runtime import choose_device, stream
 from cli.settings import resolve
 from cli.victim import client_batch, victim
@@ -64,10 +65,11 @@ def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
 
 
 def victim_of(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.Module, Batch, argparse.Namespace]:
-    """The update that a cell attacks, its model, the truth, and the settings behind them."""
+    """The update that a cell attacks, its scale restored, its model, the truth, and the settings behind them."""
     settings = settings_of(cell, flags)
     place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
-    return *victim(settings, place), settings
+    update, model, truth = victim(settings, place)
+    return with_scale(update, model, settings)[0], model, truth, settings
 
 
 def truth_of(cell: Cell, flags: Sequence[str]) -> Batch:

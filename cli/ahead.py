@@ -12,6 +12,7 @@ from attack.prepare import Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.signals import Reading, Signals, read_layers
+from attack.signals.scale import unscaled
 from attack.trial import Trial, labels_by_trial
 from cli.console import Search
 from cli.runtime import stream
@@ -20,6 +21,23 @@ from update.shared import SharedUpdate
 from update.tracing import stages
 
 SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
+
+
+def with_scale(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace
+) -> tuple[SharedUpdate, float | None]:
+    """The update as long as it was before its clients shortened it, and the factor that undoes that.
+
+    The factor is None where they did not, or where nothing tells it. In the latter case only the update's direction is
+    left to match: --distance, unless it was given, becomes cosine.
+    """
+    if not update.is_rescaled:
+        return update, None
+    try:
+        return unscaled(update, model, generator=stream(settings.seed, "scale"))
+    except (ValueError, RuntimeError, ArithmeticError):  # a singular system, say: the attack goes on
+        settings.distance = settings.distance or "cosine"
+        return update, None
 
 
 def read_ahead(

@@ -115,7 +115,7 @@ def defence(text: str) -> str:
     try:
         Defences.parse(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix(f"--defence {text}: ")) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--defence ")) from None
     return text
 
 

@@ -47,7 +47,7 @@ AMOUNTS: Mapping[str, tuple[Amount, ...]] = {
     PRIVATE: (Amount("CLIP", above=True), Amount("SIGMA", least=1e-6)),
 }
 NAMES = ("none", *(":".join([name, *(amount.name for amount in own)]) for name, own in AMOUNTS.items()))
-RESCALING = ("clip", "sign", PRIVATE)  # after these the update's length is no longer that of an averaged gradient
+RESCALING = ("clip", PRIVATE)  # these may shorten an update by a factor that they do not tell
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,14 @@ class Defences:
         return next((step.amounts for step in self.steps if step.name == PRIVATE), None)
 
     @property
+    def uneven(self) -> bool:
+        """Whether what they shorten is each image or each client by itself, so that no one factor undoes it."""
+        names = [step.name for step in self.steps]
+        return PRIVATE in names or (SUM in names and "clip" in names[: names.index(SUM)])
+
+    @property
     def rescale(self) -> bool:
-        """Whether they may change the update's length, so that it says nothing of the gradient's."""
+        """Whether they may shorten the update by a factor that they do not tell."""
         return any(step.name in RESCALING for step in self.steps)
 
 

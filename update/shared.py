@@ -133,6 +133,11 @@ class SharedUpdate:
         if not any(gradient.any() for gradient in self.gradients.values()):
             raise StorageError(f"{source}: all gradients are zero, nothing can be reconstructed from them")
 
+    @property
+    def is_rescaled(self) -> bool:
+        """Whether the clients may have shortened it, so that it is not as long as an averaged gradient."""
+        return Defences.parse(self.defence).rescale
+
     def strength(self) -> float:
         """Root mean square over all entries of the gradients."""
         squares = sum(float(gradient.double().square().sum()) for gradient in self.gradients.values())

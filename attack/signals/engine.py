@@ -89,6 +89,8 @@ def read_layers(
     Raises:
         ValueError: nothing can be read; the message says which layers were tried and why each was no use.
     """
+    if update.is_rescaled:  # its images' errors have other lengths than the equations give them
+        raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
     return _Reader(update, model, generator, max_seconds, tick).read()
 
 

@@ -121,13 +121,12 @@ def recover_signals(
     mean = sample.mean(0)
 
     def fresh() -> Tensor:
-        images = random_features(model, update.image_shape, update.batch_size, generator).to(mean)
-        return (mean + SPREAD * (images - mean)) @ head.span.right.T
+        return first_features(head, model, update.image_shape, mean, generator)
 
     if not len(head.span.sigma):
         return replace(_nothing(head), seconds=time.perf_counter() - started)
     deadline = started + max_seconds
-    q, labels = _choose_labels(head, LabelCounts.of(head, sample), fresh(), deadline)
+    q, labels = choose_labels(head, LabelCounts.of(head, sample), fresh(), deadline)
     best, least = None, math.inf
     attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
     for _ in range(attempts):
@@ -141,7 +140,15 @@ def recover_signals(
     return replace(best, seconds=time.perf_counter() - started)
 
 
-def _choose_labels(
+def first_features(
+    head: HeadGradient, model: nn.Module, shape: tuple[int, int, int], mean: Tensor, generator: torch.Generator
+) -> Tensor:
+    """A start (B, r): features of random images of a shape, drawn nearer to their mean (d,)."""
+    images = random_features(model, shape, head.batch_size, generator).to(mean)
+    return (mean + SPREAD * (images - mean)) @ head.span.right.T
+
+
+def choose_labels(
     head: HeadGradient, counts: LabelCounts, q: Tensor, deadline: float = math.inf
 ) -> tuple[Tensor, Tensor]:
     """Start (B, r) and labels (B,): of all plausible labels those that fit best after a trial, likeliest first.

@@ -45,10 +45,12 @@ class Equations:
         span: of the gradient, or of what is left of it.
         layer: inputs -> outputs.
         tail: the network behind the layer.
+        paired: whether the gradient is B times smaller than the sum of the images', so that a true image's share is 1.
+            One that the client has clipped is smaller by a factor that nobody tells, which the shares then are.
     """
 
-    def __init__(self, span: Span, layer: Callable[[Tensor], Tensor], tail: Tail) -> None:
-        self.span, self.layer, self.tail, geometry = span, layer, tail, span.geometry
+    def __init__(self, span: Span, layer: Callable[[Tensor], Tensor], tail: Tail, *, paired: bool = True) -> None:
+        self.span, self.layer, self.tail, self.paired, geometry = span, layer, tail, paired, span.geometry
         units = span.inputs(torch.eye(span.dimension).to(span.basis))
         zero = layer(torch.zeros_like(units[:1])).detach()
         self.offset = zero[0]  # (*output_shape), the layer's bias
@@ -58,7 +60,7 @@ class Equations:
 
     def of(self, span: Span) -> "Equations":
         """The same for another span of the same layer."""
-        return self if span is self.span else Equations(span, self.layer, self.tail)
+        return self if span is self.span else Equations(span, self.layer, self.tail, paired=self.paired)
 
     def _outputs(self, c: Tensor) -> Tensor:
         return (c @ self.outputs).view(-1, *self.offset.shape) + self.offset
@@ -90,7 +92,8 @@ class Equations:
         u = d @ self.span.left
         length = d.flatten(1).norm(dim=1).clamp(min=1e-200)
         outside = (d - u @ self.span.left.T).flatten(1) / length[:, None]
-        parts = [outside, (1 - 1 / self._share(c, u, d))[:, None]]
+        unpaired = 1 - 1 / self._share(c, u, d) if self.paired else torch.zeros_like(length)
+        parts = [outside, unpaired[:, None]]
         if zeros.any():
             parts.append((c @ self.span.basis) * zeros / c.norm(dim=1, keepdim=True))
         if self.along is not None:
@@ -152,7 +155,7 @@ class Equations:
         """Equations of the tail and of the scale beyond the dim A unknowns: witnesses that a polish cannot bribe."""
         span = self.span
         outside = span.geometry.positions * (len(span.left) - span.rank) - 1  # softmax errors sum to zero
-        return outside + 1 + (0 if self.along is None else self.along.shape[1]) - span.dimension
+        return outside + self.paired + (0 if self.along is None else self.along.shape[1]) - span.dimension
 
     def _pinned_down(self, c: Tensor, zeros: Tensor) -> Tensor:
         """J^T J (N, dim, dim) of the linear equations alone, zeros and scale."""

@@ -110,6 +110,28 @@ def unmix(
     return replace(found.pick(surest), seconds=time.perf_counter() - started)
 
 
+def first_images(
+    span: Span,
+    layer: Callable[[Tensor], Tensor],
+    tail: Tail,
+    *,
+    activation: str,
+    generator: torch.Generator,
+    deadline: float = math.inf,
+) -> Inputs:
+    """Some images of a determined layer, if any, where the gradient's scale is not known: their shares tell it.
+
+    None is taken out of the gradient before the next is sought, which would need the scale. Arguments as in `unmix`.
+    """
+    whole = Equations(span, layer, tail, paired=False)
+    search = _Search([whole], activation in NON_NEGATIVE, generator, deadline, [span])
+    for attempt in range(FRUITLESS):
+        found = search.round(attempt)
+        if len(found) or time.perf_counter() > deadline:
+            return found
+    return nothing(span)
+
+
 @dataclass
 class _Search:
     """One search; `rest` is what the images found so far leave of the spans, of this layer and of those above."""
@@ -118,7 +140,7 @@ class _Search:
     non_negative: bool
     generator: torch.Generator
     deadline: float
-    rests: list[Span] = field(init=False)
+    rests: list[Span] = field(default_factory=list)
     linked: bool = False
 
     @property
@@ -143,7 +165,7 @@ class _Search:
         self.rests = [stage.span for stage in self.stages]
         found, fruitless = nothing(self.rest), 0
         while self.rest.dimension and fruitless < FRUITLESS and time.perf_counter() < self.deadline:
-            new = unlike(self._round(fruitless), found)
+            new = unlike(self.round(fruitless), found)
             fruitless = 0 if len(new) else fruitless + 1
             self.linked ^= fruitless > 0  # keep to the kind of programme that brings images
             if len(new):
@@ -161,7 +183,7 @@ class _Search:
             rests.append(without(stage.span, values, deltas))
         return rests
 
-    def _round(self, fruitless: int) -> Inputs:
+    def round(self, fruitless: int) -> Inputs:
         """The new images among one batch of proposals."""
         c, zeros = self._proposals(fruitless)
         guided = self.non_negative or self.rest.dimension == 1  # proposals are images already, not places to start

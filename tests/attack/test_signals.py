@@ -12,7 +12,7 @@ from attack.signals.counts import LabelCounts
 from attack.signals.equations import Equations, Span, solve
 from attack.signals.head import HeadGradient
 from attack.signals.noise import additive_noise, noise_floor, precision_of, row_weights
-from attack.signals.recovery import _choose_labels
+from attack.signals.recovery import choose_labels
 from client.victim import share_update
 from data import load_batch, open_source
 from update.head import features_of
@@ -183,7 +183,7 @@ def test_labels_that_the_bias_leaves_open_are_settled_by_the_fit():
     doubt = LabelCounts(0.6 * wrong + 0.4 * right, torch.eye(20).double(), 5)
     assert torch.equal(doubt.likeliest(), wrong)
     mean = features.mean(0) + 0.1 * (features.roll(1, 0) - features.mean(0))
-    _, labels = _choose_labels(head, doubt, mean @ head.span.right.T)
+    _, labels = choose_labels(head, doubt, mean @ head.span.right.T)
     assert sorted(labels.tolist()) == sorted(truth.tolist())
 
 
