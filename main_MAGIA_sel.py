@@ -46,7 +46,6 @@ from update.head import measured_noise
 from update.models import place_of
 from update.shared import SharedUpdate
 from update.tracing import stages
-from update.training import before_averaging
 
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one, and its comment is the flag's help (`make docs` writes them to
@@ -328,7 +327,7 @@ def build_objective(
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
-    statistics = before_averaging(model, update.statistics, update.training.steps) if update.statistics else ()
+    statistics = update.batch_statistics(model)
     if known.is_complete:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)

@@ -236,6 +236,8 @@ class MatchingLoss:
         """Nothing changes in the only phase."""
 
     def __repr__(self) -> str:
+        if not self.training.is_plain:
+            return f"{self.distance} matching of the training's update"
         if self.alpha == 1:
             return f"{self.distance} matching"
         return f"{self.distance} matching (subset term {self.subset_loss}, alpha {self.alpha:g}, rho {self.rescale})"

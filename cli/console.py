@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
+from attack.drift import EXACT
 from attack.prepare import Known
 from attack.signals.explain import explain
 from cli.model import model_options, server_model
@@ -50,7 +51,7 @@ class Search(tqdm):
 def introduction(
     update: SharedUpdate, settings: argparse.Namespace, objective: object, known: Known, model: nn.Module, path: Path
 ) -> str:
-    """Four lines: the batch, the objective, what was read, the optimiser and where the results go."""
+    """The batch, the objective, what was read, how the client trained if not in one step, and where results go."""
     shape = "x".join(map(str, update.image_shape))
     source = settings.update or f"{settings.dataset}, labels {settings.labels}"
     found = f"signals: none used{_why_not_walked(model)}"
@@ -60,6 +61,7 @@ def introduction(
             deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.signals.seconds:.1f} s"
+    found += _how_trained(update, known)
     return (
         f"{source}: {update.batch_size} images {shape}{_defended(update, settings)}\n"
         f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {objective}\n"
@@ -81,6 +83,24 @@ def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
             f", {name} {found} (delta {settings.dp_delta:g}, rate {settings.dp_rate:g}, {settings.dp_rounds} rounds)"
         )
     return text
+
+
+def _how_trained(update: SharedUpdate, known: Known) -> str:
+    """How local training is taken: for one gradient, or unrolled; empty for one step with BatchNorm in eval mode."""
+    training, said = update.training, []
+    if not training.is_one_step:
+        said = [f"{training.steps} local steps through {training.batches} minibatches, steps x rate {training.reach:g}"]
+        far = known.drift is not None and known.drift >= EXACT
+        if known.is_complete:
+            said.append(f"taken for one gradient, expected drift {known.drift:.1e}")
+        else:
+            said.append(f"unrolled: expected drift {known.drift:.1e} is beyond {EXACT:g}" if far else "unrolled")
+        if known.trial is not None:
+            use = "labels by trial" if known.trial.is_believed else "no labels by trial"
+            said.append(f"{use} (they leave {known.trial.distance:.2g})")
+    if training.uses_batch_statistics:
+        said.append(f"BatchNorm in training mode, statistics {'shared' if update.statistics else 'kept'}")
+    return "".join(f"\n{line}" for line in [", ".join(said)] if said)
 
 
 def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, run: RunDirectory, *, quiet: bool) -> int:

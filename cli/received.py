@@ -13,7 +13,7 @@ from update.outside import is_file
 from update.received import averaged_gradients, statistics
 from update.shared import FACTS, SharedUpdate
 from update.storage import read_tensors
-from update.training import before_averaging, use_batch_statistics
+from update.training import use_batch_statistics
 
 
 def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
@@ -26,8 +26,7 @@ def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUp
     update, model = _own(tensors, text, settings) if FACTS in text else _foreign(tensors, settings)
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
-        if update.training.batchnorm == "train":
-            before_averaging(model, update.statistics, update.training.steps)  # refuses statistics that do not fit
+        update.batch_statistics(model)  # refuses statistics that do not fit
     return update, model.to(**place)
 
 

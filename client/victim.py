@@ -80,7 +80,7 @@ def trained_update(
     old, trained = trainable(model), train_locally(model, images, labels, training)
     gradients = trained.average
     if not training.is_one_step:  # weights are what such a client has, with their rounding
-        reach = training.rate * training.steps
-        gradients = [(w.detach() - new.detach()) / reach for w, new in zip(old.values(), trained.weights, strict=True)]
+        moved = zip(old.values(), trained.weights, strict=True)
+        gradients = [(weight - new) / training.reach for weight, new in moved]
     shares_statistics = training.batchnorm == "train"
     return gradients, after_training(model, trained.statistics, training.steps) if shares_statistics else {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from update.defences import Defences
 from update.gradients import trainable
 from update.storage import StorageError, read_tensors, write_tensors
-from update.training import FEDSGD, LocalTraining
+from update.training import FEDSGD, LocalTraining, before_averaging
 
 FORMAT = "magia-update-1"
 FACTS = "update"  # the name of the text that says what the tensors are
@@ -142,6 +142,16 @@ class SharedUpdate:
         """Root mean square over all entries of the gradients."""
         squares = sum(float(gradient.double().square().sum()) for gradient in self.gradients.values())
         return (squares / sum(gradient.numel() for gradient in self.gradients.values())) ** 0.5
+
+    def batch_statistics(self, model: nn.Module) -> tuple[Tensor, ...]:
+        """The minibatches' BatchNorm statistics, as in `update.training.Trained`; none where they are not shared.
+
+        Raises:
+            ValueError: they are not of the model's layers.
+        """
+        return (
+            before_averaging(model, self.statistics, self.training.steps) if self.training.batchnorm == "train" else ()
+        )
 
     def targets(self, model: nn.Module) -> tuple[Tensor, ...]:
         """The gradients in the order, dtype and place of `model`'s trainable parameters.

@@ -76,7 +76,7 @@ class LocalTraining:
 
     @property
     def reach(self) -> float:
-        """Steps times rate: how far the weights go, in gradients; 0 where they do not before the update is made."""
+        """Steps times rate, what the weights' difference is divided by; 0 where gradients themselves are shared."""
         return 0.0 if self.is_one_step else self.steps * self.rate
 
     def check(self, batch_size: int) -> None:
