@@ -13,7 +13,7 @@ from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally
 
 DRAWS = 4  # random batches; the largest drift of them counts
-EXACT = 1e-3  # drift up to which an update is read as a gradient: docs/local-training.md has the measurements
+EXACT = 1e-3  # drift up to which an update is read as a gradient, if it can be: docs/local-training.md
 
 
 def expected_drift(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float:

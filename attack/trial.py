@@ -23,9 +23,10 @@ from update.training import train_locally
 
 GREY = 0.5
 TRIALS = 4000  # trainings on grey images, at most: a minute and a half on LeNet at four steps and B = 8
-STARTS = 8  # orders of the labels that the search begins from, at most
+STARTS = 8  # labels that the search begins from, at most
+SHAKEN = 1 / 3  # of the best labels, drawn anew for another start; the order of all is
 NARROW = 4  # classes that a label may be changed to at first: those that are missed most
-FITTING = 0.05  # relative squared distance that ends the search
+FITTING = 0.02  # relative squared distance that ends the search
 BELIEVED = 0.25  # and up to which its labels are used: right ones leave 0.02 to 0.18 on an untrained LeNet at rate 0.1
 
 
@@ -62,8 +63,7 @@ def labels_by_trial(
     for _ in range(STARTS - 1):
         if best.distance < FITTING or search.is_spent:
             break
-        order = torch.randperm(len(first), generator=generator).to(first.device)
-        best = min(best, search.descended(best.labels[order]), key=lambda trial: trial.distance)
+        best = min(best, search.descended(search.shaken(best.labels, generator)), key=lambda trial: trial.distance)
     return best
 
 
@@ -97,6 +97,13 @@ class _Search:
         """Labels (B,) to begin with: the classes that the update pulls lowest."""
         order = self._evidence(self._goal).argsort()
         return order[torch.arange(self.update.batch_size, device=order.device) % len(order)]
+
+    def shaken(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Another start: the labels in another order, and a part of them any, unless they are known."""
+        drawn = torch.randint(self.update.num_classes, labels.shape, generator=generator)
+        is_new = (torch.rand(labels.shape, generator=generator) < SHAKEN) & (not self._is_fixed)
+        order = torch.randperm(len(labels), generator=generator)
+        return torch.where(is_new, drawn, labels.cpu()[order]).to(labels.device)
 
     def descended(self, labels: Tensor) -> Trial:
         """Down from these labels, one change at a time, the best of all; where none helps, among more classes."""
