@@ -88,7 +88,7 @@ UPDATE_KIND = "gradient"  # what an update from outside holds: gradient, differe
 LOCAL_LR = None  # the client's learning rate, where it makes several steps, or sent weights or their difference
 LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; what it shares is divided by rate and steps
 LOCAL_BATCHES = 1  # equal minibatches of the batch that these steps go through in turn, M
-BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train-private (not shared)
+BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds
 SEL_MODE = "constk"  # const1, constk, linear_inc_l, linear_inc_total, linear_dec_l, linear_dec_total, sigmoid

@@ -75,7 +75,7 @@ def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> dict[
         StorageError: the file holds none, or gradients, beside which there are no buffers.
     """
     if kind == "gradient":
-        raise StorageError("--bn train: gradients come without running statistics; --bn train-private if so")
+        raise StorageError("--bn train: gradients come without running statistics; --bn train_private if so")
     state = model.state_dict()
     tensors = named(tensors, [*state] if len(tensors) == len(state) else [*trainable(model)], "the update")
     found = {name: tensors[name] for name in statistic_names(model) if name in tensors}

@@ -23,7 +23,7 @@ from torch.func import functional_call
 from update.gradients import batch_loss, trainable
 from update.normalise import Normalise
 
-BATCHNORMS = ("eval", "train", "train-private")  # modes of a client's BatchNorm layers
+BATCHNORMS = ("eval", "train", "train_private")  # modes of a client's BatchNorm layers
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LocalTraining:
         batches: equal minibatches that the steps go through in turn, M.
         rate: the learning rate; None for a single step, on which it has no influence.
         batchnorm: eval (running statistics), train (the minibatch's own, and the running ones are shared), or
-            train-private (they are not).
+            train_private (they are not).
 
     Raises:
         ValueError: numbers below 1, steps that are no whole passes, several steps without a rate above 0.
@@ -201,7 +201,7 @@ def before_averaging(model: nn.Module, buffers: Mapping[str, Tensor], steps: int
     old, kept, found = dict(model.named_buffers()), _kept(model, steps), []
     for name, keep in zip(statistic_names(model), kept, strict=True):
         if name not in buffers or buffers[name].shape != old[name].shape:
-            raise ValueError(f"--bn train: the update holds no {name!r} of the model's shape; --bn train-private if so")
+            raise ValueError(f"--bn train: the update holds no {name!r} of the model's shape; --bn train_private if so")
         found.append((buffers[name].to(old[name]) - keep * old[name]) / (1 - keep))
     return tuple(found)
 

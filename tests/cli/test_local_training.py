@@ -89,7 +89,7 @@ def test_where_weights_hardly_move_the_exact_way_is_taken(cli):
     assert "it is read as a gradient up to" in cli.error(*TRAINED, "--signals", "on")
 
 
-@pytest.mark.parametrize("mode", ["train", "train-private"])
+@pytest.mark.parametrize("mode", ["train", "train_private"])
 def test_batchnorm_in_training_mode_is_read_above_its_last_layer(cli, net, mode):
     run = cli("--model", net, "--bn", mode, "--labels", "unique", *SIGNALS, "--save_update", cli.folder / "u.npz")
     figures = metrics_of(run)
@@ -105,8 +105,8 @@ def test_batchnorm_in_training_mode_is_read_above_its_last_layer(cli, net, mode)
 
 def test_shared_statistics_sharpen_the_images(cli, net):
     flags = ["--model", net, "--labels", "unique", *SIGNALS, "--n_iter", 60, "--inner_iter", 20, "--max_evals", 300]
-    psnr = {m: metrics_of(cli(*flags, "--bn", m, name=m))["psnr_mean"] for m in ("train", "train-private")}
-    assert psnr["train"] > psnr["train-private"] + 2
+    psnr = {m: metrics_of(cli(*flags, "--bn", m, name=m))["psnr_mean"] for m in ("train", "train_private")}
+    assert psnr["train"] > psnr["train_private"] + 2
 
 
 def test_a_difference_from_outside_is_unrolled_too(cli, net):
@@ -139,7 +139,7 @@ def test_a_difference_from_outside_is_unrolled_too(cli, net):
         ("--local_batches 3", "not whole passes"),
         ("--local_batches 0", "--local_batches"),
         ("--bn train", "the model has no BatchNorm layers"),
-        ("--bn batch", "'batch' is none of eval, train, train-private"),
+        ("--bn batch", "'batch' is none of eval, train, train_private"),
     ],
 )
 def test_wrong_flags_are_one_line(cli, flags, words):

@@ -118,7 +118,7 @@ def test_running_statistics_are_those_of_a_client_in_training_mode(steps):
         variance, mean = torch.var_mean(model[0](images), (0, 2, 3))
         for own, shared in zip((mean, variance), update.batch_statistics(model), strict=True):
             assert torch.allclose(own, shared, rtol=1e-4, atol=1e-5)
-    private = share_update(model, "net", images, labels, 10, training=LocalTraining(steps, 1, 0.1, "train-private"))
+    private = share_update(model, "net", images, labels, 10, training=LocalTraining(steps, 1, 0.1, "train_private"))
     assert private.statistics == {}
     assert private.batch_statistics(model) == ()
 
