@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attack.signals.counting import count_images
 from cli.model import local_training, model_options, parse_names, server_model
-from update.gradients import freeze, named_by
+from update.gradients import freeze, named_by, trainable
 from update.models import load_weights
 from update.outside import is_file
 from update.received import averaged_gradients, statistics
@@ -46,7 +46,8 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
         load_weights(model, update.weights, settings.update)
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
     update.targets(model)  # refuses an update that does not fit
-    return update, model
+    in_order = {name: update.gradients[name] for name in trainable(model)}  # the client's; files keep another
+    return replace(update, gradients=in_order), model
 
 
 def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:

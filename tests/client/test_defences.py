@@ -328,8 +328,8 @@ def test_a_defence_goes_on_top_of_a_received_update(cli, tmp_path):
     again = cli("--update", path, "--defence", "noise:0.1", name="again")
     assert config_of(again)["defence"] == "noise:0.1"
     assert metrics_of(again)["final_loss"] == metrics_of(run)["final_loss"]
-    cli("--resume", again, "--n_iter", 6)
-    on = cli("--resume", run, "--n_iter", 6)
+    cli("--resume", again, "--n_iter", 6, name="again")
+    on = cli("--resume", run, "--n_iter", 6, name="defended")
     assert metrics_of(again)["final_loss"] == metrics_of(on)["final_loss"]
 
 
