@@ -32,6 +32,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=StrictUndefined,
+    auto_reload=False,  # a run ends with the templates of its own version
 )
 
 
@@ -96,10 +97,10 @@ def _judged(figures: Mapping) -> list[dict]:
 
 def _believed(figures: Mapping) -> list[dict]:
     """The images in the attack's own order."""
-    images = []
+    images, sure = [], figures["pixels_read"] if verdict.are_certain(figures["layers"]) else 0
     for index in range(len(figures["labels"])):
         found = _reconstruction(figures, index)
-        level = verdict.belief_of(found["confidence"], has_pixels=index < figures["pixels_read"])
+        level = verdict.belief_of(found["confidence"], has_pixels=index < sure)
         images.append({"level": level, **found})
     return images
 

@@ -10,8 +10,8 @@ none          no closer than that: a guess is a flat picture in the image's own 
 
 Without it the attack's own evidence is all there is:
 
-read          its pixels were read from the update in closed form, and its confidence is at least CERTAIN
-apart         its features were, with that confidence
+read          its pixels were read from the update in closed form, to an expected error of WITHIN, and it is `apart`
+apart         its features were, with a confidence of at least CERTAIN
 unknown       nothing vouches for the picture
 
 A run is what its worst image is. But traces of no more than BY_CHANCE of the images are none, and a run in which no
@@ -26,6 +26,7 @@ flat.
 import math
 from collections.abc import Mapping, Sequence
 
+from attack.signals.confidence import WITHIN
 from judge.metrics import RECOVERED_SSIM
 
 EXACT_PSNR = 20 * math.log10(255)  # 48.1 dB: the error's root mean square is one of the 255 steps of a pixel
@@ -51,8 +52,8 @@ MEANINGS = {
     "recognisable": f"SSIM of at least {RECOVERED_SSIM}: a person sees what the image shows",
     "traces": f"closer to the truth than a guess by {MARGIN:g} dB or more, but not recognisable",
     "none": "no closer than a flat picture in the image's own mean colour, or the mean of the batch's other images",
-    "read": f"the pixels follow from the update by linear algebra, {CERTAIN:.1%} sure to be within 1 %",
-    "apart": f"the image's features follow from the update, {CERTAIN:.1%} sure to be within 1 %",
+    "read": f"the pixels follow from the update by linear algebra, to an expected error of {WITHIN:.0%} or less",
+    "apart": f"the image's features follow from the update, {CERTAIN:.1%} sure to be within {WITHIN:.0%}",
     "unknown": "no truth to compare with, and nothing read that vouches for the picture",
 }
 LOWER_BOUND = (
@@ -75,6 +76,11 @@ def belief_of(confidence: float | None, *, has_pixels: bool) -> str:
     if confidence is None or confidence < CERTAIN:
         return "unknown"
     return "read" if has_pixels else "apart"
+
+
+def are_certain(layers: Sequence[Mapping]) -> bool:
+    """Whether the inputs of the first layer, the pixels, are known to WITHIN, by the rows of layers.csv."""
+    return bool(layers) and layers[0]["uncertainty"] is not None and layers[0]["uncertainty"] <= WITHIN
 
 
 def counts_of(levels: Sequence[str]) -> dict[str, int]:

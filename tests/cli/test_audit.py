@@ -116,7 +116,7 @@ def test_an_interrupted_audit_shows_what_it_has_and_goes_on(cli, monkeypatch):
     assert "interrupted" in rows_of(run)["float16"]["note"]
     monkeypatch.undo()
     monkeypatch.setattr(audit, "NEAREST", FEW)
-    cli("--resume", run, "--audit")
+    cli("--resume", run)  # it began as an audit
     assert list(rows_of(run)) == list(FEW)
     for name in ("float16", "topk_0.1"):
         assert without_times(run / DEFENDED / name) == without_times(whole / DEFENDED / name)

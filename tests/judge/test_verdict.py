@@ -7,7 +7,18 @@ from torch.nn.functional import interpolate
 
 from data import load_batch, open_source
 from judge.metrics import assign, guess_psnr, guessed_label_accuracy, label_accuracy, psnr_matrix, ssim
-from judge.verdict import BY_CHANCE, EXACT_PSNR, MARGIN, belief_of, counts_of, level_of, percent, stops, verdict
+from judge.verdict import (
+    BY_CHANCE,
+    EXACT_PSNR,
+    MARGIN,
+    are_certain,
+    belief_of,
+    counts_of,
+    level_of,
+    percent,
+    stops,
+    verdict,
+)
 
 FIGURES = {"final_loss": 1e-3, "ended_by": "n_iter", "signals": [], "signals_found": 0}
 
@@ -44,6 +55,11 @@ def test_an_error_of_one_step_in_255_is_exact():
 )
 def test_without_the_truth_only_certainty_counts(confidence, has_pixels, level):
     assert belief_of(confidence, has_pixels=has_pixels) == level
+
+
+def test_pixels_are_only_believed_where_their_error_is_small():
+    assert are_certain([{"uncertainty": 1e-4}, {"uncertainty": 0.5}])
+    assert not any(map(are_certain, ([], [{"uncertainty": None}], [{"uncertainty": 0.02}])))
 
 
 def test_a_run_is_what_its_worst_image_is():
