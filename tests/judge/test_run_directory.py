@@ -204,7 +204,7 @@ def test_an_update_saved_into_its_run_directory_stays_there(cli, name):
     assert (cli.folder / name / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("culprit", ["prepare", "resumable"])
+@pytest.mark.parametrize("culprit", ["prepare", "open_record"])
 def test_what_stops_a_run_that_is_being_prepared_costs_the_old_one_nothing(cli, culprit):
     run = cli()
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
