@@ -12,7 +12,7 @@ from attack.prepare import INITS
 from cli.model import local_training, model_options, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
-from client.defences import defend
+from client.defences import defend_received
 from client.victim import share_update
 from data import Batch, DataError, load_batch, open_source, parse_indices
 from update.defences import Defences
@@ -30,7 +30,11 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
     """
     if settings.update:
         update, model = received_update(settings, place)
-        return defend(update, settings.defence or "none", generator=stream(settings.seed, "defence")), model, None
+        return (
+            defend_received(update, settings.defence or "none", generator=stream(settings.seed, "defence")),
+            model,
+            None,
+        )
     batch = client_batch(settings, settings.labels, settings.num_classes)
     options = model_options(settings)
     shape = tuple(batch.images.shape[1:])

@@ -54,6 +54,21 @@ def defend(
     return defended
 
 
+def defend_received(update: SharedUpdate, defence: str, *, generator: torch.Generator | None = None) -> SharedUpdate:
+    """A received update with a defence on top of what its client did, as the client could have added it.
+
+    Raises:
+        ValueError: as `defend`, or a defence that takes the clients' images.
+    """
+    defences = Defences.parse(defence)
+    if not list(defences):
+        return update
+    if defences.private or defences.clients > 1:
+        raise ValueError(f"--defence {defence}: {PRIVATE} and {SUM} take the clients' images, not an update of theirs")
+    both = defence if update.defence == "none" else f"{update.defence},{defence}"
+    return dataclasses.replace(defend([update], defences, generator=generator), defence=both)
+
+
 def _summed(updates: Sequence[SharedUpdate]) -> SharedUpdate:
     """The mean of the clients' updates: as the batches are of one size, the average over the images of all of them."""
     gradients = {

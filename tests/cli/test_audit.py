@@ -9,7 +9,7 @@ import main_MAGIA_sel as magia
 from cli import audit
 from cli.audit import NEAREST, relative_change
 from cli.victim import victim
-from client.defences import defend
+from client.defences import defend_received
 from judge.gallery import PAGE
 from judge.report import read_facts
 from judge.run_directory import DEFENDED
@@ -28,8 +28,10 @@ def rows_of(run):
 
 def test_the_nearest_defences_can_all_be_applied():
     plain = victim(resolved("--batch_size", 2, "--image_size", 16), CPU)[0]
-    changes = {name: relative_change(plain, defend(plain, name, generator=generator())) for name in NEAREST}
+    changes = {name: relative_change(plain, defend_received(plain, name, generator=generator())) for name in NEAREST}
     assert relative_change(plain, plain) == 0
+    with pytest.raises(ValueError, match="clients' images"):
+        defend_received(plain, "secure_sum:2")
     assert all(change > 0 for change in changes.values())
     assert changes["noise:1e-3"] == pytest.approx(10 * changes["noise:1e-4"])
 

@@ -164,7 +164,7 @@ def test_a_run_on_a_saved_update_says_nothing_of_what_the_client_did(cli, tmp_pa
     for name in ("dataset", "data_path", "indices", "labels", "frozen", "defence", "save_update"):
         assert config[name] is None, name
     assert "labels" not in cli.out.splitlines()[0]
-    assert cli.out.splitlines()[0] == f"{path}: 3 images 3x16x16"
+    assert cli.out.splitlines()[0] == f"{path}: 3 images 3x16x16 | bfloat16"  # the protocol's defence is public
 
 
 def test_overwriting_removes_what_runs_write_and_nothing_else(cli):
