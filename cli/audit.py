@@ -20,7 +20,7 @@ from update.shared import SharedUpdate
 INTERRUPTED = 130  # exit status
 
 # What a client can do to any update without changing how it trains, each kind from weak to strong.
-NEAREST = ("float16", "quantise:8", "noise:1e-4", "noise:1e-3", "noise:1e-2", "topk:0.5", "topk:0.1", "sign")
+NEAREST = ("float16", "quantise:8", "noise:1e-3", "noise:1e-2", "noise:1e-1", "topk:0.1", "topk:0.01", "sign")
 
 SHOWN = ("defence", "level", "psnr_mean", "ssim_mean", "likeness", "signals_found", "change", "note")
 

@@ -20,7 +20,7 @@ EXAMPLES = int(os.environ.get("MAGIA_EXAMPLES", "20"))
 
 # Flags that would only make a run long (they stay small), or that other tests look after one by one.
 LEFT_OUT = {"run_name", "save_dir", "resume", "overwrite", "quiet", "device", "show_schedule", "save_batch", "update"}
-LEFT_OUT |= {"explain"}
+LEFT_OUT |= {"explain", "audit"}
 BASE = [*SMALL, "--max_evals", "12", "--quiet"]
 
 numbers = st.one_of(

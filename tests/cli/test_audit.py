@@ -33,7 +33,7 @@ def test_the_nearest_defences_can_all_be_applied():
     with pytest.raises(ValueError, match="clients' images"):
         defend_received(plain, "secure_sum:2")
     assert all(change > 0 for change in changes.values())
-    assert changes["noise:1e-3"] == pytest.approx(10 * changes["noise:1e-4"])
+    assert changes["noise:1e-2"] == pytest.approx(10 * changes["noise:1e-3"])
 
 
 def test_each_defence_has_a_run_and_a_row(cli):
