@@ -35,7 +35,7 @@ from cli.console import Progress, introduction, show_end, show_leaks, show_sched
 from cli.flags import read_flags
 from cli.provenance import provenance
 from cli.runtime import choose_device, enough_threads, interruptible, stream
-from cli.settings import adopt, facts_of, optimiser_of, privacy_of, resolve, run_path, schedule_of
+from cli.settings import adopt, facts_of, optimiser_of, privacy_of, resolve, run_path, schedule_of, words_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, open_record
@@ -400,6 +400,7 @@ def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) 
     place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
     update, model, truth = victim(settings, place)
     adopt(settings, given, facts_of(update, settings), "the update")
+    words = words_of(settings, FLAGS) if settings.resume else words  # what makes a resumed run anew
     with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
         if settings.save_update:
             update.save(settings.save_update)

@@ -1,6 +1,7 @@
 """report.html and audit.json: right for every kind of run, and one file that needs no script and no network."""
 
 import json
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import SIGNALS, SMALL, config_of, metrics_of
+from conftest import SIGNALS, SMALL, config_of, metrics_of, without_times
 
 import main_MAGIA_sel as magia
 from judge.gallery import PAGE, write_gallery
@@ -176,6 +177,10 @@ def test_an_interrupted_run_says_so_and_its_page_is_written_anew(cli, monkeypatc
     monkeypatch.undo()
     cli("--resume", run)
     assert "The attack was interrupted" not in page_of(run).text
+    assert "--resume" not in read_facts(run)["command"]
+    _, *words = shlex.split(read_facts(run)["command"])[1:]
+    assert magia.main([*words, "--run_name", "anew"]) == 0
+    assert without_times(cli.folder / "anew") == without_times(run)
 
 
 def test_granted_labels_and_models_with_normalisation_are_assumptions(cli):
