@@ -51,16 +51,23 @@ def _labels(config: Mapping) -> str:
 
 
 def _training(config: Mapping) -> str:
-    steps = config.get("local_steps") or 1
+    """Settings that a simulated client does not have, or a received update does not tell, are left out."""
+    steps, batches = config.get("local_steps") or 1, config.get("local_batches") or 1
+    done = "One step" if steps == 1 else f"{steps} steps"
     rate = f" at rate {config['local_lr']:g}" if config.get("local_lr") else ""
-    done = f"{steps} step{'s' if steps > 1 else ''}{rate}" if steps > 1 or rate else "One step"
-    return f"{done} of plain SGD. What it shares is the mean over the whole batch."
+    through = f", through {batches} minibatches in turn" if batches > 1 else " on the whole batch"
+    return f"{done} of plain SGD{rate}{through}; these settings are known."
+
+
+BATCH_NORM = {
+    "eval": "In eval mode, where the model has any: with running statistics, which the server knows.",
+    "train": "In training mode, where the model has any: with the batch's statistics; the running ones are shared too.",
+    "train_private": "In training mode, where the model has any: with the batch's statistics, which are not shared.",
+}
 
 
 def _batch_norm(config: Mapping) -> str:
-    if config.get("bn", "eval") == "train":
-        return "In training mode, where the model has any: with the batch's own statistics."
-    return "In eval mode, where the model has any: with running statistics, which the server knows."
+    return BATCH_NORM[config.get("bn") or "eval"]
 
 
 def _defence(config: Mapping) -> str:
