@@ -156,6 +156,8 @@ class _Reader:
                 raise ValueError(f"dim A is {span.dimension} with a gap of {span.gap:.1f}")
             found = self._told_apart(place, span, until)
             note = f"{len(found)} of {self.update.batch_size} images told apart"
+            if not found.complete and time.perf_counter() > until:
+                note += ", then no time was left"
         except (ValueError, RuntimeError, ArithmeticError) as error:  # no layer's failure ends a reading
             note = str(error).partition("\n")[0]
         if found is not None and len(found):

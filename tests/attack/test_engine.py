@@ -214,6 +214,16 @@ def test_what_is_claimed_of_a_defended_update_is_right(name, net, defence):
 # Bounds
 
 
+def test_a_search_that_time_cut_short_says_so(monkeypatch):
+    """A layer that was not searched to the end is no layer in which nothing can be told apart."""
+    scene = Scene("mlp", 4, activation="relu", depth=3, width=80)
+    monkeypatch.setattr("attack.signals.engine.SHARE", 0.0)
+    monkeypatch.setattr("attack.signals.engine.DESCENT", 1.0)
+    reading, reason = attempt(scene, 60.0)
+    assert reading is None
+    assert "0 of 4 images told apart, then no time was left" in reason
+
+
 def test_time_is_kept():
     scene = Scene("resnet18_cifar", 2)
     for seconds in (0.0, 2.0):
