@@ -53,6 +53,7 @@ from bench.searches import SEARCHES, variants
 from bench.speed import devices, speed
 from bench.strengths import DEFENCES, plot_strengths, weakest, write_strengths
 from cli.flags import OneLineParser, number
+from cli.runtime import INTERRUPTED
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
 from schedules import MODES
@@ -67,7 +68,6 @@ ATTACKS = ("magia --signals auto", "magia --signals off")  # of `defences`
 ALPHAS = (0.999, 1.0)  # of `schedules`: with the subset term and without
 BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # of a cell: what is attacked
 BUDGETS = ("max_evals", "max_seconds")
-INTERRUPTED = 130  # exit status
 
 # ----------------------------------------------------------------------------------------------------
 # The command line

@@ -34,7 +34,7 @@ from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
-from cli.runtime import choose_device, enough_threads, interruptible, stream
+from cli.runtime import INTERRUPTED, enough_threads, interruptible, place_named, stream
 from cli.settings import adopt, facts_of, optimiser_of, privacy_of, resolve, run_path, schedule_of, words_of
 from cli.victim import images_named, save_batch, victim
 from data import Batch
@@ -397,8 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) -> int:
     """The victim's side, then the attacker's, in a directory of its own. Returns the exit status."""
-    place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
-    update, model, truth = victim(settings, place)
+    update, model, truth = victim(settings, place_named(settings))
     adopt(settings, given, facts_of(update, settings), "the update")
     words = words_of(settings, FLAGS) if settings.resume else words  # what makes a resumed run anew
     with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
@@ -446,4 +445,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cli.flags import build_parser, read_flags
 from cli.model import model_options
-from cli.runtime import choose_device, stream
+from cli.runtime import INTERRUPTED, choose_device, stream
 from data import load_batch, open_source
 from update.models import build_model
 from update.storage import checked_name, write_tensors
@@ -138,4 +138,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

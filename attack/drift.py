@@ -8,6 +8,7 @@ can tell its size before it knows any image, by training on random ones.
 import torch
 from torch import nn
 
+from attack.objective import squared_distance
 from attack.signals.features import random_images
 from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally
@@ -32,6 +33,6 @@ def expected_drift(update: SharedUpdate, model: nn.Module, generator: torch.Gene
         labels = torch.randint(update.num_classes, (count,), generator=generator).to(like.device)
         own = train_locally(model, images, labels, update.training).average
         gradient = train_locally(model, images, labels, at_once).average
-        square = sum((p - q).square().sum() for p, q in zip(own, gradient, strict=True))
-        drifts.append(float((square / sum(q.square().sum() for q in gradient)).sqrt()))
+        size = sum(q.square().sum() for q in gradient)
+        drifts.append(float((squared_distance(own, gradient) / size).sqrt()))
     return max(drifts)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from update.gradients import gradient_and_part, trainable
 from update.head import Head, features_of
 from update.normalise import Normalise
+from update.stages import mixes_images
 from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
 
 DISTANCES = ("l2", "relative", "cosine")
@@ -106,7 +107,9 @@ class FeatureLoss:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The loss of images (B, C, H, W)."""
-        features = features_of(self.model, images)[: len(self.features)]  # BatchNorm may ask for the whole batch
+        count = len(self.features)
+        needed = images if any(map(mixes_images, self.model.modules())) else images[:count]
+        features = features_of(self.model, needed)[:count]
         if self.distance == "cosine":
             return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
         return (features - self.features).square().sum() / len(images)

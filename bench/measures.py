@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 import main_MAGIA_sel as magia
@@ -21,13 +19,13 @@ from bench.cells import Cell, cell_name
 from bench.guesses import GUESSES, MEAN, guess
 from bench.peers import breaching_attack
 from cli.ahead import with_scale
-from cli.runtime import choose_device, stream
+from cli.runtime import INTERRUPTED, place_named, stream
 from cli.settings import resolve
 from cli.victim import client_batch, victim
 from data import Batch, open_source
 from judge import metrics
 from judge.layers import matched
-from judge.pictures import save_images
+from judge.pictures import read_images, save_images
 from judge.run_directory import RunDirectory
 from update.head import features_of
 from update.shared import SharedUpdate
@@ -36,7 +34,6 @@ CLOSE = 0.01  # features count as read when their relative error is below this
 MANY_STEPS = 100_000  # so that seconds end a run, where they are its budget
 QUALITY = ("psnr_mean", "ssim_mean", "label_accuracy")
 FIGURES = (*QUALITY, "signals_found", "evaluations", "seconds")
-INTERRUPTED = 130  # exit status
 
 # A run has diverged if its loss was not finite, or if so much larger a share of its pixels than of the truth's ended at
 # the edges of [0, 1]. Plain L-BFGS leaves the box when it is lost, and noise that was never moved lies there as well.
@@ -67,8 +64,7 @@ def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
 def victim_of(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.Module, Batch, argparse.Namespace]:
     """The update that a cell attacks, its scale restored, its model, the truth, and the settings behind them."""
     settings = settings_of(cell, flags)
-    place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
-    update, model, truth = victim(settings, place)
+    update, model, truth = victim(settings, place_named(settings))
     return with_scale(update, model, settings)[0], model, truth, settings
 
 
@@ -173,9 +169,8 @@ def is_saturated(images: Tensor, truth: Tensor) -> bool:
 
 
 def pictures(path: Path) -> Tensor:
-    """The images (B, H, W) or (B, H, W, C) that a run has left, in [0, 1]."""
-    files = sorted((path / "images").glob("rec_*.png"))
-    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).double() / 255
+    """The images (B, C, H, W) that a run has left, in [0, 1]."""
+    return read_images(sorted((path / "images").glob("rec_*.png")))
 
 
 def run_folder(cell: Cell, flags: Sequence[str], out: Path) -> Path:

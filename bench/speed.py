@@ -42,7 +42,7 @@ from bench.figures import write_table
 from bench.measures import flags_of, victim_of
 from cli.ahead import read_ahead
 from cli.model import model_options, server_model
-from cli.runtime import choose_device, stream
+from cli.runtime import place_named, stream
 from cli.settings import resolve, schedule_of
 from client.victim import share_update
 from judge.metrics import mean_psnr
@@ -164,7 +164,7 @@ ATTACKS = {"published": published, "loop": loop, "program": program, "forward": 
 def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
     """The variants on one update of noise images; `forward` and `activations` are given activations and labels."""
     settings, _ = resolve(flags, magia.FLAGS)
-    place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
+    place = place_named(settings)
     generator, shape = stream(settings.seed, "speed"), (3, settings.image_size or SIDE, settings.image_size or SIDE)
     images = torch.rand(batch_size, *shape, generator=generator).to(**place)
     labels = torch.randint(settings.num_classes, (batch_size,), generator=generator).to(place["device"])

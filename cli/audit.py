@@ -4,20 +4,18 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
+from attack.objective import squared_distance
 from cli.flags import Flag
-from cli.runtime import choose_device
+from cli.runtime import INTERRUPTED, place_named, stream
 from cli.settings import run_path, words_of
 from cli.victim import victim
+from client.defences import defend_received
 from judge.defences import conclusion, defended_row, refused_row, undefended_row
 from judge.gallery import write_gallery
 from judge.report import read_facts, write_report
 from judge.run_directory import DEFENDED, RunDirectory
 from judge.tables import aligned
 from update.shared import SharedUpdate
-
-INTERRUPTED = 130  # exit status
 
 # What a client can do to any update without changing how it trains, each kind from weak to strong.
 NEAREST = ("float16", "quantise:8", "noise:1e-3", "noise:1e-2", "noise:1e-1", "topk:0.1", "topk:0.01", "sign")
@@ -53,15 +51,16 @@ def audit(
     if status == INTERRUPTED:
         return status
     with RunDirectory(path, resume=True) as run:
-        facts, plain, rows = read_facts(path), _update(settings), []
+        facts, plain, rows = read_facts(path), victim(settings, place_named(settings))[0], []
         for defence in NEAREST:
             own = under(defence, settings, path)
             if not settings.quiet:
                 print(f"\nunder the defence {defence}")
             try:
-                change = relative_change(plain, _update(own))
+                defended = defend_received(plain, defence, generator=stream(settings.seed, "defence"))
+                change = relative_change(plain, defended)
                 ended = run_one(own, given, words_of(own, flags))
-                rows.append(defended_row(defence, change, run_path(own), path, facts))
+                rows.append(defended_row(defence, change, run_path(own), path))
             except (ValueError, OSError) as error:
                 ended = None
                 rows.append(refused_row(defence, " ".join(str(error).split())))
@@ -96,11 +95,5 @@ def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Na
 
 def relative_change(plain: SharedUpdate, defended: SharedUpdate) -> float:
     """|g' - g| / |g|: how far the defence moves the update, of its length."""
-    pairs = [(plain.gradients[name].double(), defended.gradients[name].double()) for name in plain.gradients]
-    moved = sum(float((changed - gradient).square().sum()) for gradient, changed in pairs)
-    return (moved / sum(float(gradient.square().sum()) for gradient, _ in pairs)) ** 0.5
-
-
-def _update(settings: argparse.Namespace) -> SharedUpdate:
-    place = {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
-    return victim(settings, place)[0]
+    before, after = ([u.gradients[name].double() for name in plain.gradients] for u in (plain, defended))
+    return float((squared_distance(after, before) / sum(g.square().sum() for g in before)).sqrt())

@@ -12,6 +12,7 @@ from attack.drift import EXACT
 from attack.prepare import Known
 from attack.signals.explain import explain
 from cli.model import model_options, server_model
+from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
 from judge.pictures import save_leaks, save_schedule
 from judge.recorder import summary
@@ -116,7 +117,7 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
         print(f"pictures: {run.path}/" + ("comparison.png" if "psnr_mean" in figures else "reconstruction.png"))
     print(summary(figures))
     if ended_by in ("interrupt", "abort"):
-        return 130
+        return INTERRUPTED
     return int(ended_by == "non-finite" or not has_images or bool(run.failures))
 
 

@@ -1,5 +1,6 @@
 """What surrounds a run: the seed's streams, the device, Ctrl-C."""
 
+import argparse
 import hashlib
 import signal
 import sys
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from update.models import place_of
 
+INTERRUPTED = 130  # exit status
 FLOPS_PER_THREAD = 2e8  # of a batch's forward pass (measured): with less to do, threads mostly wait for each other
 
 
@@ -36,6 +38,15 @@ def choose_device(name: str) -> torch.device:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False  # ten bits of mantissa would drown the small residuals that matter
     return torch.device(device)
+
+
+def place_named(settings: argparse.Namespace) -> dict[str, torch.dtype | torch.device]:
+    """Dtype and device that --dtype and --device name.
+
+    Raises:
+        ValueError: as `choose_device`.
+    """
+    return {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
 
 
 @contextmanager

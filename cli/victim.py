@@ -30,11 +30,8 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
     """
     if settings.update:
         update, model = received_update(settings, place)
-        return (
-            defend_received(update, settings.defence or "none", generator=stream(settings.seed, "defence")),
-            model,
-            None,
-        )
+        defence, generator = settings.defence or "none", stream(settings.seed, "defence")
+        return defend_received(update, defence, generator=generator), model, None
     batch = client_batch(settings, settings.labels, settings.num_classes)
     options = model_options(settings)
     shape = tuple(batch.images.shape[1:])

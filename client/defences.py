@@ -85,11 +85,12 @@ def clipped(gradients: Gradients, norm: float, *, generator: torch.Generator | N
 
 def noisy(gradients: Gradients, std: float, *, generator: torch.Generator | None = None) -> Gradients:
     """With Gaussian noise of this standard deviation in every entry."""
+    return {name: gradient + std * noise_like(gradient, generator) for name, gradient in gradients.items()}
 
-    def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
-    return {name: gradient + std * noise(gradient) for name, gradient in gradients.items()}
+def noise_like(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise, drawn on the CPU."""
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def largest(gradients: Gradients, share: float, *, generator: torch.Generator | None = None) -> Gradients:

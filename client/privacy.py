@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from client.defences import noise_like
 from update.gradients import batch_loss, trainable
+from update.stages import mixes_images
 
 TOGETHER = 8  # examples whose gradients are held at a time
 
@@ -33,7 +35,7 @@ def private_gradient(
     Raises:
         ValueError: a BatchNorm layer in training mode.
     """
-    if any(isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training for layer in model.modules()):
+    if any(map(mixes_images, model.modules())):
         raise ValueError(
             "dpsgd: BatchNorm in training mode mixes the examples, which then have no gradients of their own"
         )
@@ -45,7 +47,8 @@ def private_gradient(
         share = (clip / norms).clamp(max=1)  # an example without gradient has an infinite ratio, and keeps its zeros
         for name, gradient in gradients.items():
             total[name] += torch.tensordot(share, gradient, dims=1)
-    return tuple((gradient + sigma * clip * _noise(gradient, generator)) / len(images) for gradient in total.values())
+    noisy = (gradient + sigma * clip * noise_like(gradient, generator) for gradient in total.values())
+    return tuple(gradient / len(images) for gradient in noisy)
 
 
 def example_gradients(
@@ -57,10 +60,6 @@ def example_gradients(
         return batch_loss(functional_call(model, weights, (image[None],)), label[None]).sum()
 
     return vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
-
-
-def _noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def epsilon(sigma: float, *, rate: float, rounds: int, delta: float) -> float:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from judge import metrics, verdict
+from judge.pictures import read_images
 from judge.report import STRIP, first_pictures, read_facts
 from judge.run_directory import DEFENDED
 
@@ -25,7 +24,7 @@ def undefended_row(facts: Mapping) -> dict:
     return _row("none", facts, 0.0) | {"run": None, "pictures": first_pictures(facts["images"])}
 
 
-def defended_row(defence: str, change: float, folder: Path, first: Path, undefended: Mapping) -> dict:
+def defended_row(defence: str, change: float, folder: Path, first: Path) -> dict:
     """The row of a run under a defence.
 
     Without the truth the run is judged by what it still tells apart, and by how alike its images are to those of the
@@ -34,7 +33,6 @@ def defended_row(defence: str, change: float, folder: Path, first: Path, undefen
     Args:
         change: how far the defence moves the update, relative to its length.
         folder, first: the run's directory, and that of the first run, above it.
-        undefended: the facts of the first run.
 
     Raises:
         ValueError, OSError: the run has left no facts.
@@ -75,15 +73,6 @@ def _row(defence: str, facts: Mapping, change: float) -> dict:
 
 def _likeness(first: Path, second: Path, count: int) -> dict:
     """How alike the images of two runs are, by the figures of `metrics.evaluate`."""
-    pictures = [
-        torch.stack([_image(path / f"images/rec_{i:03d}.png") for i in range(count)]) for path in (first, second)
-    ]
+    pictures = [read_images(path / f"images/rec_{i:03d}.png" for i in range(count)) for path in (first, second)]
     nothing = torch.zeros(count, dtype=torch.long)
     return metrics.evaluate(pictures[0], nothing, pictures[1], nothing)
-
-
-def _image(path: Path) -> Tensor:
-    """An image file as a tensor (C, H, W) in [0, 1]."""
-    with Image.open(path) as picture:
-        pixels = torch.from_numpy(np.array(picture)).float() / 255
-    return pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels[None]

@@ -1,6 +1,6 @@
 """Pictures of a run: grids, truth beside reconstruction, the film of how they came to be, curves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,12 @@ def save_truth(run: RunDirectory, images: Tensor) -> None:
     run.write("original.png", save_png(grid(images)))
     for i, image in enumerate(images):
         run.write(f"truth/true_{i:03d}.png", save_png(_picture(image)))
+
+
+def read_images(files: Iterable[Path]) -> Tensor:
+    """Image files of one shape as images (B, C, H, W) in [0, 1]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).float() / 255
+    return pixels.permute(0, 3, 1, 2) if pixels.dim() == 4 else pixels[:, None]
 
 
 def save_png(picture: Image.Image) -> Callable[[Path], None]:

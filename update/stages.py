@@ -83,16 +83,13 @@ def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
 
 def unmixed_from(chain: Chain) -> int:
     """The first stage behind all that mixes the images of a batch, BatchNorm in training mode; 0 if nothing does."""
-    mixing = [
-        index
-        for index, stage in enumerate(chain)
-        if any(isinstance(module, nn.Module) and _mixes(module) for module in modules([stage]))
-    ]
+    mixing = [index for index, stage in enumerate(chain) if any(mixes_images(module) for module in modules([stage]))]
     return mixing[-1] + 1 if mixing else 0
 
 
-def _mixes(module: nn.Module) -> bool:
-    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) and module.training
+def mixes_images(module: object) -> bool:
+    """Whether what it makes of an image depends on the others of the batch: BatchNorm in training mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
 
 
 @torch.no_grad()

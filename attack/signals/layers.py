@@ -32,7 +32,7 @@ from attack.signals.leastsquares import Solution
 from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows
 from attack.signals.solvers import FLOOR, Alone, Way, Whole, Within, rows_of
-from attack.signals.together import NOISE, Together
+from attack.signals.together import NOISE, Together, beside, size_of
 from update.stages import Chain, Residual, Stage, input_shapes, run, unmixed_from
 
 ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
@@ -272,7 +272,7 @@ def _cluster(values: Tensor) -> Tensor:
 
 def _size(values: Tensor) -> Tensor:
     """Root mean square of each image's values, (B, 1, ...)."""
-    return values.square().mean(tuple(range(1, values.dim())), keepdim=True).sqrt()
+    return beside(size_of(values), values)
 
 
 # ----------------------------------------------------------------------------------------------------

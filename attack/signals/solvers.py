@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attack.signals.leastsquares import Operator, Product, Solution, refined
 from attack.signals.rows import GradientRows, Rows, Scaling, stack
-from attack.signals.together import Together, relative, size_of
+from attack.signals.together import Together, beside, relative, size_of
 
 ITERATIONS = 300, 800  # of CGLS, least and most: determined layers take 1 to 120, barely determined ones 600
 EFFORT = 4e7  # unknowns times iterations: small layers may take more
@@ -165,37 +165,48 @@ def _iterations(unknowns: int) -> int:
 # Within a block
 
 
-class Within:
-    """The input h of a layer in a block's body, by all that is known of the block."""
+class _Together:
+    """By all that is known of the block; what its sources say is of a layer in it, or of its input."""
 
     is_linear = False
 
     def __init__(self, together: Together) -> None:
         self.together, self.unknowns = together, together.u.numel()
 
+    def _rows(self, sources: Sequence[Saying]) -> tuple[list[Rows], list[Rows]]:
+        """Those on the input h of the layer, and those on the block's input u."""
+        raise NotImplementedError
+
     def count(self, sources: Sequence[Saying]) -> int:
-        """Those of the block's output among them."""
-        return self.together.count(rows_of(sources))
+        """All rows, those of the block's output among them."""
+        return self.together.count(*self._rows(sources))
 
     def noise(self, sources: Sequence[Saying]) -> float:
         """The residual that noise leaves."""
-        return self.together.noise(rows_of(sources))
-
-    def solve(self, sources: Sequence[Saying]) -> tuple[Tensor, Solution]:
-        """h (B, ...), and the solver's word."""
-        h, _, solution = self.together.solve(rows_of(sources))
-        return h, solution
+        return self.together.noise(*self._rows(sources))
 
     def rehearsed(self, sources: Sequence[Saying], noise: float) -> Tensor:
         """At the block's input, (B,)."""
-        return self.together.rehearsed(rows_of(sources), (), noise)
+        return self.together.rehearsed(*self._rows(sources), noise)
 
     def spread(self, sources: Sequence[Saying], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
-        """Errors of h are as large as those of the block's input, relatively."""
-        return (error * size_of(u)).view(-1, *(1,) * (u.dim() - 1))
+        """As large, relatively, as the rehearsal's at the block's input."""
+        return beside(error * size_of(u), u)
 
 
-class Whole:
+class Within(_Together):
+    """The input h of a layer in a block's body."""
+
+    def _rows(self, sources: Sequence[Saying]) -> tuple[list[Rows], list[Rows]]:
+        return rows_of(sources), []
+
+    def solve(self, sources: Sequence[Saying]) -> tuple[Tensor, Solution]:
+        """h (B, ...), and the solver's word."""
+        h, _, solution = self.together.solve(*self._rows(sources))
+        return h, solution
+
+
+class Whole(_Together):
     """The input of a block of which `Within` has found what a layer of the body takes in.
 
     Args:
@@ -203,31 +214,17 @@ class Whole:
         above: that layer's rows, their masks decided.
     """
 
-    is_linear = False
-
     def __init__(self, together: Together, above: Sequence[Rows]) -> None:
-        self.together, self.above, self.unknowns = together, list(above), together.u.numel()
+        super().__init__(together)
+        self.above = list(above)
 
-    def count(self, sources: Sequence[Saying]) -> int:
-        """Those of the layer above and of the block's output among them."""
-        return self.together.count(self.above, _gradients(sources))
-
-    def noise(self, sources: Sequence[Saying]) -> float:
-        """The residual that noise leaves."""
-        return self.together.noise(self.above, _gradients(sources))
+    def _rows(self, sources: Sequence[Saying]) -> tuple[list[Rows], list[Rows]]:
+        return self.above, _gradients(sources)
 
     def solve(self, sources: Sequence[Saying]) -> tuple[Tensor, Solution]:
         """u (B, ...), and the solver's word."""
-        _, u, solution = self.together.solve(self.above, _gradients(sources))
+        _, u, solution = self.together.solve(*self._rows(sources))
         return u, solution
-
-    def rehearsed(self, sources: Sequence[Saying], noise: float) -> Tensor:
-        """(B,)."""
-        return self.together.rehearsed(self.above, _gradients(sources), noise)
-
-    def spread(self, sources: Sequence[Saying], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
-        """As large as the rehearsal's."""
-        return (error * size_of(u)).view(-1, *(1,) * (u.dim() - 1))
 
 
 def _gradients(sources: Sequence[Saying]) -> list[Rows]:

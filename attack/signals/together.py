@@ -103,7 +103,7 @@ class Together:
         if self.is_positive:
             system = system.within(self.u > 0)
         play = torch.randn(self.u.shape, generator=self.generator).to(system.scale)
-        play *= _beside(size_of(self.u).float(), self.u) * (system.scale > 0) / equations.scale.float()
+        play *= beside(size_of(self.u).float(), self.u) * (system.scale > 0) / equations.scale.float()
         kinds = [[self._noise_of(r) for r in group] for group in (above, self.output, below)]
         one = torch.cat([each.flatten() for group in kinds for each in group]).float()
         factor = noise / max(self.noise(above, below), 1e-300)
@@ -127,7 +127,7 @@ class Together:
             rows=[operator for operator, _ in stacked],
             rough_rows=[stack([r.float() for r in group])[0] for group in values],
             targets=[target for _, target in stacked],
-            scale=1 / _beside(self.loudness, self.u),
+            scale=1 / beside(self.loudness, self.u),
             is_positive=self.is_positive,
         )
 
@@ -148,11 +148,11 @@ def _balanced(rows: Rows, loudness: Tensor) -> Rows:
     if not isinstance(rows.operator, GradientRows):
         known = (weight != 0).expand_as(rows.target)
         size = (known * rows.target).flatten(1).square().sum(1) / known.flatten(1).sum(1).clamp(min=1)
-        weight = known * _beside(loudness / size.sqrt().clamp(min=1e-300), rows.target)
+        weight = known * beside(loudness / size.sqrt().clamp(min=1e-300), rows.target)
     return replace(rows, weight=weight / (weight * rows.target).norm().clamp(min=1e-300))
 
 
-def _beside(each: Tensor, values: Tensor) -> Tensor:
+def beside(each: Tensor, values: Tensor) -> Tensor:
     """(B,) as it broadcasts to values (B, ...)."""
     return each.view(-1, *(1,) * (values.dim() - 1))
 

@@ -50,9 +50,7 @@ SPREAD = (0.2, 0.8)  # starts lie this far from the point nearest the origin, re
 HOPEFUL = 0.5  # a ray whose mismatch is larger is not polished: true ones lie below 0.05, random ones near 1
 NEAR = 1e-2  # a mismatch below this is polished once more against the whole gradient, and judged
 SAME = 1e-2  # relative distance below which two proposals are one image
-BLURRED = (
-    5.0  # or below so many times their expected errors: those of a polish that time cut short are up to 6 too small
-)
+BLURRED = 5.0  # or below so many times what is expected of their errors
 
 
 @dataclass(frozen=True)
