@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from attack.forward import STATISTICS, Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
 from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, StatisticsLoss, disagreement
+from attack.observed import observed
 from attack.optimisers import Annealing, Budget
 from attack.pixels import PixelMap
 from attack.prepare import Known, start_images
@@ -42,7 +43,6 @@ from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
 from priors import Prior, contrast
 from schedules import Schedule
-from update.head import measured_noise
 from update.models import place_of
 from update.shared import SharedUpdate
 from update.tracing import stages
@@ -53,7 +53,7 @@ from update.tracing import stages
 
 # preset
 PRESET = "magia"  # magia: the defaults; published: paper, dlg, idlg, invertinggradients, gradinversion, cpa; from grey
-# and not from noise: paper_tuned, dlg_tuned, idlg_tuned
+# and not from noise: paper_tuned, dlg_tuned, idlg_tuned; from one start and not from two: gradinversion_tuned
 
 # data (the client's batch)
 DATASET = "sample"  # source of the images: sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
@@ -101,7 +101,7 @@ SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
 DISTANCE = None  # of the full-batch term: l2 (squared), relative (l2 over |g|^2), cosine (Geiping et al. 2020) (None:
-# cosine where the client may have scaled it and nothing tells how much, relative where kinks are softened, else l2)
+# relative where kinks are softened, else l2, of what the defence leaves known; cosine where it hides the scale)
 SOFTEN = "auto"  # kinks of ReLUs and max-pools: auto (soft at first, hardened over tv_evals; measured), off
 ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves the subset term out
 SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
@@ -321,8 +321,7 @@ def build_objective(
 ) -> Objective:
     """The objective of the settings, with the penalties that have a weight and something to weigh.
 
-    Where activations of all images are known, these are what is matched, with the gradients of the layers below them:
-    the rest of the batch's gradient has been read out into them.
+    Where activations of all images are known, these are what is matched, with the gradients of the layers below them.
     Gradients of a network with kinks are matched through softened ones.
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
@@ -347,6 +346,7 @@ def build_objective(
         known=None if errors is None else (errors, known.features),
         training=update.training,
         statistics=statistics,
+        observed=observed(update, model) if settings.distance is None else None,
     )
     features = FeatureLoss(model, known.features, settings.feature_distance)
     batchnorm = BatchNormLoss(model)
@@ -355,7 +355,7 @@ def build_objective(
         Penalty("contrast", settings.l2_weight, contrast),
         Penalty("batchnorm", settings.bn_weight if batchnorm.layers else 0.0, batchnorm),
     )
-    least = settings.noise_weight * measured_noise(update, model) * update.strength() / matching.unit
+    least = settings.noise_weight * matching.noise_of(update)
     if kinked:
         matching = SoftenedMatching(matching, kinked)
     return Objective(

@@ -8,7 +8,7 @@ can tell its size before it knows any image, by training on random ones.
 import torch
 from torch import nn
 
-from attack.objective import squared_distance
+from attack.observed import squared_distance
 from attack.signals.features import random_images
 from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally

@@ -6,7 +6,8 @@ g is the shared average, g_all and g_T are the mean gradients over all dummy ima
 them. Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
 
 Of a client that trained for several steps, or with BatchNorm in training mode, g_all is what the same training makes of
-the dummy images, step by step. A subset has no update of its own then, and D_sub is left out.
+the dummy images, step by step. A subset has no update of its own then, and D_sub is left out. So it is where entries of
+g were left out, which `attack.observed` compares by what is known of them.
 
 Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
 """
@@ -18,9 +19,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from attack.observed import Entries, Gradient, squared_distance
 from update.gradients import gradient_and_part, trainable
-from update.head import Head, features_of
+from update.head import Head, features_of, measured_noise
 from update.normalise import Normalise
+from update.shared import SharedUpdate
 from update.stages import mixes_images
 from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
 
@@ -29,8 +32,6 @@ FEATURE_DISTANCES = ("l2", "cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
 STATISTICS_WEIGHT = 1.0  # of BatchNorm's shared statistics beside the relative distance of gradients
-
-Gradient = tuple[Tensor, ...]
 
 
 def inclusion_probability(batch_size: int, subset_size: int) -> float:
@@ -46,11 +47,6 @@ def inclusion_probability(batch_size: int, subset_size: int) -> float:
     if not 1 <= subset_size <= batch_size:
         raise ValueError(f"subset_size must be in [1, {batch_size}], got {subset_size}")
     return subset_size / batch_size
-
-
-def squared_distance(a: Gradient, b: Gradient) -> Tensor:
-    """Sum of squared differences over all parameters."""
-    return sum((p - q).square().sum() for p, q in zip(a, b, strict=True))
 
 
 def cosine_distance(a: Gradient, b: Gradient) -> Tensor:
@@ -195,6 +191,7 @@ class MatchingLoss:
         rescale: `inclusion` multiplies by rho(B, S), `none` does not.
         subset_loss: one of `SUBSET_LOSSES`.
         distance: of the full-batch term, one of `DISTANCES`; relative divides both terms by |g|^2.
+        observed: what the target's entries say of the gradient, in the place of their values, save for the cosine.
         known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
         network: what gradients are taken through, with the model's parameters; None: the model itself.
         training: how the client trained.
@@ -214,6 +211,7 @@ class MatchingLoss:
     network: nn.Module | None = None
     training: LocalTraining = FEDSGD
     statistics: tuple[Tensor, ...] = ()
+    observed: Entries | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -231,6 +229,23 @@ class MatchingLoss:
         return float(sum(g.square().sum() for g in self.target)) or 1.0 if self.distance == "relative" else 1.0
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the target's entries are the gradient's, but for noise."""
+        return self.observed is None or self.observed.is_whole
+
+    def noise_of(self, update: SharedUpdate) -> float:
+        """What the noise in the update's entries adds to this loss: noise times their root mean square, in its unit.
+
+        0 where entries were left out, which is no noise and would look like much.
+        """
+        return measured_noise(update, self.model) * update.strength() / self.unit if self.is_whole else 0.0
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there is a subset term: it has a weight, and the target is of the kind that a part's gradient is."""
+        return self.alpha < 1 and self.training.is_plain and self.is_whole
+
+    @property
     def phases(self) -> int:
         """A network as it is has one phase only; one that is softened has several, see `attack.softening`."""
         return 1
@@ -241,7 +256,7 @@ class MatchingLoss:
     def __repr__(self) -> str:
         if not self.training.is_plain:
             return f"{self.distance} matching of the training's update"
-        if self.alpha == 1:
+        if not self.has_parts:
             return f"{self.distance} matching"
         return f"{self.distance} matching (subset term {self.subset_loss}, alpha {self.alpha:g}, rho {self.rescale})"
 
@@ -252,7 +267,7 @@ class MatchingLoss:
         if self.distance == "cosine":
             full = cosine_distance(g_all, self.target)
         else:
-            full = squared_distance(g_all, self.target) / self.unit
+            full = (self.observed or Entries(self.target))(g_all) / self.unit
         if self.statistics:
             full = full + STATISTICS_WEIGHT * statistics_distance(statistics, self.statistics)
         sizes = {"batch_size": batch_size, "subset_size": subset_size}
@@ -287,8 +302,8 @@ class MatchingLoss:
         The second is None where alpha = 1 has no use for it, or the training knows no update of a part.
         """
         network = self.network or self.model
-        if self.training.is_plain and self.alpha < 1 and len(subset) < len(images):
+        if self.has_parts and len(subset) < len(images):
             return *gradient_and_part(network, images, labels, subset), ()
         trained = train_locally(network, images, labels, self.training, create_graph=True)
-        own = trained.average if self.training.is_plain and self.alpha < 1 else None
+        own = trained.average if self.has_parts else None
         return trained.average, own, trained.statistics

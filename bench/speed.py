@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import main_MAGIA_sel as magia
 from attack.forward import ForwardLoss, ForwardMatching
-from attack.objective import Gradient, Matching, squared_distance, subset_distance
+from attack.objective import Matching, subset_distance
+from attack.observed import Gradient, squared_distance
 from attack.optimisers import Budget
 from attack.prepare import Known
 from attack.signals import Reading, read_layers

@@ -15,9 +15,9 @@ from attack.objective import (
     cosine_distance,
     disagreement,
     inclusion_probability,
-    squared_distance,
     subset_distance,
 )
+from attack.observed import squared_distance
 from update.gradients import averaged_gradient
 from update.head import features_of
 from update.models import build_model
