@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ def provenance(argv: Sequence[str]) -> dict:
 
     The words come from the caller: in a process that serves many runs, such as a benchmark's, `sys.argv` is another's.
     """
+    return {"command": shlex.join(["python", "main_MAGIA_sel.py", *argv])} | program()
+
+
+@cache
+def program() -> dict:
+    """Commit and versions of what this process runs: it was loaded once, so it is asked for once."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
@@ -28,7 +35,6 @@ def provenance(argv: Sequence[str]) -> dict:
     changes = git("status", "--porcelain")
     versions = {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
     return {
-        "command": shlex.join(["python", "main_MAGIA_sel.py", *argv]),
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version()} | versions,

@@ -121,15 +121,22 @@ def _write_upwards(sheet: Image.Image, text: str, left: int, middle: int) -> Non
 
 
 def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """Losses, subset size and, where truth is known, PSNR against closure evaluations."""
+    """Losses, subset size and, where truth is known, PSNR against closure evaluations.
+
+    Every run ends with this picture: margins are fixed and losses drawn by their logarithms, because layout engines and
+    logarithmic axes take longer over it than a small attack takes.
+    """
     x = [int(row["evaluations"]) for row in rows]
     known = [row["psnr_mean"] != "" for row in rows]
-    figure = Figure(figsize=(7, 7.5 if any(known) else 5.5), layout="constrained")
-    axes = figure.subplots(3 if any(known) else 2, sharex=True)
+    height = 7.5 if any(known) else 5.5  # inches
+    figure = Figure(figsize=(7, height))
+    margins = {"left": 0.12, "right": 0.98, "top": 1 - 0.12 / height, "bottom": 0.5 / height, "hspace": 0.06}
+    axes = figure.subplots(3 if any(known) else 2, sharex=True, gridspec_kw=margins)
     for name in ("loss", "loss_full", "loss_subset", "prior"):
         y = np.array([float(row[name]) for row in rows])
-        axes[0].plot(x, np.where(y > 0, y, np.nan), label=name)
-    axes[0].set(yscale="log", ylabel="loss")
+        axes[0].plot(x, np.log10(np.where(y > 0, y, np.nan)), label=name)
+    axes[0].set(ylabel="loss")
+    axes[0].yaxis.set_major_formatter(lambda exponent, _: f"{10 ** min(exponent, 308):.2g}")  # no float is larger
     axes[0].legend()
     axes[1].step(x, [int(row["S"]) for row in rows], where="post")
     axes[1].set(ylabel="subset size S", ylim=(0, 1.1 * max(int(row["S"]) for row in rows)))
