@@ -163,12 +163,14 @@ def test_images_come_back_from_activations():
 
 def test_a_course_that_is_resumed_within_a_phase_ends_like_one_that_was_not():
     images, loss = scene("convnet", "head")
-    whole, _, _ = forward_attack(images, loss, PHASES)
-    _, half, ended = forward_attack(images, loss, PHASES, Budget(6))
+    phases = (Phase(30, 1e-2, 20), Phase(60, 1e-3, 20), Phase(30, 1e-4, 60))
+    whole, _, _ = forward_attack(images, loss, phases)
+    _, half, ended = forward_attack(images, loss, phases, Budget(3))
     assert ended == "n_iter"
+    assert 30 < half.evaluations < 90
     again = fresh_state(images, PixelMap((3, 16, 16), "sigmoid", 0.5, 0.5))
     again.load_state_dict(copy.deepcopy(half.state_dict()))
-    resumed, _, _ = forward_attack(images, loss, PHASES, state=again)
+    resumed, _, _ = forward_attack(images, loss, phases, state=again)
     assert torch.equal(resumed, whole)
 
 

@@ -1,8 +1,9 @@
 import dataclasses
+from functools import cache
 
 import pytest
 from conftest import CPU, SIGNALS, config_of, generator, metrics_of, resolved
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attack.signals import read_layers
@@ -33,11 +34,18 @@ def test_the_scale_of_a_clipped_update_is_found(words):
     assert restored.strength() == pytest.approx(factor * update.strength(), rel=1e-5)
 
 
+@cache
+def clipped_once():
+    """A clipped update, its model, the same update restored, and the factor that was found."""
+    update, model, _ = clipped(*LENET, clip="clip:1.0")
+    return update, model, *unscaled(update, model, generator=generator())
+
+
+@settings(max_examples=20)
 @given(st.floats(1e-4, 1.0))
 def test_whatever_the_scale_is(clip):
-    update, model, _ = clipped(*LENET, clip="clip:1.0")
+    update, model, whole, factor = clipped_once()
     smaller = dataclasses.replace(update, gradients={n: clip * g for n, g in update.gradients.items()})
-    whole, factor = unscaled(update, model, generator=generator())
     again, larger = unscaled(smaller, model, generator=generator())
     assert larger == pytest.approx(factor / clip, rel=1e-4)
     assert again.strength() == pytest.approx(whole.strength(), rel=1e-4)

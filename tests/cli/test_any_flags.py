@@ -7,6 +7,7 @@ import os
 import shutil
 
 import numpy as np
+import pytest
 import torch
 from conftest import SMALL
 from hypothesis import HealthCheck, given, settings
@@ -86,13 +87,22 @@ def test_any_flags_end_well(tmp_path_factory, flags):
         shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a run and the update that it attacked, in both formats."""
+    folder = tmp_path_factory.mktemp("whole")
+    for ending in (".npz", ".safetensors"):
+        words = ["--save_update", str(folder / f"u{ending}"), "--run_name", "first", "--overwrite"]
+        assert magia.main([*BASE, "--save_dir", str(folder), *words]) == 0
+    return folder
+
+
 @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_any_damage_to_an_update_or_checkpoint_ends_well(tmp_path_factory, data):
+def test_any_damage_to_an_update_or_checkpoint_ends_well(whole, tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("files")
-    ending = data.draw(st.sampled_from([".npz", ".safetensors"]))
-    path = folder / f"u{ending}"
-    magia.main([*BASE, "--save_update", str(path), "--save_dir", str(folder), "--run_name", "first"])
+    shutil.copytree(whole, folder, dirs_exist_ok=True)
+    path = folder / f"u{data.draw(st.sampled_from(['.npz', '.safetensors']))}"
     target = data.draw(st.sampled_from([path, folder / "first" / "checkpoint.pt", folder / "first" / "config.json"]))
     content = bytearray(target.read_bytes())
     kind = data.draw(st.sampled_from(["cut", "flip", "fill"]))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import CPU, ROOT, SMALL, config_of, metrics_of, pictures_of, resolved, trace_of, without_times
 from PIL import Image
+from processes import Child, forked, program
 
 import main_MAGIA_sel as magia
 from cli.settings import resolve
@@ -262,25 +263,22 @@ def test_rows_and_frames_after_the_checkpoint_are_taken_back(cli):
     assert without_times(crashed) == without_times(whole)
 
 
+@forked
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_a_complete_run_that_can_go_on(tmp_path, sign):
     flags = [*SMALL, "--n_iter", "100000", "--save_dir", str(tmp_path), "--run_name", "run"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "main_MAGIA_sel.py", *flags],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    child = Child(tmp_path / "child", program, *flags)
     run = tmp_path / "run"
     deadline = time.time() + 60
     while not (run / "trace.csv").exists() or len((run / "trace.csv").read_text().splitlines()) < 3:
         assert time.time() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(sign)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert out.splitlines()[-1].startswith("PSNR ")
-    assert str(run) in out
+        assert child.process.is_alive()
+        time.sleep(0.02)
+    os.kill(child.process.pid, sign)
+    assert child.wait() == 130
+    assert "Traceback" not in child.err
+    assert child.out.splitlines()[-1].startswith("PSNR ")
+    assert str(run) in child.out
     figures = metrics_of(run)
     assert figures["ended_by"] == "interrupt"
     assert figures["steps"] == len(trace_of(run))

@@ -9,7 +9,10 @@ from cli import audit
 from judge.gallery import PAGE
 
 PROGRAM = find_browser()
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium or Chrome on the path to look at pages with")
+pytestmark = [
+    pytest.mark.skipif(PROGRAM is None, reason="no Chromium or Chrome on the path to look at pages with"),
+    pytest.mark.xdist_group("browser"),  # one worker runs them all: the browser and the pages are made once
+]
 
 # Runs whose pages differ: with the truth and the table of defences, without the truth, with special characters.
 NAMES = ("audited", "theirs", "R&D <b>'é' " + "long" * 20)

@@ -5,49 +5,19 @@ import os
 import random
 import re
 import shlex
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIGNALS, SMALL, config_of, metrics_of, pictures_of, trace_of, without_times
+from conftest import SIGNALS, SMALL, config_of, metrics_of, pictures_of, trace_of, without_times
 from PIL import Image
+from processes import KILLED, Child, forked, holder_that_dies, program, program_that_dies_in
 
 import main_MAGIA_sel as magia
 from cli import ahead
 from judge.run_directory import TRACE, RunDirectory
 from update.storage import replace_atomically
-
-PRELUDE = """
-import os, resource, signal, sys
-sys.path.insert(0, {root!r})
-limit = {limit!r}
-if limit is not None:
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond it then fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-import main_MAGIA_sel as magia
-"""
-
-
-def process(code, *argv, limit=None):
-    """A process of its own that runs `code`, its files no larger than `limit` bytes."""
-    script = PRELUDE.format(root=str(ROOT), limit=limit) + code
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", script, *map(str, argv)]
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def run_in_a_process(code, *argv, limit=None):
-    """Its exit status and what it wrote to stderr."""
-    child = process(code, *argv, limit=limit)
-    _, err = child.communicate(timeout=120)
-    return child.returncode, err
-
-
-MAIN = "sys.exit(magia.main(sys.argv[1:]))"
-
 
 def test_the_run_directory_is_complete(cli):
     run = cli("--seed", 3)
@@ -204,13 +174,13 @@ def test_an_update_saved_into_its_run_directory_stays_there(cli, name):
     assert (cli.folder / name / "metrics.json").exists()
 
 
+@forked
 @pytest.mark.parametrize("culprit", ["prepare", "open_record"])
 def test_what_stops_a_run_that_is_being_prepared_costs_the_old_one_nothing(cli, culprit):
     run = cli()
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     words = [*SMALL, "--save_dir", cli.folder, "--run_name", "run", "--overwrite"]
-    status, _ = run_in_a_process(f"magia.{culprit} = lambda *_, **__: os._exit(9)\n{MAIN}", *words)
-    assert status == 9
+    assert Child(cli.folder / "child", program_that_dies_in, culprit, *words).wait() == KILLED
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     cli("--overwrite")
 
@@ -233,11 +203,10 @@ def test_two_runs_at_once_do_not_mix(cli, flag):
     cli("--overwrite")
 
 
+@forked
 def test_a_dead_processs_lock_does_not_hold(cli):
     run = cli("--n_iter", 2)
-    code = "from judge.run_directory import RunDirectory; from pathlib import Path\n"
-    code += "run = RunDirectory(Path(sys.argv[1]), resume=True); os._exit(9)"
-    assert run_in_a_process(code, run)[0] == 9
+    assert Child(cli.folder / "child", holder_that_dies, run).wait() == KILLED
     cli("--overwrite")
 
 
@@ -251,46 +220,51 @@ def test_no_two_writers_share_a_temporary_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+@forked
 def test_what_cannot_be_written_costs_nothing_but_itself(cli):
     whole = cli(name="whole")
     limit = (whole / "checkpoint.pt").stat().st_size * 9 // 10
     assert max(file.stat().st_size for file in whole.rglob("*") if file.suffix in (".json", ".csv")) < limit
-    status, err = run_in_a_process(MAIN, *SMALL, "--save_dir", cli.folder, "--run_name", "full", limit=limit)
+    words = [*SMALL, "--save_dir", cli.folder, "--run_name", "full"]
+    child = Child(cli.folder / "child", program, *words, limit=limit)
     full = cli.folder / "full"
-    assert status == 1
-    assert "full/checkpoint.pt could not be written" in err
-    assert "Traceback" not in err
+    assert child.wait() == 1
+    assert "full/checkpoint.pt could not be written" in child.err
+    assert "Traceback" not in child.err
     assert metrics_of(full)["psnr_mean"] == pytest.approx(metrics_of(whole)["psnr_mean"], abs=1e-3)
     assert len(pictures_of(full)) == 3
     cli("--resume", full, "--n_iter", 5, name="full")  # the checkpoint it began with is still there
     assert not list(full.rglob("*.partial"))
 
 
+@forked
 def test_an_old_run_is_not_given_up_for_one_that_cannot_be_kept(cli):
     run = cli()
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     words = [*SMALL, "--save_dir", cli.folder, "--run_name", "run", "--overwrite"]
-    status, err = run_in_a_process(MAIN, *words, limit=2000)
-    assert status == 2
-    assert "cannot write the run directory" in err
+    child = Child(cli.folder / "child", program, *words, limit=2000)
+    assert child.wait() == 2
+    assert "cannot write the run directory" in child.err
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
 KILLS = int(os.environ.get("MAGIA_KILLS", "3"))
 
 
+@forked
 def test_a_run_that_is_killed_at_any_moment_can_be_resumed(cli):
     flags = ["--n_iter", 12, "--checkpoint_every", 1]
     whole, draw = cli(*flags, name="whole"), random.Random(KILLS)
     for number in range(KILLS):
         name = f"killed{number}"
         run = cli.folder / name
-        child = process(MAIN, *SMALL, *flags, "--save_dir", cli.folder, "--run_name", name, "--quiet")
+        words = [*SMALL, *flags, "--save_dir", cli.folder, "--run_name", name, "--quiet"]
+        child = Child(cli.folder / "child", program, *words)
         deadline = time.monotonic() + 60
         while not run.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.7))
-        child.kill()
-        child.communicate()
+        child.process.kill()
+        child.wait()
         cli("--resume", run, "--n_iter", 12, name=name)
         assert without_times(run) == without_times(whole)
