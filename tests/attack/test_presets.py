@@ -2,11 +2,12 @@
 
 import csv
 import re
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, metrics_of, resolved
+from conftest import CPU, ROOT, SMALL, metrics_of, resolved
 
 import main_MAGIA_sel as magia
 from attack.published.presets import PRESETS, TUNED
@@ -15,44 +16,52 @@ from cli.victim import victim
 PEERS = [name for name in PRESETS if name != "magia"]
 
 
-def run_of(cli, preset, *flags):
-    """The figures of a short run, and the columns of its trace."""
-    words = ["--batch_size", 2, "--n_iter", 1000, "--max_evals", 120, "--inner_iter", 20]
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory):
+    """What calls a short run of a preset, once for all tests: its figures, the columns of its trace, its directory."""
+    folder = tmp_path_factory.mktemp("presets")
+    return cache(lambda *words: short_run(folder / str(len(list(folder.iterdir()))), *words))
+
+
+def short_run(folder, preset, *flags):
+    words = [*SMALL, "--batch_size", 2, "--n_iter", 1000, "--max_evals", 120, "--inner_iter", 20]
     words += ["--signals", PRESETS[preset]["signals"]]
-    run = cli("--preset", preset, *words, *flags, name=preset)
+    words += ["--save_dir", folder, "--run_name", preset, "--quiet", "--preset", preset, *flags]
+    assert magia.main(list(map(str, words))) == 0
+    run = folder / preset
     with (run / "trace.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     names = ("S", "loss", "loss_full", "loss_subset", "prior")
-    return metrics_of(run), {name: np.array([float(row[name]) for row in rows]) for name in names}
+    return metrics_of(run), {name: np.array([float(row[name]) for row in rows]) for name in names}, run
 
 
 @pytest.mark.parametrize("preset", PEERS)
-def test_every_published_attack_uses_its_budget_and_comes_nearer_to_the_gradient(cli, preset):
-    figures, trace = run_of(cli, preset)
+def test_every_published_attack_uses_its_budget_and_comes_nearer_to_the_gradient(run_of, preset):
+    figures, trace, _ = run_of(preset)
     assert 90 < figures["evaluations"] <= 120
     assert figures["signals_found"] == 0
     assert trace["loss_full"].min() < 0.5 * trace["loss_full"][0]
 
 
 @pytest.mark.parametrize("preset", ["dlg", "idlg"])
-def test_deep_leakage_minimises_the_squared_distance_alone(cli, preset):
-    _, trace = run_of(cli, preset)
+def test_deep_leakage_minimises_the_squared_distance_alone(run_of, preset):
+    _, trace, _ = run_of(preset)
     assert trace["loss"] == pytest.approx(trace["loss_full"], rel=1e-5)
 
 
-def test_the_paper_mixes_full_batch_subsets_of_two_and_a_prior_of_constant_weight(cli):
-    _, trace = run_of(cli, "paper", "--batch_size", 3)
+def test_the_paper_mixes_full_batch_subsets_of_two_and_a_prior_of_constant_weight(run_of):
+    _, trace, _ = run_of("paper", "--batch_size", 3)
     assert set(trace["S"]) == {2}
     expected = 0.999 * trace["loss_full"] + 0.001 * trace["loss_subset"] + 5e-3 * trace["prior"]
     assert trace["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_inverting_gradients_takes_angles_signs_and_granted_labels(cli):
-    figures, trace = run_of(cli, "invertinggradients", "--labels", "unique")
+def test_inverting_gradients_takes_angles_signs_and_granted_labels(run_of):
+    figures, trace, run = run_of("invertinggradients", "--labels", "unique")
     assert trace["loss"] == pytest.approx(trace["loss_full"] + 1e-2 * trace["prior"], rel=1e-4)
     assert trace["loss_full"].max() <= 2
     assert figures["label_accuracy"] == 1  # granted without their order
-    state = torch.load(cli.folder / "invertinggradients" / "checkpoint.pt", weights_only=True)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
     update, model, _ = victim(resolved("--preset", "invertinggradients", "--batch_size", 2), CPU)
     fresh, objective, _ = magia.prepare(
         update, model, resolved("--preset", "invertinggradients"), granted=torch.tensor([1, 2])
@@ -63,10 +72,10 @@ def test_inverting_gradients_takes_angles_signs_and_granted_labels(cli):
     assert state["variables"][0].max() <= 1
 
 
-def test_gradinversion_starts_twice_and_cpa_matches_unmixed_features_by_angle(cli):
-    figures, trace = run_of(cli, "gradinversion")
+def test_gradinversion_starts_twice_and_cpa_matches_unmixed_features_by_angle(run_of):
+    figures, trace, _ = run_of("gradinversion")
     assert figures["evaluations"] == 2 * len(trace["S"])
-    _, trace = run_of(cli, "cpa")
+    _, trace, _ = run_of("cpa")
     features = (trace["loss"] - trace["loss_full"] - 1e-2 * trace["prior"]) / 0.1
     assert (features > -1e-5).all()
     assert features.max() <= 2

@@ -263,10 +263,10 @@ def test_signals_that_must_be_had_and_cannot_are_an_error(cli):
 
 def test_images_that_share_a_label_come_out_sharper_with_signals(cli):
     flags = "--batch_size 3 --num_classes 20 --indices 0,10,20 --labels dataset --image_size 32 --inner_iter 20"
-    flags = [*flags.split(), "--n_iter", 300, "--max_evals", 500]
+    flags = [*flags.split(), "--n_iter", 300, "--max_evals", 150]
     read = metrics_of(cli(*flags, "--signals", "auto", name="on"))
     mixed = metrics_of(cli(*flags, "--signals", "off", name="off"))
-    assert read["psnr_mean"] > mixed["psnr_mean"] + 3
+    assert read["psnr_mean"] > mixed["psnr_mean"] + 10  # 22 measured
 
 
 def test_a_search_ends_when_its_time_is_up():

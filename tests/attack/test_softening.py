@@ -129,11 +129,11 @@ def test_relative_distances_do_not_heed_the_gradients_size(factor):
 
 
 def test_soft_kinks_bring_a_relu_network_further_than_hard_ones(cli):
-    words = ["--model", "convnet", "--batch_size", 1, "--n_iter", 60, "--inner_iter", 20, "--max_evals", 400]
-    words += ["--tv_evals", 400, "--labels", "dataset"]
+    words = ["--model", "convnet", "--batch_size", 1, "--n_iter", 60, "--inner_iter", 20, "--max_evals", 100]
+    words += ["--tv_evals", 100, "--labels", "dataset"]
     soft = metrics_of(cli(*words, name="soft"))["psnr_mean"]
     hard = metrics_of(cli(*words, "--soften", "off", name="hard"))["psnr_mean"]
-    assert soft > hard + 3
+    assert soft > hard + 3  # 11 measured
 
 
 def test_a_resumed_run_goes_on_through_the_same_soft_network(cli):

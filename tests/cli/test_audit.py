@@ -87,7 +87,7 @@ def test_a_defence_that_cannot_be_applied_has_its_reason(cli, monkeypatch):
 def test_an_update_without_its_truth_is_judged_by_its_own_evidence(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(audit, "NEAREST", ("topk:0.1",))
     path = tmp_path / "update.npz"
-    cli("--labels", "unique", "--model", "convnet", "--save_update", path)
+    cli("--labels", "unique", "--model", "lenet5", "--save_update", path)
     run = cli("--update", path, "--signals", "auto", "--audit", name="theirs")
     facts, rows = read_facts(run), rows_of(run)
     assert not facts["truth_known"]

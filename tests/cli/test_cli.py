@@ -67,7 +67,7 @@ def test_every_selection_mode_runs_and_follows_its_schedule(cli, mode):
         "--restarts 2 --group_weight 0.1 --l2_weight 0.1",
         "--model resnet18 --image_size 32 --bn_weight 0.01 --restarts 2 --optimizer adam",
         "--signals ica --feature_distance cosine",
-        "--signals auto --model convnet",
+        "--signals auto --model lenet5",
     ],
 )
 def test_flags_run(cli, flags):
@@ -161,10 +161,10 @@ def test_group_consistency_draws_restarts_together(cli):
 
 
 def test_two_real_images_are_reconstructed(cli):
-    flags = "--batch_size 2 --image_size 32 --num_classes 100 --inner_iter 20 --max_evals 700 --n_iter 300"
+    flags = "--batch_size 2 --image_size 32 --num_classes 100 --inner_iter 20 --max_evals 300 --n_iter 300"
     run = cli(*flags.split())
     figures = metrics_of(run)
-    assert figures["psnr_mean"] > 24  # 30 dB measured
+    assert figures["psnr_mean"] > 27  # 35 dB measured
     assert figures["label_accuracy"] == 1
     assert figures["recovered"] == 1
 

@@ -389,7 +389,7 @@ def test_numbers_that_a_defence_takes_beyond_floats_are_refused(defence):
 
 def test_heeding_the_noise_pays(cli):
     flags = ["--batch_size", 4, "--num_classes", 20, "--defence", "noise:3e-3", "--n_iter", 40, "--inner_iter", 20]
-    flags += ["--tv_evals", 200, "--max_evals", 400]
+    flags += ["--tv_evals", 100, "--max_evals", 200]
     heeded = metrics_of(cli(*flags, name="heeded"))
     ignored = metrics_of(cli(*flags, "--noise_weight", 0, name="ignored"))
-    assert heeded["psnr_mean"] > ignored["psnr_mean"] + 3
+    assert heeded["psnr_mean"] > ignored["psnr_mean"] + 3  # 5.5 measured

@@ -101,7 +101,7 @@ def test_overwrite_never_empties_a_folder_that_is_no_run(cli, tmp_path):
 
 
 def test_a_resumed_run_keeps_the_signals_it_began_with(cli, monkeypatch):
-    run = cli("--labels", "unique", "--model", "convnet", *SIGNALS)
+    run = cli("--labels", "unique", "--model", "lenet5", *SIGNALS)
     before = torch.load(run / "checkpoint.pt", weights_only=True)["signals"]
     assert len(before["labels"]) == 3
     monkeypatch.setattr(ahead, "read_layers", lambda *_, **__: pytest.fail("searched again"))
