@@ -1,6 +1,7 @@
 import copy
 import math
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -95,11 +96,17 @@ KINDS = [
 ]
 
 
+@cache
+def read_once(name, count, **net):
+    """A scene and its reading, for all tests that look at it."""
+    scene = Scene(name, count, **net)
+    return scene, scene.read()
+
+
 @pytest.mark.parametrize(("name", "count", "net", "start"), KINDS)
 def test_every_kind_of_network_gives_its_images_away(name, count, net, start):
     """With how deep the walk leads: 0 is the images themselves."""
-    scene = Scene(name, count, **net)
-    reading = scene.read()
+    scene, reading = read_once(name, count, **net)
     assert_all_read(scene, reading)
     assert reading.start <= index_of(scene.chain, start)
 
@@ -123,8 +130,7 @@ def test_there_may_be_more_images_than_classes_and_labels_that_repeat(activation
 
 
 def test_zeros_behind_a_relu_are_zero_however_far_the_walk_went():
-    scene = Scene("resnet18", 3)
-    reading = scene.read()
+    scene, reading = read_once("resnet18", 3)
     _, which = scene.errors(reading)
     stopped = scene.truth(reading.start)[which] == 0
     assert stopped.any()
@@ -196,11 +202,11 @@ def attempt(scene, seconds):
     [("mlp", {"activation": "relu", "depth": 3, "width": 80}), ("mlp", {"width": 80}), ("convnet", {})],
 )
 def test_what_is_claimed_of_a_defended_update_is_right(name, net, defence):
-    scene = Scene(name, 4, defence=defence, **net)
-    reading, reason = attempt(scene, 6)
+    scene, is_weak = Scene(name, 4, defence=defence, **net), defence in ("noise:1e-6", "float16")
+    reading, reason = attempt(scene, 6 if is_weak else 1.5)  # where little can be read, a search takes all its time
     if reading is None:
         assert "told apart" in reason
-        assert defence not in ("noise:1e-6", "float16") or net.get("activation") != "relu"
+        assert not is_weak or net.get("activation") != "relu"
         return
     off, which = scene.errors(reading)
     assert len(which.unique()) == len(which)
@@ -226,7 +232,7 @@ def test_a_search_that_time_cut_short_says_so(monkeypatch):
 
 def test_time_is_kept():
     scene = Scene("resnet18_cifar", 2)
-    for seconds in (0.0, 2.0):
+    for seconds in (0.0, 1.0):
         began = time.perf_counter()
         reading, reason = attempt(scene, seconds)
         if reading is None:
@@ -274,8 +280,7 @@ def test_the_same_generator_reads_the_same():
 
 
 def test_the_rows_say_what_was_measured():
-    scene = Scene("resnet18", 3)
-    reading = scene.read()
+    reading = read_once("resnet18", 3)[1]
     names = [row["layer"] for row in reading.layers]
     assert (names[0], names[-1]) == ("body.conv1", "head")
     for row in reading.layers:

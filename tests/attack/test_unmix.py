@@ -147,7 +147,7 @@ def right_rays(programme, span, truth):
 
 
 def test_layers_above_make_rays_of_inputs_that_one_layer_leaves_hidden():
-    case = mlp([100, 100, 100, 100], torch.relu, 18)
+    case = mlp([60, 60, 60, 60], torch.relu, 11)
     stages = [case.stage(k) for k in (1, 2, 3)]
     linked = programmes.linked_programme([Equations(s.span, s.layer, s.tail) for s in stages])
     span, truth = stages[0].span, case.inputs[1]
@@ -155,10 +155,11 @@ def test_layers_above_make_rays_of_inputs_that_one_layer_leaves_hidden():
 
 
 def test_layers_above_help_to_tell_images_apart():
-    case = mlp([100, 100, 100, 100], torch.relu, 18)
+    """Alone the layer gives six of the eleven."""
+    case = mlp([60, 60, 60, 60], torch.relu, 11)
     found = case.unmix(1, "relu", above=(2, 3))
     distance, which = case.errors(found, 1)
-    assert len(found) == len(which.unique()) >= 15
+    assert len(found) == len(which.unique()) >= 9
     assert distance.max() < 1e-2
     assert torch.equal(found.labels, case.labels[which])
 
@@ -210,7 +211,7 @@ def test_scale_is_found_without_a_bias():
 def test_what_is_claimed_under_noise_is_right(activation, kind, index, noise):
     case = mlp([100, 100], activation, 6, noise=noise)
     try:
-        found = case.unmix(index, kind, seconds=8)
+        found = case.unmix(index, kind, seconds=8 if noise == 1e-4 else 1)  # little to be found takes all its time
     except ValueError:
         return  # noise has closed the span: nothing is claimed
     distance, which = case.errors(found, index)

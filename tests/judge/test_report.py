@@ -85,7 +85,7 @@ def test_a_run_with_its_truth(cli):
 
 
 def test_what_was_read_is_told_layer_by_layer(cli):
-    run = cli("--labels", "unique", "--model", "convnet", *SIGNALS)
+    run = cli("--labels", "unique", "--model", "lenet5", *SIGNALS)
     page, rows = page_of(run), metrics_of(run)["layers"]
     for row in rows:
         assert row["layer"] in page.text
