@@ -65,7 +65,7 @@ def test_every_selection_mode_runs_and_follows_its_schedule(cli, mode):
         "--dtype float64 --tv_final 1 --spectral_power 0 --chroma_gain 1",
         "--indices 5,1-2 --labels dataset",
         "--restarts 2 --group_weight 0.1 --l2_weight 0.1",
-        "--model resnet18 --image_size 32 --bn_weight 0.01 --restarts 2 --optimizer adam",
+        "--model resnet18 --bn_weight 0.01 --restarts 2 --optimizer adam",
         "--signals ica --feature_distance cosine",
         "--signals auto --model lenet5",
     ],
@@ -411,15 +411,20 @@ def test_a_run_that_is_not_one_cannot_be_resumed(cli):
     assert "holds no settings" in cli.error("--resume", run)
 
 
+def small_update(*flags):
+    """The update that a run with SMALL and these flags attacks."""
+    return victim(resolved(*SMALL, *flags), CPU)[0]
+
+
 def test_a_damaged_update_is_refused(cli, tmp_path):
     path = tmp_path / "update.safetensors"
-    cli("--save_update", path)
+    small_update().save(path)
     path.write_bytes(path.read_bytes()[:-100])
     assert "update.safetensors is damaged" in cli.error("--update", path)
 
 
 def test_flags_that_contradict_an_update_are_refused(cli, tmp_path):
-    cli("--save_update", tmp_path / "four.npz", "--batch_size", 4)
+    small_update("--batch_size", 4).save(tmp_path / "four.npz")
     message = cli.error("--update", tmp_path / "four.npz")
     assert "--batch_size 3: the update has 4" in message
 
@@ -453,7 +458,7 @@ def wrong(update, **changes):
     ],
 )
 def test_what_no_client_sends_is_refused(cli, tmp_path, change, words):
-    cli("--save_update", tmp_path / "good.npz")
+    small_update().save(tmp_path / "good.npz")
     change(SharedUpdate.load(tmp_path / "good.npz")).save(tmp_path / "bad.npz")
     message = cli.error("--update", tmp_path / "bad.npz")
     for word in ("bad.npz", *words):
@@ -461,7 +466,7 @@ def test_what_no_client_sends_is_refused(cli, tmp_path, change, words):
 
 
 def test_an_update_with_words_for_numbers_is_refused(cli, tmp_path):
-    cli("--save_update", tmp_path / "good.npz")
+    small_update().save(tmp_path / "good.npz")
     with np.load(tmp_path / "good.npz") as file:
         arrays = dict(file)
     np.savez(tmp_path / "bad.npz", **(arrays | {"gradient/head.bias": np.array(["many", "words"])}))
@@ -470,7 +475,7 @@ def test_an_update_with_words_for_numbers_is_refused(cli, tmp_path):
 
 @pytest.mark.parametrize("factor", [1e30, 1e-30])
 def test_gradients_of_any_size_end(cli, tmp_path, factor):
-    cli("--save_update", tmp_path / "good.npz")
+    small_update().save(tmp_path / "good.npz")
     update = SharedUpdate.load(tmp_path / "good.npz")
     wrong(update, gradients={n: g * factor for n, g in update.gradients.items()}).save(tmp_path / "odd.npz")
     flags = [*SMALL, "--save_dir", str(tmp_path), "--run_name", "odd", "--update", str(tmp_path / "odd.npz")]
@@ -478,7 +483,7 @@ def test_gradients_of_any_size_end(cli, tmp_path, factor):
 
 
 def test_a_gradient_that_is_not_finite_is_refused(cli, tmp_path):
-    cli("--save_update", tmp_path / "good.npz")
+    small_update().save(tmp_path / "good.npz")
     update = SharedUpdate.load(tmp_path / "good.npz")
     update.gradients["head.bias"][0] = math.inf
     update.save(tmp_path / "bad.npz")

@@ -28,31 +28,18 @@ def net(tmp_path):
 @pytest.mark.parametrize("batches", [1, 2])
 def test_an_update_of_four_steps_gives_its_images_away(cli, batches):
     flags = ["--batch_size", 4, "--local_steps", 4, "--local_lr", 0.1, "--local_batches", batches]
-    run = cli(
-        *flags,
-        "--n_iter",
-        40,
-        "--inner_iter",
-        20,
-        "--max_evals",
-        250,
-        *SIGNALS,
-        "--image_size",
-        16,
-        "--num_classes",
-        20,
-    )
+    run = cli(*flags, "--n_iter", 40, "--inner_iter", 20, "--max_evals", 60, *SIGNALS, "--num_classes", 20)
     figures = metrics_of(run)
     assert figures["label_accuracy"] == 1
     assert figures["exact_way"] is False
     assert figures["local_drift"] > 0.1
-    assert figures["psnr_mean"] > 20
+    assert figures["psnr_mean"] > 20  # 24 measured
     assert "steps x rate 0.4" in cli.out
     assert "labels by trial" in cli.out
 
 
 def test_without_unrolling_the_same_update_gives_nothing(cli):
-    flags = ["--n_iter", 20, "--inner_iter", 20, "--max_evals", 100, "--num_classes", 20]
+    flags = ["--n_iter", 20, "--inner_iter", 20, "--max_evals", 40, "--num_classes", 20]
     cli(*TRAINED, *flags, *SIGNALS, "--save_update", cli.folder / "u.npz", name="unrolled")
     unrolled = metrics_of(cli.folder / "unrolled")["final_loss"]
     update = SharedUpdate.load(cli.folder / "u.npz")
@@ -104,7 +91,7 @@ def test_batchnorm_in_training_mode_is_read_above_its_last_layer(cli, net, mode)
 
 
 def test_shared_statistics_sharpen_the_images(cli, net):
-    flags = ["--model", net, "--labels", "unique", *SIGNALS, "--n_iter", 60, "--inner_iter", 20, "--max_evals", 300]
+    flags = ["--model", net, "--labels", "unique", *SIGNALS, "--n_iter", 60, "--inner_iter", 20, "--max_evals", 120]
     psnr = {m: metrics_of(cli(*flags, "--bn", m, name=m))["psnr_mean"] for m in ("train", "train_private")}
     assert psnr["train"] > psnr["train_private"] + 2
 

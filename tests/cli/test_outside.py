@@ -242,8 +242,7 @@ def test_every_form_brings_every_bit_back(tmp_path_factory, shapes):
             assert torch.equal(found[name], tensor)
 
 
-@pytest.mark.parametrize("form", ["named.safetensors", "numbered.npz", "listed.pt"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("form", "kind"), zip(("named.safetensors", "numbered.npz", "listed.pt"), KINDS, strict=True))
 def test_an_update_from_outside_is_attacked_like_one_from_inside(tmp_path, capsys, form, kind):
     client = Client(tmp_path, model="convnet")
     path = client.write(client.tensors(kind), form)
