@@ -19,6 +19,7 @@ from cli import ahead
 from judge.run_directory import TRACE, RunDirectory
 from update.storage import replace_atomically
 
+
 def test_the_run_directory_is_complete(cli):
     run = cli("--seed", 3)
     names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
