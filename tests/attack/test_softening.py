@@ -137,9 +137,9 @@ def test_soft_kinks_bring_a_relu_network_further_than_hard_ones(cli):
 
 
 def test_a_resumed_run_goes_on_through_the_same_soft_network(cli):
-    words = ["--model", "convnet", "--tv_evals", 24, "--max_evals"]
-    whole = cli(*words, 40, "--n_iter", 20, name="whole")
-    cli(*words, 12, "--n_iter", 20, name="parts")
-    parts = cli(*words, 40, "--n_iter", 20, "--resume", name="parts")
+    words = ["--model", "convnet", "--tv_evals", 60, "--max_evals"]
+    whole = cli(*words, 48, "--n_iter", 20, name="whole")
+    cli(*words, 35, "--n_iter", 20, name="parts")  # within the third phase, of 24 to 36: a step takes six at most
+    parts = cli(*words, 48, "--n_iter", 20, "--resume", name="parts")
     assert metrics_of(parts)["psnr"] == metrics_of(whole)["psnr"]
     assert metrics_of(parts)["final_loss"] == metrics_of(whole)["final_loss"]

@@ -224,12 +224,16 @@ def test_a_local_process_that_is_killed_costs_the_cells_under_way(tmp_path):
 
 
 def test_a_process_that_always_dies_is_an_error(tmp_path, monkeypatch):
+    starts = []
+
     def dying(**_):
+        starts.append(1)
         raise TerminatedWorkerError("killed")  # as the test above has it from a real one
 
     monkeypatch.setattr(cells, "Parallel", dying)
     with pytest.raises(ValueError, match="died 3 times"):
         run_cells(lambda cell: {}, CELLS[:2], [], out=tmp_path, jobs=2)
+    assert len(starts) == 3
 
 
 def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypatch):
