@@ -58,7 +58,7 @@ def test_the_paper_mixes_full_batch_subsets_of_two_and_a_prior_of_constant_weigh
 
 def test_inverting_gradients_takes_angles_signs_and_granted_labels(run_of):
     figures, trace, run = run_of("invertinggradients", "--labels", "unique")
-    assert trace["loss"] == pytest.approx(trace["loss_full"] + 1e-2 * trace["prior"], rel=1e-4)
+    assert trace["loss"] == pytest.approx(trace["loss_full"] + 3e-2 * trace["prior"], rel=1e-4)
     assert trace["loss_full"].max() <= 2
     assert figures["label_accuracy"] == 1  # granted without their order
     state = torch.load(run / "checkpoint.pt", weights_only=True)
@@ -93,7 +93,7 @@ def test_batchnorm_statistics_enter_where_the_model_has_them(model, there):
 
 @pytest.mark.parametrize("preset", PEERS)
 def test_every_published_attack_starts_as_its_source_does(preset):
-    """Mean and spread of the start: clamped normal, normal, normal in units of CIFAR-10's colours, or tuned."""
+    """Mean and spread of the start: clamped normal, normal, normal in units of CIFAR-10's colours, or grey."""
     settings = resolved("--preset", preset, "--batch_size", 4)
     update, net, _ = victim(settings, CPU)
     state, objective, _ = magia.prepare(update, net, settings, granted=torch.zeros(4, dtype=torch.int64))
@@ -102,7 +102,7 @@ def test_every_published_attack_starts_as_its_source_does(preset):
         "paper": ([0.316] * 3, [0.411] * 3),
         "dlg": ([0.0] * 3, [1.0] * 3),
         "idlg": ([0.0] * 3, [1.0] * 3),
-        **dict.fromkeys((f"{name}_tuned" for name in TUNED), ([0.5] * 3, [0.02] * 3)),
+        **dict.fromkeys((f"{name}_tuned" for name in TUNED if "init" in TUNED[name]), ([0.5] * 3, [0.02] * 3)),
     }.get(preset, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]))
     assert start.mean((0, 1, 3, 4)).tolist() == pytest.approx(mean, abs=0.05)
     assert start.std((0, 1, 3, 4)).tolist() == pytest.approx(std, abs=0.05)
