@@ -123,7 +123,8 @@ BN_WEIGHT = 0.0  # weight of the distance from BatchNorm's running statistics (Y
 SIGNALS = "auto"  # auto: where model and noise allow; on: or fail; off: label-inference-free; ica: features by ICA
 # (Kariyappa et al. 2023)
 FEATURE_WEIGHT = 1.0  # weight of |phi(x_i) - h_i|^2, mean over the batch, for images whose features h_i were read
-FEATURE_DISTANCE = "l2"  # of the features: l2 (squared), cosine (Kariyappa et al. 2023)
+FEATURE_DISTANCE = None  # of the features: l2, relative (l2 over |h_i|^2), cosine (Kariyappa et al. 2023) (None: as
+# the full-batch term's)
 
 # labels
 LABEL_STRATEGY = "optimise"  # labels that no signals tell: optimise (moved beside the images), known (granted, without
@@ -348,7 +349,7 @@ def build_objective(
         statistics=statistics,
         observed=observed(update, model) if settings.distance is None else None,
     )
-    features = FeatureLoss(model, known.features, settings.feature_distance)
+    features = FeatureLoss(model, known.features, settings.feature_distance or matching.distance, known.errors)
     batchnorm = BatchNormLoss(model)
     penalties = (
         Penalty("features", settings.feature_weight if len(known.features) else 0.0, features),

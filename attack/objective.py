@@ -28,7 +28,6 @@ from update.stages import mixes_images
 from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
 
 DISTANCES = ("l2", "relative", "cosine")
-FEATURE_DISTANCES = ("l2", "cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
 STATISTICS_WEIGHT = 1.0  # of BatchNorm's shared statistics beside the relative distance of gradients
@@ -94,12 +93,15 @@ class Penalty:
 class FeatureLoss:
     """How far the features of the leading images are from those that are known, h_i (N, d), as a mean over the batch.
 
-    l2 takes |phi(x_i) - h_i|^2, cosine 1 - cos (Kariyappa et al. 2023).
+    l2 takes |phi(x_i) - h_i|^2, relative the same over |h_i|^2, cosine 1 - cos (Kariyappa et al. 2023). Features that
+    were read with `errors`, relative and expected (N,), ask of the former two to be that near, and no nearer: beyond
+    it the pull would be towards the noise.
     """
 
     model: nn.Module
     features: Tensor
     distance: str = "l2"
+    errors: Tensor | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """The loss of images (B, C, H, W)."""
@@ -108,7 +110,10 @@ class FeatureLoss:
         features = features_of(self.model, needed)[:count]
         if self.distance == "cosine":
             return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
-        return (features - self.features).square().sum() / len(images)
+        apart, sizes = (features - self.features).square().sum(1), self.features.square().sum(1)
+        if self.errors is not None:
+            apart = (apart - self.errors.square() * sizes).relu()
+        return (apart / sizes if self.distance == "relative" else apart).sum() / len(images)
 
 
 @dataclass(frozen=True)

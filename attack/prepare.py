@@ -59,6 +59,11 @@ class Known:
         return float(self.signals.uncertainty.max()) if self.signals else 0.0
 
     @property
+    def errors(self) -> Tensor | None:
+        """Expected relative errors (M,) of the features that signals gave; None of others."""
+        return self.signals.uncertainty.to(self.features) if self.signals else None
+
+    @property
     def is_exact(self) -> bool:
         """Whether every image of the batch is known already."""
         return self.pixels is not None and self.is_complete
