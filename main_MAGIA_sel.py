@@ -100,8 +100,8 @@ RESAMPLE = "step"  # step: T is fixed within a step's line search; closure: redr
 SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
-DISTANCE = None  # of the full-batch term: l2 (squared), relative (l2 over |g|^2), cosine (Geiping et al. 2020) (None:
-# relative where kinks are softened, else l2, of what the defence leaves known; cosine where it hides the scale)
+DISTANCE = None  # of the full-batch term: l2 (squared), relative (by tensors' sizes), cosine (Geiping et al. 2020)
+# (None: relative where kinks are softened, else l2, of what the defence leaves known; cosine where it hides the scale)
 SOFTEN = "auto"  # kinks of ReLUs and max-pools: auto (soft at first, hardened over tv_evals; measured), off
 ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves the subset term out
 SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
@@ -347,7 +347,7 @@ def build_objective(
         known=None if errors is None else (errors, known.features),
         training=update.training,
         statistics=statistics,
-        observed=observed(update, model) if settings.distance is None else None,
+        observed=None if settings.distance else observed(update, model, relative=bool(kinked)),
     )
     features = FeatureLoss(model, known.features, settings.feature_distance or matching.distance, known.errors)
     batchnorm = BatchNormLoss(model)

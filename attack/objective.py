@@ -195,7 +195,8 @@ class MatchingLoss:
         alpha: weight of the full-batch term, in [0, 1].
         rescale: `inclusion` multiplies by rho(B, S), `none` does not.
         subset_loss: one of `SUBSET_LOSSES`.
-        distance: of the full-batch term, one of `DISTANCES`; relative divides both terms by |g|^2.
+        distance: of the full-batch term, one of `DISTANCES`; relative divides each tensor's squares by their mean in
+            the target, and the subset term by |g|^2.
         observed: what the target's entries say of the gradient, in the place of their values, save for the cosine.
         known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
         network: what gradients are taken through, with the model's parameters; None: the model itself.
@@ -230,8 +231,12 @@ class MatchingLoss:
 
     @cached_property
     def unit(self) -> float:
-        """What squared distances are measured in: |g|^2 if they are relative, which suits gradients of any size."""
+        """What the subset term and noise are measured in: |g|^2 if distances are relative."""
         return float(sum(g.square().sum() for g in self.target)) or 1.0 if self.distance == "relative" else 1.0
+
+    @cached_property
+    def _compared(self) -> Entries:
+        return self.observed or Entries(self.target, self.distance == "relative")
 
     @property
     def is_whole(self) -> bool:
@@ -269,10 +274,7 @@ class MatchingLoss:
         """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
         batch_size, subset_size = len(images), len(subset)
         g_all, g_subset, statistics = self._imitated(images, label_logits.softmax(1), subset)
-        if self.distance == "cosine":
-            full = cosine_distance(g_all, self.target)
-        else:
-            full = (self.observed or Entries(self.target))(g_all) / self.unit
+        full = cosine_distance(g_all, self.target) if self.distance == "cosine" else self._compared(g_all)
         if self.statistics:
             full = full + STATISTICS_WEIGHT * statistics_distance(statistics, self.statistics)
         sizes = {"batch_size": batch_size, "subset_size": subset_size}

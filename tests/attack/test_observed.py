@@ -32,8 +32,8 @@ def test_hand_computed_cases():
     assert Pruned(sent)(other) == 4 + 0 + 9
     sent, other = (torch.tensor([2.0, -2.0]),), (torch.tensor([1.0, 4.0]),)
     assert Signs(sent)(other) == WRONG_SIGN * 16 + 2 * 0.5**2
-    rounded = Rounded((torch.tensor([3.0, 0.0]),), 3)
-    assert (rounded.sizes, rounded.variance) == ([1.0], pytest.approx(1 / 6))
+    rounded = Rounded((torch.tensor([3.0, 0.0]),), steps=3)
+    assert (rounded.sizes, rounded.variances) == ([1.0], [pytest.approx(1 / 6)])
     r = math.sqrt(0.25 + CORNER**2) - CORNER
     assert float(rounded((torch.tensor([3.5, 0.0]),))) == pytest.approx(-2 / 6 * math.log(1 - r))
 
@@ -47,6 +47,22 @@ def test_a_gradient_is_no_distance_from_what_is_left_of_it(seed, share):
     assert float(told(entries_of(own))) < 1e-20 < float(told(entries_of(other)))
 
 
+@pytest.mark.parametrize("kind", [Entries, Pruned, Signs, lambda *a: Rounded(*a, steps=3)])
+def test_relative_distances_are_the_same_whatever_the_size_of_a_tensor(kind):
+    sent, other = entries_of(signs(gradients())), entries_of(gradients(1))
+    plain = float(kind(sent, True)(other))
+    assert plain > 0
+    larger = [(1e3 * first, second) for first, second in (sent, other)]
+    assert float(kind(larger[0], True)(larger[1])) == pytest.approx(plain, rel=1e-9)
+
+
+def test_a_gradient_of_nothing_is_one_relative_unit_away():
+    sent = entries_of(gradients())
+    assert float(Entries(sent, True)(tuple(torch.zeros_like(q) for q in sent))) == pytest.approx(1)
+    silent = (torch.zeros(4), torch.ones(4))  # a tensor of zeros has no size to measure by
+    assert math.isfinite(float(Entries(silent, True)((torch.ones(4), torch.ones(4)))))
+
+
 def test_of_what_is_whole_nothing_was_pruned():
     sent, other = entries_of(gradients()), entries_of(gradients(1))
     assert float(Pruned(sent)(other)) == float(Entries(sent)(other))
@@ -55,17 +71,17 @@ def test_of_what_is_whole_nothing_was_pruned():
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_a_gradient_is_the_likeliest_of_its_multiples(bits):
     own = {"a": torch.randn(20_000, generator=generator(3)).double() ** 3}
-    likelihood = Rounded(entries_of(quantised(own, bits, generator=generator())), 2**bits - 1)
+    likelihood = Rounded(entries_of(quantised(own, bits, generator=generator())), steps=2**bits - 1)
     distances = {scale: float(likelihood((scale * own["a"],))) for scale in (0.5, 0.8, 1.0, 1.25, 2.0)}
     assert min(distances, key=distances.get) == 1.0
 
 
 def test_it_goes_on_beyond_what_can_have_been_rounded():
-    likelihood = Rounded((torch.tensor([1.0, 0.0]),), 1)
+    likelihood = Rounded((torch.tensor([1.0, 0.0]),), steps=1)
     at = [float(likelihood((torch.tensor([1.0, r]),))) for r in (0.5, UNLIKELY, UNLIKELY + CORNER, 2.0, 4.0)]
     assert at == sorted(at)
     assert math.isfinite(at[-1])
-    assert float(Rounded((torch.zeros(3),), 1)((torch.ones(3),))) == 3  # a tensor of zeros was not rounded
+    assert float(Rounded((torch.zeros(3),), steps=1)((torch.ones(3),))) == 3  # a tensor of zeros was not rounded
 
 
 @pytest.mark.parametrize(
