@@ -100,8 +100,9 @@ RESAMPLE = "step"  # step: T is fixed within a step's line search; closure: redr
 SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
-DISTANCE = None  # of the full-batch term: l2 (squared), relative (by tensors' sizes), cosine (Geiping et al. 2020)
-# (None: relative where kinks are softened, else l2, of what the defence leaves known; cosine where it hides the scale)
+DISTANCE = None  # of the full-batch term: l2 (squared), relative (by tensors' sizes), cosine (Geiping et al. 2020),
+# relative_cosine (None: relative where kinks are softened, else l2, of what a defence leaves known of the entries;
+# relative_cosine where clipping hides the scale)
 SOFTEN = "auto"  # kinks of ReLUs and max-pools: auto (soft at first, hardened over tv_evals; measured), off
 ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves the subset term out
 SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
@@ -123,8 +124,7 @@ BN_WEIGHT = 0.0  # weight of the distance from BatchNorm's running statistics (Y
 SIGNALS = "auto"  # auto: where model and noise allow; on: or fail; off: label-inference-free; ica: features by ICA
 # (Kariyappa et al. 2023)
 FEATURE_WEIGHT = 1.0  # weight of |phi(x_i) - h_i|^2, mean over the batch, for images whose features h_i were read
-FEATURE_DISTANCE = None  # of the features: l2, relative (l2 over |h_i|^2), cosine (Kariyappa et al. 2023) (None: as
-# the full-batch term's)
+FEATURE_DISTANCE = None  # of features: l2, relative (over |h_i|^2), cosine (Kariyappa et al. 2023) (None: as DISTANCE)
 
 # labels
 LABEL_STRATEGY = "optimise"  # labels that no signals tell: optimise (moved beside the images), known (granted, without

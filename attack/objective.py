@@ -27,7 +27,8 @@ from update.shared import SharedUpdate
 from update.stages import mixes_images
 from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
 
-DISTANCES = ("l2", "relative", "cosine")
+DISTANCES = ("l2", "relative", "cosine", "relative_cosine")
+FEATURE_DISTANCES = ("l2", "relative", "cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
 STATISTICS_WEIGHT = 1.0  # of BatchNorm's shared statistics beside the relative distance of gradients
@@ -195,8 +196,8 @@ class MatchingLoss:
         alpha: weight of the full-batch term, in [0, 1].
         rescale: `inclusion` multiplies by rho(B, S), `none` does not.
         subset_loss: one of `SUBSET_LOSSES`.
-        distance: of the full-batch term, one of `DISTANCES`; relative divides each tensor's squares by their mean in
-            the target, and the subset term by |g|^2.
+        distance: of the full-batch term, one of `DISTANCES`; the relative ones divide each tensor's squares by their
+            mean in the target, and `relative` the subset term by |g|^2.
         observed: what the target's entries say of the gradient, in the place of their values, save for the cosine.
         known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
         network: what gradients are taken through, with the model's parameters; None: the model itself.
@@ -234,9 +235,18 @@ class MatchingLoss:
         """What the subset term and noise are measured in: |g|^2 if distances are relative."""
         return float(sum(g.square().sum() for g in self.target)) or 1.0 if self.distance == "relative" else 1.0
 
+    def _distance(self, gradient: Gradient) -> Tensor:
+        if self.distance == "cosine":
+            return cosine_distance(gradient, self.target)
+        if self.distance == "relative_cosine":
+            sizes = [unit**0.5 for unit in self._compared.units]
+            scaled = (tuple(p / size for p, size in zip(g, sizes, strict=True)) for g in (gradient, self.target))
+            return cosine_distance(*scaled)
+        return self._compared(gradient)
+
     @cached_property
     def _compared(self) -> Entries:
-        return self.observed or Entries(self.target, self.distance == "relative")
+        return self.observed or Entries(self.target, self.distance.startswith("relative"))
 
     @property
     def is_whole(self) -> bool:
@@ -274,7 +284,7 @@ class MatchingLoss:
         """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
         batch_size, subset_size = len(images), len(subset)
         g_all, g_subset, statistics = self._imitated(images, label_logits.softmax(1), subset)
-        full = cosine_distance(g_all, self.target) if self.distance == "cosine" else self._compared(g_all)
+        full = self._distance(g_all)
         if self.statistics:
             full = full + STATISTICS_WEIGHT * statistics_distance(statistics, self.statistics)
         sizes = {"batch_size": batch_size, "subset_size": subset_size}

@@ -29,14 +29,14 @@ def with_scale(
     """The update as long as it was before its clients shortened it, and the factor that undoes that.
 
     The factor is None where they did not, or where nothing tells it. In the latter case only the update's direction is
-    left to match: --distance, unless it was given, becomes cosine.
+    left to match: --distance, unless it was given, becomes relative_cosine.
     """
     if not update.is_rescaled:
         return update, None
     try:
         return unscaled(update, model, generator=stream(settings.seed, "scale"))
     except (ValueError, RuntimeError, ArithmeticError):  # a singular system, say: the attack goes on
-        settings.distance = settings.distance or "cosine"
+        settings.distance = settings.distance or "relative_cosine"
         return update, None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attack.objective import DISTANCES, RESCALES, SUBSET_LOSSES
+from attack.objective import DISTANCES, FEATURE_DISTANCES, RESCALES, SUBSET_LOSSES
 from attack.optimisers import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
 from attack.pixels import BOXES
 from attack.published.labels import STRATEGIES
@@ -179,7 +179,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "bn_weight": _weight,
     "signals": one_of(SIGNALS),
     "feature_weight": _weight,
-    "feature_distance": one_of(DISTANCES),
+    "feature_distance": one_of(FEATURE_DISTANCES),
     "label_strategy": one_of(STRATEGIES),
     "box": one_of(BOXES),
     "spectral_power": number(float, 0, 8),

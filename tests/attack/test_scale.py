@@ -85,7 +85,7 @@ def test_clipping_hides_nothing_from_a_run(cli):
 
 def test_an_update_of_unknown_scale_is_matched_by_its_direction(cli):
     run = cli("--frozen", "head", "--defence", "clip:0.1")
-    assert "cosine matching" in cli.out
-    assert (config_of(run)["scale"], config_of(run)["distance"]) == (None, "cosine")
+    assert "relative_cosine matching" in cli.out
+    assert (config_of(run)["scale"], config_of(run)["distance"]) == (None, "relative_cosine")
     cli("--frozen", "head", "--defence", "clip:0.1", "--distance", "l2", name="l2")
     assert "l2 matching" in cli.out
