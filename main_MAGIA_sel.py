@@ -292,7 +292,7 @@ def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: ar
     """What the optimiser moves, as the settings say or as what is matched asks for."""
     power = settings.spectral_power
     if power is None:
-        power = spectral_power_for(stages(model)[: known.start]) if known.is_complete else 1.0
+        power = spectral_power_for(stages(model)[: known.start]) if known.is_followed else 1.0
     how = {"spectral_power": power, "box": settings.box, "chroma_gain": settings.chroma_gain}
     return PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
 
@@ -328,7 +328,7 @@ def build_objective(
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
     statistics = update.batch_statistics(model)
-    if known.is_complete:
+    if known.is_followed:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
         loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)

@@ -10,6 +10,10 @@ from torch import Tensor
 from attack.signals import Signals
 from attack.trial import Trial
 
+# Expected relative error up to which activations are matched in the gradient's place. On LeNet, B = 8, they bring 30.5
+# dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
+# B = 4, 28.2 at 2e-2, and as its company 31.2.
+FOLLOWED = 1e-2
 NOISE = 0.02  # around the grey start: enough to tell images apart, too little to be seen in them
 INITS = ("grey", "normal", "uniform", "randn", "standardised")
 
@@ -52,6 +56,11 @@ class Known:
     def is_complete(self) -> bool:
         """Whether the inputs of a stage are known of every image of the batch."""
         return self.inputs is not None and len(self.inputs) == self.batch_size
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether what is known of all images takes the place of the gradient, rather than standing beside it."""
+        return self.is_complete and (self.pixels is not None or self.uncertainty <= FOLLOWED)
 
     @property
     def uncertainty(self) -> float:

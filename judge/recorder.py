@@ -230,7 +230,7 @@ def _training_figures(known: Known) -> dict:
     if known.drift is None and known.trial is None:
         return {}
     distance = None if known.trial is None else known.trial.distance
-    return {"exact_way": known.is_complete, "local_drift": known.drift, "trial_distance": distance}
+    return {"exact_way": known.is_followed, "local_drift": known.drift, "trial_distance": distance}
 
 
 def _signal_figures(signals: Signals | None) -> dict:

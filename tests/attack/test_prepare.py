@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import main_MAGIA_sel as magia
-from attack.prepare import all_labels, start_images
+from attack.prepare import FOLLOWED, Known, all_labels, start_images
 from attack.signals import Signals, read_layers
 from cli import ahead
 from cli.victim import victim
@@ -69,3 +69,17 @@ def test_starts():
         start_images("photos", (2, 3, 8, 8), 1, generator(), given_images)
     with pytest.raises(ValueError, match="2 restarts"):
         start_images("photos", shape, 2, generator(), given_images)
+
+
+@pytest.mark.parametrize(("error", "batch_size", "pixels", "followed"), [
+    (FOLLOWED / 2, 2, False, True),
+    (FOLLOWED * 2, 2, False, False),
+    (FOLLOWED * 2, 2, True, True),
+    (FOLLOWED / 2, 3, False, False),
+])  # fmt: skip
+def test_activations_take_the_gradients_place_where_all_are_known_well(error, batch_size, pixels, followed):
+    signals = dataclasses.replace(read(0, 1), uncertainty=torch.tensor([0.0, error]))
+    inputs = torch.zeros(2, 4)
+    known = Known(batch_size, signals, inputs, signals.labels, 1, inputs, inputs if pixels else None)
+    assert known.is_followed == followed
+    assert known.errors.tolist() == signals.uncertainty.tolist()
