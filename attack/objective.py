@@ -254,11 +254,18 @@ class MatchingLoss:
         return self.observed is None or self.observed.is_whole
 
     def noise_of(self, update: SharedUpdate) -> float:
-        """What the noise in the update's entries adds to this loss: noise times their root mean square, in its unit.
+        """What noise in the update's entries is to this loss: times their root mean square, or by it if relative.
 
         0 where entries were left out, which is no noise and would look like much.
         """
-        return measured_noise(update, self.model) * update.strength() / self.unit if self.is_whole else 0.0
+        if not self.is_whole:
+            return 0.0
+        noise = measured_noise(update, self.model)
+        if not self.distance.startswith("relative"):
+            return noise * update.strength() / self.unit
+        count = sum(g.numel() for g in self.target)
+        sizes = ((g.numel(), unit * count) for g, unit in zip(self.target, self._compared.units, strict=True))
+        return noise * sum(entries / scale**0.5 for entries, scale in sizes) / count
 
     @property
     def has_parts(self) -> bool:

@@ -21,6 +21,7 @@ from attack.observed import squared_distance
 from update.gradients import averaged_gradient
 from update.head import features_of
 from update.models import build_model
+from update.shared import SharedUpdate
 
 BATCH = 4
 
@@ -199,6 +200,27 @@ def test_the_relative_cosine_heeds_no_tensors_size():
     assert match.full.item() == pytest.approx(1 - torch.cosine_similarity(*scaled, dim=0).item())
     own = MatchingLoss(model, larger, distance="relative_cosine")
     assert float(own._distance(larger)) == pytest.approx(0, abs=1e-9)
+
+
+def test_noise_is_measured_as_the_distance_is():
+    model, *_ = case()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    drawn = {name: torch.randn(shape, generator=generator(3)).double() for name, shape in shapes.items()}
+    even = {name: g / g.square().mean().sqrt() for name, g in drawn.items()}
+
+    def noise_of(gradients, distance):
+        update = SharedUpdate(gradients, {}, "lenet", BATCH, (1, 16, 16), 5)
+        return MatchingLoss(model, tuple(gradients.values()), distance=distance).noise_of(update)
+
+    count = sum(g.numel() for g in even.values())
+    plain = noise_of(even, "l2")
+    assert plain > 0
+    assert noise_of(even, "relative") == pytest.approx(plain / count)  # |g|^2 is the count
+    head = list(even)[-2]  # where noise is measured; of all else, a tenth as large, it is ten times as much
+    smaller = {name: g if name == head else g / 10 for name, g in even.items()}
+    share = even[head].numel() / count
+    expected = (share + 10 * (1 - share)) * plain / count
+    assert noise_of(smaller, "relative") == pytest.approx(expected)
 
 
 def test_feature_distances_of_a_hand_computed_case():
