@@ -232,37 +232,34 @@ class MatchingLoss:
 
     @cached_property
     def unit(self) -> float:
-        """What the subset term and noise are measured in: |g|^2 if distances are relative."""
+        """What the subset term is measured in: |g|^2 if distances are relative."""
         return float(sum(g.square().sum() for g in self.target)) or 1.0 if self.distance == "relative" else 1.0
 
     def _distance(self, gradient: Gradient) -> Tensor:
         if self.distance == "cosine":
             return cosine_distance(gradient, self.target)
         if self.distance == "relative_cosine":
-            sizes = [unit**0.5 for unit in self._compared.units]
-            scaled = (tuple(p / size for p, size in zip(g, sizes, strict=True)) for g in (gradient, self.target))
-            return cosine_distance(*scaled)
+            return cosine_distance(self._compared.scaled(gradient), self._scaled_target)
         return self._compared(gradient)
 
     @cached_property
     def _compared(self) -> Entries:
         return self.observed or Entries(self.target, self.distance.startswith("relative"))
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the target's entries are the gradient's, but for noise."""
-        return self.observed is None or self.observed.is_whole
+    @cached_property
+    def _scaled_target(self) -> Gradient:
+        return self._compared.scaled(self.target)
 
     def noise_of(self, update: SharedUpdate) -> float:
         """What noise in the update's entries is to this loss: times their root mean square, or by it if relative.
 
         0 where entries were left out, which is no noise and would look like much.
         """
-        if not self.is_whole:
+        if not self._compared.is_whole:
             return 0.0
         noise = measured_noise(update, self.model)
         if not self.distance.startswith("relative"):
-            return noise * update.strength() / self.unit
+            return noise * update.strength()
         count = sum(g.numel() for g in self.target)
         sizes = ((g.numel(), unit * count) for g, unit in zip(self.target, self._compared.units, strict=True))
         return noise * sum(entries / scale**0.5 for entries, scale in sizes) / count
@@ -270,7 +267,7 @@ class MatchingLoss:
     @property
     def has_parts(self) -> bool:
         """Whether there is a subset term: it has a weight, and the target is of the kind that a part's gradient is."""
-        return self.alpha < 1 and self.training.is_plain and self.is_whole
+        return self.alpha < 1 and self.training.is_plain and self._compared.is_whole
 
     @property
     def phases(self) -> int:

@@ -52,6 +52,10 @@ class Entries:
         least = SILENT * float(sum(q.square().sum() for q in self.sent)) / count
         return [count * max(float(q.square().mean()), least) or 1.0 for q in self.sent]
 
+    def scaled(self, gradient: Gradient) -> Gradient:
+        """A gradient whose squares are in these units."""
+        return tuple(p / unit**0.5 for p, unit in zip(gradient, self.units, strict=True))
+
     def __call__(self, gradient: Gradient) -> Tensor:
         """The distance of a gradient, a scalar."""
         own = (self._of_one(p, q, at) for at, (p, q) in enumerate(zip(gradient, self.sent, strict=True)))
@@ -119,7 +123,7 @@ class Rounded(Entries):
 
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
         if not (step := self.sizes[at]):
-            return (p - q).square().sum()
+            return super()._of_one(p, q, at)
         r = ((p - q) / step).square().add(CORNER**2).sqrt() - CORNER
         beyond = (r - UNLIKELY).relu() / (1 - UNLIKELY)
         unlikely = beyond + beyond.square() / 2 - torch.log1p(-r.clamp(max=UNLIKELY))
