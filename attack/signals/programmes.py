@@ -159,6 +159,25 @@ def _sparse_solution(
     return best
 
 
+def pinned(span: Span, along: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Rays (N, dim A) as their zeros give them within this span, and these zeros, (N, n).
+
+    Args:
+        span: of all that a ray can be.
+        along: (dim A, P), what is 1 at each position for a true image; the scale stays as it is where that is None.
+        c: (N, dim A), near them.
+    """
+    rows, used = _used(span.basis)
+    rays, zeros = np.empty(c.shape), np.zeros((len(c), len(rows)), dtype=bool)
+    for i, ray in enumerate(c.cpu().numpy()):
+        direction, silent = _pinned(rows[used], ray)
+        rays[i], zeros[i, used[silent]] = (direction @ ray) * direction, True
+    rays = torch.from_numpy(rays).to(c)
+    if along is not None:
+        rays = rays / (rays @ along).mean(1, keepdim=True)
+    return rays, torch.from_numpy(zeros).to(c.device)
+
+
 def _pinned(rows: np.ndarray, ray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The direction of unit length that is smallest where the ray is zero, and where that is, (n,).
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
-from attack.signals.inputs import Inputs, Tail
+from attack.signals.inputs import Inputs, Tail, nothing
 from attack.signals.span import Span
 
 STEPS = 60  # of a polish, at most; from an arbitrary start 20 to 40 are usual
@@ -19,10 +19,12 @@ STALLED = 0.999  # a polish whose cost falls by less than this a step, three tim
 SCALES = torch.logspace(-2, 4, 37, dtype=torch.float64)  # |a| tried where no bias gradient gives the scale
 FINER = 9  # scales tried within a step of SCALES around the best
 ARITHMETIC = 30.0  # units of rounding by which the victim's forward and backward passes may err
-TOLERANCE = 10.0  # standard deviations of noise that a true image's mismatch may reach
+TOLERANCE = 4.0  # standard deviations of noise that a true image's mismatch may reach
 LIMIT = 0.1  # but never a larger one: images of one class come as close as this to being each other's mixtures
+DISTINCT = 3.0  # times the noise of an input's zeros: what the likeliest other input has there must exceed it
 WITNESSES = 3  # equations beyond the unknowns without which a polish proves nothing
-CHANCE = 1e-5  # that a false candidate fits this well: tolerance to the power of the witnesses
+CHANCE = 3e-7  # that a false candidate fits this well: tolerance to the power of the witnesses
+TAIL_CHANCE = 1e-2  # the same where zeros, which a programme has sought, bear no witness
 UNSURE = 0.05  # inputs whose expected relative error is larger are not used
 
 
@@ -141,12 +143,17 @@ class Equations:
 
     def believed(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> Inputs:
         """Those candidates (N, dim A) that are, or a polish makes, indistinguishable from a true image."""
-        found, passed = self._judged(c, zeros, self._pinned_down(c, zeros), labels, self.spare + self.span.dimension)
+        if not len(c):
+            return nothing(self.span)
+        likeliest = self.mismatch(c).argmin(1)  # what is left of the gradient may have spoken for another label
+        witnesses = self.spare + self._silent_witnesses(zeros)
+        found, passed = self._judged(c, zeros, self._pinned_down(c, zeros), likeliest, witnesses)
         rest = (~passed).nonzero()[:, 0]
         found = found.pick(passed)
         if len(rest) and self.spare >= WITNESSES:
             c, _, normal = self.solve(c[rest], zeros[rest], labels[rest], deadline)
-            polished, passed = self._judged(c, zeros[rest], normal, labels[rest], self.spare)
+            witnesses = torch.full_like(c[:, 0], self.spare)
+            polished, passed = self._judged(c, zeros[rest], normal, labels[rest], witnesses)
             found = found.joined(polished.pick(passed))
         return found
 
@@ -157,6 +164,30 @@ class Equations:
         outside = span.geometry.positions * (len(span.left) - span.rank) - 1  # softmax errors sum to zero
         return outside + self.paired + (0 if self.along is None else self.along.shape[1]) - span.dimension
 
+    def _silent_witnesses(self, zeros: Tensor) -> Tensor:
+        """How many zeros (N, n) say that an input is this one and no other, (N,); dim A of them at least.
+
+        Zeros pin a direction down, the one of least energy there. The likeliest other is the next: all entries by which
+        it differs are witnesses, unless they are what noise would make of it. Where A is too small for all images,
+        directions within it are none of theirs, and zeros prove nothing.
+        """
+        span = self.span
+        count = [float(span.dimension)] * len(zeros)
+        if 1 < span.dimension == span.batch_size:
+            count = [max(least, self._speaking(silent)) for silent, least in zip(zeros, count, strict=True)]
+        return torch.tensor(count).to(span.basis)
+
+    def _speaking(self, silent: Tensor) -> float:
+        """The number of zeros (n,) that the likeliest other direction of A breaks, 0 where it is noise that does."""
+        entries = self.span.basis[:, silent].T
+        energies, vectors = torch.linalg.eigh(entries.T @ entries)
+        other = vectors[:, 1]
+        blurred = self._turned(other @ self.rows.flatten(1)).square() * silent.double().mean()
+        if energies[1] <= DISTINCT**2 * max(energies[0], blurred):
+            return 0.0
+        broken = (entries @ other).square()
+        return float(broken.sum().square() / broken.square().sum())
+
     def _pinned_down(self, c: Tensor, zeros: Tensor) -> Tensor:
         """J^T J (N, dim, dim) of the linear equations alone, zeros and scale."""
         held = zeros[:, :, None] * self.span.basis.T / c.norm(dim=1)[:, None, None]  # (N, n, dim)
@@ -164,49 +195,62 @@ class Equations:
         return normal if self.along is None else normal + self.along @ self.along.T / self.along.shape[1]
 
     def _judged(
-        self, c: Tensor, zeros: Tensor, normal: Tensor, labels: Tensor, witnesses: int
+        self, c: Tensor, zeros: Tensor, normal: Tensor, labels: Tensor, witnesses: Tensor
     ) -> tuple[Inputs, Tensor]:
-        """All candidates as inputs, and which of them to believe, where so many equations bear witness."""
+        """All candidates as inputs, and which of them to believe, where so many equations (N,) bear witness."""
         deltas, span = self.deltas(c, labels), self.span
         d = by_position(deltas) * span.rows
         u, x = d @ span.left, c @ self.rows.flatten(1)
-        expected, turned_in, condition = self._noise(u, x)
+        expected, condition = self._noise(u, x)
         mismatch, share = self.residual(c, zeros, deltas), deltas[0].numel()  # its column behind delta outside U
         outside = mismatch[:, :share].norm(dim=1)
         mismatch[:, share] /= 1 + condition
         cost = mismatch.square().sum(1)
-        level = torch.maximum(cost, (expected + span.precision).square()) / max(1, self.spare)
-        uncertainty, freedom = self._expected_error(c, turned_in, level, normal)
+        level = torch.maximum(cost, (expected + span.precision).square()) / (self.spare + zeros.sum(1)).clamp(min=1)
+        uncertainty, freedom = self._expected_error(c, x, level, normal)
         shares = self._share(c, u, d)
         every = Inputs(span.inputs(c), labels, deltas, outside, shares, uncertainty, freedom, span.batch_size)
         tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
-        by_chance = tolerance ** min(max(witnesses, 0), 100) * (1 + condition)
-        return every, (cost.sqrt() < tolerance) & (uncertainty < UNSURE) & (by_chance < CHANCE)
+        by_chance, by_the_tail = (
+            tolerance ** count.clamp(0, 100) * (1 + condition)
+            for count in (witnesses, torch.full_like(witnesses, self.spare + span.dimension))
+        )
+        likely = (cost.sqrt() < tolerance) & (uncertainty < UNSURE)
+        return every, likely & (by_chance < CHANCE) & (by_the_tail < TAIL_CHANCE)
 
-    def _expected_error(self, c: Tensor, turned_in: Tensor, level: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+    def _expected_error(self, c: Tensor, x: Tensor, level: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
         """An image's expected relative error, and that error's degrees of freedom, (N,) each."""
         trace, own = _trace_of_inverse(normal)
-        within = (trace * level).sqrt() / c.norm(dim=1)
-        uncertainty = torch.hypot(turned_in, within)
+        turned, within = self._turned(x), (trace * level).sqrt() / c.norm(dim=1)
+        if self.along is not None:  # the scale is one equation, however many zeros there are
+            noise = self.span.noise * self._weak(x) / self.along.shape[1]
+            within = torch.hypot(within, noise * (1 + self.span.ones.square().sum()).sqrt())
+        uncertainty = torch.hypot(turned, within)
         # a turned span moves all entries of an input alike; within it, what the equations leave open is moved
-        shares_of_four = (turned_in / uncertainty) ** 4 / self.span.right.shape[1] + (within / uncertainty) ** 4 / own
+        shares_of_four = (turned / uncertainty) ** 4 / self.span.right.shape[1] + (within / uncertainty) ** 4 / own
         return uncertainty, 1 / shares_of_four
 
-    def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What noise makes of true images with x (N, P r) and y = U^T delta (N, P, r): three numbers each, (N,).
+    def _weak(self, v: Tensor) -> Tensor:
+        """|S^-1 v| of patches or deltas (..., P r) in the gradient's singular vectors."""
+        return (v.unflatten(-1, (-1, self.span.rank)) / self.span.sigma).flatten(-2).norm(dim=-1)
 
-        They are the relative error of its mismatch and that of its input, and what the share makes of such an error.
-        Noise N in the entries of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x. The share
-        is x^T S^-1 y / B, and 1: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error shows. Images
-        whose errors nearly cancel have such an x and y.
+    def _turned(self, x: Tensor) -> Tensor:
+        """Relative error of inputs with x (..., P r) by noise that turns the span."""
+        return self.span.noise * self.span.right.shape[1] ** 0.5 * self._weak(x) / x.norm(dim=-1)
+
+    def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What noise makes of true images with x (N, P r) and y = U^T delta (N, P, r): two numbers each, (N,).
+
+        They are the relative error of its mismatch, and what the share makes of such an error. Noise N in the entries
+        of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x. The share is x^T S^-1 y / B, and
+        1: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error shows. Images whose errors nearly cancel
+        have such an x and y.
         """
-        span = self.span
-        y_weak, x_weak = ((v / span.sigma).flatten(1).norm(dim=1) for v in (u, x.view(u.shape)))
-        y_length, x_length = u.flatten(1).norm(dim=1), x.norm(dim=1)
+        span, y = self.span, u.flatten(1)
+        y_weak, x_weak, y_length, x_length = self._weak(y), self._weak(x), y.norm(dim=1), x.norm(dim=1)
         turned_out = span.noise * len(span.left) ** 0.5 * y_weak / y_length.clamp(min=1e-200)
-        turned_in = span.noise * span.right.shape[1] ** 0.5 * x_weak / x_length
-        expected = turned_out + turned_in + span.noise * x_weak * y_weak / span.batch_size
-        return expected, turned_in, torch.maximum(x_length * y_weak, y_length * x_weak) / span.batch_size
+        expected = turned_out + self._turned(x) + span.noise * x_weak * y_weak / span.batch_size
+        return expected, torch.maximum(x_length * y_weak, y_length * x_weak) / span.batch_size
 
     def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping."""

@@ -35,6 +35,8 @@ CROWDED = 0.9999  # an eigenvalue beyond the B-th that comes this close to 1: pa
 SETTLED = 0.05  # relative change of the angles between two rounds at which they count as settled
 CLEAR = 5.0  # a gap below this certifies nothing: noise has closed it
 INSIDE = 0.25  # an input with a larger share of its patches outside R is not in A, whatever the gap
+# An m x n matrix of rank r tells the noise of each row if (m - r)^2 > m + r (Ledermann 1937), well if by this factor.
+IDENTIFIED = 4.0
 REWEIGHT = 2  # times that the rows' noise is measured and the rows are weighted by it
 EDGE = 1.3  # the largest singular value of noise over sqrt(c_out) + sqrt(n) times its deviation, at most
 
@@ -238,21 +240,38 @@ def row_precision(matrix: Tensor, rank: int, eps: float, *, saturating: bool = F
     """One over the noise of each row of a matrix (m, n) of at most this rank, in units of rounding's: eps |row|.
 
     Rounding is relative: the row of an output that hardly any image drives is as exact as the strongest. Noise that was
-    added is not. What of a row lies outside the leading `rank` singular vectors is measured noise, less what its own
-    pull on these vectors (its leverage) hides of it: without that correction a row could be made ever heavier by
-    fitting its noise. Together with rounding, which no row is free of, it is the row's error. Weighted rows show images
-    that drown in the raw matrix.
+    added is not. What lies outside the leading `rank` singular vectors is measured noise. Together with rounding, which
+    no row is free of, it is the rows' error. Weighted rows show images that drown in the raw matrix.
     """
     lengths = matrix.norm(dim=1)
     rounding = eps * torch.where(lengths > 0, lengths.max(), 0.0) if saturating else eps * lengths
+    spare = len(matrix) - rank
+    added = _added_to_each if spare**2 >= IDENTIFIED * (len(matrix) + rank) else _added_to_all
     error = rounding
     for _ in range(REWEIGHT):
         weights = torch.where(error > 0, eps / error, 0.0)
-        left, _, right = torch.linalg.svd(weights[:, None] * matrix, full_matrices=False)
-        left_over = (matrix - matrix @ right[:rank].T @ right[:rank]).norm(dim=1)
-        leverage = left[:, :rank].square().sum(1)
-        error = torch.hypot(rounding, left_over / (1 - leverage).clamp(min=1e-6).sqrt())
+        error = torch.hypot(rounding, added(matrix, rank, weights, rounding))
     return torch.where(rounding > 0, eps / error, 0.0)
+
+
+def _added_to_each(matrix: Tensor, rank: int, weights: Tensor, rounding: Tensor) -> Tensor:
+    """Noise of each row (m,): what of it is beyond the rank, less what its own pull (its leverage) hides of that.
+
+    Without that correction a row could be made ever heavier by fitting its noise.
+    """
+    left, _, right = torch.linalg.svd(weights[:, None] * matrix, full_matrices=False)
+    left_over = (matrix - matrix @ right[:rank].T @ right[:rank]).norm(dim=1)
+    leverage = left[:, :rank].square().sum(1)
+    return left_over / (1 - leverage).clamp(min=1e-6).sqrt()
+
+
+def _added_to_all(matrix: Tensor, rank: int, weights: Tensor, rounding: Tensor) -> Tensor:
+    """Noise that all rows share, 0 of rows of zeros, (m,): what is beyond the rank, less what rounding leaves there."""
+    left = torch.linalg.svd(weights[:, None] * matrix, full_matrices=False)[0][:, rank:]
+    beyond = (left.T @ (weights[:, None] * matrix)).square().sum()
+    shares = left.square().sum(1) * weights.square()
+    added = (beyond - shares @ rounding.square()).clamp(min=0) / shares.sum().clamp(min=1e-300)
+    return torch.where(rounding > 0, added.sqrt(), 0.0)
 
 
 def _noise_beyond(sigma: Tensor, rank: int, lengths: Tensor, width: int, eps: float) -> float:

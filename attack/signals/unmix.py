@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from attack.signals.inputs import Inputs, Tail, nothing
-from attack.signals.programmes import extreme_rays, linked_programme, single_programme, zeros_of
+from attack.signals.programmes import extreme_rays, linked_programme, pinned, single_programme, zeros_of
 from attack.signals.single import WITNESSES, Equations, along_ones, by_position
 from attack.signals.span import Span
 
@@ -200,7 +200,10 @@ class _Search:
         best = _distinct(values, labels, mismatch, mismatch < near)
         if not len(best):
             return nothing(self.whole.span)
-        new = self.whole.believed(values[best] @ self.whole.span.basis.T, zeros[best], labels[best], self.deadline)
+        c, zeros = values[best] @ self.whole.span.basis.T, zeros[best]
+        if self.non_negative:  # the errors of all that was taken out are in what is left, and not in the whole
+            c, zeros = pinned(self.whole.span, self.whole.along, c)
+        new = self.whole.believed(c, zeros, labels[best], self.deadline)
         # a polish that time cut short is further off than its fit tells, seven times on a sparse update
         return new if time.perf_counter() < self.deadline else nothing(self.whole.span)
 

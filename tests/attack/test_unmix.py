@@ -381,6 +381,57 @@ def test_images_whose_errors_are_nearly_parallel_are_believed(seed):
     assert not len(equations.believed(mixed, torch.zeros_like(truth, dtype=torch.bool), case.labels, math.inf))
 
 
+def trained_head(seed, noise, count=8, width=1024, classes=10):
+    """A head on sparse features with something in common; of some images it is almost sure, and their errors small."""
+    source = generator(seed)
+    common = torch.randn(width, generator=source)
+    features = (0.5 * common + torch.randn(count, width, generator=source)).clamp(min=0)
+    labels = torch.randint(classes, (count,), generator=source)
+    logits = torch.randn(count, classes, generator=source)
+    logits[torch.arange(count), labels] += torch.linspace(0, 5, count)
+    head = nn.Linear(width, classes)
+    head.weight.data = torch.linalg.lstsq(features, logits).solution.T.contiguous()
+    head.bias.data.zero_()
+    case = Case([head], torch.relu, features, labels)
+    case.gradients = [[g + noise * torch.randn(g.shape, generator=source) for g in pair] for pair in case.gradients]
+    return case
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_full_head_of_few_classes_is_read_under_noise(seed):
+    """Ten rows of rank eight cannot tell each row's own noise, and what is left after seven images is mostly noise."""
+    case = trained_head(seed, noise=3e-6)
+    found = case.unmix(0, "relu")
+    distance, which = case.errors(found, 0)
+    assert found.complete
+    assert torch.equal(found.labels, case.labels[which])
+    assert distance.max() < 5e-2
+
+
+@pytest.mark.parametrize("noise", [1e-7, 1e-6, 3e-6])
+def test_expected_errors_behind_a_relu_are_the_errors(noise):
+    cases = [trained_head(seed, noise) for seed in range(4)]
+    ratios = []
+    for case in cases:
+        found = case.unmix(0, "relu")
+        ratios.append(case.errors(found, 0)[0] / found.uncertainty)
+    ratios = torch.cat(ratios)
+    assert len(ratios) > 24
+    assert 0.8 < ratios.square().mean().sqrt() < 1.25
+    assert ratios.max() < 2
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_zeros_that_two_images_share_speak_for_neither(seed):
+    case = trained_head(seed, noise=3e-6)
+    stage, truth = case.stage(0), case.inputs[0]
+    equations = Equations(stage.span, stage.layer, stage.tail)
+    c = truth @ stage.span.basis.T
+    assert len(equations.believed(c, truth == 0, case.labels, math.inf)) > 5
+    mixed = truth + 0.5 * truth.roll(1, 0)
+    assert not len(equations.believed(mixed @ stage.span.basis.T, mixed == 0, case.labels, math.inf))
+
+
 def test_what_one_search_leaves_over_another_finds():
     """Where images resemble each other, one order of taking them out fails now and then; tried again, most succeed."""
     complete = [head_with_likeness(3e-2, seed) for seed in range(6)]
