@@ -48,6 +48,10 @@ STATISTICS = 0.1 * UNITS
 # With so many activations for each pixel, gradients below have nothing to add but time.
 PLENTY = 2.0
 
+# Below a max-pool there are no gradients to add, and so few activations for each pixel say too little alone. ResNet-18,
+# 224 pixels: the 512 features before `fc` (0.003) leave 9 dB of four images, the inputs of `layer3.1` (0.2) 21.7.
+SCARCE = 0.05
+
 # The prior's least weight, times the activations' expected term at the true images: what is known so well is matched so
 # well. With noise on an untrained LeNet 1 to 4 are alike and 10 costs 2 dB; on a trained ConvNet 3 to 30 are alike.
 NOISE = 3.0
@@ -110,6 +114,15 @@ POOLED = (
 SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
 
 
+def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor) -> bool:
+    """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place."""
+    return not _is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
+
+
+def _is_pooled(chain: Chain) -> bool:
+    return any(isinstance(module, nn.MaxPool2d) for module in modules(chain))
+
+
 def phases_for(chain: Chain) -> tuple[Phase, ...]:
     """The course for what lies between images and the known activations."""
     kinds = {type(module) for module in modules(chain)}
@@ -169,8 +182,9 @@ class ForwardLoss:
         if self.is_rectified:
             self.delta = self.delta * self.active
         if uses_gradients is None:
-            is_pooled = any(isinstance(module, nn.MaxPool2d) for module in modules(self.chain))
-            uses_gradients = not is_pooled and int(self.active.sum()) < PLENTY * len(inputs) * math.prod(image_shape)
+            uses_gradients = not _is_pooled(self.chain) and int(self.active.sum()) < PLENTY * len(inputs) * math.prod(
+                image_shape
+            )
         matched = gradients if uses_gradients else {}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
@@ -264,7 +278,7 @@ def spectral_power_for(chain: Chain) -> float:
     Activations tell fine detail as well as coarse: with half the power that gradients want, a trained ConvNet at B=4
     ends at 49.7 dB and not at 42.6. Below a max-pool it is the gradients' power.
     """
-    return 1.0 if any(isinstance(module, nn.MaxPool2d) for module in modules(chain)) else 0.5
+    return 1.0 if _is_pooled(chain) else 0.5
 
 
 class ForwardMatching:

@@ -34,6 +34,7 @@ class Known:
             no signals were read.
         inputs: (N, ...), they.
         pixels: (N, C, H, W) the images themselves, where the known inputs are they.
+        says_enough: whether the known inputs can take the gradient's place, see `attack.forward`.
         drift: expected of the client's local training, see `attack.drift`; None of a single step.
         trial: labels that were found by training on grey images, or None.
         layers, recovered: what came of each layer that was asked, and their inputs where they were believed, see
@@ -47,6 +48,7 @@ class Known:
     start: int | None = None
     inputs: Tensor | None = None
     pixels: Tensor | None = None
+    says_enough: bool = True
     drift: float | None = None
     trial: Trial | None = None
     layers: Sequence[Mapping] = ()
@@ -60,7 +62,8 @@ class Known:
     @property
     def is_followed(self) -> bool:
         """Whether what is known of all images takes the place of the gradient, rather than standing beside it."""
-        return self.is_complete and (self.pixels is not None or self.uncertainty <= FOLLOWED)
+        is_exact = self.says_enough and self.uncertainty <= FOLLOWED
+        return self.is_complete and (self.pixels is not None or is_exact)
 
     @property
     def uncertainty(self) -> float:

@@ -12,6 +12,7 @@ from attack.forward import (
     Phase,
     course_for,
     phases_for,
+    says_enough,
 )
 from attack.optimisers import Budget, Optimiser
 from attack.pixels import PixelMap
@@ -221,3 +222,20 @@ def test_the_uncertainty_is_what_the_error_of_the_inputs_leaves_at_the_truth(nam
     what = (noisy, labels, update.gradients)
     loss = ForwardLoss(chain, (3, 16, 16), index_of(chain, "head"), *what, uncertainty=1e-4, uses_gradients=False)
     assert loss.uncertainty == pytest.approx(float(loss(images)[0].detach()) ** 0.5, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "size", "enough"),
+    [
+        ("resnet18", "body.layer1.1", 64, True),
+        ("resnet18", "head", 32, True),
+        ("resnet18", "head", 64, False),  # 512 features for 12,288 pixels
+        ("resnet18_cifar", "head", 64, True),  # no pool that would keep gradients from helping
+    ],
+)
+def test_a_few_activations_behind_a_max_pool_do_not_replace_the_gradient(name, start, size, enough):
+    net = build_model(name, image_shape=(3, size, size), num_classes=10, generator=generator())
+    chain = stages(net)[: index_of(stages(net), start)]
+    with torch.no_grad():
+        inputs = run(chain, torch.rand(2, 3, size, size, generator=generator()))
+    assert says_enough(chain, (3, size, size), inputs) == enough

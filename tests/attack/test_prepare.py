@@ -82,4 +82,5 @@ def test_activations_take_the_gradients_place_where_all_are_known_well(error, ba
     inputs = torch.zeros(2, 4)
     known = Known(batch_size, signals, inputs, signals.labels, 1, inputs, inputs if pixels else None)
     assert known.is_followed == followed
+    assert not dataclasses.replace(known, says_enough=False, pixels=None).is_followed
     assert known.errors.tolist() == signals.uncertainty.tolist()
