@@ -145,9 +145,10 @@ class Equations:
         """Those candidates (N, dim A) that are, or a polish makes, indistinguishable from a true image."""
         if not len(c):
             return nothing(self.span)
-        likeliest = self.mismatch(c).argmin(1)  # what is left of the gradient may have spoken for another label
+        if self.spare < WITNESSES:  # what is left of the gradient may have spoken for another label
+            labels = self.mismatch(c).argmin(1)
         witnesses = self.spare + self._silent_witnesses(zeros)
-        found, passed = self._judged(c, zeros, self._pinned_down(c, zeros), likeliest, witnesses)
+        found, passed = self._judged(c, zeros, self._pinned_down(c, zeros), labels, witnesses)
         rest = (~passed).nonzero()[:, 0]
         found = found.pick(passed)
         if len(rest) and self.spare >= WITNESSES:
