@@ -125,10 +125,9 @@ def _is_pooled(chain: Chain) -> bool:
 
 def phases_for(chain: Chain) -> tuple[Phase, ...]:
     """The course for what lies between images and the known activations."""
-    kinds = {type(module) for module in modules(chain)}
-    if nn.MaxPool2d in kinds:
+    if _is_pooled(chain):
         return POOLED
-    return RECTIFIED if nn.ReLU in kinds else SMOOTH
+    return RECTIFIED if any(isinstance(module, nn.ReLU) for module in modules(chain)) else SMOOTH
 
 
 class ForwardLoss:
@@ -182,9 +181,8 @@ class ForwardLoss:
         if self.is_rectified:
             self.delta = self.delta * self.active
         if uses_gradients is None:
-            uses_gradients = not _is_pooled(self.chain) and int(self.active.sum()) < PLENTY * len(inputs) * math.prod(
-                image_shape
-            )
+            pixels = len(inputs) * math.prod(image_shape)
+            uses_gradients = not _is_pooled(self.chain) and int(self.active.sum()) < PLENTY * pixels
         matched = gradients if uses_gradients else {}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]

@@ -81,11 +81,11 @@ def read_ahead(
         trial = _tried(update, model, settings, generator, labels)
     if trial and trial.is_believed:
         labels = trial.labels.to(place["device"])
-    pixels = None
-    if signals and all(isinstance(stage.module, nn.Flatten) for stage in stages(model)[:start]):
+    pixels, below = None, stages(model)[:start] if signals else []
+    if signals and all(isinstance(stage.module, nn.Flatten) for stage in below):
         pixels = inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
     read = (start, inputs, pixels) if signals else (None, None, None)
-    enough = not signals or says_enough(stages(model)[:start], update.image_shape, inputs)
+    enough = not signals or says_enough(below, update.image_shape, inputs)
     known = (update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read)
     return Known(*known, says_enough=enough, drift=drift, trial=trial, layers=layers, recovered=recovered)
 
