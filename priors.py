@@ -60,10 +60,11 @@ class Roughness(torch.autograd.Function):
             squares = torch.zeros_like(images)
             for k, component in enumerate(levels[order]):
                 at_pixels(squares, order, k, component).addcmul_(component, component, value=math.comb(order, k))
-            lengths, slope = powers_of_lengths(squares, groups, power)
-            value += weight * lengths
+            value += powers_of_lengths_(squares, [(size, weight * own) for size, own in groups], power)
             for k, component in enumerate(levels[order]):  # from here on it is the value's derivative by the component
-                component.mul_(at_pixels(slope, order, k, component)).mul_(weight * math.comb(order, k))
+                component.mul_(at_pixels(squares, order, k, component))
+                if (count := math.comb(order, k)) > 1:
+                    component.mul_(count)
         levels[0] = [torch.zeros_like(images)]
         for above, below in itertools.pairwise(reversed(levels)):
             add_transposed(below[0], above[0], dim=-2)
@@ -80,15 +81,16 @@ class Roughness(torch.autograd.Function):
         return slope * gradient, None, None, None
 
 
-def powers_of_lengths(squares: Tensor, groups: Sequence[tuple[int, float]], power: float) -> tuple[Tensor, Tensor]:
-    """sum_g weight_g mean (sum of the group's squares)^(power/2), and twice its derivative by squares (B, C, H, W)."""
-    value, slopes = squares.new_zeros(()), []
-    for (_, weight), part in zip(groups, squares.split([size for size, _ in groups], 1), strict=True):
-        squared = part.sum(1, keepdim=True) + SMOOTHING  # (B, 1, H, W)
-        lengths = squared ** (power / 2)
-        value += weight * lengths.mean()
-        slopes.append((lengths / squared * (weight * power / lengths.numel())).expand_as(part))
-    return value, torch.cat(slopes, 1)
+def powers_of_lengths_(squares: Tensor, groups: Sequence[tuple[int, float]], power: float) -> Tensor:
+    """sum_g weight_g mean (sum of the group's squares)^(power/2); squares (B, C, H, W) become twice its derivative."""
+    value = squares.new_zeros(())
+    for (size, weight), part in zip(groups, squares.split([size for size, _ in groups], 1), strict=True):
+        squared = (part.sum(1, keepdim=True) if size > 1 else part) + SMOOTHING  # (B, 1, H, W)
+        slope = squared ** (power / 2 - 1)
+        share = weight / squared.numel()
+        value += share * torch.dot(slope.flatten(), squared.flatten())
+        part.copy_(slope.mul_(share * power))
+    return value
 
 
 def at_pixels(images: Tensor, order: int, k: int, component: Tensor) -> Tensor:
