@@ -162,6 +162,8 @@ def _sparse_solution(
 def pinned(span: Span, along: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]:
     """Rays (N, dim A) as their zeros give them within this span, and these zeros, (N, n).
 
+    Where the span has one dimension there is nothing to choose from, and what is zero is so in all of it.
+
     Args:
         span: of all that a ray can be.
         along: (dim A, P), what is 1 at each position for a true image; the scale stays as it is where that is None.
@@ -170,7 +172,7 @@ def pinned(span: Span, along: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]
     rows, used = _used(span.basis)
     rays, zeros = np.empty(c.shape), np.zeros((len(c), len(rows)), dtype=bool)
     for i, ray in enumerate(c.cpu().numpy()):
-        direction, silent = _pinned(rows[used], ray)
+        direction, silent = _pinned(rows[used], ray) if len(ray) > 1 else (ray / np.linalg.norm(ray), [])
         rays[i], zeros[i, used[silent]] = (direction @ ray) * direction, True
     rays = torch.from_numpy(rays).to(c)
     if along is not None:

@@ -1,5 +1,6 @@
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -164,8 +165,9 @@ def test_layers_above_help_to_tell_images_apart():
     assert torch.equal(found.labels, case.labels[which])
 
 
-def test_a_convolutions_inputs_are_told_apart():
-    images, labels = batch(3)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_convolutions_inputs_are_told_apart(count):
+    images, labels = batch(count)
     layers = [nn.Conv2d(3, 16, 5, 4, 2), nn.Conv2d(16, 80, 3, 1, 1), nn.Linear(80 * 16, 10)]
     for k, layer in enumerate(layers):
         for parameter in layer.parameters():
@@ -173,8 +175,8 @@ def test_a_convolutions_inputs_are_told_apart():
     case = Case(layers, torch.relu, images, labels)
     found = case.unmix(1, "relu")
     assert_all_found(case, found, 1, error=1e-3)
-    assert found.values.shape == (3, 16, 4, 4)
-    assert found.deltas.shape == (3, 80, 4, 4)
+    assert found.values.shape == (count, 16, 4, 4)
+    assert found.deltas.shape == (count, 80, 4, 4)
 
 
 def test_deltas_and_values_make_up_the_gradient():
@@ -290,6 +292,15 @@ def test_rays_are_the_inputs_and_their_zeros_true_zeros():
     assert right.sum() >= 3
     for i in right.nonzero()[:, 0].tolist():
         assert np.array_equal(truth[cosine[i].argmax()][zeros[i]], np.zeros(int(zeros[i].sum())))
+
+
+def test_in_a_span_of_one_dimension_no_zeros_are_taken_for_granted():
+    """Small entries follow on each other without a gap; taking some for zeros would contradict the one input there is."""
+    span = SimpleNamespace(basis=torch.rand(1, 5000, generator=generator(), dtype=F64).square())
+    c = torch.full((1, 1), 3.0, dtype=F64)
+    rays, zeros = programmes.pinned(span, None, c)
+    assert torch.allclose(rays, c)
+    assert not zeros.any()
 
 
 def head_case(count, num_classes=10, trained=False):
