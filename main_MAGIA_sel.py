@@ -302,7 +302,7 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     generator, copies, shape = stream(settings.seed, "attack"), settings.restarts, update.image_shape
     named = (settings.init, update.batch_size, shape[-1], stream(settings.seed, "init"))
     given = images_named(*named) if copies == 1 else None
-    start = start_images(settings.init, (update.batch_size, *shape), copies, generator, given)
+    start = start_images(settings.init, (update.batch_size, *shape), copies, generator, given, noise=known.noise)
     if known.is_exact:
         start = known.pixels.repeat(copies, 1, 1, 1)
     logits = settings.label_std * torch.randn(copies * update.batch_size, update.num_classes, generator=generator)

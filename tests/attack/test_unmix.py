@@ -295,7 +295,7 @@ def test_rays_are_the_inputs_and_their_zeros_true_zeros():
 
 
 def test_in_a_span_of_one_dimension_no_zeros_are_taken_for_granted():
-    """Small entries follow on each other without a gap; taking some for zeros would contradict the one input there is."""
+    """Small entries follow on each other without a gap. Were some taken for zeros, the only input would be none."""
     span = SimpleNamespace(basis=torch.rand(1, 5000, generator=generator(), dtype=F64).square())
     c = torch.full((1, 1), 3.0, dtype=F64)
     rays, zeros = programmes.pinned(span, None, c)
