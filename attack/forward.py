@@ -114,9 +114,16 @@ POOLED = (
 SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
 
 
-def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor) -> bool:
-    """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place."""
-    return not _is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
+def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor, *, is_whole: bool = True) -> bool:
+    """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place.
+
+    Few of them need gradients below, as these are: where entries of the update were left out (not `is_whole`), what is
+    known of the others is said by `attack.observed`, and inputs stand beside that.
+    """
+    active, pixels = int(inputs.count_nonzero()), len(inputs) * math.prod(image_shape)
+    if _is_pooled(chain):
+        return active >= SCARCE * pixels
+    return is_whole or active >= PLENTY * pixels
 
 
 def _is_pooled(chain: Chain) -> bool:

@@ -239,3 +239,16 @@ def test_a_few_activations_behind_a_max_pool_do_not_replace_the_gradient(name, s
     with torch.no_grad():
         inputs = run(chain, torch.rand(2, 3, size, size, generator=generator()))
     assert says_enough(chain, (3, size, size), inputs) == enough
+
+
+def test_few_activations_leave_a_pruned_gradient_to_what_is_known_of_its_entries():
+    """Gradients below known activations are matched as they were sent: what was left out would count as zero."""
+    net = build_model("lenet", image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    chain, images = stages(net), torch.rand(2, 3, 16, 16, generator=generator())
+    for start in ("head", "conv2"):
+        below = chain[: index_of(chain, start)]
+        with torch.no_grad():
+            inputs = run(below, images)
+        assert says_enough(below, (3, 16, 16), inputs)
+        assert not says_enough(below, (3, 16, 16), inputs, is_whole=False)
+    assert says_enough(chain, (3, 16, 16), torch.ones(2, 2000), is_whole=False)
