@@ -331,7 +331,7 @@ def build_objective(
     if known.is_followed:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
-        loss = ForwardLoss(chain, update.image_shape, *what, uncertainty=known.uncertainty)
+        loss = ForwardLoss(chain, update.image_shape, *what, known.uncertainty, observed=observed(update, model))
         course = Course(()) if known.is_exact else course_for(chain[: known.start], loss)
         penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
         return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)

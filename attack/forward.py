@@ -24,12 +24,13 @@ pixels, and no max-pool lies below, since what delta makes of a soft maximum is 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from attack.objective import Matching
+from attack.observed import Entries
 from attack.softening import softened
 from update.stages import Chain, first_layer, input_shapes, modules, parametrised, run
 
@@ -114,16 +115,9 @@ POOLED = (
 SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
 
 
-def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor, *, is_whole: bool = True) -> bool:
-    """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place.
-
-    Few of them need gradients below, as these are: where entries of the update were left out (not `is_whole`), what is
-    known of the others is said by `attack.observed`, and inputs stand beside that.
-    """
-    active, pixels = int(inputs.count_nonzero()), len(inputs) * math.prod(image_shape)
-    if _is_pooled(chain):
-        return active >= SCARCE * pixels
-    return is_whole or active >= PLENTY * pixels
+def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor) -> bool:
+    """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place."""
+    return not _is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
 
 
 def _is_pooled(chain: Chain) -> bool:
@@ -149,6 +143,7 @@ class ForwardLoss:
         gradients: of the update, by parameter name; layers that have none are left out.
         uncertainty: relative error of the inputs. Behind a ReLU what is smaller is taken for zero.
         uses_gradients: whether they are matched; None: where they are needed and right, see above.
+        observed: what the update's entries say of the gradient, if not its values.
 
     `uncertainty`, the attribute, is the root of the activations' term that the error of the inputs leaves at the truth;
     `grey` are the images (B, C, H, W) that all terms are measured by.
@@ -162,9 +157,10 @@ class ForwardLoss:
         inputs: Tensor,
         labels: Tensor,
         gradients: Mapping[str, Tensor],
-        *,
         uncertainty: float = 0.0,
+        *,
         uses_gradients: bool | None = None,
+        observed: Entries | None = None,
     ) -> None:
         self.name, end = first_layer(chain[start:]), start
         while end and isinstance(chain[end - 1].module, (nn.Flatten, nn.Identity)):
@@ -190,10 +186,11 @@ class ForwardLoss:
         if uses_gradients is None:
             pixels = len(inputs) * math.prod(image_shape)
             uses_gradients = not _is_pooled(self.chain) and int(self.active.sum()) < PLENTY * pixels
-        matched = gradients if uses_gradients else {}
+        matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
-        self.gradients = [gradients[f"{stage.name}.weight"].to(inputs) for stage in layers]
+        sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
+        self.entries = replace(observed, sent=sent, relative=True) if observed else Entries(sent)
         self.grey = inputs.new_full((len(inputs), *image_shape), GREY)
         self.units = [max(float(unit.detach()), LEAST) for unit in self._errors(self.grey, self.chain)]
         self.uncertainty = float(error.norm() / self.inputs.norm()) / math.sqrt(self.units[0])
@@ -212,7 +209,8 @@ class ForwardLoss:
         if self.weights:
             mean = (z * self.delta).sum() / len(images)
             own = torch.autograd.grad(mean, self.weights, create_graph=True)
-            errors += ((p - q).square().sum() / q.square().sum() for p, q in zip(own, self.gradients, strict=True))
+            sizes = (q.square().sum() for q in self.entries.sent)
+            errors += (self.entries.of_one(p, at) / size for at, (p, size) in enumerate(zip(own, sizes, strict=True)))
         return errors
 
 

@@ -58,11 +58,13 @@ class Entries:
 
     def __call__(self, gradient: Gradient) -> Tensor:
         """The distance of a gradient, a scalar."""
-        own = (self._of_one(p, q, at) for at, (p, q) in enumerate(zip(gradient, self.sent, strict=True)))
-        return sum(one / unit for one, unit in zip(own, self.units, strict=True))
+        return sum(self.of_one(p, at) / unit for at, (p, unit) in enumerate(zip(gradient, self.units, strict=True)))
+
+    def of_one(self, p: Tensor, at: int) -> Tensor:
+        """The distance of one parameter's gradient from what was sent of it, in no units."""
+        return self._of_one(p, self.sent[at], at)
 
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
-        """The distance of one parameter's gradient p from what was sent of it, q."""
         return (p - q).square().sum()
 
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from attack.drift import EXACT, expected_drift
 from attack.forward import says_enough
-from attack.observed import observed
 from attack.prepare import Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
@@ -86,8 +85,7 @@ def read_ahead(
     if signals and all(isinstance(stage.module, nn.Flatten) for stage in below):
         pixels = inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
     read = (start, inputs, pixels) if signals else (None, None, None)
-    is_whole = observed(update, model).is_whole
-    enough = not signals or says_enough(below, update.image_shape, inputs, is_whole=is_whole)
+    enough = not signals or says_enough(below, update.image_shape, inputs)
     known = (update.batch_size, signals, features.to(**place), all_labels(signals, labels), *read)
     return Known(*known, says_enough=enough, drift=drift, trial=trial, layers=layers, recovered=recovered)
 

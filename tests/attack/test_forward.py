@@ -14,9 +14,11 @@ from attack.forward import (
     phases_for,
     says_enough,
 )
+from attack.observed import observed
 from attack.optimisers import Budget, Optimiser
 from attack.pixels import PixelMap
 from attack.state import AttackState
+from client.defences import defend_received
 from client.victim import share_update
 from data import load_batch, open_source
 from priors import Prior
@@ -241,14 +243,30 @@ def test_a_few_activations_behind_a_max_pool_do_not_replace_the_gradient(name, s
     assert says_enough(chain, (3, size, size), inputs) == enough
 
 
-def test_few_activations_leave_a_pruned_gradient_to_what_is_known_of_its_entries():
-    """Gradients below known activations are matched as they were sent: what was left out would count as zero."""
+def test_gradients_of_which_entries_were_left_out_are_matched_as_what_is_known_of_them():
     net = build_model("lenet", image_shape=(3, 16, 16), num_classes=10, generator=generator())
-    chain, images = stages(net), torch.rand(2, 3, 16, 16, generator=generator())
-    for start in ("head", "conv2"):
-        below = chain[: index_of(chain, start)]
-        with torch.no_grad():
-            inputs = run(below, images)
-        assert says_enough(below, (3, 16, 16), inputs)
-        assert not says_enough(below, (3, 16, 16), inputs, is_whole=False)
-    assert says_enough(chain, (3, 16, 16), torch.ones(2, 2000), is_whole=False)
+    images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([3, 5])
+    update = defend_received(share_update(net, "lenet", images, labels, 10), "topk:0.1")
+    chain = stages(net)
+    start = index_of(chain, "head")
+    with torch.no_grad():
+        inputs = run(chain[:start], images)
+    what = (chain, (3, 16, 16), start, inputs, labels, update.gradients)
+    values, entries = (
+        float(ForwardLoss(*what, uses_gradients=True, observed=known)(images)[1].detach())
+        for known in (None, observed(update, net))
+    )
+    assert entries < 1e-6 < 1e-2 < values
+
+
+def test_a_layer_of_which_nothing_was_sent_is_left_out():
+    net = build_model("lenet", image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    images, labels = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([3, 5])
+    gradients = dict(share_update(net, "lenet", images, labels, 10).gradients)
+    gradients["conv1.weight"] = torch.zeros_like(gradients["conv1.weight"])
+    chain = stages(net)
+    with torch.no_grad():
+        inputs = run(chain[: index_of(chain, "head")], images)
+    loss = ForwardLoss(chain, (3, 16, 16), index_of(chain, "head"), inputs, labels, gradients, uses_gradients=True)
+    assert len(loss.weights) == 2
+    assert float(loss(images)[1].detach()) < 1e-6
