@@ -143,7 +143,8 @@ class ForwardLoss:
         gradients: of the update, by parameter name; layers that have none are left out.
         uncertainty: relative error of the inputs. Behind a ReLU what is smaller is taken for zero.
         uses_gradients: whether they are matched; None: where they are needed and right, see above.
-        observed: what the update's entries say of the gradient, if not its values.
+        observed: what the update's entries say of the gradient, if some were left out. Rounded ones are matched as they
+            were sent: with what is known of the rounding LeNet has 0.6 dB less, in evaluations that take twice as long.
 
     `uncertainty`, the attribute, is the root of the activations' term that the error of the inputs leaves at the truth;
     `grey` are the images (B, C, H, W) that all terms are measured by.
@@ -190,7 +191,7 @@ class ForwardLoss:
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
-        self.entries = replace(observed, sent=sent, relative=True) if observed else Entries(sent)
+        self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
         self.grey = inputs.new_full((len(inputs), *image_shape), GREY)
         self.units = [max(float(unit.detach()), LEAST) for unit in self._errors(self.grey, self.chain)]
         self.uncertainty = float(error.norm() / self.inputs.norm()) / math.sqrt(self.units[0])
