@@ -192,6 +192,7 @@ class ForwardLoss:
         self.weights = [stage.module.weight for stage in layers]
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
         self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
+        self.sizes = [q.square().sum() for q in sent]
         self.grey = inputs.new_full((len(inputs), *image_shape), GREY)
         self.units = [max(float(unit.detach()), LEAST) for unit in self._errors(self.grey, self.chain)]
         self.uncertainty = float(error.norm() / self.inputs.norm()) / math.sqrt(self.units[0])
@@ -210,8 +211,8 @@ class ForwardLoss:
         if self.weights:
             mean = (z * self.delta).sum() / len(images)
             own = torch.autograd.grad(mean, self.weights, create_graph=True)
-            sizes = (q.square().sum() for q in self.entries.sent)
-            errors += (self.entries.of_one(p, at) / size for at, (p, size) in enumerate(zip(own, sizes, strict=True)))
+            layers = enumerate(zip(own, self.sizes, strict=True))
+            errors += (self.entries.of_one(p, at) / size for at, (p, size) in layers)
         return errors
 
 

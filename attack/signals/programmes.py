@@ -170,9 +170,9 @@ def pinned(span: Span, along: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor]
         c: (N, dim A), near them.
     """
     rows, used = _used(span.basis)
-    rays, zeros = np.empty(c.shape), np.zeros((len(c), len(rows)), dtype=bool)
-    for i, ray in enumerate(c.cpu().numpy()):
-        direction, silent = _pinned(rows[used], ray) if len(ray) > 1 else (ray / np.linalg.norm(ray), [])
+    rays, zeros = c.cpu().numpy().copy(), np.zeros((len(c), len(rows)), dtype=bool)
+    for i, ray in enumerate(rays if c.shape[1] > 1 else []):
+        direction, silent = _pinned(rows[used], ray)
         rays[i], zeros[i, used[silent]] = (direction @ ray) * direction, True
     rays = torch.from_numpy(rays).to(c)
     if along is not None:
