@@ -15,6 +15,11 @@ place. Between the layers:
 - BatchNorm in eval mode is a scale and a shift for each channel, a pool of one position nothing at all. In training
   mode it ends the walk: an image's delta below it depends on all others.
 
+Quiet images. An image that the network is sure of hardly moves the gradient, and its inputs come out accordingly: in a
+trained network's batch of 32 the loudest may be 5,000 times as loud as the quietest. The walk goes on without a few
+of them: below, their inputs are only the best that there are, and gradients are trusted no further than their share in
+them. Pixels are not to be improved on any more, so they are found of all images or of none.
+
 Every layer leaves a `Record`. Two figures decide whether it is believed: the residual of its equations, which must be
 noise, and a rehearsal, in which a known random input is put through the same equations with as much noise and must
 come back. The walk ends at the first layer that is not believed, and says why.
@@ -33,7 +38,7 @@ from attack.signals.noise import precision_of
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows
 from attack.signals.solvers import FLOOR, Alone, Way, Whole, Within, rows_of
 from attack.signals.together import NOISE, Together, beside, size_of
-from update.stages import Chain, Residual, Stage, input_shapes, run, unmixed_from
+from update.stages import Chain, Residual, Stage, input_shapes, parametrised, run, unmixed_from
 
 ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
 DOUBT = 20.0  # and up to which it may be wrong to be so, or not
@@ -46,6 +51,7 @@ COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for whe
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
 CLEARLY = 0.1  # of that: so far below it, a few changed masks need no rehearsal of their own
+BEHIND = 0.1  # share of the images that may fall behind: their pictures suffer, those of all others gain
 WORTH = 1.1  # equations for each unknown from which a block is tried as a whole: on a small net 1.11 do, 1.03 do not
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which it does not
@@ -71,8 +77,9 @@ class Record:
         equations, unknowns: how many, over the batch.
         residual: |A u - b| / |b|, rows weighted by one over their noise.
         rehearsal: largest relative error with which a known input came back.
-        noise: (B,) each image's relative error as far as it shows.
+        noise: (B,) each image's relative error as far as it shows; of those behind it says little.
         flips: entries of masks that the residual decided otherwise.
+        behind: images that are not believed here, quiet as they are.
         iterations: of the last solve.
         seconds: wall time.
     """
@@ -86,6 +93,7 @@ class Record:
     rehearsal: float = math.nan
     noise: Tensor = field(default_factory=lambda: torch.zeros(0))
     flips: int = 0
+    behind: int = 0
     iterations: int = 0
     seconds: float = 0.0
 
@@ -292,6 +300,7 @@ class LayerSource:
         precision: relative error of each entry of G.
         additive: and absolute, of B G.
         left_out: (c_out,) channels whose gradient rows are not used.
+        doubt: (B,) relative error of each image's delta, for the images that have fallen behind; zero for all others.
     """
 
     name: str
@@ -302,6 +311,7 @@ class LayerSource:
     precision: float
     additive: float
     left_out: Tensor
+    doubt: Tensor
 
     @property
     def _columns(self) -> tuple[int, ...]:
@@ -325,8 +335,16 @@ class LayerSource:
         length = self.gradient.flatten(1).square().mean(1).sqrt()  # (c_out,)
         noise = (self.precision * length).maximum(length.new_tensor(self.additive))
         noise = (noise * self._rounding()).clamp(min=self.precision * CANCELLED * float(length.max()))
+        noise = noise.hypot(self._in_doubt(length))
         weights = torch.where(self.left_out | (length == 0), 0.0, 1 / noise)
         return weights.view(-1, *(1,) * (self.gradient.dim() - 1))
+
+    def _in_doubt(self, length: Tensor) -> Tensor:
+        """(c_out,) what may be wrong in gradient rows of that length for the images that have fallen behind."""
+        both = self.above.delta.abs(), self.above.asleep.abs()
+        loud, asleep = (t.flatten(2).sum(2) if t.dim() > 2 else t for t in both)  # (B, c_out)
+        unit = (length / loud.sum(0).clamp(min=1e-300)).median()
+        return unit * (self.doubt @ (loud + asleep))
 
     def _rounding(self) -> Tensor:
         """(c_out,) units of rounding that each channel's delta has, its strong entries above all."""
@@ -543,6 +561,9 @@ def descend(
             if _is_elementwise(stage.module):
                 point = below(stage.module, point, shapes[index])
                 continue
+            walk.needs_all = not any(parametrised(chain[:index]))
+            if walk.needs_all and walk.behind.any():
+                raise UndeterminedError(f"pixels come of all images or of none: {int(walk.behind.sum())} are behind")
             is_after_relu = after_relu(chain[:index])
             sources, way = walk.sources(stage, point, shapes[index], is_after_relu)
             u, sources = walk.solve(stage.name, sources, way, is_after_relu)
@@ -599,7 +620,10 @@ class _Walk:
         self.update, self.generator, self.deadline = update, generator, deadline
         self.records: list[Record] = []
         self.inner: dict[str, Tensor] = {}
+        self.inner_errors = torch.zeros(update.batch_size)  # relative, of what the last body's highest layer took in
         self.noises: dict[str, Tensor] = {}
+        self.behind, self.needs_all = torch.zeros(update.batch_size, dtype=torch.bool), False
+        self.errors = torch.zeros(update.batch_size, dtype=torch.float64)  # relative, of the last layer solved
         self.noise = torch.zeros(0)  # of the last layer solved, of its input's shape
 
     def sources(
@@ -612,9 +636,14 @@ class _Walk:
         block = _Block(stage.module, point, shape, is_after_relu)
         body, output, flips, way = self._branch(stage.module.body, point.untold(), shape, block)
         point = point.flipped(flips)
-        rest = point.untold() if output is None else replace(point, values=point.values - output)
+        rest = point.untold() if output is None else self._without(output, point)
         shortcut, _, _, _ = self._branch(stage.module.shortcut, rest, shape, block)
         return [*body, *shortcut], way or alone
+
+    def _without(self, output: Tensor, point: Point) -> Point:
+        """What the shortcut has put out, as exactly as what the body has is known."""
+        errors = beside(self.inner_errors.to(output), output) * _size(output)
+        return replace(point, values=point.values - output, noise=point.noise.hypot(errors))
 
     def _layer(self, stage: Stage, point: Point, shape: tuple[int, ...]) -> LayerSource:
         module = stage.module
@@ -632,6 +661,7 @@ class _Walk:
             precision=self.update.precision(stage.name),
             additive=self.update.additive * self.update.batch_size,
             left_out=torch.zeros(width, dtype=torch.bool, device=point.values.device),
+            doubt=self.doubt.to(point.values),
         )
 
     def _branch(
@@ -661,7 +691,7 @@ class _Walk:
             if isinstance(way, Within):
                 onward = Whole(way.together, rows_of(solved))
             if output is None:
-                output = run(chain[index:], u)
+                output, self.inner_errors = run(chain[index:], u), self.errors
                 if same_mask:  # the ReLU behind the block is the one that these equations have judged
                     flips = (solved[0].above.delta != sources[0].above.delta).view_as(flips)
             self.inner[stage.name] = u
@@ -695,7 +725,7 @@ class _Walk:
             self._record(name, f"{equations} equations for {unknowns} unknowns", equations, unknowns, began=began)
         taken, noise = sources, way.noise(sources)
         error = way.rehearsed(sources, noise) if way.is_linear else None
-        if error is not None and not float(error.max()) < DETERMINED:
+        if error is not None and not self._is_determined(error):
             self._record(name, _comes_back(error), equations, unknowns, math.nan, float(error.max()), began=began)
         u, solution, sources = self._settle(taken, way, NOISE * noise)
         if not solution.residual < NOISE * noise:
@@ -705,25 +735,42 @@ class _Walk:
         flips = sum(_changes(old, new) for old, new in zip(taken, sources, strict=True))
         if error is not None:
             error = error * max(1.0, solution.residual / noise)  # the equations are linear, and so are errors in noise
-        if error is None or (flips and not float(error.max()) < DETERMINED * CLEARLY):
+        if error is None or (flips and not self._worst(error) < DETERMINED * CLEARLY):
             error = way.rehearsed(sources, max(noise, solution.residual))
         self.noise = noise_of(u, way.spread(sources, u, solution, error), is_after_relu)
         self.noises[name] = self.noise
-        errors = (_size(self.noise) / _size(u)).flatten()
+        errors = self.errors = (_size(self.noise) / _size(u)).flatten().cpu()
         reason = ""
         if solution.stopped == "deadline":
             reason = "no time was left"
-        elif not float(error.max()) < DETERMINED:
+        elif not self._is_determined(error):
             reason = _comes_back(error)
         elif not solution.residual < (max(TRUSTED, CONTRADICTED * noise) if way.is_linear else NOISE * noise):
             reason = f"its equations contradict each other by {solution.residual:.1e}"
-        elif not float(errors.max()) < DETERMINED:
+        elif not self._is_determined(errors):
             reason = f"it came out with an error of {float(errors.max()):.1e} of its size"
         self._record(
             name, reason, equations, unknowns, solution.residual, float(error.max()), errors, flips,
-            solution.iterations, began=began,
+            int(self.behind.sum()), solution.iterations, began=began,
         )  # fmt: skip
         return u, sources
+
+    @property
+    def doubt(self) -> Tensor:
+        """(B,) of the images that have fallen behind: with errors e, so is a share e of their masks, about."""
+        return torch.where(self.behind, self.errors.clamp(max=1).sqrt(), 0.0)
+
+    def _is_determined(self, error: Tensor) -> bool:
+        """Whether relative errors (B,) are small, but for a few images that fall behind; these are noted."""
+        behind = self.behind | ~(error < DETERMINED).cpu()
+        if int(behind.sum()) > (0 if self.needs_all else BEHIND * len(behind)):
+            return False
+        self.behind = behind
+        return True
+
+    def _worst(self, error: Tensor) -> float:
+        """The largest of those that have not fallen behind."""
+        return float(error.cpu()[~self.behind].max())
 
     def _settle(self, sources: list[Source], way: Way, enough: float) -> tuple[Tensor, Solution, list[Source]]:
         """Solve; if the residual is more than enough, let it decide the doubtful masks, and solve again."""

@@ -1,4 +1,5 @@
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -177,7 +178,8 @@ def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it
     wrong, asleep = (1, 5, 2, 2), torch.zeros_like(delta)
     asleep[wrong], delta[wrong] = delta[wrong].item(), 0.0
     above = replace(point(linear.outputs(truth), delta), asleep=asleep, margin=torch.ones_like(delta))
-    source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, torch.zeros(24).bool())
+    whole = {"left_out": torch.zeros(24).bool(), "doubt": 0 * double(2)}
+    source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, **whole)
     operator, target = stack(source.rows()[:1])
     u = cgls(operator, target, torch.zeros_like(truth), iterations=200).x
     assert (u - truth).norm() > 1e-2 * truth.norm()
@@ -300,6 +302,44 @@ def test_a_sigmoid_mlp_gives_its_pixels():
     descent, truth, _ = walk(net, 4, "hidden2", noise=1e-9)
     assert descent.deepest <= 1
     assert (descent.inputs[1] - truth[1]).norm() < 1e-2 * truth[1].norm()
+
+
+def with_a_quiet_image(loudness):
+    """A walk with ten images, of the first of which the network is so sure that its error is about so small.
+
+    Returns what the walk found, and the relative errors (10,) and the name of the deepest inputs.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = nn.Linear(768, 96), nn.Sigmoid(), nn.Linear(96, 32), nn.Sigmoid(), nn.Linear(32, 10)
+        net = nn.Sequential(nn.Flatten(), *sizes).eval()
+    with torch.no_grad():
+        net[-1].bias[0] -= math.log(loudness)
+    data = replace(batch(10), labels=torch.arange(10))
+    update = share_update(net, "net", data.images, data.labels, 10)
+    chain = stages(copy.deepcopy(net).double())
+    with torch.no_grad():
+        truth = [run(chain[:index], data.images.double()) for index in range(len(chain))]
+    start, given = len(chain) - 1, Update(update.gradients, 10)
+    descent = descend(chain, (3, 16, 16), given, start, truth[start], data.labels, generator=generator())
+    at = descent.deepest
+    error = (descent.inputs[at] - truth[at]).flatten(1).norm(dim=1) / truth[at].flatten(1).norm(dim=1)
+    return descent, error, chain[at].name
+
+
+def test_the_walk_goes_on_without_an_image_that_is_too_quiet():
+    descent, error, name = with_a_quiet_image(1e-6)
+    assert name == "3"
+    assert [record.behind for record in descent.records if record.determined] == [1]
+    assert float(error[0]) > 1e-2 > 100 * float(error[1:].max())
+    assert "pixels come of all images or of none" in descent.records[-1].reason
+
+
+def test_no_image_falls_behind_that_can_be_heard():
+    descent, error, _ = with_a_quiet_image(1e-2)
+    assert all(record.determined and not record.behind for record in descent.records)
+    assert descent.deepest <= 1
+    assert float(error.max()) < 1e-2
 
 
 # ----------------------------------------------------------------------------------------------------
