@@ -78,8 +78,20 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
         if not training.is_plain:
             raise ValueError("the batch size is read off one step with BatchNorm in eval mode: set --batch_size")
         update = replace(update, batch_size=count_images(update.gradients, model, shape))
+    elif training.is_plain:
+        _check_count(update, model)
     training.check(update.batch_size)
     return update, model
+
+
+def _check_count(update: SharedUpdate, model: nn.Module) -> None:
+    """Fewer images than given may show in ranks, where some leave no gradient; more cannot."""
+    try:
+        counted = count_images(update.gradients, model, update.image_shape)
+    except ValueError:  # the ranks do not tell
+        return
+    if counted > update.batch_size:
+        raise ValueError(f"--batch_size {update.batch_size}: the update's ranks are those of {counted} images")
 
 
 def _rate(settings: argparse.Namespace) -> float:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from update.models import place_of
 
 INTERRUPTED = 130  # exit status
+PAIR = 2  # images that work is counted on: BatchNorm in training mode refuses one alone
 FLOPS_PER_THREAD = 2e8  # of a batch's forward pass (measured): with less to do, threads mostly wait for each other
 
 
@@ -60,8 +61,9 @@ def enough_threads(model: nn.Module, batch_size: int, image_shape: tuple[int, ..
     before = torch.get_num_threads()
     if place_of(model)["device"].type == "cpu":
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(1, *image_shape, **place_of(model)))
-        torch.set_num_threads(min(before, max(1, int(batch_size * counter.get_total_flops() / FLOPS_PER_THREAD))))
+            model(torch.zeros(PAIR, *image_shape, **place_of(model)))
+        work = batch_size / PAIR * counter.get_total_flops()
+        torch.set_num_threads(min(before, max(1, int(work / FLOPS_PER_THREAD))))
     try:
         yield
     finally:

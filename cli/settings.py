@@ -52,6 +52,11 @@ def resolve(
         settings = _resumed(settings, given, defaults)
     if is_file(settings.model) and settings.model not in (given.get("model"), defaults["model"]):
         raise ValueError(f"the run began with --model {settings.model}, a file that is run only if you name it again")
+    for name in ("update", "weights"):
+        if getattr(settings, name) == "":
+            raise ValueError(f"--{name} is empty: a file is needed")
+    if settings.update and given.get("save_update"):
+        raise ValueError("--save_update writes what a simulated client sends: with --update there is none")
     if settings.update:
         if not settings.resume:
             settings.defence = given.get("defence")

@@ -59,7 +59,11 @@ def example_gradients(
     def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return batch_loss(functional_call(model, weights, (image[None],)), label[None]).sum()
 
-    return vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
+    try:
+        return vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
+    except RuntimeError:  # a model from outside may do what vmap cannot: one example after the other
+        own = [grad(loss)(weights, image, label) for image, label in zip(images, labels, strict=True)]
+        return {name: torch.stack([gradients[name] for gradients in own]) for name in weights}
 
 
 def epsilon(sigma: float, *, rate: float, rounds: int, delta: float) -> float:

@@ -12,6 +12,7 @@ that the audit gets, beside the model and the weights that the server itself sen
 import subprocess
 import sys
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,8 @@ def simulate() -> None:
 
 def main() -> int:
     """The simulation, then the audit of the update that was kept. Returns the exit status."""
+    if find_spec("flwr") is None:
+        sys.exit("flower_audit.py needs Flower: pip install -r requirements-examples.txt")
     OUT.mkdir(parents=True, exist_ok=True)
     torch.save(net().state_dict(), OUT / "server.pt")
     simulate()

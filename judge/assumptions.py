@@ -29,7 +29,7 @@ def _weights(config: Mapping) -> str:
 
 def _batch(config: Mapping) -> str:
     images = "1 image" if config["batch_size"] == 1 else f"{config['batch_size']} images"
-    return f"{images}. The server is taken to know how many."
+    return f"{images}. The server is taken to know how many, where the ranks of its gradients do not say it."
 
 
 def _images(config: Mapping) -> str:

@@ -41,9 +41,10 @@ def defended_row(defence: str, change: float, folder: Path, first: Path) -> dict
     row = _row(defence, facts, change) | {"run": name}
     names = first_pictures(facts["images"])
     if not facts["truth_known"] and row["level"] != verdict.FAILED:
-        figures = _likeness(first, folder, len(facts["images"]))
-        row |= {"likeness": float(np.mean(figures["ssim"]))}
-        row |= {"level": verdict.similarity_level(figures["ssim"], row["signals_found"])}
+        figures, guesses = _likeness(first, folder, len(facts["images"]))
+        level = verdict.similarity_level(figures, guesses, row["signals_found"])
+        row |= {"likeness": float(np.mean(figures["ssim"])), "level": level}
+        row |= {} if level else {"note": verdict.NOTHING_SHOWN}
         names = [facts["images"][index]["reconstruction"] for index in figures["assignment"][:STRIP]]
     return row | {"pictures": [f"{name}/{picture}" for picture in names]}
 
@@ -71,8 +72,8 @@ def _row(defence: str, facts: Mapping, change: float) -> dict:
     }
 
 
-def _likeness(first: Path, second: Path, count: int) -> dict:
-    """How alike the images of two runs are, by the figures of `metrics.evaluate`."""
+def _likeness(first: Path, second: Path, count: int) -> tuple[dict, list[float]]:
+    """How alike the images of two runs are, by the figures of `metrics.evaluate`, and a guess those of the first."""
     pictures = [read_images(path / f"images/rec_{i:03d}.png" for i in range(count)) for path in (first, second)]
     nothing = torch.zeros(count, dtype=torch.long)
-    return metrics.evaluate(pictures[0], nothing, pictures[1], nothing)
+    return metrics.evaluate(pictures[0], nothing, pictures[1], nothing), metrics.guess_psnr(pictures[0])

@@ -190,18 +190,28 @@ def _images(count: int, total: int) -> str:
 # Defences
 
 
-def similarity_level(ssim: Sequence[float], told_apart: int) -> str:
+def similarity_level(figures: Mapping, guesses: Sequence[float], told_apart: int) -> str | None:
     """What came of an attack on a defended update without the truth: `apart`, `same` or `other`.
 
+    None where the undefended reconstructions are so flat or so alike that nothing in them could be seen again: those of
+    an attack that has hardly begun come out with any defence.
+
     Args:
-        ssim: of each reconstruction from the undefended update with its match from the defended one.
+        figures: lists `psnr` and `ssim` of each reconstruction from the undefended update and its match from the
+            defended one.
+        guesses: the PSNR that a guess has of the former, see `metrics.guess_psnr`.
         told_apart: images that the attack tells apart in the defended update.
     """
     if told_apart:
         return "apart"
-    return "same" if max(ssim) >= RECOVERED_SSIM else "other"
+    if min(guesses) > SHOWS:
+        return None
+    levels = map(level_of, figures["psnr"], figures["ssim"], guesses)
+    return "same" if {"exact", "recognisable"} & set(levels) else "other"
 
 
+SHOWS = 20.0  # dB that a guess has, up to which a picture shows something; of photographs it has 8 to 18
+NOTHING_SHOWN = "not compared: the pictures that come out without a defence show nothing that could be seen again"
 SIMILARITIES = {"same": "Same pictures", "other": "Other pictures"}
 STOPPED = ("none", "other")  # levels at which a defence stopped this attack
 

@@ -350,7 +350,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     """Copy named weights into `model`.
 
     Raises:
-        ValueError: a name is missing, unknown or of another shape; `source` says where they came from.
+        ValueError: a name is missing, unknown, of another shape or not finite; `source` says where they came from.
     """
     own = model.state_dict()
     for name in [*own, *(name for name in weights if name not in own)]:
@@ -363,6 +363,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
                 f"{source}: weight {name!r} has shape {tuple(weights[name].shape)}, "
                 f"the model needs {tuple(own[name].shape)}"
             )
+        if not torch.isfinite(weights[name]).all():
+            raise ValueError(f"{source}: weight {name!r} is not finite")
         if own[name].is_floating_point() != weights[name].is_floating_point() or weights[name].is_complex():
             raise ValueError(
                 f"{source}: weight {name!r} holds {weights[name].dtype}, the model needs {own[name].dtype}"

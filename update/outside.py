@@ -75,12 +75,17 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
         raise ValueError(
             f"{name} has {logits.shape[1]} classes, not {num_classes}: set --num_classes {logits.shape[1]}"
         )
+    for own, values in model.state_dict().items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"{name}: weight {own!r} is not finite")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not logits.requires_grad:
         raise ValueError(f"{name} has no parameter that is trained")
-    for parameter, gradient in zip(
-        parameters, torch.autograd.grad(logits.sum(), parameters, allow_unused=True), strict=True
-    ):
+    try:
+        gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
+    except RuntimeError as error:
+        raise ValueError(f"{name} cannot be differentiated: {_first_line(error)}") from None
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     verify(model, images)
 
@@ -107,6 +112,8 @@ def _executed(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"model_from_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)  # the file may import its neighbours, at once or when the model is made
     spec.loader.exec_module(module)
     return module
 

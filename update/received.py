@@ -55,6 +55,9 @@ def averaged_gradients(
     """
     parameters, state = trainable(model), model.state_dict()
     tensors = named(tensors, [*(state if len(tensors) == len(state) else parameters)], source)
+    if not tensors.keys() & state.keys():
+        begins, first = f"begins with {next(iter(tensors))!r}" if tensors else "holds nothing", next(iter(state))
+        raise StorageError(f"{source}: it has none of the model's parameters: it {begins}, the model with {first!r}")
     for name, parameter in parameters.items():
         if name not in tensors:
             raise StorageError(f"{source}: {name!r} is missing; name it with --frozen if the client does not train it")

@@ -6,6 +6,7 @@ Files of other programs are read as well: `.npz` whose arrays have no names, and
 
 import itertools
 import os
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -75,16 +76,24 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except DAMAGED as error:
         raise StorageError(f"{path} is damaged or not a {path.suffix} file: {error}") from None
     try:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if not name.startswith(_METADATA)}
+        numbers = {name: array for name, array in arrays.items() if not name.startswith(_METADATA)}
+        tensors = {name: torch.from_numpy(_in_order(array)) for name, array in numbers.items()}
     except TypeError as error:
         raise StorageError(f"{path} holds an array that is not of numbers: {error}") from None
     text = {name.removeprefix(_METADATA): str(array) for name, array in arrays.items() if name.startswith(_METADATA)}
     return tensors, text
 
 
+def _in_order(array: object) -> object:
+    """An array with its bytes in this machine's order; whatever else a file holds as it is."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False) if isinstance(array, np.ndarray) else array
+
+
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that are refused anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise StorageError(f"{path} is damaged or cannot be loaded safely: {reason}") from None
@@ -95,6 +104,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     for name, tensor in content.items():
         if not isinstance(tensor, Tensor):
             raise StorageError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
+            raise StorageError(f"{path}: {name!r} is not a dense tensor of numbers")
     return {name: tensor.detach() for name, tensor in content.items()}
 
 

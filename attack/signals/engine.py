@@ -106,6 +106,7 @@ class _Reader:
         tick: Callable[[], object],
     ) -> None:
         self.update, self.model, self.generator, self.tick = update, model, generator, tick
+        stages(model)  # refuses one that is not what its graph says, which a copy would not show
         self.began = time.perf_counter()
         self.deadline = self.began + min(max_seconds, LONGEST)
         self.chain: list[Stage] = stages(copy.deepcopy(model).double().requires_grad_(False))
@@ -329,24 +330,32 @@ class _Reader:
         row |= facts | {"note": "; ".join(notes), "seconds": row["seconds"] + facts.get("seconds", 0.0)}
 
     def _note_walk(self, record: Record) -> None:
-        noise = float(record.noise.max()) if len(record.noise) else None
+        noise, row = float(record.noise.max()) if len(record.noise) else None, self._row_of(record.name)
+        if row is None:
+            self._note(next(iter(self.rows)), record.reason)
+            return
+        known = f"known from above, but of {record.behind} images" if record.behind else "known from above"
         self._note(
-            self._row_of(record.name),
-            record.reason or "known from above",
+            row,
+            record.reason or known,
             determined=record.determined,
             residual=None if math.isnan(record.residual) else record.residual,
             uncertainty=noise,
             seconds=record.seconds,
         )
 
-    def _row_of(self, name: str) -> str:
-        """The layer whose inputs the walk has sought at a stage: the first of a block, the one below a pool."""
+    def _row_of(self, name: str) -> str | None:
+        """The layer whose inputs the walk has sought at a stage: the first of a block, the one below a pool.
+
+        None where no layer is left below.
+        """
         if name in self.rows:
             return name
         index = index_of(self.chain, name)
         if isinstance(self.chain[index].module, Residual):
             return next(parametrised([self.chain[index]])).name
-        return [stage.name for stage in parametrised(self.chain[:index])][-1]
+        below = [stage.name for stage in parametrised(self.chain[:index])]
+        return below[-1] if below else None
 
     def _why_not(self) -> str:
         """In a line, what came of each layer that was asked, and how many were not worth asking."""

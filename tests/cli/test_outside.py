@@ -61,6 +61,38 @@ def pair():
         def forward(self, x):
             return super().forward(x), x
     return Pair()
+
+class Hidden(Net):
+    # changes a tensor in place that it uses again, which its graph does not show
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        functional.relu_(x)
+        return self.fc2(functional.relu(self.fc1(x.view(-1, 8 * 8 * 8))))
+
+class Deciding(Net):
+    # what neither torch.fx nor vmap can take
+    def forward(self, x):
+        return super().forward(x if x.mean() > 0 else -x)
+
+def pooled():
+    return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(3 * 8 * 8, 40), nn.ReLU(), nn.Linear(40, 10))
+
+def endless():
+    net = Net()
+    net.fc1.weight.data[0, 0] = float("inf")
+    return net
+
+def overwriting():
+    class Overwriting(Net):
+        def forward(self, x):
+            y = functional.relu(super().forward(x))
+            z = y.square()
+            y += 1
+            return z
+    return Overwriting()
+
+def narrow_norm():
+    return nn.Sequential(nn.Flatten(), nn.Linear(768, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 10))
 """
 FLAGS = ["--num_classes", 10, "--image_size", 16]
 
@@ -97,6 +129,30 @@ def test_a_model_that_cannot_be_walked_gets_the_loop_and_says_why(cli, net_file)
     assert "function cat cannot be walked" in cli.error("--model", f"{net_file}:tokens", "--signals", "on")
 
 
+def test_what_a_graph_hides_is_not_walked(cli, net_file):
+    run = cli("--model", f"{net_file}:Hidden", *SIGNALS)
+    assert "its graph is not what it computes" in cli.out
+    assert metrics_of(run)["steps"] == 4
+
+
+def test_a_walk_that_ends_at_the_images_says_so(cli, net_file):
+    run = cli("--model", f"{net_file}:pooled", *SIGNALS, "--labels", "unique")
+    assert metrics_of(run)["signals_found"] == 3
+
+
+def test_a_file_may_import_its_neighbours(cli, net_file):
+    (net_file.parent / "a_neighbour.py").write_text("from net import Net\n")
+    cli("--model", f"{net_file.parent / 'a_neighbour.py'}:Net")
+
+
+def test_one_value_for_each_channel_is_enough_for_batch_statistics(cli, net_file):
+    cli("--model", f"{net_file}:narrow_norm", "--bn", "train")
+
+
+def test_examples_have_gradients_of_their_own_in_any_model(cli, net_file):
+    cli("--model", f"{net_file}:Deciding", "--defence", "dpsgd:1:0.1")
+
+
 def test_a_torchvision_model_is_explained(cli, capsys):
     flags = ["--model", "torchvision:resnet18", "--num_classes", "20", "--image_size", "64", "--batch_size", "2"]
     assert magia.main(["--explain", *flags, "--channels", "3", "--save_dir", str(cli.folder)]) == 0
@@ -115,6 +171,10 @@ def test_a_torchvision_model_is_explained(cli, capsys):
         ("--model {}x.py:Net", ["no such file"]),
         ("--model {}:narrow", ["narrow does not take images of 3x16x16"]),
         ("--model {}:pair", ["puts out tuple"]),
+        ("--model {}:endless", ["endless: weight 'fc1.weight' is not finite"]),
+        ("--model {}:overwriting", ["overwriting cannot be differentiated"]),
+        ("--update=", ["--update is empty"]),
+        ("--weights=", ["--weights is empty"]),
         ("--model {}:Net --num_classes 11", ["has 10 classes, not 11: set --num_classes 10"]),
         ("--model {}:Net --mean 1,2", ["--mean has 2 numbers: images have 3 channels"]),
         ("--model {}:Net --depth 3", ["--depth is no option"]),
@@ -296,7 +356,10 @@ def with_nan(tensors):
 
 WRONG = {
     "a missing name": (lambda t: without(t, "conv2.weight"), ["'conv2.weight' is missing"]),
-    "another model": (lambda t: {f"body.{name}": tensor for name, tensor in t.items()}, ["'conv1.weight' is missing"]),
+    "another model": (
+        lambda t: {f"body.{name}": tensor for name, tensor in t.items()},
+        ["none of the model's parameters", "begins with 'body.conv1", "the model with 'conv1.weight'"],
+    ),
     "one name too many": (lambda t: t | {"extra": torch.ones(1)}, ["'extra' is not in the model"]),
     "transposed": (
         lambda t: t | {"head.weight": t["head.weight"].T.contiguous()},
@@ -309,7 +372,7 @@ WRONG = {
         ["'head.weight' has shape (7, 192), the model needs (10, 192)"],
     ),
     "whole numbers": (lambda t: t | {"conv1.bias": torch.ones(12).int()}, ["'conv1.bias' must hold floating-point"]),
-    "no name": (lambda t: {}, ["'conv1.weight' is missing"]),
+    "no name": (lambda t: {}, ["none of the model's parameters", "holds nothing"]),
 }
 
 
@@ -322,6 +385,40 @@ def test_an_update_that_does_not_fit_is_one_line(cli, tmp_path, case, form):
     message = cli.error("--update", path, *client.flags)
     assert all(word in message for word in [path.name, *words]), message
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("form", ["named.npz", "named.safetensors", "named.pt"])
+def test_weights_that_are_not_finite_are_named(cli, tmp_path, form):
+    client = Client(tmp_path, model="lenet")
+    weights = client.write(with_nan(client.state), form).rename(tmp_path / f"weights{form[form.index('.') :]}")
+    words = ["--update", client.write(client.tensors("gradient"), form), *client.flags, "--weights", weights]
+    assert "weight 'conv2.weight' is not finite" in cli.error(*words)
+
+
+def test_a_batch_size_that_the_ranks_contradict_is_refused(cli, tmp_path):
+    client = Client(tmp_path, model="lenet")
+    words = ["--update", client.write(client.tensors("gradient"), "named.npz"), *client.flags]
+    assert "--batch_size 2: the update's ranks are those of 3 images" in cli.error(*words, "--batch_size", 2)
+    cli(*words, "--batch_size", 4)  # one may have left no gradient
+
+
+def test_a_received_update_is_not_saved_again(cli, tmp_path):
+    client = Client(tmp_path, model="lenet")
+    words = ["--update", client.write(client.tensors("gradient"), "named.npz"), *client.flags]
+    assert "--save_update" in cli.error(*words, "--save_update", tmp_path / "again.npz")
+
+
+def test_sparse_tensors_are_refused_by_name(cli, tmp_path):
+    client = Client(tmp_path, model="lenet")
+    tensors = client.tensors("gradient")
+    tensors["head.weight"] = tensors["head.weight"].to_sparse()
+    message = cli.error("--update", client.write(tensors, "named.pt"), *client.flags)
+    assert "'head.weight' is not a dense tensor" in message
+
+
+def test_bytes_in_another_order_are_the_same_numbers(tmp_path):
+    np.savez(tmp_path / "a.npz", a=np.arange(5, dtype=">f4"))
+    assert torch.equal(read_tensors(tmp_path / "a.npz")[0]["a"], torch.arange(5, dtype=torch.float32))
 
 
 class Touch:

@@ -16,6 +16,7 @@ from judge.verdict import (
     counts_of,
     level_of,
     percent,
+    similarity_level,
     stops,
     verdict,
 )
@@ -162,3 +163,11 @@ def test_every_level_of_the_documentation_is_one():
         f"`{level}`" in page
         for level in ("exact", "recognisable", "traces", "none", "read", "apart", "unknown", "failed")
     )
+
+
+def test_pictures_that_show_nothing_are_not_seen_again():
+    flat = {"psnr": [35.0, 30.0], "ssim": [0.9, 0.8]}
+    assert similarity_level(flat, [40.0, 33.0], 0) is None
+    assert similarity_level(flat, [40.0, 33.0], 1) == "apart"
+    assert similarity_level(flat, [40.0, 12.0], 0) == "same"
+    assert similarity_level({"psnr": [14.0], "ssim": [0.7]}, [12.0], 0) == "other"  # smooth pictures are alike by SSIM
