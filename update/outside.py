@@ -33,6 +33,14 @@ def is_file(name: str) -> bool:
     return FILE.fullmatch(name) is not None
 
 
+def is_same(name: str, other: object) -> bool:
+    """Whether two names are of the same model, however the way to its file is spelt."""
+    if name == other or not (is_file(name) and isinstance(other, str) and is_file(other)):
+        return name == other
+    (path, factory), (path_too, factory_too) = (FILE.fullmatch(each).groups() for each in (name, other))
+    return factory == factory_too and Path(path).resolve() == Path(path_too).resolve()
+
+
 def outside_model(name: str, *, num_classes: int, generator: torch.Generator) -> nn.Module:
     """A model from outside in eval mode, float32 on the CPU.
 

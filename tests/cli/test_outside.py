@@ -209,6 +209,14 @@ def test_a_file_is_run_only_where_the_user_names_it(cli, net_file, tmp_path):
     assert marker.exists()
 
 
+def test_a_file_is_the_same_however_it_is_spelt(cli, net_file):
+    run = cli("--model", f"{net_file}:Net")
+    other = f"{net_file.parent / '..' / net_file.parent.name / net_file.name}:Net"
+    cli("--resume", run, "--model", other, "--n_iter", 5)
+    assert metrics_of(run)["steps"] == 5
+    assert "began with" in cli.error("--resume", run, "--model", f"{net_file}:Tokens")
+
+
 # ----------------------------------------------------------------------------------------------------
 # Updates
 
