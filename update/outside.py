@@ -74,9 +74,11 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
     images = torch.rand(PROBES, *image_shape, generator=seeded)
     shape = "x".join(map(str, image_shape))
     try:
-        logits = model(images)
+        logits, again = model(images), model(images)
     except Exception as error:  # the model's own code runs here
         raise ValueError(f"{name} does not take images of {shape}: {_first_line(error)}") from None
+    if isinstance(logits, Tensor) and not torch.equal(torch.nan_to_num(again), torch.nan_to_num(logits)):
+        raise ValueError(f"{name} gives other logits for the same images in eval mode: it draws random numbers")
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != PROBES:
         raise ValueError(f"{name} puts out {_kind(logits)} for {PROBES} images of {shape}, not logits (B, K)")
     if logits.shape[1] != num_classes:

@@ -95,7 +95,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # of pickles that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
-        reason = str(error).partition("\n")[0].partition(". ")[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise StorageError(f"{path} is damaged or cannot be loaded safely: {reason}") from None
     if isinstance(content, (list, tuple)):
         content = {f"{UNNAMED}{index}": tensor for index, tensor in enumerate(content)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from attack.signals import solvers
 from attack.signals.explain import explain
 from attack.signals.layers import LayerSource, Point, Update, below, descend, noise_of, without_noise
 from attack.signals.leastsquares import Product, cgls, refined
@@ -253,6 +254,16 @@ def test_the_walk_goes_through_a_residual_block(activation):
     assert [record.name for record in descent.records][:2] == ["b", "add"]
     assert all(record.determined and record.residual < 1e-5 for record in descent.records[:2])
     assert "b" in descent.inner
+
+
+@pytest.mark.parametrize(("patient", "is_known"), [(2, False), (100, True)])
+def test_an_input_on_its_way_gets_more_iterations(monkeypatch, patient, is_known):
+    monkeypatch.setattr(solvers, "ITERATIONS", (2, 2))
+    monkeypatch.setattr(solvers, "PATIENT", patient)
+    descent, _, _ = walk(small_net(nn.Tanh), 2, "last")
+    block = descent.records[1]
+    assert (block.name, block.determined) == ("add", is_known)
+    assert is_known == (block.iterations > 2)
 
 
 def test_what_a_relu_set_to_zero_is_zero_without_the_noise_of_its_own_layer():

@@ -91,6 +91,10 @@ def overwriting():
             return z
     return Overwriting()
 
+class Drawing(Net):
+    def forward(self, x):
+        return super().forward(functional.dropout(x))
+
 def narrow_norm():
     return nn.Sequential(nn.Flatten(), nn.Linear(768, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 10))
 """
@@ -172,6 +176,7 @@ def test_a_torchvision_model_is_explained(cli, capsys):
         ("--model {}:narrow", ["narrow does not take images of 3x16x16"]),
         ("--model {}:pair", ["puts out tuple"]),
         ("--model {}:endless", ["endless: weight 'fc1.weight' is not finite"]),
+        ("--model {}:Drawing", ["other logits for the same images"]),
         ("--model {}:overwriting", ["overwriting cannot be differentiated"]),
         ("--update=", ["--update is empty"]),
         ("--weights=", ["--weights is empty"]),
