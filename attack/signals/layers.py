@@ -335,7 +335,8 @@ class LayerSource:
         length = self.gradient.flatten(1).square().mean(1).sqrt()  # (c_out,)
         noise = (self.precision * length).maximum(length.new_tensor(self.additive))
         noise = (noise * self._rounding()).clamp(min=self.precision * CANCELLED * float(length.max()))
-        noise = noise.hypot(self._in_doubt(length))
+        if self.doubt.any():
+            noise = noise.hypot(self._in_doubt(length))
         weights = torch.where(self.left_out | (length == 0), 0.0, 1 / noise)
         return weights.view(-1, *(1,) * (self.gradient.dim() - 1))
 
