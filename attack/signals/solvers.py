@@ -19,8 +19,9 @@ from attack.signals.together import Together, beside, relative, size_of
 
 ITERATIONS = 300, 800  # of CGLS, least and most: determined layers take 1 to 120, barely determined ones 600
 EFFORT = 4e7  # unknowns times iterations: small layers may take more
-PATIENT = 2000  # iterations where a known input is on its way back: `layer3.0` of a ResNet-18, 224 pixels, takes 1,500
-ON_ITS_WAY = 1e-3, 0.1  # its relative error then, when the usual ones are over
+# Iterations where a known input is on its way back, and its relative error, from and to, when the usual ones are over.
+# That of `layer3.0` of a ResNet-18, 224 pixels, is 7e-2 after 300, 4e-2 after 600, 7e-4 after 2,000, 1e-5 after 3,000.
+PATIENT, ON_ITS_WAY = 2000, (1e-3, 0.1)
 EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
 FLOOR = 1.2e-7  # relative: no noise is taken for less than rounding of the float32 that the victim computed in
 
