@@ -7,7 +7,8 @@ arguments; what comes back is the model. Nothing but a file that was named in th
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -112,18 +113,27 @@ def _from_file(name: str) -> Callable[[], object]:
     path, factory = FILE.fullmatch(name).groups()
     if not Path(path).is_file():
         raise ValueError(f"--model {name}: no such file: {path}")
-    found = getattr(_called(lambda: _executed(Path(path)), name), factory, None)
+    beside = _importing_from(Path(path).resolve().parent)
+    found = getattr(_called(beside(lambda: _executed(Path(path))), name), factory, None)
     if not callable(found):
         raise ValueError(f"--model {name}: {path} has no function {factory!r}")
-    return found
+    return beside(found)
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """A file's neighbours may be imported while it is run and while its model is made; behind all that is installed."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
 
 
 def _executed(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"model_from_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
-    if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(folder)  # the file may import its neighbours, at once or when the model is made
     spec.loader.exec_module(module)
     return module
 

@@ -116,7 +116,7 @@ def test_every_kind_of_network_gives_its_images_away(name, count, net, start):
 )
 def test_a_trained_network_gives_them_away_as_well(name, net):
     scene = Scene(name, 5, trained=True, **net)
-    assert_all_read(scene, scene.read())
+    assert_all_read(scene, scene.read(), error=1e-2)  # LeNet's pixels, two convolutions below what is told apart
 
 
 @pytest.mark.parametrize(("activation", "depth"), [("sigmoid", 2), ("relu", 3)])

@@ -1,6 +1,7 @@
 """Models and updates from outside, from the command line."""
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -145,8 +146,11 @@ def test_a_walk_that_ends_at_the_images_says_so(cli, net_file):
 
 
 def test_a_file_may_import_its_neighbours(cli, net_file):
-    (net_file.parent / "a_neighbour.py").write_text("from net import Net\n")
-    cli("--model", f"{net_file.parent / 'a_neighbour.py'}:Net")
+    net_file.rename(net_file.parent / "neighbour_of_it.py")
+    net_file.write_text("def make():\n    from neighbour_of_it import Net\n    return Net()\n")
+    before = list(sys.path)
+    cli("--model", f"{net_file}:make")
+    assert sys.path == before
 
 
 def test_one_value_for_each_channel_is_enough_for_batch_statistics(cli, net_file):
