@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 
 def batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-image cross-entropy (B,) of logits (B, K), labels as class indices (B,) or as probabilities (B, K)."""
+    """Per-image cross-entropy (B,) of logits (B, K), labels as class indices (B,) or as probabilities (B, K).
+
+    Raises:
+        ValueError: other logits; a model that squeezes what it puts out has (K,) for one image.
+    """
+    if logits.dim() != 2 or len(logits) != len(labels):
+        raise ValueError(f"the model puts out {tuple(logits.shape)} for {len(labels)} images, not logits (B, K)")
     return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 

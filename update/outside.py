@@ -7,6 +7,7 @@ arguments; what comes back is the model. Nothing but a file that was named in th
 import importlib.util
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,8 @@ def outside_model(name: str, *, num_classes: int, generator: torch.Generator) ->
     """
     make = _from_torchvision(name, num_classes) if name.startswith(TORCHVISION) else _from_file(name)
     seed = int(torch.randint(2**31, (1,), generator=generator))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of coming versions: what a library says to those who call it
         torch.default_generator.manual_seed(seed)
         model = _called(make, name)
     if not isinstance(model, nn.Module):

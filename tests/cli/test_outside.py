@@ -92,6 +92,10 @@ def overwriting():
             return z
     return Overwriting()
 
+class Squeezing(Net):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
 class Drawing(Net):
     def forward(self, x):
         return super().forward(functional.dropout(x))
@@ -180,6 +184,7 @@ def test_a_torchvision_model_is_explained(cli, capsys):
         ("--model {}:narrow", ["narrow does not take images of 3x16x16"]),
         ("--model {}:pair", ["puts out tuple"]),
         ("--model {}:endless", ["endless: weight 'fc1.weight' is not finite"]),
+        ("--model {}:Squeezing --batch_size 1", ["puts out (10,) for 1 images, not logits (B, K)"]),
         ("--model {}:Drawing", ["other logits for the same images"]),
         ("--model {}:overwriting", ["overwriting cannot be differentiated"]),
         ("--update=", ["--update is empty"]),
