@@ -334,7 +334,7 @@ class _Reader:
         if row is None:
             self._note(next(iter(self.rows)), record.reason)
             return
-        known = f"known from above, but of {record.behind} images" if record.behind else "known from above"
+        known = f"known from above, but {record.behind} fell behind" if record.behind else "known from above"
         self._note(
             row,
             record.reason or known,
