@@ -14,8 +14,7 @@ from data import parse_indices
 from judge.run_directory import restore
 from schedules import Schedule
 from update.defences import Defences
-from update.outside import is_file
-from update.outside import is_same as same_model
+from update.outside import is_file, resolved
 from update.shared import SharedUpdate
 
 # What the client did is not known of an update that comes from a file. A defence can be put on top of it.
@@ -94,8 +93,8 @@ def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) ->
     if missing:
         raise ValueError(f"{path / 'config.json'} is not of a run of this program: it has no {missing[0]!r}")
     for name, value in given.items():
-        is_same = same_model(value, began[name]) if name == "model" else value == began[name]
-        if name not in RESUMABLE and not is_same:
+        spelt = resolved if name == "model" else lambda each: each
+        if name not in RESUMABLE and spelt(value) != spelt(began[name]):
             raise ValueError(f"--{name} {value}: the run to resume began with {began[name]}")
     return argparse.Namespace(**({name: began[name] for name in defaults} | given))
 

@@ -35,12 +35,10 @@ def is_file(name: str) -> bool:
     return FILE.fullmatch(name) is not None
 
 
-def is_same(name: str, other: object) -> bool:
-    """Whether two names are of the same model, however the way to its file is spelt."""
-    if name == other or not (is_file(name) and isinstance(other, str) and is_file(other)):
-        return name == other
-    (path, factory), (path_too, factory_too) = (FILE.fullmatch(each).groups() for each in (name, other))
-    return factory == factory_too and Path(path).resolve() == Path(path_too).resolve()
+def resolved(name: str) -> str:
+    """The name of a model, the way to its file spelt in the one way that is the same for all."""
+    file = FILE.fullmatch(name)
+    return f"{Path(file[1]).resolve()}:{file[2]}" if file else name
 
 
 def outside_model(name: str, *, num_classes: int, generator: torch.Generator) -> nn.Module:

@@ -624,7 +624,6 @@ class _Walk:
         self.inner_errors = torch.zeros(update.batch_size)  # relative, of what the last body's highest layer took in
         self.noises: dict[str, Tensor] = {}
         self.behind, self.needs_all = torch.zeros(update.batch_size, dtype=torch.bool), False
-        self.errors = torch.zeros(update.batch_size, dtype=torch.float64)  # relative, of the last layer solved
         self.noise = torch.zeros(0)  # of the last layer solved, of its input's shape
 
     def sources(
@@ -692,7 +691,7 @@ class _Walk:
             if isinstance(way, Within):
                 onward = Whole(way.together, rows_of(solved))
             if output is None:
-                output, self.inner_errors = run(chain[index:], u), self.errors
+                output, self.inner_errors = run(chain[index:], u), self.records[-1].noise
                 if same_mask:  # the ReLU behind the block is the one that these equations have judged
                     flips = (solved[0].above.delta != sources[0].above.delta).view_as(flips)
             self.inner[stage.name] = u
@@ -740,7 +739,7 @@ class _Walk:
             error = way.rehearsed(sources, max(noise, solution.residual))
         self.noise = noise_of(u, way.spread(sources, u, solution, error), is_after_relu)
         self.noises[name] = self.noise
-        errors = self.errors = (_size(self.noise) / _size(u)).flatten().cpu()
+        errors = (_size(self.noise) / _size(u)).flatten().cpu()
         reason = ""
         if solution.stopped == "deadline":
             reason = "no time was left"
@@ -759,7 +758,9 @@ class _Walk:
     @property
     def doubt(self) -> Tensor:
         """(B,) of the images that have fallen behind: with errors e, so is a share e of their masks, about."""
-        return torch.where(self.behind, self.errors.clamp(max=1).sqrt(), 0.0)
+        if not self.behind.any():
+            return torch.zeros(len(self.behind))
+        return torch.where(self.behind, self.records[-1].noise.clamp(max=1).sqrt(), 0.0)
 
     def _is_determined(self, error: Tensor) -> bool:
         """Whether relative errors (B,) are small, but for a few images that fall behind; these are noted."""

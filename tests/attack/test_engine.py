@@ -116,7 +116,9 @@ def test_every_kind_of_network_gives_its_images_away(name, count, net, start):
 )
 def test_a_trained_network_gives_them_away_as_well(name, net):
     scene = Scene(name, 5, trained=True, **net)
-    assert_all_read(scene, scene.read(), error=1e-2)  # LeNet's pixels, two convolutions below what is told apart
+    reading = scene.read()
+    has_walked_to_pixels = name == "lenet" and reading.start == 0  # two convolutions below what was told apart
+    assert_all_read(scene, reading, error=1e-2 if has_walked_to_pixels else 1e-3)
 
 
 @pytest.mark.parametrize(("activation", "depth"), [("sigmoid", 2), ("relu", 3)])
