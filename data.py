@@ -62,6 +62,8 @@ class NpzImages:
         path = Path(path)
         if not path.is_file():
             raise DataError(f"no such file: {path}")
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{path} is damaged or not an .npz file")
         try:
             with np.load(path, allow_pickle=False) as file:
                 self._images, self._labels = file["images"], file["labels"]

@@ -85,9 +85,12 @@ def test_wrong_npz_arrays_are_named(tmp_path, changes, word):
 
 def test_damaged_npz_is_refused(tmp_path):
     path = tmp_path / "a.npz"
-    path.write_bytes(b"PK not a zip")
-    with pytest.raises(DataError, match=r"a\.npz is damaged"):
-        NpzImages(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros((2, 4, 4, 3), np.uint8))  # an .npy by another name
+    for content in (b"PK not a zip", b"", path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.npz is damaged or not an \.npz file$"):
+            NpzImages(path)
     with pytest.raises(DataError, match="no such file"):
         NpzImages(tmp_path / "none.npz")
 

@@ -67,6 +67,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise StorageError(f"no such file: {path}")
     if path.suffix in TORCH:
         return _read_torch(path), {}
+    if path.suffix == ".npz" and not zipfile.is_zipfile(path):
+        raise StorageError(f"{path} is damaged or not an .npz file")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

@@ -226,6 +226,8 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
 
     def watch(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
+        if inputs[0].numel() == inputs[0].shape[1]:
+            raise ValueError("--bn train: a BatchNorm layer sees one value a channel, which has no variance")
         variance, mean = torch.var_mean(inputs[0], axes)  # running variances are unbiased
         seen[layer] = (mean, variance)
 

@@ -126,6 +126,7 @@ def test_a_difference_from_outside_is_unrolled_too(cli, net):
         ("--local_batches 3", "not whole passes"),
         ("--local_batches 0", "--local_batches"),
         ("--bn train", "the model has no BatchNorm layers"),
+        ("--bn train --model resnet18 --batch_size 1", "one value a channel"),
         ("--bn batch", "'batch' is none of eval, train, train_private"),
     ],
 )
