@@ -17,7 +17,7 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,6 +64,7 @@ OWN = (
     "resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "explain",
     "quiet", "preset", "model", "batch_size", "indices", "seed",
 )  # fmt: skip
+TAKEN = ("model", "seed")  # of these by `speed`, which has one network and no cells
 ATTACKS = ("magia --signals auto", "magia --signals off")  # of `defences`
 ALPHAS = (0.999, 1.0)  # of `schedules`: with the subset term and without
 BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # of a cell: what is attacked
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted."""
     asked, flags = build_parser().parse_known_args(argv)
     try:
-        refuse_own(flags)
+        refuse_own(flags, TAKEN if asked.command == "speed" else ())
         if asked.command == "speed":
             speed(asked, flags)
             print((asked.out / "speed.md").read_text(), end="")
@@ -184,14 +185,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def refuse_own(flags: Sequence[str]) -> None:
-    """Refuse further flags that a cell of a benchmark sets itself, or cannot have.
+def refuse_own(flags: Sequence[str], taken: Collection[str] = ()) -> None:
+    """Refuse further flags that a cell of a benchmark sets itself, or cannot have; those in `taken` it may have.
 
     Raises:
         ValueError: there is one.
     """
     for flag in flags:
-        if flag.split("=")[0].removeprefix("--") in OWN:
+        name = flag.split("=")[0].removeprefix("--")
+        if name in OWN and name not in taken:
             raise ValueError(
                 f"{flag.split('=')[0]}: not in a benchmark, whose cells have runs and updates of their own"
             )

@@ -6,6 +6,8 @@ import torch
 import benchmark
 from attack.objective import MatchingLoss
 from bench.speed import PublishedMatching, arithmetic, first_at, growth, in_turns, on_noise, peak_memory
+from update.models import build_model
+from update.storage import write_tensors
 
 CPU = torch.device("cpu")
 FAST = ["--image_size", "16", "--num_classes", "20", "--inner_iter", "4"]
@@ -33,6 +35,19 @@ def test_the_command_leaves_its_tables(tmp_path, capsys):
     stages = {row["stage"]: float(row["B=2"]) for row in table(tmp_path / "stages.csv")}
     assert stages["whole"] >= stages["unmixing"] > 0
     assert capsys.readouterr().out == (tmp_path / "speed.md").read_text()
+
+
+def test_the_command_takes_a_network_its_weights_and_a_seed(tmp_path, capsys):
+    weights = tmp_path / "weights.npz"
+    model = build_model("mlp", image_shape=(3, 16, 16), num_classes=10, generator=torch.Generator())
+    write_tensors(weights, model.state_dict())
+    words = ["speed", "--out", tmp_path, "--batch_sizes", 2, "--course", 2, "--reading", 2, "--max_evals", 4]
+    words += ["--device", "cpu", "--image_size", 16, "--num_classes", 10, "--inner_iter", 4]
+    own = ["--model", "mlp", "--weights", weights, "--seed", 1]
+    assert benchmark.main([*map(str, words), *map(str, own)]) == 0
+    assert float(table(tmp_path / "courses.csv")[2]["best_db"]) > 60
+    assert benchmark.main([*map(str, words), "--resume"]) == 2
+    assert "--resume: not in a benchmark" in capsys.readouterr().err
 
 
 def test_the_published_closure_has_the_value_of_the_loops():
