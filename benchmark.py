@@ -47,7 +47,7 @@ from bench.measures import (
     truth_of,
 )
 from bench.networks import one_with_flags, own_flags, short_name
-from bench.origin import origin
+from bench.origin import loaded, origin
 from bench.peers import PEERS
 from bench.searches import SEARCHES, variants
 from bench.speed import devices, speed
@@ -380,7 +380,7 @@ def _measured(
     """The cells with what was measured, and what they were made by in origin.json."""
     how = {"jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     made_by = origin(files_read(asked, flags))
-    rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, **how)
+    rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, loaded=loaded, **how)
     (asked.out / "origin.json").write_text(json.dumps(made_by, indent=2) + "\n")
     return rows
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from update.storage import replace_atomically
 
 ATTEMPTS = 3  # times that the cells of a local process that died are started, in all; a Dask scheduler counts its own
+STALE = "worker runs another program: restart it"
 FAILED = "failed: "  # what the status of a cell begins with that could not be measured
 
 Cell = dict[str, object]
@@ -35,6 +36,7 @@ def run_cells(
     *,
     out: Path,
     origin: Mapping[str, object] | None = None,
+    loaded: Callable[[], Mapping[str, object]] = dict,
     jobs: int = 1,
     threads: int | None = None,
     scheduler: str | None = None,
@@ -49,6 +51,8 @@ def run_cells(
         out: the folder that holds `cells`; with a scheduler all machines must see it.
         origin: what the figures depend on beside cell and flags, see `bench.origin`. It is kept with each cell, and one
             of another origin is measured anew.
+        loaded: asks the process that is to measure a cell for its own part of the origin. Where that is another, the
+            cell has failed, and is kept as what that process would have made.
         jobs: local processes.
         threads: of each process; None shares the machine's cores out among them, and leaves a cluster's workers as
             they were started.
@@ -74,7 +78,9 @@ def run_cells(
                 if _finished(file, made_by) is None:
                     if threads:
                         torch.set_num_threads(threads)
-                    row = json.dumps(cell | _outcome(measure, cell) | {"made_by": made_by})
+                    own = loaded()
+                    outcome = _outcome(measure, cell) if own.items() <= made_by.items() else {"status": FAILED + STALE}
+                    row = json.dumps(cell | outcome | {"made_by": made_by | own})
                     replace_atomically(file, lambda temporary: temporary.write_text(row))
         except Timeout:
             return None

@@ -21,12 +21,12 @@ def origin(files: Iterable[Path] = ()) -> dict[str, object]:
     """
     made = provenance(())
     commit = (made["git_commit"] or "none") + ("+" if made["git_dirty"] else "")
-    return {
-        "commit": commit,
-        "sources": _digest(sources()),
-        "versions": made["versions"] | {name: version_of(name) for name in PEERS},
-        "files": {str(path): _digest([path]) for path in files},
-    }
+    return {"commit": commit} | loaded() | {"files": {str(path): _digest([path]) for path in files}}
+
+
+def loaded() -> dict[str, object]:
+    """The sources and versions that this process runs, whatever has become of the files since it imported them."""
+    return dict(_LOADED)
 
 
 def sources() -> list[Path]:
@@ -41,3 +41,10 @@ def _digest(paths: Iterable[Path]) -> str:
     for path in paths:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+# With the import, as the other modules of a process are: a cluster's worker keeps them when their files change.
+_LOADED = {
+    "sources": _digest(sources()),
+    "versions": provenance(())["versions"] | {name: version_of(name) for name in PEERS},
+}

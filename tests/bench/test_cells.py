@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,37 @@ def test_cells_of_another_origin_are_measured_anew(tmp_path):
     file.write_text("{")  # damaged
     run_cells(logged(log), CELLS, [], out=tmp_path, origin=made_by)
     assert len(log.read_text().split()) == 19
+
+
+def test_a_process_that_runs_another_program_measures_nothing(tmp_path):
+    log, made = tmp_path / "log", {"sources": "new", "files": {}}
+    for own in ({"sources": "old"}, {"sources": "new", "versions": {}}):
+        (row,) = run_cells(logged(log), CELLS[:1], [], out=tmp_path, origin=made, loaded=lambda own=own: own)
+        assert row == {"number": 0, "status": "failed: worker runs another program: restart it"}
+        (file,) = (tmp_path / "cells").iterdir()
+        assert json.loads(file.read_text())["made_by"] == made | own
+    assert not log.exists()
+    rows = run_cells(logged(log), CELLS[:1], [], out=tmp_path, origin=made, loaded=lambda: {"sources": "new"})
+    assert rows == [{"number": 0, "square": 0}]
+
+
+def test_a_process_states_the_sources_that_it_imported(tmp_path):
+    """A copy of the program, of which a file is edited while a process has it loaded, as a cluster's worker may."""
+    shutil.copytree(ROOT / "cli", tmp_path / "cli")
+    shutil.copytree(ROOT / "bench", tmp_path / "bench")
+    shutil.copytree(ROOT / "update", tmp_path / "update")
+    (tmp_path / "data.py").write_text("one")
+    script = (
+        "import pathlib; from bench.origin import loaded, origin; pathlib.Path('data.py').write_text('two'); "
+        "print(loaded()['sources'], origin()['sources'])"
+    )
+    said = [
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    first, second = (each.stdout.split() for each in said)
+    assert first[0] == first[1]
+    assert second[0] == second[1] != first[0]
 
 
 def test_the_origin_names_sources_versions_and_files(tmp_path):
