@@ -13,6 +13,7 @@ import site
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 import torch
 from filelock import FileLock, Timeout
@@ -25,6 +26,10 @@ from update.storage import replace_atomically
 ATTEMPTS = 3  # times that the cells of a local process that died are started, in all; a Dask scheduler counts its own
 STALE = "worker runs another program: restart it"
 FAILED = "failed: "  # what the status of a cell begins with that could not be measured
+
+# Held while a cell is measured: what it prints, what another package draws and configures, and the number of threads
+# are the whole process's, and a worker of a cluster may be given several cells at a time.
+ALONE = Lock()
 
 Cell = dict[str, object]
 
@@ -76,10 +81,9 @@ def run_cells(
         try:
             with FileLock(locks / file.stem, timeout=-1 if wait else 0):
                 if _finished(file, made_by) is None:
-                    if threads:
-                        torch.set_num_threads(threads)
                     own = loaded()
-                    outcome = _outcome(measure, cell) if own.items() <= made_by.items() else {"status": FAILED + STALE}
+                    same = own.items() <= made_by.items()
+                    outcome = _outcome(measure, cell, threads) if same else {"status": FAILED + STALE}
                     row = json.dumps(cell | outcome | {"made_by": made_by | own})
                     replace_atomically(file, lambda temporary: temporary.write_text(row))
         except Timeout:
@@ -115,11 +119,15 @@ def has_failed(row: Cell) -> bool:
     return str(row.get("status") or "").startswith(FAILED)
 
 
-def _outcome(measure: Callable[[Cell], Cell], cell: Cell) -> Cell:
-    try:
-        return measure(cell)
-    except (Exception, SystemExit) as error:  # whatever it is, it costs this cell only
-        return {"status": FAILED + " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+def _outcome(measure: Callable[[Cell], Cell], cell: Cell, threads: int | None) -> Cell:
+    """What was measured, alone in this process and on so many threads, or how it failed."""
+    with ALONE:
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            return measure(cell)
+        except (Exception, SystemExit) as error:  # whatever it is, it costs this cell only
+            return {"status": FAILED + " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
 def _finished(file: Path, made_by: Mapping[str, object]) -> Cell | None:

@@ -151,6 +151,27 @@ def test_two_processes_do_not_race_for_a_cell(tmp_path):
     assert sorted(log.read_text().split()) == list("012345")
 
 
+def test_a_process_measures_one_cell_at_a_time(tmp_path):
+    """As the threads of a cluster's worker ask for; of two grids, so that no cell's lock keeps them apart."""
+    under_way, most = [], []
+
+    def measure(cell):
+        under_way.append(cell)
+        most.append(len(under_way))
+        time.sleep(0.05)
+        under_way.pop()
+        return {}
+
+    threads = [
+        threading.Thread(target=lambda own=own: run_cells(measure, CELLS[:3], [], out=tmp_path / own)) for own in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1] * 6
+
+
 def test_a_cell_that_fails_costs_itself_only_and_is_tried_again(tmp_path):
     def measure(cell):
         row = logged(tmp_path / "log")(cell)
