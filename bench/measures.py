@@ -19,7 +19,7 @@ from bench.cells import Cell, cell_name
 from bench.guesses import GUESSES, MEAN, guess
 from bench.peers import breaching_attack
 from cli.ahead import with_scale
-from cli.runtime import INTERRUPTED, place_named, stream
+from cli.runtime import INTERRUPTED, enough_threads, place_named, stream
 from cli.settings import resolve
 from cli.victim import client_batch, victim
 from data import Batch, open_source
@@ -47,7 +47,8 @@ def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
     update, model, truth, settings = victim_of(cell, flags)
     row = {"found": 0, "labels_right": 0, "within_1_percent": 0, "worst_error": None, "signal_seconds": 0.0, "note": ""}
     try:
-        signals = read_layers(update, model, generator=stream(settings.seed, "signals")).signals
+        with enough_threads(model, update.batch_size, update.image_shape):
+            signals = read_layers(update, model, generator=stream(settings.seed, "signals")).signals
     except ValueError as error:
         return row | {"note": str(error)}
     row |= {"found": len(signals), "signal_seconds": round(signals.seconds, 2)}
@@ -124,7 +125,8 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """
     update, model, truth, settings = victim_of(cell, flags)
     attack = str(cell["preset"]).split()[1]
-    result = breaching_attack(attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed)
+    with enough_threads(model, update.batch_size, update.image_shape):
+        result = breaching_attack(attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed)
     images = result.images
     figures = metrics.evaluate(truth.images, truth.labels, images, result.labels)
     figures |= {"signals_found": 0, "evaluations": result.evaluations, "seconds": round(result.seconds, 3)}

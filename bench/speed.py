@@ -43,7 +43,7 @@ from bench.figures import write_table
 from bench.measures import flags_of, victim_of
 from cli.ahead import read_ahead
 from cli.model import model_options, server_model
-from cli.runtime import place_named, stream
+from cli.runtime import enough_threads, place_named, stream
 from cli.settings import resolve, schedule_of
 from client.victim import share_update
 from judge.metrics import mean_psnr
@@ -268,15 +268,25 @@ def outside_share(variant: Variant, device: torch.device) -> float:
     return 1 - inside / whole
 
 
-def evaluations(batch_size: int, flags: Sequence[str], rate: float | None = None) -> tuple[list[Cell], list[Cell]]:
-    """A row for each variant: its time and memory; and its arithmetic and L-BFGS's share of a step."""
+def evaluations(batch_size: int, flags: Sequence[str]) -> tuple[list[Cell], list[Cell]]:
+    """A row for each variant: its time and memory; and its arithmetic and L-BFGS's share of a step.
+
+    Evaluations take as many threads as those of a run do, the matrix product that is their limit all that there are.
+    """
     variants = on_noise(batch_size, flags)
-    device = variants["loop"].state.z.device
+    pixels, model = variants["loop"].objective.pixels, variants["published"].objective.matching.model
+    rate = matrix_rate(pixels.device, pixels.dtype)
+    with enough_threads(model, batch_size, variants["loop"].state.z.shape[1:]):
+        return _evaluated(variants, {"batch_size": batch_size, "device": str(pixels.device)}, pixels.device, rate)
+
+
+def _evaluated(
+    variants: Mapping[str, Variant], of: Cell, device: torch.device, rate: float
+) -> tuple[list[Cell], list[Cell]]:
     seconds = in_turns({name: variant.evaluate for name, variant in variants.items()}, device)
-    rate = matrix_rate(device, variants["loop"].state.z.dtype)
     rows, limits = [], []
     for name, variant in variants.items():
-        where = {"batch_size": batch_size, "device": str(device), "variant": name}
+        where = of | {"variant": name}
         own, flops = median(seconds[name]), arithmetic(variant.evaluate)
         ratios = [other / mine for other, mine in zip(seconds["published"], seconds[name], strict=True)]
         figures = {"ms_per_evaluation": 1e3 * own, "ratio_to_published": median(ratios)}
@@ -291,24 +301,31 @@ def course(name: str, batch_size: int, flags: Sequence[str], max_evals: int) -> 
     """Evaluations and seconds, the reading's included, after which a whole attack has so many dB."""
     update, model, truth, _ = victim_of({"batch_size": batch_size}, flags)
     where = {"batch_size": batch_size, "device": str(place_of(model)["device"]), "variant": name}
-    try:
-        variant = ATTACKS[name](update, model, [*flags_of({"batch_size": batch_size}), *flags])
-    except ValueError as error:
-        return where | {"note": str(error)}
-    with torch.no_grad():
-        start = variant.objective.images(variant.state)[0].clamp(0, 1).cpu()
-    points = [(mean_psnr(truth.images, start), 0, variant.state.seconds)]  # dB, evaluations, seconds
-
-    def observe(state: AttackState, size: int, terms: object, images: Tensor) -> None:
-        points.append((mean_psnr(truth.images, images.cpu()), state.evaluations, state.seconds))
-
-    budget = Budget(n_iter=max_evals, max_evals=max_evals)
-    magia.attack(variant.state, variant.objective, schedule_of(variant.settings), budget, observe)
+    with enough_threads(model, update.batch_size, update.image_shape):
+        try:
+            variant = ATTACKS[name](update, model, [*flags_of({"batch_size": batch_size}), *flags])
+        except ValueError as error:
+            return where | {"note": str(error)}
+        points = attacked(variant, truth.images, max_evals)
     best = max(points)[0]
     row = where | {"best_db": best, "seconds_to_best": first_at(points, best - BEST)[2]}
     for mark in MARKS:
         row |= dict(zip((f"evaluations_{mark}", f"seconds_{mark}"), first_at(points, mark)[1:], strict=True))
     return row | {"evaluations": points[-1][1], "seconds": points[-1][2], "note": ""}
+
+
+def attacked(variant: Variant, truth: Tensor, max_evals: int) -> list[tuple[float, int, float]]:
+    """The mean PSNR against true images (B, C, H, W) in dB, evaluations and seconds: at the start and after steps."""
+    with torch.no_grad():
+        start = variant.objective.images(variant.state)[0].clamp(0, 1).cpu()
+    points = [(mean_psnr(truth, start), 0, variant.state.seconds)]
+
+    def observe(state: AttackState, size: int, terms: object, images: Tensor) -> None:
+        points.append((mean_psnr(truth, images.cpu()), state.evaluations, state.seconds))
+
+    budget = Budget(n_iter=max_evals, max_evals=max_evals)
+    magia.attack(variant.state, variant.objective, schedule_of(variant.settings), budget, observe)
+    return points
 
 
 def first_at(points: Iterable[tuple[float, int, float]], level: float) -> tuple:
@@ -319,6 +336,11 @@ def first_at(points: Iterable[tuple[float, int, float]], level: float) -> tuple:
 def reading_stages(batch_size: int, flags: Sequence[str]) -> dict[str, float]:
     """Seconds of each stage of a reading: spans, images told apart, and each layer on the way down."""
     update, model, _, settings = victim_of({"batch_size": batch_size}, flags)
+    with enough_threads(model, update.batch_size, update.image_shape):
+        return _stage_seconds(update, model, settings)
+
+
+def _stage_seconds(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> dict[str, float]:
     began = time.perf_counter()
     try:
         reading = read_layers(update, model, generator=stream(settings.seed, "signals"))

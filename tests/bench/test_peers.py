@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from bench.peers import BREACHING, breaching_attack
+from bench import measures
+from bench.peers import BREACHING, Result, breaching_attack
 from client.victim import share_update
 from data import load_batch, open_source
 from judge import metrics
@@ -86,6 +87,22 @@ def test_ctrl_c_ends_a_peer_and_its_images_are_not_a_result(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         breaching_attack("invertinggradients", update, model, batch.labels, max_evals=10**5, seed=0)
     timer.join()
+
+
+def test_a_peer_has_as_many_threads_as_the_programs_own_attacks(tmp_path, monkeypatch):
+    """Two threads for a small net mostly wait for each other, which would be counted as the peer's seconds."""
+    seen = []
+
+    def attack(name, update, model, granted, *, max_evals, seed):
+        seen.append(torch.get_num_threads())
+        return Result(torch.zeros(2, 3, 16, 16), granted, max_evals, 0.0)
+
+    monkeypatch.setattr(measures, "breaching_attack", attack)
+    torch.set_num_threads(2)
+    cell = {"preset": "breaching modern", "batch_size": 2, "image_size": 16, "max_evals": 2}
+    measures.measure(cell, [], tmp_path)
+    assert seen == [1]
+    assert torch.get_num_threads() == 2
 
 
 def test_frozen_parameters_are_refused():

@@ -5,6 +5,7 @@ import torch
 
 import benchmark
 from attack.objective import MatchingLoss
+from bench import speed
 from bench.speed import PublishedMatching, arithmetic, first_at, growth, in_turns, on_noise, peak_memory
 from update.models import build_model
 from update.storage import write_tensors
@@ -58,6 +59,23 @@ def test_the_published_closure_has_the_value_of_the_loops():
     two = PublishedMatching(model, target, 0.9)(images, logits, subset)
     one = MatchingLoss(model, target, 0.9, rescale="none")(images, logits, subset)
     assert two.total.item() == pytest.approx(one.total.item(), rel=1e-5)
+
+
+def test_what_is_timed_has_as_many_threads_as_a_run(monkeypatch):
+    seen = {}
+
+    def noted(name, work):
+        return lambda *args: seen.setdefault(name, torch.get_num_threads()) and work(*args)
+
+    monkeypatch.setattr(speed, "_evaluated", noted("evaluation", lambda *args: ([], [])))
+    monkeypatch.setattr(speed, "attacked", noted("attack", speed.attacked))
+    monkeypatch.setattr(speed, "_stage_seconds", noted("reading", lambda *args: {}))
+    torch.set_num_threads(2)
+    speed.evaluations(2, FAST)
+    speed.course("loop", 2, FAST, 4)
+    speed.reading_stages(2, FAST)
+    assert seen == {"evaluation": 1, "attack": 1, "reading": 1}
+    assert torch.get_num_threads() == 2
 
 
 def test_variants_take_turns_and_each_has_its_own_time():
