@@ -17,12 +17,13 @@ import itertools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import main_MAGIA_sel as magia
+from attack.prepare import INITS
 from attack.published.presets import PRESETS
 from bench.batches import batch_indices
 from bench.cells import FAILED, Cell, has_failed, run_cells
@@ -201,12 +202,17 @@ def refuse_own(flags: Sequence[str], taken: Collection[str] = ()) -> None:
 
 def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
     """Refuse at once, as the attack's own command line does, flags that no cell could run with."""
-    for name in ("models", "presets"):
-        for text in getattr(asked, name, ()):
-            refuse_own([word for word in shlex.split(text) if word.startswith("--")])
-            resolve([*shlex.split(text)[1:], *flags], magia.FLAGS)
+    for words in flags_behind(asked):
+        refuse_own([word for word in words if word.startswith("--")])
+        resolve([*words, *flags], magia.FLAGS)
+
+
+def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:
+    """The flags that each network, attack and defence brings of its own."""
+    for text in (*asked.models, *getattr(asked, "presets", ())):
+        yield shlex.split(text)[1:]
     for text in getattr(asked, "defences", ()):
-        resolve([*([text] if text.startswith("--") else ["--defence", text]), *flags], magia.FLAGS)
+        yield [text] if text.startswith("--") else ["--defence", text]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -385,13 +391,13 @@ def _measured(
     return rows
 
 
-def files_read(asked: argparse.Namespace, flags: Sequence[str]) -> Iterable[Path]:
-    """Checkpoints and image files that the cells read: others make other cells."""
-    for model in asked.models:
-        settings, _ = resolve([*shlex.split(model)[1:], *flags], magia.FLAGS)
-        for name in (settings.weights, settings.data_path):
-            if name and Path(name).is_file():
-                yield Path(name)
+def files_read(asked: argparse.Namespace, flags: Sequence[str]) -> Iterator[Path]:
+    """Checkpoints, and files and folders of images, that the cells read: others make other cells."""
+    for words in flags_behind(asked):
+        settings, _ = resolve([*words, *flags], magia.FLAGS)
+        images = settings.data_path if settings.dataset in ("folder", "npz") else None
+        start = settings.init if settings.init not in INITS else None
+        yield from (Path(name) for name in (settings.weights, images, start) if name and Path(name).exists())
 
 
 COMMANDS = {"grid": grid, "signals": signals, "defences": defences, "schedules": schedules, "tune": tune}

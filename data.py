@@ -98,17 +98,22 @@ class FolderImages:
         if not path.is_dir():
             raise DataError(f"no such folder: {path}")
         classes = [c for c in sorted(path.iterdir()) if c.is_dir() and _image_files(c)]
-        self._files = [(file, 0) for file in _image_files(path)] or [
+        self._labelled = [(file, 0) for file in _image_files(path)] or [
             (file, label) for label, folder in enumerate(classes) for file in _image_files(folder)
         ]
-        if not self._files:
+        if not self._labelled:
             raise DataError(f"{path} holds no images ({', '.join(IMAGE_ENDINGS)}), nor do its folders")
 
+    @property
+    def files(self) -> list[Path]:
+        """Where the images lie, in their order."""
+        return [file for file, _ in self._labelled]
+
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._labelled)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        file, label = self._files[index]
+        file, label = self._labelled[index]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below

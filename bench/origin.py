@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cli.provenance import provenance, version_of
+from data import FolderImages
 
 ROOT = Path(__file__).parent.parent
 # What a figure can depend on: all that a cell runs, and nothing that only shows what was measured.
 SOURCES = ("*.py", "attack/**/*.py", "cli/*.py", "client/*.py", "update/*.py", "judge/metrics.py", "judge/layers.py")
-MEASURING = ("bench/measures.py", "bench/peers.py", "bench/guesses.py")
+MEASURING = ("bench/measures.py", "bench/peers.py", "bench/guesses.py", "bench/batches.py", "samples/*.npz")
 LEFT_OUT = ("benchmark.py", "train_victim.py", "cli/docs.py", "cli/console.py")
 PEERS = ("breaching", "joblib")  # packages beside those of every run
 
@@ -17,11 +18,16 @@ PEERS = ("breaching", "joblib")  # packages beside those of every run
 def origin(files: Iterable[Path] = ()) -> dict[str, object]:
     """The commit for a person, and for the program what must agree: digests of sources and files, and versions.
 
-    Sources rather than the commit decide, so that a working tree with changes is told from one without.
+    Sources rather than the commit decide, so that a working tree with changes is told from one without. Of a
+    folder its images count, and their names.
+
+    Raises:
+        ValueError: a folder holds no images.
+        OSError: a file cannot be read.
     """
     made = provenance(())
     commit = (made["git_commit"] or "none") + ("+" if made["git_dirty"] else "")
-    return {"commit": commit} | loaded() | {"files": {str(path): _digest([path]) for path in files}}
+    return {"commit": commit} | loaded() | {"files": {str(path): _digest(*_parts(path)) for path in files}}
 
 
 def loaded() -> dict[str, object]:
@@ -35,10 +41,17 @@ def sources() -> list[Path]:
     return sorted(found - {ROOT / name for name in LEFT_OUT})
 
 
-def _digest(paths: Iterable[Path]) -> str:
-    """Of the contents, 12 hexadecimal digits."""
+def _parts(path: Path) -> tuple[list[Path], Path | None]:
+    """The files that are read where this one is named, and the folder that they are named in."""
+    return (FolderImages(path).files, path) if path.is_dir() else ([path], None)
+
+
+def _digest(paths: Iterable[Path], folder: Path | None = None) -> str:
+    """Of the contents, and of names within a folder; 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for path in paths:
+        if folder:
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} ".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -251,6 +251,25 @@ def test_a_checkpoint_that_was_changed_makes_other_cells(tmp_path):
     assert found[0] != found[1]
 
 
+def test_images_that_were_changed_make_other_cells(tmp_path):
+    """Those that are shown, in a folder with a class, and those that an attack starts from."""
+    photos, starts = tmp_path / "photos" / "class", tmp_path / "starts"
+    words = ["--presets", f"grey_image,magia --init {starts}", "--batch_sizes", "2", "--seeds", "0", "--max_evals", "2"]
+    words += ["--dataset", "folder", "--data_path", photos.parent, "--signals", "off", "--out", tmp_path / "out"]
+    found = []
+    for shown, started in ((10, 20), (30, 20), (30, 40), (30, 40)):
+        for folder, value in ((photos, shown), (starts, started)):
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(2):
+                Image.new("RGB", (16, 16), (value, 0, 50 * number)).save(folder / f"{number}.png")
+        run("grid", *words)
+        found.append([(row["psnr_mean"], row["seconds"]) for row in table(tmp_path / "out")])
+    (first, second, third, fourth) = found
+    assert first[0] != second[0] == third[0]
+    assert second[1] != third[1]
+    assert third == fourth
+
+
 def test_every_schedule_is_run_to_its_end(tmp_path):
     words = ["--schedules", "constk,sigmoid", "--batch_sizes", "3", "--seeds", "0", "--image_size", "16"]
     run("schedules", *words, "--out", tmp_path, "--n_iter", "6", "--inner_iter", "2")

@@ -233,12 +233,11 @@ def test_a_process_that_runs_another_program_measures_nothing(tmp_path):
 
 def test_a_process_states_the_sources_that_it_imported(tmp_path):
     """A copy of the program, of which a file is edited while a process has it loaded, as a cluster's worker may."""
-    shutil.copytree(ROOT / "cli", tmp_path / "cli")
-    shutil.copytree(ROOT / "bench", tmp_path / "bench")
-    shutil.copytree(ROOT / "update", tmp_path / "update")
-    (tmp_path / "data.py").write_text("one")
+    for folder in ("bench", "cli", "update"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "data.py", tmp_path)
     script = (
-        "import pathlib; from bench.origin import loaded, origin; pathlib.Path('data.py').write_text('two'); "
+        "import pathlib; from bench.origin import loaded, origin; pathlib.Path('priors.py').write_text('two'); "
         "print(loaded()['sources'], origin()['sources'])"
     )
     said = [
@@ -254,9 +253,14 @@ def test_the_origin_names_sources_versions_and_files(tmp_path):
     (tmp_path / "a").write_text("one")
     first = origin([tmp_path / "a"])
     assert first["versions"]["torch"]
-    assert {"main_MAGIA_sel.py", "attack/objective.py", "judge/metrics.py", "bench/peers.py"} <= {
-        str(path.relative_to(ROOT)) for path in sources()
-    }
+    assert {
+        "main_MAGIA_sel.py",
+        "attack/objective.py",
+        "judge/metrics.py",
+        "bench/peers.py",
+        "bench/batches.py",
+        "samples/cifar10_sample128.npz",
+    } <= {str(path.relative_to(ROOT)) for path in sources()}
     assert not any("tests" in path.parts or path.name == "figures.py" for path in sources())
     (tmp_path / "a").write_text("two")
     assert {name for name, value in origin([tmp_path / "a"]).items() if value != first[name]} == {"files"}
