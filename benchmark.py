@@ -47,7 +47,7 @@ from bench.measures import (
     run_folder,
     truth_of,
 )
-from bench.networks import one_with_flags, own_flags, short_name
+from bench.networks import one_with_flags, own_flags, short_names
 from bench.origin import loaded, origin
 from bench.peers import PEERS
 from bench.searches import SEARCHES, variants
@@ -251,7 +251,8 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     write_overview(lines, budget, asked.out / "overview.md")
     plot_grid(lines, budget, asked.out)
     for model in asked.models:
-        write_wall([cell for cell in cells if cell["model"] == model], flags, asked.out, lines)
+        suffix = file_suffix(short_names(asked.models)[model], lines)
+        write_wall([cell for cell in cells if cell["model"] == model], flags, asked.out, suffix)
     return rows
 
 
@@ -262,8 +263,9 @@ def compared(
     measured = _measured(partial(measure, flags=flags, out=asked.out), cells, flags, asked)
     front = [name for name in names if name not in BUDGETS]
     columns = (*front, "batch", "seed", *FIGURES, "status", *(name for name in names if name in BUDGETS))
-    named = [{"model": short_name(str(cell["model"]))} for cell in cells]
-    rows = [{name: (row | name_).get(name) for name in columns} for row, name_ in zip(measured, named, strict=True)]
+    networks = short_names(asked.models)
+    measured = [row | {"model": networks[str(row["model"])]} for row in measured]
+    rows = [{name: row.get(name) for name in columns} for row in measured]
     counted = [row | worth(row, cell, flags) for row, cell in zip(rows, cells, strict=True)]
     lines = summarise(counted, names)
     write_table(lines, asked.out / "summary")
@@ -280,8 +282,11 @@ def worth(row: Cell, cell: Cell, flags: Sequence[str]) -> Cell:
         return {"lost": True, "psnr_mean": None, "ssim_mean": None}
 
 
-def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path, lines: Sequence[Cell]) -> None:
-    """A network's wall of pictures, of the first labels, batch, seed and budget, at the size that best fills a row."""
+def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path, suffix: str) -> None:
+    """A network's wall of pictures, of the first labels, batch, seed and budget, at the size that best fills a row.
+
+    `suffix` tells its file from other networks'.
+    """
     alike = [cell for cell in cells if cell.items() >= {k: cells[0][k] for k in ("labels", "batch", "seed")}.items()]
     ran = [cell for cell in alike if (run_folder(cell, flags, out) / "metrics.json").is_file()]
     if not ran:
@@ -289,7 +294,6 @@ def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path, lines: Se
     shown = min(ran, key=lambda cell: (cell["batch_size"] < WALL, abs(cell["batch_size"] - WALL)))
     beside = [cell for cell in ran if cell == shown | {"preset": cell["preset"]}]
     runs = {cell["preset"]: run_folder(cell, flags, out) for cell in beside}
-    suffix = file_suffix(short_name(str(shown["model"])), lines)
     picture_wall(truth_of(shown, flags).images, runs, out / f"wall{suffix}.png")
 
 
@@ -325,11 +329,11 @@ def read_signals(
 ) -> list[Cell]:
     """Rows of searches for signals, what tells them apart in front."""
     rows = _measured(partial(measure_signals, flags=flags), cells, flags, asked)
-    front = dict.fromkeys((*names, "batch", "seed"))
+    front, networks = dict.fromkeys((*names, "batch", "seed")), short_names(asked.models)
     return [
         {name: row[name] for name in front}
         | {name: value for name, value in row.items() if name not in BATCH}
-        | {"model": short_name(str(row["model"]))}
+        | {"model": networks[str(row["model"])]}
         for row in rows
     ]
 

@@ -34,12 +34,35 @@ def own_flags(text: str) -> dict[str, str]:
     return flags
 
 
-def short_name(text: str) -> str:
-    """A network as tables show it: of a checkpoint its name, and no labels, which have a column of their own."""
+def short_names(texts: Collection[str]) -> dict[str, str]:
+    """Each network as tables show it: of a checkpoint its name, and no labels, which have a column of their own.
+
+    Two networks never share a name: of the ways to checkpoints of one name there is as much as tells them apart.
+    """
+    return {text: _telling_name(text, [other for other in texts if not _is_same(text, other)]) for text in texts}
+
+
+def _is_same(text: str, other: str) -> bool:
+    """Whether two are one network, with other labels perhaps."""
+    return _name(text, None) == _name(other, None)
+
+
+def _telling_name(text: str, others: Collection[str]) -> str:
+    """The shortest name of a network that is none of the others'."""
+    for parts in range(1, len(Path(own_flags(text).get("weights", "")).parts) + 1):
+        name = _name(text, parts)
+        if all(name != _name(other, parts) for other in others):
+            return name
+    return _name(text, None)
+
+
+def _name(text: str, parts: int | None) -> str:
+    """A network's name with the last so many parts of the way to its checkpoint; None: the way as it is spelt."""
     words = shlex.split(text)[:1]
     for name, value in own_flags(text).items():
         if name == "weights":
-            words.append(f"({Path(value).stem})")
+            way = Path(value) if parts is None else Path(*Path(value).with_suffix("").parts[-parts:])
+            words.append(f"({way})")
         elif name == "num_classes":
             words.append(f"K={value}")
         elif name != "labels":

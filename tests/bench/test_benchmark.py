@@ -15,6 +15,7 @@ from PIL import Image
 import benchmark
 import main_MAGIA_sel as magia
 from bench.batches import batch_indices, tuning_images
+from bench.networks import short_names
 from bench.searches import SEARCHES
 from data import SAMPLE, NpzImages, parse_indices
 from update.models import build_model
@@ -249,6 +250,28 @@ def test_a_checkpoint_that_was_changed_makes_other_cells(tmp_path):
         run("signals", *words, "--out", tmp_path / "out", *FAST)
         found.append(table(tmp_path / "out")[0]["worst_error"])
     assert found[0] != found[1]
+
+
+def test_networks_that_are_not_the_same_have_names_of_their_own():
+    behind = "lenet --num_classes 10 --weights "
+    ways = {"e1/net.pt": "e1/net", "e2/net.pt": "e2/net", "a/b/n.npz": "a/b/n", "c/b/n.npz": "c/b/n", "x/one.pt": "one"}
+    ways |= {"same.npz": "same.npz", "same.pt": "same.pt"}
+    names = short_names(["lenet", *(behind + way for way in ways)])
+    assert list(names.values()) == ["lenet", *(f"lenet K=10 ({name})" for name in ways.values())]
+    labelled = short_names([f"lenet --weights net.pt --labels {labels}" for labels in ("random", "dataset")])
+    assert set(labelled.values()) == {"lenet (net)"}
+
+
+def test_two_checkpoints_of_one_name_have_rows_and_plots_of_their_own(tmp_path):
+    ways = [tmp_path / epoch / "net.npz" for epoch in ("e1", "e2")]
+    for scale, way in enumerate(ways, 1):
+        way.parent.mkdir()
+        model = build_model("lenet", image_shape=(3, 16, 16), num_classes=100, generator=torch.Generator())
+        write_tensors(way, {name: scale * tensor for name, tensor in model.state_dict().items()})
+    words = ["--models", ",".join(f"lenet --weights {way}" for way in ways), "--presets", "grey_image"]
+    run("grid", *words, "--batch_sizes", "2", "--seeds", "0", "--image_size", "16", "--out", tmp_path / "out")
+    assert [line["model"] for line in read(tmp_path / "out" / "summary.csv")] == ["lenet (e1/net)", "lenet (e2/net)"]
+    assert len(list((tmp_path / "out").glob("wall_*.png"))) == 2
 
 
 def test_images_that_were_changed_make_other_cells(tmp_path):
