@@ -70,6 +70,9 @@ ATTACKS = ("magia --signals auto", "magia --signals off")  # of `defences`
 ALPHAS = (0.999, 1.0)  # of `schedules`: with the subset term and without
 BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # of a cell: what is attacked
 BUDGETS = ("max_evals", "max_seconds")
+# of the victim: who brings one attacks another update. Of the script's flags these are the groups before the attack's
+VICTIMS = ("data (the client's batch)", "model and update (what the server has)")
+OF_VICTIM = (*(flag.name for flag in magia.FLAGS if flag.group in VICTIMS), "dtype")
 
 # ----------------------------------------------------------------------------------------------------
 # The command line
@@ -201,7 +204,15 @@ def refuse_own(flags: Sequence[str], taken: Collection[str] = ()) -> None:
 
 
 def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Refuse at once, as the attack's own command line does, flags that no cell could run with."""
+    """Refuse at once, as the attack's own command line does, flags that no cell could run with.
+
+    Raises:
+        ValueError: a flag that cells set themselves, or one of an attack that would change what is attacked.
+    """
+    for text in getattr(asked, "presets", ()):
+        for name in own_flags(text):
+            if name in OF_VICTIM:
+                raise ValueError(f"--presets {text}: --{name} is the victim's, the same for all attacks: give it alone")
     for words in flags_behind(asked):
         refuse_own([word for word in words if word.startswith("--")])
         resolve([*words, *flags], magia.FLAGS)

@@ -133,6 +133,19 @@ def test_flags_that_a_cell_sets_itself_are_refused(tmp_path, capsys, flag):
     assert f"{flag}: not in a benchmark" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--num_classes 10", "--labels unique", "--defence=sign", "--local_steps 2", "--weights w.npz", "--dtype float64"],
+)
+@pytest.mark.parametrize("command", ["grid", "tune", "defences"])
+def test_an_attack_brings_no_flags_of_the_victim(tmp_path, capsys, command, flag):
+    run(command, "--presets", f"magia,dlg {flag}", "--out", tmp_path, expect=2)
+    err = capsys.readouterr().err
+    assert f"--presets dlg {flag}: {flag.replace('=', ' ').split()[0]} is the victim's" in err
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
     words = ["signals", "--batch_sizes", "2", "--num_classes", "20", "--seeds", "0", "--out", tmp_path, *FAST]
     run(*words)
