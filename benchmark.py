@@ -41,6 +41,7 @@ from bench.guesses import GUESSES, MEAN
 from bench.measures import (
     DIVERGED,
     FIGURES,
+    READ,
     mean_image_scores,
     measure,
     measure_signals,
@@ -271,9 +272,10 @@ def compared(
     cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace, names: Sequence[str]
 ) -> tuple[list[Cell], list[Cell]]:
     """Rows of attacks, and their means over all that agree in `names`, written to summary.csv and .md as well."""
-    measured = _measured(partial(measure, flags=flags, out=asked.out), cells, flags, asked)
+    figures = (*FIGURES, "status")
+    measured = _measured(partial(measure, flags=flags, out=asked.out), figures, cells, flags, asked)
     front = [name for name in names if name not in BUDGETS]
-    columns = (*front, "batch", "seed", *FIGURES, "status", *(name for name in names if name in BUDGETS))
+    columns = (*front, "batch", "seed", *figures, *(name for name in names if name in BUDGETS))
     networks = short_names(asked.models)
     measured = [row | {"model": networks[str(row["model"])]} for row in measured]
     rows = [{name: row.get(name) for name in columns} for row in measured]
@@ -339,7 +341,7 @@ def read_signals(
     cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace, names: Sequence[str]
 ) -> list[Cell]:
     """Rows of searches for signals, what tells them apart in front."""
-    rows = _measured(partial(measure_signals, flags=flags), cells, flags, asked)
+    rows = _measured(partial(measure_signals, flags=flags), READ, cells, flags, asked)
     front, networks = dict.fromkeys((*names, "batch", "seed")), short_names(asked.models)
     return [
         {name: row[name] for name in front}
@@ -396,10 +398,14 @@ def _searched(line: Cell, presets: Sequence[str]) -> str:
 
 
 def _measured(
-    measured: Callable[[Cell], Cell], cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace
+    measured: Callable[[Cell], Cell],
+    figures: Collection[str],
+    cells: Sequence[Cell],
+    flags: Sequence[str],
+    asked: argparse.Namespace,
 ) -> list[Cell]:
-    """The cells with what was measured, and what they were made by in origin.json."""
-    how = {"jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
+    """The cells with the figures that were measured, and what they were made by in origin.json."""
+    how = {"figures": figures, "jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     made_by = origin(files_read(asked, flags))
     rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, loaded=loaded, **how)
     (asked.out / "origin.json").write_text(json.dumps(made_by, indent=2) + "\n")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import site
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
@@ -42,6 +42,7 @@ def run_cells(
     out: Path,
     origin: Mapping[str, object] | None = None,
     loaded: Callable[[], Mapping[str, object]] = dict,
+    figures: Collection[str] = (),
     jobs: int = 1,
     threads: int | None = None,
     scheduler: str | None = None,
@@ -58,6 +59,7 @@ def run_cells(
             of another origin is measured anew.
         loaded: asks the process that is to measure a cell for its own part of the origin. Where that is another, the
             cell has failed, and is kept as what that process would have made.
+        figures: names of what is measured: a file without one of them holds no finished cell.
         jobs: local processes.
         threads: of each process; None shares the machine's cores out among them, and leaves a cluster's workers as
             they were started.
@@ -80,7 +82,7 @@ def run_cells(
         """Measure the cell, unless somebody has by now; None: somebody is at it, and was not waited for."""
         try:
             with FileLock(locks / file.stem, timeout=-1 if wait else 0):
-                if _finished(file, made_by) is None:
+                if not is_finished(cell, file):
                     own = loaded()
                     same = own.items() <= made_by.items()
                     outcome = _outcome(measure, cell, threads) if same else {"status": FAILED + STALE}
@@ -90,12 +92,18 @@ def run_cells(
             return None
         return file
 
+    def is_finished(cell: Cell, file: Path) -> bool:
+        """Whether the file holds this very cell, measured by this very program."""
+        row = _read(file)
+        whole = cell.items() <= row.items() and row.keys() >= set(figures) and not has_failed(row)
+        return whole and _deciding(row.get("made_by")) == _deciding(made_by)
+
     over: set[Path] = set()  # in this call, be it with a failure
 
     def missing() -> list[tuple[Cell, Path]]:
         # the last first: batch sizes mostly ascend, and a long cell at the end would leave the other processes idle
         pairs = zip(cells, files, strict=True)
-        return [(c, f) for c, f in pairs if f not in over and _finished(f, made_by) is None][::-1]
+        return [(c, f) for c, f in pairs if f not in over and not is_finished(c, f)][::-1]
 
     deaths, wait = 0, False
     with processes(jobs, scheduler), tqdm(total=len(missing()), unit="cell", dynamic_ncols=True) as bar:
@@ -130,17 +138,19 @@ def _outcome(measure: Callable[[Cell], Cell], cell: Cell, threads: int | None) -
             return {"status": FAILED + " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def _finished(file: Path, made_by: Mapping[str, object]) -> Cell | None:
-    """The row in the file, if it was measured by this very program."""
+def _read(file: Path) -> Cell:
+    """What the file holds; nothing where it is not there, or holds no cell of any kind."""
     try:
-        row = json.loads(file.read_text())
+        row = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _deciding(made_by: object) -> dict[str, object] | None:
+    """What must agree: the commit is there for a person, digests of what it holds decide. None of what is no origin."""
+    if not isinstance(made_by, Mapping):
         return None
-    return row if _deciding(row.get("made_by", {})) == _deciding(made_by) and not has_failed(row) else None
-
-
-def _deciding(made_by: Mapping[str, object]) -> dict[str, object]:
-    """What must agree: the commit is there for a person, digests of what it holds decide."""
     return {name: value for name, value in made_by.items() if name != "commit"}
 
 

@@ -34,6 +34,7 @@ CLOSE = 0.01  # features count as read when their relative error is below this
 MANY_STEPS = 100_000  # so that seconds end a run, where they are its budget
 QUALITY = ("psnr_mean", "ssim_mean", "label_accuracy")
 FIGURES = (*QUALITY, "signals_found", "evaluations", "seconds")
+READ = ("found", "labels_right", "within_1_percent", "worst_error", "signal_seconds", "note")  # figures of signals
 
 # A run has diverged if its loss was not finite, or if so much larger a share of its pixels than of the truth's ended at
 # the edges of [0, 1]. Plain L-BFGS leaves the box when it is lost, and noise that was never moved lies there as well.
@@ -45,7 +46,7 @@ PER_CELL = ("batch",)  # of a cell: names, not flags
 def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
     """How many images of one batch the gradient gives away, judged by the true labels and features."""
     update, model, truth, settings = victim_of(cell, flags)
-    row = {"found": 0, "labels_right": 0, "within_1_percent": 0, "worst_error": None, "signal_seconds": 0.0, "note": ""}
+    row = dict(zip(READ, (0, 0, 0, None, 0.0, ""), strict=True))
     try:
         with enough_threads(model, update.batch_size, update.image_shape):
             signals = read_layers(update, model, generator=stream(settings.seed, "signals")).signals

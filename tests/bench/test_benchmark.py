@@ -155,6 +155,16 @@ def test_a_finished_cell_is_not_run_again(tmp_path, monkeypatch):
     assert table(tmp_path)[0]["note"] == "kept"
 
 
+def test_a_cell_without_its_figures_is_no_finished_one(tmp_path):
+    words = ["grid", "--presets", "grey_image", "--batch_sizes", "2", "--seeds", "0", "--out", tmp_path]
+    run(*words)
+    (cell,) = (tmp_path / "cells").iterdir()
+    row = json.loads(cell.read_text())
+    cell.write_text(json.dumps({name: value for name, value in row.items() if name != "psnr_mean"}))
+    run(*words)
+    assert table(tmp_path)[0]["psnr_mean"] == str(row["psnr_mean"])
+
+
 def test_defences_are_measured_with_signals_and_without(tmp_path):
     words = ["--batch_sizes", "3", "--seeds", "0", *FAST]
     defences = "none --frozen=head.bias noise:1"

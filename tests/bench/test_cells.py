@@ -219,6 +219,27 @@ def test_cells_of_another_origin_are_measured_anew(tmp_path):
     assert len(log.read_text().split()) == 19
 
 
+@pytest.mark.parametrize("made", [None, {"sources": "x"}])
+def test_a_file_that_holds_no_cell_is_measured_anew(tmp_path, made):
+    log, own = tmp_path / "log", {"made_by": made or {}}
+    how = {"out": tmp_path, "origin": made, "figures": ("square",)}
+    run_cells(logged(log), CELLS[:1], [], **how)
+    (file,) = (tmp_path / "cells").iterdir()
+    for held in (
+        None, [], 3, {}, {"number": 0, "square": 0, "made_by": None}, {"number": 0, "square": 0, "made_by": []}, own,
+        {"number": 0} | own, {"square": 0} | own, {"number": 1, "square": 1} | own,
+    ):  # fmt: skip
+        log.write_text("")
+        file.write_text(json.dumps(held))
+        assert run_cells(logged(log), CELLS[:1], [], **how) == [{"number": 0, "square": 0}]
+        assert log.read_text().split() == ["0"]
+    file.write_bytes(b"\xff\xfe{")
+    run_cells(logged(log), CELLS[:1], [], **how)
+    assert log.read_text().split() == ["0", "0"]
+    run_cells(logged(log), CELLS[:1], [], **how)
+    assert log.read_text().split() == ["0", "0"]
+
+
 def test_a_process_that_runs_another_program_measures_nothing(tmp_path):
     log, made = tmp_path / "log", {"sources": "new", "files": {}}
     for own in ({"sources": "old"}, {"sources": "new", "versions": {}}):
