@@ -17,21 +17,23 @@ def tuning_images(count: int) -> range:
 
 
 def shown_images(count: int) -> Iterator[int]:
-    """Indices of all others, in order; they go on beyond the source, where an attack says that there are no more."""
+    """Indices of all others, in order."""
     tuning = tuning_images(count)
-    return (index for index in itertools.count() if index not in tuning)
+    return (index for index in range(count) if index not in tuning)
 
 
 def batch_indices(batch: int, batch_size: int, count: int, *, tuning: bool = False) -> str:
     """The value of --indices for a batch: number `batch` of the disjoint ones of its size, in a source of so many.
 
     Raises:
-        ValueError: so many images are not there for tuning.
+        ValueError: so many images are not there to be shown, or for tuning.
     """
     images = iter(tuning_images(count)) if tuning else shown_images(count)
     chosen = list(itertools.islice(images, batch * batch_size, (batch + 1) * batch_size))
     if len(chosen) < batch_size:
-        raise ValueError(f"batch {batch} of {batch_size} images: {len(tuning_images(count))} are there for tuning")
+        most = len(tuning_images(count))
+        there = f"{most} are there for tuning" if tuning else f"{count - most} are shown"
+        raise ValueError(f"batch {batch} of {batch_size} images: of the source's {count}, {there}")
     return as_ranges(chosen)
 
 
