@@ -53,7 +53,7 @@ from bench.origin import loaded, origin
 from bench.peers import PEERS
 from bench.searches import SEARCHES, variants
 from bench.speed import devices, speed
-from bench.strengths import DEFENCES, plot_strengths, weakest, write_strengths
+from bench.strengths import DEFENCES, NONE, plot_strengths, weakest, write_strengths
 from cli.flags import OneLineParser, number
 from cli.runtime import INTERRUPTED
 from cli.settings import resolve
@@ -83,13 +83,20 @@ def listed(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callab
     """An argparse type: values between commas, each once, of the kind or of the choices."""
 
     def parse(text: str) -> list:
-        values = list(dict.fromkeys(kind(part) for part in text.split(",")))
+        values = list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
         for value in values:
             if choices and value not in choices:
                 raise argparse.ArgumentTypeError(f"{value!r} is none of {', '.join(choices)}")
         return values
 
     return parse
+
+
+def defence_words(text: str) -> list[str]:
+    """An argparse type: what stands between blanks, each once."""
+    if not text.split():
+        raise argparse.ArgumentTypeError(f"no defence is named: {NONE!r} is the update as it is")
+    return list(dict.fromkeys(text.split()))
 
 
 def build_parser() -> OneLineParser:
@@ -142,7 +149,7 @@ def build_parser() -> OneLineParser:
     command.add_argument("--num_classes", type=listed(size), default=[100, 10], metavar="LIST")
     command = add("defences", "what defences leave of signals and images", [8])
     command.add_argument(
-        "--defences", type=str.split, default=list(DEFENCES), metavar="'WORD WORD ...'",
+        "--defences", type=defence_words, default=list(DEFENCES), metavar="'WORD WORD ...'",
         help="between blanks: each as --defence takes it, such as clip:1,noise:0.01, or a flag, such as --frozen=head",
     )  # fmt: skip
     command.add_argument("--presets", type=listed(one_with_flags(rows)), default=list(ATTACKS), metavar="LIST")
@@ -383,7 +390,7 @@ def tune(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     tried = []
     for preset in asked.presets:
         tried += variants(preset, resolve(["--preset", *shlex.split(preset), *flags], magia.FLAGS)[0])
-    each = itertools.product(tried, victims(asked, flags, tuning=True), values)
+    each = itertools.product(dict.fromkeys(tried), victims(asked, flags, tuning=True), values)
     cells = [victim | {"preset": attack, budget: value} for attack, victim, value in each]
     rows, lines = compared(cells, flags, asked, ("preset", "batch_size", "labels", "model", budget))
     order = list(asked.presets)

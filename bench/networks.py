@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def one_with_flags(choices: Collection[str]) -> Callable[[str], str]:
-    """An argparse type: one of the choices, and whatever flags of main_MAGIA_sel.py behind it."""
+    """An argparse type: one of the choices, and whatever flags of main_MAGIA_sel.py behind it; blanks do not count."""
 
     def parse(text: str) -> str:
         try:
-            first = shlex.split(text)[:1]
+            words = shlex.split(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-        if not first or first[0] not in choices:
+        if not words or words[0] not in choices:
             raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
-        return text
+        return shlex.join(words)
 
     return parse
 

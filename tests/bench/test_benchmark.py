@@ -165,6 +165,35 @@ def test_a_cell_without_its_figures_is_no_finished_one(tmp_path):
     assert table(tmp_path)[0]["psnr_mean"] == str(row["psnr_mean"])
 
 
+def test_what_is_listed_twice_or_with_other_blanks_is_measured_once(tmp_path):
+    words = ["--presets", "grey_image, mean_image,mean_image", "--labels", "random, random", "--models", "lenet, lenet"]
+    run("grid", *words, "--batch_sizes", "2, 2", "--seeds", "0", "--max_evals", "4", "--out", tmp_path / "grid")
+    assert [row["preset"] for row in table(tmp_path / "grid")] == ["grey_image", "mean_image"]
+    asked = benchmark.build_parser().parse_args(
+        ["defences", "--defences", "none  sign none", "--presets", "dlg  --init grey, dlg --init grey", "--out", "x"]
+    )
+    assert asked.defences == ["none", "sign"]
+    assert asked.presets == ["dlg --init grey"]
+
+
+def test_a_setting_that_two_searches_share_counts_once(tmp_path):
+    words = ["--presets", "dlg,dlg --init grey", "--batch_sizes", "2", "--seeds", "0", "--image_size", "16"]
+    run("tune", *words, "--max_evals", "2", "--out", tmp_path)
+    assert {line["runs"] for line in read(tmp_path / "summary.csv")} == {"1"}
+    presets = [row["preset"] for row in table(tmp_path)]
+    assert len(set(presets)) == len(presets)
+
+
+def test_no_defence_is_no_grid(tmp_path, capsys):
+    for text in ("", " "):
+        with pytest.raises(SystemExit) as stop:
+            benchmark.main(["defences", "--defences", text, "--out", str(tmp_path)])
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        assert "no defence is named" in err
+        assert err.count("\n") == 1
+
+
 def test_defences_are_measured_with_signals_and_without(tmp_path):
     words = ["--batch_sizes", "3", "--seeds", "0", *FAST]
     defences = "none --frozen=head.bias noise:1"
