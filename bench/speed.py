@@ -366,13 +366,16 @@ def _span_seconds(update: SharedUpdate, model: nn.Module, reading: Reading) -> d
 
 
 def growth(rows: Mapping[int, Mapping[str, float]]) -> list[Cell]:
-    """By stage, seconds at each batch size, and the power of B that they grow with from the first to the last."""
+    """By stage, seconds at each batch size, and the power of B that they grow with from the first to the last.
+
+    A stage that takes no time, or less as the difference of two clocks, grows with no power.
+    """
     table = []
     for name in dict.fromkeys(name for stages_ in rows.values() for name in stages_):
         own = {size: stages_[name] for size, stages_ in rows.items() if name in stages_}
         sizes = sorted(own)
         power = None
-        if len(sizes) > 1:
+        if len(sizes) > 1 and own[sizes[0]] > 0 and own[sizes[-1]] > 0:
             power = math.log(own[sizes[-1]] / own[sizes[0]]) / math.log(sizes[-1] / sizes[0])
         table.append({"stage": name} | {f"B={size}": own.get(size) for size in rows} | {"power_of_B": power})
     return table

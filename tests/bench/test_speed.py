@@ -106,6 +106,12 @@ def test_growth_is_a_power_of_the_batch_size():
     assert rows[1]["power_of_B"] is None
 
 
+@pytest.mark.parametrize("seconds", [(0.0, 1.0), (1.0, 0.0), (-1e-4, 1.0), (1.0, -1e-4), (0.0, 0.0)])
+def test_a_stage_that_takes_no_time_grows_with_no_power(seconds):
+    (row,) = growth({size: {"unmixing": own} for size, own in zip((2, 8), seconds, strict=True)})
+    assert row == {"stage": "unmixing", "B=2": seconds[0], "B=8": seconds[1], "power_of_B": None}
+
+
 def test_a_level_is_reached_where_it_is_first_exceeded():
     points = [(18.0, 20, 1.0), (21.0, 40, 2.0), (19.0, 60, 3.0), (22.0, 80, 4.0)]
     assert first_at(points, 20) == (21.0, 40, 2.0)
