@@ -46,7 +46,8 @@ RANGE = 40.0  # and up to which a mask may be changed by a residual that asks fo
 GAIN = 0.2  # share of a channel's squared residual that changing one entry of a mask must take away
 STANDS_OUT = 10.0  # a channel whose residual is so many times the median has a wrong mask
 EXPLAINED = 0.5  # share of a channel's squared residual that one entry must explain to be changed by itself
-SUSPECTS = 16  # entries changed so, one after the other
+NOTABLE = 0.03  # share of all the squared residual that it must explain where noise might have left as much
+SUSPECTS = 16  # times that such entries are changed
 COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
 ROUNDS = 4  # of deciding masks and solving again
 DETERMINED = 1e-2  # relative error of the rehearsal up to which a layer counts as determined
@@ -778,7 +779,7 @@ class _Walk:
         """Solve; if the residual is more than enough, let it decide the doubtful masks, and solve again."""
         u, solution = way.solve(sources)
         if solution.residual < enough or time.perf_counter() > self.deadline:
-            return u, solution, sources
+            return self._without_suspects(u, solution, sources, way, enough)
         best = u, solution, sources
         trial = way.solve([source.cautious() for source in sources])[0] if way.is_linear else u
         for _ in range(ROUNDS):
@@ -792,21 +793,31 @@ class _Walk:
             if solution.residual < enough or time.perf_counter() > self.deadline:
                 break
             trial, _ = way.solve([source.without_outliers(u) for source in sources])
-        return self._one_by_one(*best, way, enough)
+        return self._without_suspects(*best, way, enough)
 
-    def _one_by_one(
+    def _without_suspects(
         self, u: Tensor, solution: Solution, sources: list[Source], way: Way, enough: float
     ) -> tuple[Tensor, Solution, list[Source]]:
-        """Change the most suspicious entry of all masks and solve again, as long as that helps."""
+        """Change the most suspicious entries of the masks and solve again, as long as that helps.
+
+        A single wrong mask of a quiet image leaves no more than noise might have left, ten times what rounding has. But
+        it leaves it in one channel and one direction, so it is found all the same.
+        """
         for _ in range(SUSPECTS):
+            if time.perf_counter() > self.deadline or (solution.residual < enough and not way.is_linear):
+                break
+            least = NOTABLE * _squared_residual(sources, u) if solution.residual < enough else 0.0
             suspicions = [source.suspicion(u) for source in sources]
             worst = max(float(each.max()) for each in suspicions)
-            if not worst > 0 or solution.residual < enough or time.perf_counter() > self.deadline:
+            if not worst > least:
                 break
-            pairs = zip(sources, suspicions, strict=True)
-            tried = [replace(source, above=source.above.flipped(each == worst)) for source, each in pairs]
-            other = way.solve(tried)
-            if not other[1].residual < solution.residual:
+            for chosen in ([_strongest(each, least) for each in suspicions], [each == worst for each in suspicions]):
+                pairs = zip(sources, chosen, strict=True)
+                tried = [replace(source, above=source.above.flipped(flips)) for source, flips in pairs]
+                other = way.solve(tried)
+                if other[1].residual < solution.residual:
+                    break
+            else:
                 break
             (u, solution), sources = other, tried
         return u, solution, sources
@@ -848,6 +859,17 @@ class _Block:
 
 def _comes_back(error: Tensor) -> str:
     return f"a known input comes back with a relative error of {float(error.max()):.1e} only"
+
+
+def _strongest(suspicion: Tensor, least: float) -> Tensor:
+    """The most suspicious entry of each channel, where it is more so than `least`: a mask (B, c, ...)."""
+    columns = (-1, *(1,) * (suspicion.dim() - 2))
+    return (suspicion > least) & (suspicion == _channels(suspicion).max(1).values.view(columns))
+
+
+def _squared_residual(sources: Sequence[Source], u: Tensor) -> float:
+    """Of all equations at u, weighted."""
+    return sum(float(rows.residual(u).square().sum()) for rows in rows_of(sources))
 
 
 def _changes(before: Source, after: Source) -> int:

@@ -9,9 +9,10 @@ from torch import nn
 
 from attack.signals import solvers
 from attack.signals.explain import explain
-from attack.signals.layers import LayerSource, Point, Update, below, descend, noise_of, without_noise
+from attack.signals.layers import LayerSource, Point, Update, _Walk, below, descend, noise_of, without_noise
 from attack.signals.leastsquares import Product, cgls, refined
 from attack.signals.rows import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
+from attack.signals.solvers import Alone
 from client.victim import share_update
 from data import load_batch, open_source
 from update.models import build_model
@@ -190,6 +191,23 @@ def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it
     operator, target = stack(mended.rows()[:1])
     assert torch.allclose(cgls(operator, target, torch.zeros_like(truth), iterations=200).x, truth)
     assert not mended.suspicion(truth).any()
+
+
+def test_a_faint_images_wrong_mask_is_mended_though_noise_might_have_left_as_much():
+    conv, truth = nn.Conv2d(3, 48, 3, padding=1, dtype=torch.float64), double(2, 3, 4, 4)
+    linear, delta = LinearMap.of(conv, (3, 4, 4)), double(2, 48, 4, 4, seed=1)
+    delta[1] *= 1e-5  # next to the first image, whose mask is right
+    gradient = linear.weights(truth, delta)
+    wrong, asleep = (1, 5, 2, 2), torch.zeros_like(delta)
+    asleep[wrong], delta[wrong] = delta[wrong].item(), 0.0
+    above = replace(point(linear.outputs(truth), delta), asleep=asleep, margin=torch.ones_like(delta))
+    whole = {"left_out": torch.zeros(48).bool(), "doubt": 0 * double(2)}
+    source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, **whole)
+    walk = _Walk(Update({"conv.weight": gradient}, 2), generator(), math.inf)
+    u, (mended,) = walk.solve("conv", [source], Alone(truth.shape, generator()), False)
+    assert mended.above.delta[wrong] == asleep[wrong]
+    assert (u - truth)[0].norm() < 1e-9 * truth[0].norm()
+    assert walk.records[-1].flips == 1
 
 
 # ----------------------------------------------------------------------------------------------------
