@@ -7,7 +7,9 @@ place. Between the layers:
 - Activations. Sigmoid and tanh are inverted everywhere. Behind a ReLU an entry is active or not; recovered with noise,
   inactive entries are not quite zero. What is below zero measures each image's noise, what is near it is doubtful:
   output channels that hold something doubtful are left out at first. Then the residual of just these channels decides,
-  since one wrong mask adds or lacks one delta times one patch. Then all are solved again.
+  since one wrong mask adds or lacks one delta times one patch. Then all are solved again. Last, a faint image's wrong
+  mask leaves no more than noise may leave, but in one channel and one direction: an entry that explains a notable share
+  of what is left is changed, as long as there is one.
 - Residual blocks. The body's layers but the lowest are solved by their gradient alone; what the body puts out is then
   known, and out - body is what the shortcut put out, wherever the ReLU behind the sum is active.
 - Layers of a body whose gradient has too few rows. Their input h is no free tensor: it is what the body makes of the
