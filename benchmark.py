@@ -269,9 +269,11 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     rows, lines = compared(cells, flags, asked, ("preset", "batch_size", "labels", "model", budget))
     write_overview(lines, budget, asked.out / "overview.md")
     plot_grid(lines, budget, asked.out)
+    names = short_names(asked.models)
     for model in asked.models:
-        suffix = file_suffix(short_names(asked.models)[model], lines)
-        write_wall([cell for cell in cells if cell["model"] == model], flags, asked.out, suffix)
+        write_wall(
+            [cell for cell in cells if cell["model"] == model], flags, asked.out, file_suffix(names[model], lines)
+        )
     return rows
 
 
@@ -283,8 +285,6 @@ def compared(
     measured = _measured(partial(measure, flags=flags, out=asked.out), figures, cells, flags, asked)
     front = [name for name in names if name not in BUDGETS]
     columns = (*front, "batch", "seed", *figures, *(name for name in names if name in BUDGETS))
-    networks = short_names(asked.models)
-    measured = [row | {"model": networks[str(row["model"])]} for row in measured]
     rows = [{name: row.get(name) for name in columns} for row in measured]
     counted = [row | worth(row, cell, flags) for row, cell in zip(rows, cells, strict=True)]
     lines = summarise(counted, names)
@@ -349,11 +349,9 @@ def read_signals(
 ) -> list[Cell]:
     """Rows of searches for signals, what tells them apart in front."""
     rows = _measured(partial(measure_signals, flags=flags), READ, cells, flags, asked)
-    front, networks = dict.fromkeys((*names, "batch", "seed")), short_names(asked.models)
+    front = (*names, "batch", "seed")
     return [
-        {name: row[name] for name in front}
-        | {name: value for name, value in row.items() if name not in BATCH}
-        | {"model": networks[str(row["model"])]}
+        {name: row[name] for name in front} | {name: value for name, value in row.items() if name not in BATCH}
         for row in rows
     ]
 
@@ -411,12 +409,13 @@ def _measured(
     flags: Sequence[str],
     asked: argparse.Namespace,
 ) -> list[Cell]:
-    """The cells with the figures that were measured, and what they were made by in origin.json."""
+    """The cells with the figures that were measured, networks by short names; what made them is in origin.json."""
     how = {"figures": figures, "jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     made_by = origin(files_read(asked, flags))
     rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, loaded=loaded, **how)
     (asked.out / "origin.json").write_text(json.dumps(made_by, indent=2) + "\n")
-    return rows
+    names = short_names(asked.models)
+    return [row | {"model": names[str(row["model"])]} for row in rows]
 
 
 def files_read(asked: argparse.Namespace, flags: Sequence[str]) -> Iterator[Path]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from cli.provenance import provenance, version_of
+from cli.provenance import program, version_of, versions
 from data import FolderImages
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ def origin(files: Iterable[Path] = ()) -> dict[str, object]:
         ValueError: a folder holds no images.
         OSError: a file cannot be read.
     """
-    made = provenance(())
+    made = program()
     commit = (made["git_commit"] or "none") + ("+" if made["git_dirty"] else "")
     return {"commit": commit} | loaded() | {"files": {str(path): _digest(*_parts(path)) for path in files}}
 
@@ -59,5 +59,5 @@ def _digest(paths: Iterable[Path], folder: Path | None = None) -> str:
 # With the import, as the other modules of a process are: a cluster's worker keeps them when their files change.
 _LOADED = {
     "sources": _digest(sources()),
-    "versions": provenance(())["versions"] | {name: version_of(name) for name in PEERS},
+    "versions": versions() | {name: version_of(name) for name in PEERS},
 }

@@ -33,12 +33,17 @@ def program() -> dict:
             return None
 
     changes = git("status", "--porcelain")
-    versions = {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
     return {
         "git_commit": git("rev-parse", "HEAD"),
         "git_dirty": None if changes is None else bool(changes),
-        "versions": {"python": platform.python_version()} | versions,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that figures depend on."""
+    packages = {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
+    return {"python": platform.python_version()} | packages
 
 
 def version_of(package: str) -> str | None:

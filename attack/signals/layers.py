@@ -813,7 +813,8 @@ class _Walk:
             worst = max(float(each.max()) for each in suspicions)
             if not worst > least:
                 break
-            for chosen in ([_strongest(each, least) for each in suspicions], [each == worst for each in suspicions]):
+            trials = [_strongest(each, least) for each in suspicions], [each == worst for each in suspicions]
+            for chosen in trials[:1] if all(map(torch.equal, *trials)) else trials:
                 pairs = zip(sources, chosen, strict=True)
                 tried = [replace(source, above=source.above.flipped(flips)) for source, flips in pairs]
                 other = way.solve(tried)
@@ -865,8 +866,8 @@ def _comes_back(error: Tensor) -> str:
 
 def _strongest(suspicion: Tensor, least: float) -> Tensor:
     """The most suspicious entry of each channel, where it is more so than `least`: a mask (B, c, ...)."""
-    columns = (-1, *(1,) * (suspicion.dim() - 2))
-    return (suspicion > least) & (suspicion == _channels(suspicion).max(1).values.view(columns))
+    most = suspicion.amax((0, *range(2, suspicion.dim())), keepdim=True)
+    return (suspicion > least) & (suspicion == most)
 
 
 def _squared_residual(sources: Sequence[Source], u: Tensor) -> float:

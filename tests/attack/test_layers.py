@@ -173,39 +173,41 @@ def test_noise_is_read_below_zero():
     assert ((ratio > 0.7) & (ratio < 4)).all()
 
 
-def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it():
-    conv, truth = nn.Conv2d(3, 24, 3, padding=1, dtype=torch.float64), double(2, 3, 4, 4)
-    linear, delta = LinearMap.of(conv, (3, 4, 4)), double(2, 24, 4, 4, seed=1)
+def with_a_wrong_mask(width, loudness):
+    """A convolution on two images, of which the second is so loud and has one wrong mask.
+
+    Returns its source, its true input, where the mask is wrong, and what delta should be there.
+    """
+    conv, truth = nn.Conv2d(3, width, 3, padding=1, dtype=torch.float64), double(2, 3, 4, 4)
+    linear, delta = LinearMap.of(conv, (3, 4, 4)), double(2, width, 4, 4, seed=1)
+    delta[1] *= loudness
     gradient = linear.weights(truth, delta)
     wrong, asleep = (1, 5, 2, 2), torch.zeros_like(delta)
     asleep[wrong], delta[wrong] = delta[wrong].item(), 0.0
     above = replace(point(linear.outputs(truth), delta), asleep=asleep, margin=torch.ones_like(delta))
-    whole = {"left_out": torch.zeros(24).bool(), "doubt": 0 * double(2)}
+    whole = {"left_out": torch.zeros(width).bool(), "doubt": 0 * double(2)}
     source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, **whole)
+    return source, truth, wrong, asleep[wrong]
+
+
+def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it():
+    source, truth, wrong, _ = with_a_wrong_mask(24, 1.0)
     operator, target = stack(source.rows()[:1])
     u = cgls(operator, target, torch.zeros_like(truth), iterations=200).x
     assert (u - truth).norm() > 1e-2 * truth.norm()
     suspicion = source.suspicion(u)
-    assert np.unravel_index(int(suspicion.argmax()), delta.shape) == wrong
-    mended = replace(source, above=above.flipped(suspicion == suspicion.max()))
+    assert np.unravel_index(int(suspicion.argmax()), suspicion.shape) == wrong
+    mended = replace(source, above=source.above.flipped(suspicion == suspicion.max()))
     operator, target = stack(mended.rows()[:1])
     assert torch.allclose(cgls(operator, target, torch.zeros_like(truth), iterations=200).x, truth)
     assert not mended.suspicion(truth).any()
 
 
 def test_a_faint_images_wrong_mask_is_mended_though_noise_might_have_left_as_much():
-    conv, truth = nn.Conv2d(3, 48, 3, padding=1, dtype=torch.float64), double(2, 3, 4, 4)
-    linear, delta = LinearMap.of(conv, (3, 4, 4)), double(2, 48, 4, 4, seed=1)
-    delta[1] *= 1e-5  # next to the first image, whose mask is right
-    gradient = linear.weights(truth, delta)
-    wrong, asleep = (1, 5, 2, 2), torch.zeros_like(delta)
-    asleep[wrong], delta[wrong] = delta[wrong].item(), 0.0
-    above = replace(point(linear.outputs(truth), delta), asleep=asleep, margin=torch.ones_like(delta))
-    whole = {"left_out": torch.zeros(48).bool(), "doubt": 0 * double(2)}
-    source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, **whole)
-    walk = _Walk(Update({"conv.weight": gradient}, 2), generator(), math.inf)
+    source, truth, wrong, right = with_a_wrong_mask(48, 1e-5)
+    walk = _Walk(Update({"conv.weight": source.gradient}, 2), generator(), math.inf)
     u, (mended,) = walk.solve("conv", [source], Alone(truth.shape, generator()), False)
-    assert mended.above.delta[wrong] == asleep[wrong]
+    assert mended.above.delta[wrong] == right
     assert (u - truth)[0].norm() < 1e-9 * truth[0].norm()
     assert walk.records[-1].flips == 1
 
