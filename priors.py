@@ -5,7 +5,6 @@ its weight means the same at every batch and image size. The repr of a `Prior` s
 describes itself.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ def opponent_basis(channels: int, *, dtype: torch.dtype = torch.float32, device:
 
 def rotate_colours(images: Tensor, basis: Tensor) -> Tensor:
     """Images (B, C, H, W) expressed on the rows of `basis` (C, C)."""
-    return torch.einsum("ij,bjhw->bihw", basis, images)
+    return (basis @ images.flatten(2)).view_as(images)
 
 
 class Roughness(torch.autograd.Function):
@@ -55,21 +54,21 @@ class Roughness(torch.autograd.Function):
         levels = [[images]]  # levels[n][k] (B, C, H - n + k, W - k): n - k differences down and k to the right
         for _ in orders:
             levels.append([levels[-1][0].diff(dim=-2), *(component.diff(dim=-1) for component in levels[-1])])
-        value = images.new_zeros(())
+        value, squares = images.new_zeros(()), torch.empty_like(images)
         for order, weight in enumerate(orders, 1):
-            squares = torch.zeros_like(images)
-            for k, component in enumerate(levels[order]):
-                at_pixels(squares, order, k, component).addcmul_(component, component, value=math.comb(order, k))
-            value += powers_of_lengths_(squares, [(size, weight * own) for size, own in groups], power)
-            for k, component in enumerate(levels[order]):  # from here on it is the value's derivative by the component
-                component.mul_(at_pixels(squares, order, k, component))
-                if (count := math.comb(order, k)) > 1:
-                    component.mul_(count)
-        levels[0] = [torch.zeros_like(images)]
-        for above, below in itertools.pairwise(reversed(levels)):
+            squares.zero_()
+            places = [at_pixels(squares, order, k, component) for k, component in enumerate(levels[order])]
+            for k, (component, place) in enumerate(zip(levels[order], places, strict=True)):
+                place.addcmul_(component, component, value=math.comb(order, k))
+            value += powers_of_lengths_(squares, groups, weight, power)
+            for component, place in zip(levels[order], places, strict=True):
+                component.mul_(place)  # from here on it is the derivative by the component, over comb(order, k)
+        levels[0] = [squares.zero_()]
+        for order in range(len(orders), 0, -1):
+            above, below = levels[order], levels[order - 1]
             add_transposed(below[0], above[0], dim=-2)
-            for component, right in zip(below, above[1:], strict=True):
-                add_transposed(component, right, dim=-1)
+            for k, (component, right) in enumerate(zip(below, above[1:], strict=True), 1):
+                add_transposed(component, right, dim=-1, times=order / k)  # comb(order, k) / comb(order - 1, k - 1)
         ctx.save_for_backward(levels[0][0])
         return value
 
@@ -81,16 +80,23 @@ class Roughness(torch.autograd.Function):
         return slope * gradient, None, None, None
 
 
-def powers_of_lengths_(squares: Tensor, groups: Sequence[tuple[int, float]], power: float) -> Tensor:
-    """sum_g weight_g mean (sum of the group's squares)^(power/2); squares (B, C, H, W) become twice its derivative."""
-    value = squares.new_zeros(())
-    for (size, weight), part in zip(groups, squares.split([size for size, _ in groups], 1), strict=True):
-        squared = (part.sum(1, keepdim=True) if size > 1 else part) + SMOOTHING  # (B, 1, H, W)
-        slope = squared ** (power / 2 - 1)
-        share = weight / squared.numel()
-        value += share * torch.dot(slope.flatten(), squared.flatten())
-        part.copy_(slope.mul_(share * power))
+def powers_of_lengths_(squares: Tensor, groups: Sequence[tuple[int, float]], weight: float, power: float) -> Tensor:
+    """weight sum_g weight_g mean (sum of the group's squares)^(power/2); squares become twice its derivative."""
+    parts = squares.split([size for size, _ in groups], 1)
+    squared = torch.stack([part.sum(1) for part in parts], 1).add_(SMOOTHING)  # (B, G, H, W)
+    slopes = squared.log().mul_(power / 2 - 1).exp_()  # through the logarithm a power takes less than half as long
+    slopes *= group_weights(tuple(own for _, own in groups), dtype=squares.dtype, device=squares.device)
+    share = weight * len(parts) / squared.numel()
+    value = share * torch.dot(slopes.flatten(), squared.flatten())
+    for part, slope in zip(parts, slopes.mul_(share * power).split(1, 1), strict=True):
+        part.copy_(slope)
     return value
+
+
+@cache
+def group_weights(weights: Sequence[float], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """They as a tensor (G, 1, 1)."""
+    return torch.tensor(weights, dtype=dtype, device=device)[:, None, None]
 
 
 def at_pixels(images: Tensor, order: int, k: int, component: Tensor) -> Tensor:
@@ -101,10 +107,10 @@ def at_pixels(images: Tensor, order: int, k: int, component: Tensor) -> Tensor:
     return images[..., top : top + height, left : left + width]
 
 
-def add_transposed(images: Tensor, differences: Tensor, dim: int) -> None:
+def add_transposed(images: Tensor, differences: Tensor, dim: int, times: float = 1.0) -> None:
     """Add to `images`, in place, what the transpose of taking differences along `dim` makes of `differences`."""
-    images.narrow(dim, 1, differences.shape[dim]).add_(differences)
-    images.narrow(dim, 0, differences.shape[dim]).sub_(differences)
+    images.narrow(dim, 1, differences.shape[dim]).add_(differences, alpha=times)
+    images.narrow(dim, 0, differences.shape[dim]).sub_(differences, alpha=times)
 
 
 def total_variation(images: Tensor, power: float = 1.0) -> Tensor:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from attack.objective import Matching
 from attack.observed import Entries
 from attack.softening import softened
+from attack.strided import quickened
 from update.stages import Chain, first_layer, input_shapes, modules, parametrised, run
 
 # The gradients' weight. They mix the images, which makes them slow to follow; ten times less than the activations was
@@ -190,6 +191,8 @@ class ForwardLoss:
         matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
+        if not self.weights:  # theirs have to be differentiated twice
+            self.chain = quickened(self.chain)
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
         self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
         self.sizes = [q.square().sum() for q in sent]

@@ -9,6 +9,7 @@ import argparse
 
 STARTS = {"init": ("randn", "standardised", "normal", "grey")}
 STEPS = {"lr": (0.025, 0.05, 0.1)}
+DAMPED = {"lr": (1e-3, 1e-2, 1e-1), "line_search": ("none", "strong_wolfe")}  # for plain L-BFGS, which leaves the box
 
 SEARCHES: dict[str, dict[str, tuple[object, ...]]] = {
     "magia": {
@@ -19,9 +20,9 @@ SEARCHES: dict[str, dict[str, tuple[object, ...]]] = {
         "third_weight": (0.3, 1.0, 3.0),
         "prior_power": (0.6, 0.8, 1.0),
     },
-    "paper": STARTS,
-    "dlg": STARTS,
-    "idlg": STARTS,
+    "paper": STARTS | DAMPED,
+    "dlg": STARTS | DAMPED,
+    "idlg": STARTS | DAMPED,
     "invertinggradients": {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), **STEPS, **STARTS},
     "gradinversion": {"tv_weight": (0.3, 1.0, 3.0, 10.0), "restarts": (1, 2, 8), **STEPS, **STARTS},
     "cpa": {"tv_weight": (3e-3, 1e-2, 3e-2), "feature_weight": (0.1, 1.0, 10.0), **STEPS, **STARTS},
