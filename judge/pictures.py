@@ -158,7 +158,7 @@ def save_leaks(path: Path, rows: Sequence[Mapping], title: str) -> None:
     axis.axvline(1, color="black", linewidth=1)
     axis.set_yticks(places, [row["layer"] for row in rows], fontsize=7)
     axis.set(xscale="log", title=title)
-    axis.set_xlabel("B P / min(c_out, c_in k²): below 1 the gradient spans the layer's inputs")
+    axis.set_xlabel("B P / min(c_out, c_in k²): up to 1 the gradient can span the layer's inputs")
     axis.set_xlim(left=min(0.01, *(0.5 * row["rank_bound"] / row["rank_room"] for row in rows)))
     axis.legend(handles=[Patch(color=c, label=t) for c, t in (("tab:red", "inputs known exactly"), ("0.6", "not"))])
     figure.savefig(path, dpi=110, format="png")

@@ -1,8 +1,8 @@
 """Which layers' inputs may be told apart from one another, and in which order that is tried.
 
-A layer is worth trying where its gradient spans its inputs (B P < min(c_out, c_in k^2), see `span`), every entry of an
-input lies in some patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot
-inside a residual block, where the skip passes by. The head is tried last: it tells K - 1 images apart at most, and
+A layer is worth trying where its gradient spans its inputs (`span.is_spanned`), every entry of an input lies in some
+patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot inside a residual
+block, where the skip passes by. The head is tried last: it tells K - 1 images apart at most, and
 what lies between it and the last convolution is mostly a pool, which ends the walk down.
 """
 
@@ -102,7 +102,7 @@ def order(candidates: list[Place], batch_size: int, like: Tensor) -> list[Place]
         guessed = place.kind not in ("relu", *SMOOTH) and place.behind == "relu"  # neither zeros nor smoothness
         return guessed, ratio < ROOMY, not place.overlaps, place.index
 
-    useful = [p for p in candidates if batch_size * p.geometry.positions < p.room(like) and p.sees_everything(like)]
+    useful = [p for p in candidates if p.geometry.is_spanned(batch_size, like) and p.sees_everything(like)]
     return sorted(useful, key=promise)
 
 

@@ -2,8 +2,8 @@
 
 For each linear or convolutional layer:
 
-- Spanned. Its averaged gradient has rank B P at most. Below min(c_out, c_in k^2) the row space holds every patch of
-  every image, and the layer's inputs can be told apart without anything above it.
+- Spanned. Its averaged gradient has rank B P at most. Up to c_out, and below c_in k^2, the row space holds every patch
+  of every image, and the layer's inputs can be told apart without anything above it.
 - Determined from above. With inputs known further up, delta is, and each input channel has c_out k^2 gradient rows for
   B H W unknowns. Forward rows add up to c_out P an image; behind a ReLU about half of them are known.
 - Determined together. Inside a residual block, a layer whose own equations are too few has the block's output beside
@@ -21,6 +21,7 @@ from typing import NamedTuple
 from torch import nn
 
 from attack.signals.choice import order, places
+from attack.signals.span import is_spanned
 from update.stages import Chain, Layer, Residual, measured
 
 KNOWN_BEHIND_RELU = 0.5  # share of a ReLU's outputs that are active, about
@@ -69,7 +70,7 @@ def _row(layer: Layer, step: Step | None, batch_size: int) -> dict:
         "positions": layer.positions,
         "rank_bound": batch_size * layer.positions,
         "rank_room": room,
-        "spanned": batch_size * layer.positions < room,
+        "spanned": is_spanned(batch_size, layer.positions, layer.channels_out, layer.patch),
         "equations": step.equations,
         "unknowns": step.unknowns,
         "determined": step.is_determined,

@@ -5,9 +5,9 @@ where it is fully connected) leaves
 
     G = (1/B) sum_i sum_p delta_ip patch_p(a_i)^T   (c_out, c_in k^2)
 
-in the update. If B P < min(c_out, c_in k^2), G has rank B P and its row space R holds every patch of every image. The
-inputs all of whose patches lie in R form a linear space A. It holds a_1 .. a_B, and where patches overlap, or there is
-one position, hardly anything else: dim A = B. Neither labels nor the rest of the network are needed.
+in the update. If B P <= c_out and B P < c_in k^2, G has rank B P and its row space R holds every patch of every image.
+The inputs all of whose patches lie in R form a linear space A. It holds a_1 .. a_B, and where patches overlap, or there
+is one position, hardly anything else: dim A = B. Neither labels nor the rest of the network are needed.
 
 A is found as follows. With E: input -> patches, E^T its adjoint, D = E^T E (how many patches an entry lies in) and R's
 orthonormal rows, the operator
@@ -39,6 +39,16 @@ INSIDE = 0.25  # an input with a larger share of its patches outside R is not in
 IDENTIFIED = 4.0
 REWEIGHT = 2  # times that the rows' noise is measured and the rows are weighted by it
 EDGE = 1.3  # the largest singular value of noise over sqrt(c_out) + sqrt(n) times its deviation, at most
+
+
+def is_spanned(batch_size: int, positions: int, channels_out: int, width: int) -> bool:
+    """Whether the rows of a layer's gradient, of so many channels and a patch of that width, span B P patches.
+
+    They cannot span more than they are. Where they are just as many nothing is left over to show noise, and it takes
+    patches that overlap to show whether images are what is spanned.
+    """
+    rank = batch_size * positions
+    return rank < width and (rank < channels_out or (rank == channels_out and positions > 1))
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,10 @@ class Geometry:
         """The largest rank that G can have."""
         return min(self.output_shape[0], int(self.seen(like).sum()))
 
+    def is_spanned(self, batch_size: int, like: Tensor) -> bool:
+        """Whether R holds every patch of so many inputs, and not everything."""
+        return is_spanned(batch_size, self.positions, self.output_shape[0], int(self.seen(like).sum()))
+
 
 @dataclass(frozen=True)
 class Span:
@@ -140,7 +154,7 @@ class Span:
         basis: (dim A, entries of an input), orthonormal rows; empty where G does not determine A.
         outside: (dim A,), the share of each basis vector's patches outside R, an angle.
         gap: the angle of the first vector that is not in A over the largest in it; inf where nothing else exists.
-        spanned: B P < min(c_out, c_in k^2): what R holds is all patches and not everything.
+        spanned: what R holds is all patches and not everything, see `is_spanned`.
         precision: relative rounding error of the gradient's numbers.
         ones: (c_in k^2,), the vector with patch_p(a_i)^T ones = 1 for all images and positions; None without bias.
     """
@@ -207,7 +221,7 @@ def span_of(
     eps = precision_of(gradient)
     seen = geometry.seen(matrix)
     width, bound, most = int(seen.sum()), geometry.bound(matrix), batch_size * geometry.positions
-    spanned = most < bound
+    spanned = geometry.is_spanned(batch_size, matrix)
     outer, inner = torch.linalg.qr(matrix[:, seen].T)  # one tall decomposition; the rest is c_out x c_out
     rows = row_precision(inner.T, min(most, bound - 1), eps, saturating=saturating)
     left, sigma, right = torch.linalg.svd(rows[:, None] * inner.T, full_matrices=False)

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 import time
 from functools import cache
@@ -129,6 +130,29 @@ def test_there_may_be_more_images_than_classes_and_labels_that_repeat(activation
     assert_all_read(scene, reading)
     assert reading.start == 0
     assert reading.inputs.shape == (14, 3, 16, 16)
+
+
+@pytest.mark.parametrize("defence", ["none", "noise:1e-5"])
+def test_a_convolution_with_a_channel_for_each_patch_gives_its_images_away(defence):
+    """Four images of 16 positions in 64 channels; errors are as expected without a row to spare that shows noise."""
+    parts = (nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 24, 3, 2, 1), nn.Conv2d(24, 64, 3, 1, 1))
+    last = nn.Linear(64 * 16, 10)
+    weights = generator()
+    for layer in (*parts, last):
+        bound = layer.weight[0].numel() ** -0.5
+        for parameter in layer.parameters():
+            parameter.detach().uniform_(-bound, bound, generator=weights)
+    net = nn.Sequential(*itertools.chain(*((part, nn.ReLU()) for part in parts)), nn.Flatten(), last)
+    draw = {"labels": "dataset", "num_classes": 10, "generator": generator(), "image_size": 16}
+    batch = load_batch(open_source("sample", None), range(4), **draw)
+    update = share_update(net, "small", batch.images, batch.labels, 10, defence=defence, generator=generator(2))
+    reading = read_layers(update, net, generator=generator(3), max_seconds=30.0)
+    assert torch.equal(reading.signals.labels.sort().values, batch.labels.sort().values)
+    truth = run(stages(copy.deepcopy(net).double())[:4], batch.images.double()).detach().flatten(1)
+    found = reading.recovered["4"].flatten(1)
+    off = (torch.cdist(found, truth) / truth.norm(dim=1)).min(1).values
+    assert ((off < 1e-6) | (off < 2 * reading.signals.uncertainty)).all()
+    assert off.max() < 3e-3
 
 
 def test_zeros_behind_a_relu_are_zero_however_far_the_walk_went():

@@ -21,6 +21,12 @@ def test_small_maps_of_wide_layers_are_spanned():
     assert not table["body.conv1"]["known"]
 
 
+def test_as_many_channels_as_patches_are_spanned_where_patches_overlap():
+    assert rows("resnet18_cifar", 32)["body.layer4.1.conv1"]["spanned"]  # 32 x 16 patches in 512 channels
+    assert rows("resnet18_cifar", 32)["body.layer4.1.conv1"]["known"]
+    assert not rows("resnet18_cifar", 33)["body.layer4.1.conv1"]["spanned"]
+
+
 def test_larger_batches_leave_more_unknown():
     known = [sum(row["known"] for row in rows("resnet18_cifar", size).values()) for size in (1, 4, 16, 64)]
     assert known == sorted(known, reverse=True)

@@ -116,6 +116,18 @@ def test_the_rank_bound_says_when_a_layer_is_no_use(batch_size):
         assert outside(span, inputs).max() < 1e-5
 
 
+@pytest.mark.parametrize(("channels", "is_spanned"), [(47, False), (48, True), (49, True)])
+def test_as_many_channels_as_patches_are_enough(channels, is_spanned):
+    """Nothing is left over that would show noise, but overlapping patches show whether images are what is spanned."""
+    geometry = Geometry.of(conv(12, channels, 3, padding=1), (12, 4, 4))
+    inputs, gradient, _ = case(geometry, 3)
+    span = span_of(gradient, geometry, 3)
+    assert span.spanned == span.determined == is_spanned
+    if is_spanned:
+        assert span.dimension == 3
+        assert outside(span, inputs).max() < 1e-3
+
+
 def test_inputs_that_depend_on_each_other_span_less():
     geometry = Geometry.of(nn.Linear(30, 20), (30,))
     inputs = randn(3, 30)
