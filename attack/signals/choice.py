@@ -60,7 +60,7 @@ class Place:
         return geometry.positions == 1 or max(geometry.stride) < max(geometry.kernel) - 1
 
     def room(self, like: Tensor) -> int:
-        """The rank that the gradient must stay below to span the inputs."""
+        """The largest rank that the gradient can have."""
         return self.geometry.bound(like)
 
     def sees_everything(self, like: Tensor) -> bool:
