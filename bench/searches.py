@@ -23,9 +23,14 @@ SEARCHES: dict[str, dict[str, tuple[object, ...]]] = {
     "paper": STARTS | DAMPED,
     "dlg": STARTS | DAMPED,
     "idlg": STARTS | DAMPED,
-    "invertinggradients": {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1), **STEPS, **STARTS},
+    "invertinggradients": {"tv_weight": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), **STEPS, **STARTS},
     "gradinversion": {"tv_weight": (0.3, 1.0, 3.0, 10.0, 30.0), "restarts": (1, 2, 8), **STEPS, **STARTS},
-    "cpa": {"tv_weight": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "feature_weight": (0.1, 1.0, 10.0), **STEPS, **STARTS},
+    "cpa": {
+        "tv_weight": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0),
+        "feature_weight": (0.1, 1.0, 10.0),
+        **STEPS,
+        **STARTS,
+    },
 }
 
 
