@@ -70,12 +70,12 @@ class Strided(nn.Module):
 
 
 def quickened(chain: Chain) -> list[Stage]:
-    """The chain for as many first derivatives by images as an attack takes, on a CPU; its weights have none."""
+    """The chain with `Strided` for each convolution that gains by it; its weights have no derivatives then."""
     return substituted(chain, lambda module: Strided(module) if _is_slow(module) else module)
 
 
 def _is_slow(module: object) -> bool:
-    if not isinstance(module, nn.Conv2d) or module.weight.device.type != "cpu":
+    if type(module) is not nn.Conv2d or module.weight.device.type != "cpu":
         return False
     plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     strides = set(module.stride)
