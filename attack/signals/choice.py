@@ -2,8 +2,8 @@
 
 A layer is worth trying where its gradient spans its inputs (`span.is_spanned`), every entry of an input lies in some
 patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot inside a residual
-block, where the skip passes by. The head is tried last: it tells K - 1 images apart at most, and
-what lies between it and the last convolution is mostly a pool, which ends the walk down.
+block, where the skip passes by. The head is tried last: it tells K - 1 images apart at most, and what lies between it
+and the last convolution is mostly a pool, which ends the walk down.
 """
 
 import math
@@ -59,10 +59,6 @@ class Place:
         geometry = self.geometry
         return geometry.positions == 1 or max(geometry.stride) < max(geometry.kernel) - 1
 
-    def room(self, like: Tensor) -> int:
-        """The largest rank that the gradient can have."""
-        return self.geometry.bound(like)
-
     def sees_everything(self, like: Tensor) -> bool:
         """Whether every entry of an input lies in some patch."""
         return bool((self.geometry.coverage(like) > 0).all())
@@ -98,7 +94,7 @@ def order(candidates: list[Place], batch_size: int, like: Tensor) -> list[Place]
     """Those of the places that span their inputs, the most promising first."""
 
     def promise(place: Place) -> tuple:
-        ratio = place.room(like) / (batch_size * place.geometry.positions)
+        ratio = place.geometry.bound(like) / (batch_size * place.geometry.positions)
         guessed = place.kind not in ("relu", *SMOOTH) and place.behind == "relu"  # neither zeros nor smoothness
         return guessed, ratio < ROOMY, not place.overlaps, place.index
 

@@ -221,7 +221,7 @@ def span_of(
     eps = precision_of(gradient)
     seen = geometry.seen(matrix)
     width, bound, most = int(seen.sum()), geometry.bound(matrix), batch_size * geometry.positions
-    spanned = geometry.is_spanned(batch_size, matrix)
+    spanned = is_spanned(batch_size, geometry.positions, len(matrix), width)
     outer, inner = torch.linalg.qr(matrix[:, seen].T)  # one tall decomposition; the rest is c_out x c_out
     rows = row_precision(inner.T, min(most, bound - 1), eps, saturating=saturating)
     left, sigma, right = torch.linalg.svd(rows[:, None] * inner.T, full_matrices=False)
