@@ -58,8 +58,8 @@ from cli.flags import OneLineParser, number
 from cli.runtime import INTERRUPTED
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
+from network.zoo import MODELS
 from schedules import MODES
-from update.models import MODELS
 
 # flags that each cell sets itself
 OWN = (

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from update.vision import torchvision
+from network.vision import torchvision
 
 SAMPLE = Path(__file__).parent / "samples" / "cifar10_sample128.npz"
 TORCHVISION_SETS = {

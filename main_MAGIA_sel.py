@@ -22,14 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.forward import STATISTICS, Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
-from attack.objective import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, StatisticsLoss, disagreement
-from attack.observed import observed
-from attack.optimisers import Annealing, Budget
-from attack.pixels import PixelMap
+from attack.match.activations import STATISTICS, Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
+from attack.match.entries import observed
+from attack.match.gradients import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, StatisticsLoss, disagreement
+from attack.match.softening import SoftenedMatching, kinked_chain
+from attack.optimise.budget import Annealing, Budget
+from attack.optimise.pixels import PixelMap
+from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known, start_images
-from attack.softening import SoftenedMatching, kinked_chain
-from attack.state import AttackState, Terms
 from cli.ahead import read_ahead, with_scale
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
@@ -41,11 +41,11 @@ from cli.victim import images_named, save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
+from network.tracing import stages
+from network.zoo import place_of
 from priors import Prior, contrast
 from schedules import Schedule
-from update.models import place_of
 from update.shared import SharedUpdate
-from update.tracing import stages
 
 # ----------------------------------------------------------------------------------------------------
 # Defaults. Each flag of the same name overrides one, and its comment is the flag's help (`make docs` writes them to

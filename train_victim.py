@@ -19,7 +19,7 @@ from cli.flags import build_parser, read_flags
 from cli.model import model_options
 from cli.runtime import INTERRUPTED, choose_device, stream
 from data import load_batch, open_source
-from update.models import build_model
+from network.zoo import build_model
 from update.storage import checked_name, write_tensors
 
 # ----------------------------------------------------------------------------------------------------

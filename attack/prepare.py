@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attack.signals import Signals
-from attack.trial import Trial
+from attack.local.local_labels import Trial
+from attack.read.head.by_random_images import Signals
 
 # Expected relative error up to which activations are matched in the gradient's place. On LeNet, B = 8, they bring 30.5
 # dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
@@ -40,11 +40,11 @@ class Known:
             no signals were read.
         inputs: (N, ...), they.
         pixels: (N, C, H, W) the images themselves, where the known inputs are they.
-        says_enough: whether the known inputs can take the gradient's place, see `attack.forward`.
-        drift: expected of the client's local training, see `attack.drift`; None of a single step.
+        says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
+        drift: expected of the client's local training, see `attack.local.drift`; None of a single step.
         trial: labels that were found by training on grey images, or None.
         layers, recovered: what came of each layer that was asked, and their inputs where they were believed, see
-            `attack.signals.engine.Reading`; a resumed run has no need of the latter.
+            `attack.read.reader.Reading`; a resumed run has no need of the latter.
     """
 
     batch_size: int

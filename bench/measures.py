@@ -14,7 +14,7 @@ from torch import Tensor
 
 import main_MAGIA_sel as magia
 from attack.published.presets import PRESETS
-from attack.signals import read_layers
+from attack.read.reader import read_layers
 from bench.cells import Cell, cell_name
 from bench.guesses import GUESSES, MEAN, guess
 from bench.peers import breaching_attack
@@ -27,7 +27,7 @@ from judge import metrics
 from judge.layers import matched
 from judge.pictures import read_images, save_images
 from judge.run_directory import RunDirectory
-from update.head import features_of
+from network.head import features_of
 from update.shared import SharedUpdate
 
 CLOSE = 0.01  # features count as read when their relative error is below this

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from attack.prepare import colour_statistics
 from cli.runtime import interruptible
-from update.models import place_of
+from network.vision import torchvision
+from network.zoo import place_of
 from update.shared import SharedUpdate
-from update.vision import torchvision
 
 # The attacks of breaching that are compared, and whether their papers grant the attacker the labels.
 BREACHING = {

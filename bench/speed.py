@@ -5,8 +5,8 @@ Variants of one attack are timed side by side:
 - published: the closure of MAGIA's script: the batch's gradient and the subset's each by a pass of its own, and both
   differentiated twice.
 - loop: the program's own, `--signals off`: one pass there and back for both gradients.
-- forward: what the program does once the activations of one layer are read (`attack.forward`): it matches them, and
-  where these are too few the gradients below the layer, which have to be differentiated twice.
+- forward: what the program does once the activations of one layer are read (`attack.match.activations`): it matches
+  them, and where these are too few the gradients below the layer, which have to be differentiated twice.
 - activations: the same without those gradients.
 
 They take turns, evaluation by evaluation, and the ratio is the median over turns: a machine that is slow for a while is
@@ -28,16 +28,16 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import main_MAGIA_sel as magia
-from attack.forward import ForwardLoss, ForwardMatching
-from attack.objective import Matching, subset_distance
-from attack.observed import Gradient, squared_distance
-from attack.optimisers import Budget
+from attack.match.activations import ForwardLoss, ForwardMatching
+from attack.match.entries import Gradient, squared_distance
+from attack.match.gradients import Matching, subset_distance
+from attack.optimise.budget import Budget
+from attack.optimise.state import AttackState
 from attack.prepare import Known
-from attack.signals import Reading, read_layers
-from attack.signals.choice import places
-from attack.signals.explain import explain
-from attack.signals.span import span_of
-from attack.state import AttackState
+from attack.read.layer_choice import places
+from attack.read.reader import Reading, read_layers
+from attack.read.span import span_of
+from attack.walk.forecast import explain
 from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
@@ -48,11 +48,11 @@ from cli.settings import resolve, schedule_of
 from client.victim import share_update
 from judge.metrics import mean_psnr
 from judge.tables import markdown
+from network.chain import index_of, run
+from network.tracing import stages
+from network.zoo import place_of
 from update.gradients import averaged_gradient
-from update.models import place_of
 from update.shared import SharedUpdate
-from update.stages import index_of, run
-from update.tracing import stages
 
 SIDE = 32  # pixels of the images that evaluations are timed on
 TURNS = 15  # of each variant, at most

@@ -7,19 +7,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from attack.drift import EXACT, expected_drift
-from attack.forward import says_enough
+from attack.local.drift import EXACT, expected_drift
+from attack.local.local_labels import Trial, labels_by_trial
+from attack.match.activations import says_enough
 from attack.prepare import Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
-from attack.signals import Reading, Signals, read_layers
-from attack.signals.scale import unscaled
-from attack.trial import Trial, labels_by_trial
+from attack.read.clip_factor import unscaled
+from attack.read.head.by_random_images import Signals
+from attack.read.reader import Reading, read_layers
 from cli.console import Search
 from cli.runtime import stream
-from update.models import place_of
+from network.tracing import stages
+from network.zoo import place_of
 from update.shared import SharedUpdate
-from update.tracing import stages
 
 SIGNALS_SHARE = 0.5  # of max_seconds, that the search for signals may take at most
 

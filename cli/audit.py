@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from attack.observed import squared_distance
+from attack.match.entries import squared_distance
 from cli.flags import Flag
 from cli.runtime import INTERRUPTED, place_named, stream
 from cli.settings import run_path, words_of

@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from attack.drift import EXACT
+from attack.local.drift import EXACT
 from attack.prepare import Known
-from attack.signals.explain import explain
+from attack.walk.forecast import explain
 from cli.model import model_options, server_model
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
@@ -20,10 +20,10 @@ from judge.report import read_facts
 from judge.run_directory import RunDirectory
 from judge.tables import aligned, markdown, write_csv
 from judge.verdict import NAMES
+from network.chain import first_layer
+from network.tracing import stages
 from schedules import Schedule
 from update.shared import SharedUpdate
-from update.stages import first_layer
-from update.tracing import stages
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most

@@ -12,18 +12,18 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attack.objective import DISTANCES, FEATURE_DISTANCES, RESCALES, SUBSET_LOSSES
-from attack.optimisers import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
-from attack.pixels import BOXES
+from attack.match.gradients import DISTANCES, FEATURE_DISTANCES, RESCALES, SUBSET_LOSSES
+from attack.match.softening import SOFTENINGS
+from attack.optimise.budget import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
+from attack.optimise.pixels import BOXES
 from attack.published.labels import STRATEGIES
 from attack.published.presets import PRESETS
-from attack.softening import SOFTENINGS
 from data import DATASETS, LABEL_MODES
+from network.outside import OUTSIDE, is_outside
+from network.zoo import ACTIVATIONS, MODELS
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
 from update.defences import Defences
-from update.models import ACTIVATIONS, MODELS
-from update.outside import OUTSIDE, is_outside
 from update.received import KINDS
 from update.training import BATCHNORMS
 

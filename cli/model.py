@@ -5,8 +5,9 @@ import argparse
 from torch import nn
 
 from cli.runtime import stream
-from update.models import ALL_OPTIONS, build_model, load_checkpoint
+from network.zoo import ALL_OPTIONS, build_model
 from update.training import LocalTraining
+from update.weights import load_checkpoint
 
 
 def model_options(settings: argparse.Namespace) -> dict[str, object]:

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from attack.signals.counting import count_images
+from attack.read.batch_size import count_images
 from cli.model import local_training, model_options, parse_names, server_model
-from update.gradients import freeze, named_by, trainable
-from update.models import load_weights
-from update.outside import is_file
+from network.outside import is_file
+from network.parameters import freeze, named_by, trainable
 from update.received import averaged_gradients, statistics
 from update.shared import FACTS, SharedUpdate
 from update.storage import read_tensors
 from update.training import use_batch_statistics
+from update.weights import load_weights
 
 
 def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:

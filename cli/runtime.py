@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from update.models import place_of
+from network.zoo import place_of
 
 INTERRUPTED = 130  # exit status
 PAIR = 2  # images that work is counted on: BatchNorm in training mode refuses one alone

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from attack.optimisers import Optimiser
+from attack.optimise.budget import Optimiser
 from attack.published.presets import PRESETS
 from cli.flags import Flag, build_parser
 from client.privacy import epsilon
 from data import parse_indices
 from judge.run_directory import restore
+from network.outside import is_file, resolved
 from schedules import Schedule
 from update.defences import Defences
-from update.outside import is_file, resolved
 from update.shared import SharedUpdate
 
 # What the client did is not known of an update that comes from a file. A defence can be put on top of it.

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from client.defences import noise_like
-from update.gradients import batch_loss, trainable
-from update.stages import mixes_images
+from network.chain import mixes_images
+from network.parameters import trainable
+from update.gradients import batch_loss
 
 TOGETHER = 8  # examples whose gradients are held at a time
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from client.defences import defend
 from client.privacy import private_gradient
+from network.parameters import freeze, named_by, trainable
 from update.defences import Defences
-from update.gradients import freeze, named_by, trainable
 from update.shared import SharedUpdate
 from update.training import FEDSGD, LocalTraining, after_training, train_locally, use_batch_statistics
 
@@ -32,7 +32,7 @@ def share_update(
         model: what the server sent out. The parameters that start with one of `frozen` are frozen in it, and BatchNorm
             is put into the mode of the training; its weights and statistics stay.
         images: of one client, or, in equal parts, of as many as `defence` sums over.
-        name: of its architecture, as in `update.models.MODELS`.
+        name: of its architecture, as in `network.zoo.MODELS`.
         options: what else it was told.
         training: one step of FedSGD, or local training.
         defence: as `update.defences` reads it and `client.defences.defend` does it; both draw from `generator`.

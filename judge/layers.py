@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from attack.prepare import Known
 from data import Batch
-from update.stages import inputs_along, parametrised
-from update.tracing import stages
+from network.chain import inputs_along, parametrised
+from network.tracing import stages
 
 
 def measured(known: Known, model: nn.Module, truth: Batch | None) -> Known:

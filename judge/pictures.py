@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from judge.run_directory import RunDirectory
-from update.vision import torchvision
+from network.vision import torchvision
 
 COLUMNS = 8  # images per row of a grid
 FONT, LINE = 12, 16  # size of captions and height of their lines, in pixels

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
-from attack.signals import Signals
-from attack.state import AttackState, Terms
+from attack.read.head.by_random_images import Signals
 from data import Batch
 from judge import metrics
 from judge.gallery import write_gallery

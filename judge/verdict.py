@@ -26,7 +26,7 @@ flat.
 import math
 from collections.abc import Mapping, Sequence
 
-from attack.signals.confidence import WITHIN
+from attack.read.error_bars import WITHIN
 from judge.metrics import RECOVERED_SSIM
 
 EXACT_PSNR = 20 * math.log10(255)  # 48.1 dB: the error's root mean square is one of the 255 steps of a pixel

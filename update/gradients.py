@@ -1,9 +1,9 @@
 """The averaged gradient of a batch, as the client computes it and the attacker imitates it."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
+
+from network.parameters import trainable
 
 
 def batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -106,33 +106,3 @@ def _batchnorm_part(layer: nn.BatchNorm2d, inputs: Tensor, delta: Tensor) -> tup
 
 # By kind of layer: gradients of weight and bias, from some images' inputs and what their losses make of its outputs.
 _PARTS = {nn.Linear: _linear_part, nn.Conv2d: _convolution_part, nn.BatchNorm2d: _batchnorm_part}
-
-
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are not frozen, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def freeze(model: nn.Module, names: Sequence[str]) -> None:
-    """Freeze the parameters of these names: no gradient of them is taken or shared.
-
-    Raises:
-        ValueError: nothing is left to train.
-    """
-    for name in names:
-        model.get_parameter(name).requires_grad_(False)
-    if not trainable(model):
-        raise ValueError(f"nothing is left to train with {', '.join(names)} frozen")
-
-
-def named_by(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
-    """The names of the parameters that start with one of the prefixes.
-
-    Raises:
-        ValueError: a prefix fits no parameter.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for prefix in prefixes:
-        if not any(name.startswith(prefix) for name in names):
-            raise ValueError(f"no parameter's name starts with {prefix!r}: the model has {', '.join(names)}")
-    return [name for name in names if name.startswith(tuple(prefixes))]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from update.gradients import trainable
+from network.parameters import trainable
 from update.storage import UNNAMED, StorageError
 from update.training import statistic_names
 

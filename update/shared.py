@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from network.parameters import trainable
 from update.defences import Defences
-from update.gradients import trainable
 from update.storage import StorageError, read_tensors, write_tensors
 from update.training import FEDSGD, LocalTraining, before_averaging
 

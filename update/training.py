@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from update.gradients import batch_loss, trainable
-from update.normalise import Normalise
+from network.normalise import Normalise
+from network.parameters import trainable
+from update.gradients import batch_loss
 
 BATCHNORMS = ("eval", "train", "train_private")  # modes of a client's BatchNorm layers
 

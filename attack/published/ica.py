@@ -12,8 +12,8 @@ leaves open, come from its error, whose one large entry is softmax - 1.
 import torch
 from torch import Tensor, nn
 
-from attack.signals.features import SAMPLE, random_features
-from update.head import Head
+from attack.read.random_images import SAMPLE, random_features
+from network.head import Head
 from update.shared import SharedUpdate
 
 ITERATIONS = 500  # of the fixed point, at most
@@ -28,7 +28,7 @@ def unmixed_features(update: SharedUpdate, model: nn.Module, *, generator: torch
             than the gradient has dimensions.
     """
     head, size = Head.of(model), update.batch_size
-    gradient, gamma = head.gradients(update)
+    gradient, gamma = head.among(update.gradients)
     if gradient is None or gamma is None:
         raise ValueError("the update holds no gradient of the head's weight and bias")
     gradient, gamma = gradient.double(), gamma.double()

@@ -7,8 +7,8 @@ gamma = (1/B) sum_i e_i that belong to labels in the batch are pulled below zero
 import torch
 from torch import Tensor, nn
 
-from attack.signals.counts import spelled_out, whole_counts
-from update.head import Head
+from attack.read.label_counts import spelled_out, whole_counts
+from network.head import Head
 from update.shared import SharedUpdate
 
 STRATEGIES = ("optimise", "known", "idlg", "yin", "ilrg")
@@ -34,7 +34,7 @@ def infer_labels(strategy: str, update: SharedUpdate, model: nn.Module, granted:
             raise ValueError("--label_strategy known: the true labels of a saved update are not at hand")
         return granted.sort().values
     head, size = Head.of(model), update.batch_size
-    weight, bias = head.gradients(update)
+    weight, bias = head.among(update.gradients)
     if weight is None or bias is None:
         raise ValueError(f"--label_strategy {strategy}: the update holds no gradient of the head's weight and bias")
     weight, bias = weight.double(), bias.double()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import main_MAGIA_sel as magia
 from attack.prepare import FOLLOWED, NOISE, Known, all_labels, start_images
-from attack.signals import Signals, read_layers
+from attack.read.head.by_random_images import Signals
+from attack.read.reader import read_layers
 from cli import ahead
 from cli.victim import victim
 

@@ -18,7 +18,7 @@ from bench.batches import batch_indices, tuning_images
 from bench.networks import short_names
 from bench.searches import SEARCHES
 from data import SAMPLE, NpzImages, parse_indices
-from update.models import build_model
+from network.zoo import build_model
 from update.storage import write_tensors
 
 FAST = ["--image_size", "16", "--n_iter", "2", "--inner_iter", "4"]

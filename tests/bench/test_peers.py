@@ -11,8 +11,8 @@ from bench.peers import BREACHING, Result, breaching_attack
 from client.victim import share_update
 from data import load_batch, open_source
 from judge import metrics
-from update.gradients import freeze, named_by
-from update.models import build_model
+from network.parameters import freeze, named_by
+from network.zoo import build_model
 
 
 def case(**kwargs):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import benchmark
-from attack.objective import MatchingLoss
+from attack.match.gradients import MatchingLoss
 from bench import speed
 from bench.speed import PublishedMatching, arithmetic, first_at, growth, in_turns, on_noise, peak_memory
-from update.models import build_model
+from network.zoo import build_model
 from update.storage import write_tensors
 
 CPU = torch.device("cpu")

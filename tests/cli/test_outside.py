@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import main_MAGIA_sel as magia
-from attack.signals.counting import count_images
+from attack.read.batch_size import count_images
 from data import load_batch, open_source
-from update.gradients import averaged_gradient, trainable
-from update.models import build_model
+from network.parameters import trainable
+from network.zoo import build_model
+from update.gradients import averaged_gradient
 from update.received import KINDS, averaged_gradients
 from update.storage import read_tensors
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cli.runtime import enough_threads
-from update.models import build_model
+from network.zoo import build_model
 
 
 def threads_within(name: str, batch_size: int, before: int) -> int:

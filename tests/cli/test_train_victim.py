@@ -7,8 +7,9 @@ import torch
 from conftest import config_of, generator, metrics_of
 
 import train_victim
-from update.models import build_model, load_checkpoint
+from network.zoo import build_model
 from update.storage import read_tensors
+from update.weights import load_checkpoint
 
 FAST = ["--image_size", "16", "--train_batch", "32", "--model", "mlp", "--width", "32", "--depth", "1"]
 

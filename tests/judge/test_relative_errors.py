@@ -7,7 +7,7 @@ import torch
 from conftest import CPU, SIGNALS, metrics_of, resolved
 
 from attack.prepare import Known
-from attack.signals import read_layers
+from attack.read.reader import read_layers
 from cli.runtime import stream
 from cli.victim import victim
 from judge.layers import measured, relative_errors

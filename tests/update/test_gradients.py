@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.victim import share_update
-from update.gradients import averaged_gradient, batch_loss, freeze, gradient_and_part, named_by, trainable
-from update.models import build_model
+from network.parameters import freeze, named_by, trainable
+from network.zoo import build_model
+from update.gradients import averaged_gradient, batch_loss, gradient_and_part
 from update.shared import SharedUpdate
 from update.storage import StorageError, read_tensors, write_tensors
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from client.victim import share_update
-from update.gradients import averaged_gradient, trainable
-from update.models import build_model
+from network.parameters import trainable
+from network.zoo import build_model
+from update.gradients import averaged_gradient
 from update.shared import SharedUpdate
 from update.storage import StorageError, read_tensors
 from update.training import (

@@ -1,0 +1,1 @@
+"""What several local steps change for the attack."""

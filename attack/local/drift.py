@@ -1,0 +1,38 @@
+"""Drift: how far local training takes an update from the gradient at the server's weights.
+
+What reads images off a gradient in closed form takes the update for one. Of a client that made several steps it is the
+mean gradient along the way, and the difference is an error of the order of steps times rate times curvature. The server
+can tell its size before it knows any image, by training on random ones.
+"""
+
+import torch
+from torch import nn
+
+from attack.match.entries import squared_distance
+from attack.read.random_images import random_images
+from update.shared import SharedUpdate
+from update.training import LocalTraining, train_locally
+
+DRAWS = 4  # random batches; the largest drift of them counts
+EXACT = 1e-3  # drift up to which an update is read as a gradient, if it can be: docs/local-training.md
+
+
+def expected_drift(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float:
+    """The largest |u - g| / |g| over random batches, u what this client's training makes of one and g its gradient.
+
+    Args:
+        update: says how the client trained, and of how many images.
+        model: that the server sent out.
+        generator: what images and labels are drawn from (on the CPU).
+    """
+    like, count = next(model.parameters()), update.batch_size
+    at_once = LocalTraining(batchnorm=update.training.batchnorm)
+    drifts = []
+    for _ in range(DRAWS):
+        images = random_images(update.image_shape, count, generator).to(like)
+        labels = torch.randint(update.num_classes, (count,), generator=generator).to(like.device)
+        own = train_locally(model, images, labels, update.training).average
+        gradient = train_locally(model, images, labels, at_once).average
+        size = sum(q.square().sum() for q in gradient)
+        drifts.append(float((squared_distance(own, gradient) / size).sqrt()))
+    return max(drifts)

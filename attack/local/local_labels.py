@@ -1,0 +1,153 @@
+"""Labels of a client that trained for several steps, by trial: train the head's way on grey images, see what fits.
+
+After a few steps an update is no gradient, and what reads labels off gradients fails. But how the head moves depends on
+the labels first and on the images second: trained on grey images with the right labels in the right minibatches, the
+model shares nearly the update that was shared, and with one label wrong a far larger distance is left. So labels are
+tried, from those that the update shows most plainly, one change or swap at a time, until none brings it closer.
+
+What the update shows: p_k - [y_i = k] averaged over images i and steps is the gradient of head bias k. It is negative
+for classes in the batch alone. The same of what is left unexplained says which class is missing.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from network.head import Head, features_of
+from network.parameters import trainable
+from update.shared import SharedUpdate
+from update.training import train_locally
+
+GREY = 0.5
+TRIALS = 4000  # trainings on grey images, at most: a minute and a half on LeNet at four steps and B = 8
+STARTS = 8  # labels that the search begins from, at most
+SHAKEN = 1 / 3  # of the best labels, drawn anew for another start; the order of all is
+NARROW = 4  # classes that a label may be changed to at first: those that are missed most
+FITTING = 0.02  # relative squared distance that ends the search
+BELIEVED = 0.25  # and up to which its labels are used: right ones leave 0.02 to 0.18 on an untrained LeNet at rate 0.1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Labels (B,), in the order of the minibatches, and the relative squared distance that they leave of the head's."""
+
+    labels: Tensor
+    distance: float
+
+    @property
+    def is_believed(self) -> bool:
+        """Whether the labels explain the update well enough to be used."""
+        return self.distance < BELIEVED
+
+
+def labels_by_trial(
+    update: SharedUpdate, model: nn.Module, generator: torch.Generator, given: Tensor | None = None
+) -> Trial:
+    """The labels whose training on grey images comes closest to the update, in the head's parameters.
+
+    Args:
+        update: of a client that trained locally.
+        model: that the server sent out.
+        generator: what orders to begin from are drawn from (on the CPU).
+        given: labels (B,) that are known but for their order.
+
+    Raises:
+        ValueError: the model's last layer is not linear, or the update holds no gradient of it.
+    """
+    search = _Search(update, model, _is_fixed=given is not None)
+    first = search.shown() if given is None else given
+    best = search.descended(first)
+    for _ in range(STARTS - 1):
+        if best.distance < FITTING or search.is_spent:
+            break
+        best = min(best, search.descended(search.shaken(best.labels, generator)), key=lambda trial: trial.distance)
+    return best
+
+
+@dataclass
+class _Search:
+    """The distance of labels from the update, remembered, and the way down from some to better ones."""
+
+    update: SharedUpdate
+    model: nn.Module
+    _is_fixed: bool = False
+    _found: dict[tuple[int, ...], tuple[float, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        head, names = Head.of(self.model), list(trainable(self.model))
+        if head.weight not in self.update.gradients:
+            raise ValueError("the update holds no gradient of the model's last layer")
+        self._own = [names.index(name) for name in (head.weight, head.bias) if name in self.update.gradients]
+        targets = self.update.targets(self.model)
+        self._goal = [targets[index] for index in self._own]
+        weight = head.layer.weight
+        self._grey = weight.new_full((self.update.batch_size, *self.update.image_shape), GREY)
+        feature = features_of(self.model, self._grey)[0].detach()
+        self._direction = feature / feature.norm()  # (d,)
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether no more labels are tried."""
+        return len(self._found) >= TRIALS
+
+    def shown(self) -> Tensor:
+        """Labels (B,) to begin with: the classes that the update pulls lowest."""
+        order = self._evidence(self._goal).argsort()
+        return order[torch.arange(self.update.batch_size, device=order.device) % len(order)]
+
+    def shaken(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Another start: the labels in another order, and a part of them any, unless they are known."""
+        drawn = torch.randint(self.update.num_classes, labels.shape, generator=generator)
+        is_new = (torch.rand(labels.shape, generator=generator) < SHAKEN) & (not self._is_fixed)
+        order = torch.randperm(len(labels), generator=generator)
+        return torch.where(is_new, drawn, labels.cpu()[order]).to(labels.device)
+
+    def descended(self, labels: Tensor) -> Trial:
+        """Down from these labels, one change at a time, the best of all; where none helps, among more classes."""
+        width, (distance, missing) = NARROW, self._tried(labels)
+        while not self.is_spent:
+            best = min(
+                self._neighbours(labels, missing.argsort()[:width]), key=lambda y: self._tried(y)[0], default=labels
+            )
+            if self._tried(best)[0] < distance:
+                labels, (distance, missing) = best, self._tried(best)
+            elif self._is_fixed or width >= len(missing):
+                break
+            else:
+                width = len(missing)
+        return Trial(labels, distance)
+
+    def _neighbours(self, labels: Tensor, classes: Tensor) -> Iterator[Tensor]:
+        """The labels with one changed to one of the classes, or two of different minibatches swapped."""
+        if not self._is_fixed:
+            for slot in range(len(labels)):
+                for label in classes[classes != labels[slot]]:
+                    changed = labels.clone()
+                    changed[slot] = label
+                    yield changed
+        size = len(labels) // self.update.training.batches
+        for i in range(len(labels)):
+            for j in range(i // size * size):
+                if labels[i] != labels[j]:
+                    swapped = labels.clone()
+                    swapped[i], swapped[j] = labels[j], labels[i]
+                    yield swapped
+
+    def _tried(self, labels: Tensor) -> tuple[float, Tensor]:
+        """The relative squared distance that is left, and by class how much it is missed: the less, the more."""
+        size = len(labels) // self.update.training.batches
+        key = tuple(label for part in labels.split(size) for label in sorted(part.tolist()))  # grey images are alike
+        if key not in self._found:
+            ordered = labels.new_tensor(key)
+            average = train_locally(self.model, self._grey, ordered, self.update.training).average
+            left = [goal - average[index] for goal, index in zip(self._goal, self._own, strict=True)]
+            distance = float(sum(x.square().sum() for x in left) / sum(x.square().sum() for x in self._goal))
+            self._found[key] = (distance if math.isfinite(distance) else math.inf, self._evidence(left))
+        return self._found[key]
+
+    def _evidence(self, head: list[Tensor]) -> Tensor:
+        """By class (K,) what head gradients say of softmax error: along grey features, and the bias's own."""
+        return torch.nan_to_num(head[0] @ self._direction + sum(head[1:]), nan=math.inf)

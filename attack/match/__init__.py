@@ -1,0 +1,1 @@
+"""What the attack loop lowers."""

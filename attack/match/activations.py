@@ -1,0 +1,312 @@
+"""From the deepest exact layer to the pixels: activations that are known, and gradients below them with known delta.
+
+Of every image the inputs a of one layer are known, and delta, the derivative of its loss by them. Nothing above that
+layer is run any more, and nothing is mixed but the gradients of the layers below:
+
+    L(x) = |f(x)|^2 / |f(grey)|^2 + GRADIENTS sum_layers |G(x) - G|^2 / |G(grey) - G|^2 + weight prior(x)
+
+f compares what goes into the activation in front of a: behind a ReLU, z(x) - a where a is active and max(0, z(x))
+where it is not, which has no kink where images are right; behind a sigmoid or tanh, z(x) minus what it must have been,
+which is nearly linear in x. G(x) is the mean over images of what delta, taken backward through the stages below as they
+are at x, makes of their weights' gradients. Every term is measured by what grey images leave of it: most of the
+activations and gradients behind sigmoids is the same for all images and says nothing of them (1 % of it is left on an
+untrained LeNet).
+
+Kinks of ReLUs and max-pools stop L-BFGS at 20 to 30 dB. They are softened, softplus and logsumexp(beta z) / beta, and
+hardened as the prior's weight falls. The course of both is a list of `Phase`s; `phases_for` chooses it by what lies
+below the known layer.
+
+Gradients are added only where they are needed and right: where not many more activations are known than there are
+pixels, and no max-pool lies below, since what delta makes of a soft maximum is far from what the victim's made of it
+(ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the stem's gradient, 35.1 without).
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from attack.match.entries import Entries
+from attack.match.gradients import Matching
+from attack.match.softening import softened
+from attack.match.strided import quickened
+from network.chain import Chain, first_layer, input_shapes, modules, parametrised, run
+
+# The gradients' weight. They mix the images, which makes them slow to follow; ten times less than the activations was
+# best of 0.03, 0.1 and 1 on a trained ConvNet: 58.5 dB at B=1, where 0.03 gave 54.9 and 1 gave 54.1.
+GRADIENTS = 0.1
+
+# L-BFGS drops pairs whose curvature y.s is below 1e-10, whatever the loss is measured in. Exact activations bring the
+# relative loss down to 1e-8, and pairs with it, so it is measured in larger units.
+UNITS = 1e5
+
+# Weight of BatchNorm's shared statistics beside the activations. A small ConvNet in training mode, B=4, ends at 21.0 dB
+# without, and at 21.6, 28.1, 28.8 and 28.6 with 1e-4, 1e-2, 0.1 and 1 of a unit.
+STATISTICS = 0.1 * UNITS
+
+# With so many activations for each pixel, gradients below have nothing to add but time.
+PLENTY = 2.0
+
+# Below a max-pool there are no gradients to add, and so few activations for each pixel say too little alone. ResNet-18,
+# 224 pixels: the 512 features before `fc` (0.003) leave 9 dB of four images, the inputs of `layer3.1` (0.2) 21.7.
+SCARCE = 0.05
+
+# The prior's least weight, times the activations' expected term at the true images: what is known so well is matched so
+# well. With noise on an untrained LeNet 1 to 4 are alike and 10 costs 2 dB; on a trained ConvNet 3 to 30 are alike.
+NOISE = 3.0
+
+# Times the expected error of an entry: what a ReLU let through exceeds it, what it stopped does not.
+DEAD = 10.0
+
+# A smooth activation with less slope than this, or than so many times the expected error of an entry, says little of
+# what went into it. That error is of what was read; walking down from there multiplies it, by up to 50 on a trained
+# LeNet, hence the first bound. The second is for noise: at 1e-4 an untrained LeNet, B=8, ends at 27.1, 29.2, 30.4 and
+# 30.8 dB for 10, 30, 100 and 200.
+FLAT = 1e-3
+SATURATED = 200.0
+
+# Each term is measured in units of its error at grey images, and of no less than this relative one.
+GREY = 0.5
+LEAST = 1e-12
+
+# And what it may be in the first phase: 4 is still of use to a ResNet's stem, 4.4 drives images of 224 pixels to black.
+DROWNED = 4.25
+
+
+@dataclass(frozen=True)
+class Phase:
+    """So many evaluations with one hardness of the kinks and one weight of the prior.
+
+    Attributes:
+        evaluations: closure evaluations, at most.
+        prior_weight: of the prior.
+        hardness: beta, in units of one over the root mean square of what goes into a kink; infinite: no softening.
+    """
+
+    evaluations: int
+    prior_weight: float
+    hardness: float = math.inf
+
+
+# ReLUs only. Measured on the trained ConvNet; softer at first and with ten times less of the prior, it ends 8 dB lower.
+RECTIFIED = (
+    Phase(100, 2e-3, 20),
+    Phase(200, 2e-4, 20),
+    Phase(300, 2e-5, 60),
+    Phase(400, 2e-6, 200),
+    Phase(600, 2e-7, 800),
+)
+
+# A max-pool below: which entry is the largest must be found while the maximum is still nearly a mean, and under a prior
+# that holds everything else. Started as hard as above, the ResNet-18 stem ends at 20 dB.
+POOLED = (
+    Phase(60, 3.0, 0.7),
+    Phase(80, 1.0, 1.5),
+    Phase(100, 3e-1, 3),
+    Phase(100, 1e-1, 6),
+    Phase(100, 3e-2, 12),
+    Phase(100, 1e-2, 30),
+    Phase(100, 3e-3, 80),
+)
+
+# Sigmoid and tanh have no kinks.
+SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
+
+
+def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor) -> bool:
+    """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place."""
+    return not _is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
+
+
+def _is_pooled(chain: Chain) -> bool:
+    return any(isinstance(module, nn.MaxPool2d) for module in modules(chain))
+
+
+def phases_for(chain: Chain) -> tuple[Phase, ...]:
+    """The course for what lies between images and the known activations."""
+    if _is_pooled(chain):
+        return POOLED
+    return RECTIFIED if any(isinstance(module, nn.ReLU) for module in modules(chain)) else SMOOTH
+
+
+class ForwardLoss:
+    """The data's part of L at images (B, C, H, W): two scalars, of the activations and of the gradients.
+
+    Args:
+        chain: the model's stages, with parameters in the images' dtype and place.
+        image_shape: (C, H, W).
+        start: the stage whose inputs are known.
+        inputs: they, (B, ...).
+        labels: (B,) class indices; with them delta follows.
+        gradients: of the update, by parameter name; layers that have none are left out.
+        uncertainty: relative error of the inputs. Behind a ReLU what is smaller is taken for zero.
+        uses_gradients: whether they are matched; None: where they are needed and right, see above.
+        observed: what the update's entries say of the gradient, if some were left out. Rounded ones are matched as they
+            were sent: with what is known of the rounding LeNet has 0.6 dB less, in evaluations that take twice as long.
+
+    `uncertainty`, the attribute, is the root of the activations' term that the error of the inputs leaves at the truth;
+    `grey` are the images (B, C, H, W) that all terms are measured by.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        image_shape: Sequence[int],
+        start: int,
+        inputs: Tensor,
+        labels: Tensor,
+        gradients: Mapping[str, Tensor],
+        uncertainty: float = 0.0,
+        *,
+        uses_gradients: bool | None = None,
+        observed: Entries | None = None,
+    ) -> None:
+        self.name, end = first_layer(chain[start:]), start
+        while end and isinstance(chain[end - 1].module, (nn.Flatten, nn.Identity)):
+            end -= 1
+        activation = chain[end - 1].module if end else None
+        self.is_rectified, is_smooth = isinstance(activation, nn.ReLU), isinstance(activation, (nn.Sigmoid, nn.Tanh))
+        entry = inputs.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (inputs.dim() - 1))
+        error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
+        if self.is_rectified:
+            inputs = torch.where(inputs > DEAD * uncertainty * entry, inputs, 0.0)
+        delta = _delta(chain[start:], inputs, labels)
+        end -= self.is_rectified or is_smooth
+        shape = (len(inputs), *input_shapes(chain, image_shape)[end])
+        self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
+        if is_smooth:
+            inputs, slope = _before(activation, inputs)
+            floor = (SATURATED * error).clamp(min=FLAT)
+            damped = slope / (slope.square() + floor.square())  # 1 / slope where that means something
+            delta, error, self.trust = slope * delta, damped * error, (slope * damped).reshape(shape)
+        self.inputs, self.delta = inputs.reshape(shape), delta.reshape(shape)
+        if self.is_rectified:
+            self.delta = self.delta * self.active
+        if uses_gradients is None:
+            pixels = len(inputs) * math.prod(image_shape)
+            uses_gradients = not _is_pooled(self.chain) and int(self.active.sum()) < PLENTY * pixels
+        matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
+        layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
+        self.weights = [stage.module.weight for stage in layers]
+        if not self.weights:  # theirs have to be differentiated twice
+            self.chain = quickened(self.chain)
+        sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
+        self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
+        self.sizes = [q.square().sum() for q in sent]
+        self.grey = inputs.new_full((len(inputs), *image_shape), GREY)
+        self.units = [max(float(unit.detach()), LEAST) for unit in self._errors(self.grey, self.chain)]
+        self.uncertainty = float(error.norm() / self.inputs.norm()) / math.sqrt(self.units[0])
+
+    def __call__(self, images: Tensor, chain: Chain | None = None) -> tuple[Tensor, Tensor]:
+        """Squared errors in units of those of grey images, through the loss's own chain or a softened one."""
+        errors = self._errors(images, self.chain if chain is None else chain)
+        activations, *gradients = (error / unit for error, unit in zip(errors, self.units, strict=True))
+        return activations, sum(gradients, torch.zeros_like(activations))
+
+    def _errors(self, images: Tensor, chain: Chain) -> list[Tensor]:
+        """Squared errors of the activations, relative to their size, and of each layer's gradient, relative to its."""
+        z = run(chain, images)
+        off = torch.where(self.active, z - self.inputs, z.relu()) if self.is_rectified else z - self.inputs
+        errors = [(self.trust * off).square().sum() / self.inputs.square().sum()]
+        if self.weights:
+            mean = (z * self.delta).sum() / len(images)
+            own = torch.autograd.grad(mean, self.weights, create_graph=True)
+            layers = enumerate(zip(own, self.sizes, strict=True))
+            errors += (self.entries.of_one(p, at) / size for at, (p, size) in layers)
+        return errors
+
+
+@torch.no_grad()
+def _before(activation: nn.Sigmoid | nn.Tanh, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """What went into an activation that gave these outputs, finite, and its slope there: 0 where it is saturated."""
+    is_sigmoid = isinstance(activation, nn.Sigmoid)
+    share = outputs if is_sigmoid else (outputs + 1) / 2  # tanh(z) = 2 sigmoid(2 z) - 1
+    z, slope = share.logit(eps=torch.finfo(outputs.dtype).eps), (share * (1 - share)).clamp(min=0)
+    return (z, slope) if is_sigmoid else (z / 2, 4 * slope)
+
+
+def _delta(tail: Chain, inputs: Tensor, labels: Tensor) -> Tensor:
+    leaf = inputs.detach().clone().requires_grad_()
+    loss = nn.functional.cross_entropy(run(tail, leaf), labels, reduction="sum")
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How hard the kinks are and what the prior weighs, phase after phase, over an attack's closure evaluations.
+
+    No prior weighs less than `least`, which is what noise in the known activations asks for. A course without phases
+    is over at once: the images are exact, nothing is left to be optimised.
+    """
+
+    phases: Sequence[Phase]
+    least: float = 0.0
+
+    @property
+    def weight(self) -> float:
+        """The prior's weight at the start, relative to that of the activations."""
+        return self.phases[0].prior_weight if self.phases else 0.0
+
+    def phase(self, evaluations: float) -> int:
+        """The index of the phase after so many evaluations; the last one stays."""
+        ends = itertools.accumulate(phase.evaluations for phase in self.phases)
+        return min(sum(evaluations >= end for end in ends), len(self.phases) - 1)
+
+    def at(self, evaluations: float) -> float:
+        """The prior's weight after so many evaluations, in the units of `ForwardMatching`."""
+        return UNITS * max(self.least, self.phases[self.phase(evaluations)].prior_weight)
+
+    def ended(self, evaluations: float) -> str | None:
+        """What has ended the attack: course, exact where there was nothing to do, or None."""
+        if not self.phases:
+            return "exact"
+        return "course" if evaluations >= sum(phase.evaluations for phase in self.phases) else None
+
+
+def course_for(chain: Chain, loss: ForwardLoss) -> Course:
+    """The course for what lies between images and known activations, up to their relative error.
+
+    What soft kinks add to activations grows from layer to layer: eight of VGG's multiply the error of grey images by a
+    million. Phases in which it drowns what the images add are left out.
+    """
+
+    def is_heard(phase: Phase) -> bool:
+        activations, _ = loss(loss.grey, softened(loss.chain, phase.hardness, loss.grey))
+        return float(activations.detach()) < DROWNED
+
+    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE * loss.uncertainty**2)
+
+
+def spectral_power_for(chain: Chain) -> float:
+    """The power of image frequencies' scaling (`attack.optimise.pixels`) for what lies below the known activations.
+
+    Activations tell fine detail as well as coarse: with half the power that gradients want, a trained ConvNet at B=4
+    ends at 49.7 dB and not at 42.6. Below a max-pool it is the gradients' power.
+    """
+    return 1.0 if _is_pooled(chain) else 0.5
+
+
+class ForwardMatching:
+    """The loss above as the attack loop takes it, in units of 1 / `UNITS`, its kinks softened phase by phase."""
+
+    def __init__(self, loss: ForwardLoss, course: Course) -> None:
+        self.loss, self.course = loss, course
+        self._phase, self._chain = -1, loss.chain
+
+    def __repr__(self) -> str:
+        known = f"activations before {self.loss.name}"
+        return f"forward matching ({known}, gradients of {len(self.loss.weights)} layers)"
+
+    def enter(self, phase: int, images: Tensor) -> None:
+        """Soften the kinks as this phase asks, by what the images (B, C, H, W) that it began with bring to them."""
+        if phase != self._phase:
+            self._phase, self._chain = phase, softened(self.loss.chain, self.course.phases[phase].hardness, images)
+
+    def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
+        """Evaluate at images (B, C, H, W). Labels are known, so their logits stay out of it, and so does the subset."""
+        activations, gradients = self.loss(images, self._chain)
+        total = activations + GRADIENTS * gradients + 0 * label_logits.sum()  # all variables stay part of the graph
+        return Matching(UNITS * total, activations + GRADIENTS * gradients, gradients)

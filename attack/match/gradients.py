@@ -1,0 +1,331 @@
+"""The MAGIA matching loss: the full batch against the shared average, and a random subset against it.
+
+    L = rho(B, S) [ alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g) ] + tv_weight * prior(x)
+
+g is the shared average, g_all and g_T are the mean gradients over all dummy images and over the subset T of S of
+them. Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
+
+Of a client that trained for several steps, or with BatchNorm in training mode, g_all is what the same training makes of
+the dummy images, step by step. A subset has no update of its own then, and D_sub is left out. So it is where entries of
+g were left out, which `attack.match.entries` compares by what is known of them.
+
+Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from attack.match.entries import Entries, Gradient, squared_distance
+from network.chain import mixes_images
+from network.head import Head, features_of, measured_noise
+from network.normalise import Normalise
+from network.parameters import trainable
+from update.gradients import gradient_and_part
+from update.shared import SharedUpdate
+from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
+
+DISTANCES = ("l2", "relative", "cosine", "relative_cosine")
+FEATURE_DISTANCES = ("l2", "relative", "cosine")
+SUBSET_LOSSES = ("published", "mean", "partial")
+RESCALES = ("inclusion", "none")
+STATISTICS_WEIGHT = 1.0  # of BatchNorm's shared statistics beside the relative distance of gradients
+
+
+def inclusion_probability(batch_size: int, subset_size: int) -> float:
+    """rho(B, S) = S / B, the weight of the matching loss under `--rescale inclusion`.
+
+    The paper names a closed-form combinatorial rescaling; the helper that computes it was never published. This one
+    is derived here, not quoted. Of the C(B, S) subsets of size S, image i is in C(B-1, S-1): fix i, choose the rest.
+    So over a uniform T each image is included with probability C(B-1, S-1) / C(B, S) = S / B, and the partial average
+    that a subset contributes, (1/B) sum_{i in T} g_i, has the mean  E_T = rho g_all.  Multiplying the matching loss by
+    rho weighs a step by the share of the batch its subset speaks for. Beside a prior of fixed weight, a schedule of S
+    is then an annealing of the prior.
+    """
+    if not 1 <= subset_size <= batch_size:
+        raise ValueError(f"subset_size must be in [1, {batch_size}], got {subset_size}")
+    return subset_size / batch_size
+
+
+def cosine_distance(a: Gradient, b: Gradient) -> Tensor:
+    """1 - cos of the angle between the gradients as one long vector each (Geiping et al. 2020, eq. 4)."""
+    product = sum((p * q).sum() for p, q in zip(a, b, strict=True))
+    return 1 - product / (sum(p.square().sum() for p in a) * sum(q.square().sum() for q in b)).sqrt()
+
+
+def subset_distance(kind: str, g_subset: Gradient, g: Gradient, *, batch_size: int, subset_size: int) -> Tensor:
+    """D_sub between the subset's mean gradient and the shared average.
+
+    published   sum over layers of  mean((g_T / S - g / B)^2);  both are means already, so it divides twice
+    mean        |g_T - g|^2
+    partial     |(S/B) (g_T - g)|^2
+
+    In expectation over T, `mean` is |g_all - g|^2 + (B-S) / (S (B-1)) Var_i(g_i): it punishes the images for
+    differing. docs/results.md, "What the subset term is worth", has the measurements.
+    """
+    if kind == "published":
+        return sum((p / subset_size - q / batch_size).square().mean() for p, q in zip(g_subset, g, strict=True))
+    if kind == "mean":
+        return squared_distance(g_subset, g)
+    if kind == "partial":
+        return (subset_size / batch_size) ** 2 * squared_distance(g_subset, g)
+    raise ValueError(f"unknown subset_loss {kind!r}: choose one of {', '.join(SUBSET_LOSSES)}")
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """A term beside matching and prior, by its name: weight times what `loss` makes of images (B, C, H, W)."""
+
+    name: str
+    weight: float
+    loss: Callable[[Tensor], Tensor]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The weighted term, a scalar."""
+        return self.weight * self.loss(images)
+
+    def __repr__(self) -> str:
+        return f"{self.weight:g} {self.name}"
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """How far the features of the leading images are from those that are known, h_i (N, d), as a mean over the batch.
+
+    l2 takes |phi(x_i) - h_i|^2, relative the same over |h_i|^2, cosine 1 - cos (Kariyappa et al. 2023). Features that
+    were read with `errors`, relative and expected (N,), ask of the former two to be that near, and no nearer: beyond
+    it the pull would be towards the noise.
+    """
+
+    model: nn.Module
+    features: Tensor
+    distance: str = "l2"
+    errors: Tensor | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        count = len(self.features)
+        needed = images if any(map(mixes_images, self.model.modules())) else images[:count]
+        features = features_of(self.model, needed)[:count]
+        if self.distance == "cosine":
+            return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
+        apart, sizes = (features - self.features).square().sum(1), self.features.square().sum(1)
+        if self.errors is not None:
+            apart = (apart - self.errors.square() * sizes).relu()
+        return (apart / sizes if self.distance == "relative" else apart).sum() / len(images)
+
+
+@dataclass(frozen=True)
+class StatisticsLoss:
+    """How far BatchNorm's statistics of the images are from those that the client shared, `target`."""
+
+    model: nn.Module
+    target: tuple[Tensor, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        return statistics_distance(batch_statistics(self.model, images), self.target)
+
+
+@dataclass(frozen=True)
+class BatchNormLoss:
+    """How far the batch's statistics are from the running ones of the model's BatchNorm layers.
+
+    Sum over layers of |mean(x) - running mean| + |var(x) - running variance|, of what goes into the layer.
+
+    Source: Yin et al. 2021 (arXiv 2104.07586), eq. 11.
+    """
+
+    model: nn.Module
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers compared; none in a model without BatchNorm."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
+        return [layer for layer in layers if not isinstance(layer, Normalise)]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        distances = []
+
+        def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            variance, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+            distances.extend([(mean - layer.running_mean).norm(), (variance - layer.running_var).norm()])
+
+        hooks = [layer.register_forward_pre_hook(compare) for layer in self.layers]
+        try:
+            self.model(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(distances).sum()
+
+
+def statistics_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Mean over BatchNorm's statistics (C,) of their squared distance, relative to the size of those shared, b."""
+    return torch.stack([(p - q).square().sum() / q.square().sum() for p, q in zip(a, b, strict=True)]).mean()
+
+
+def disagreement(copies: Tensor) -> Tensor:
+    """Mean squared distance of copies (R, B, C, H, W) of a batch from their mean image, a scalar.
+
+    Source: group consistency, Yin et al. 2021 (arXiv 2104.07586), eq. 12, where copies are first registered to each
+    other; here the mean is that of the pixels as they are.
+    """
+    return (copies - copies.mean(0)).square().mean()
+
+
+@dataclass(frozen=True)
+class Matching:
+    """The matching loss and its parts, each a scalar tensor: total = rho [alpha full + (1 - alpha) subset]."""
+
+    total: Tensor
+    full: Tensor
+    subset: Tensor
+
+
+@dataclass(frozen=True, repr=False)
+class MatchingLoss:
+    """The matching loss of dummy images and label logits against one shared average.
+
+    Args:
+        model: the model that the server sent out.
+        target: the shared averaged gradient, one tensor per parameter.
+        alpha: weight of the full-batch term, in [0, 1].
+        rescale: `inclusion` multiplies by rho(B, S), `none` does not.
+        subset_loss: one of `SUBSET_LOSSES`.
+        distance: of the full-batch term, one of `DISTANCES`; the relative ones divide each tensor's squares by their
+            mean in the target, and `relative` the subset term by |g|^2.
+        observed: what the target's entries say of the gradient, in the place of their values, save for the cosine.
+        known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
+        network: what gradients are taken through, with the model's parameters; None: the model itself.
+        training: how the client trained.
+        statistics: of the minibatches, as in `update.training.Trained`; none where they were not shared.
+
+    Raises:
+        ValueError: alpha outside [0, 1], an unknown rescale or subset_loss.
+    """
+
+    model: nn.Module
+    target: Gradient
+    alpha: float = 0.999
+    rescale: str = "inclusion"
+    subset_loss: str = "published"
+    distance: str = "l2"
+    known: tuple[Tensor, Tensor] | None = None
+    network: nn.Module | None = None
+    training: LocalTraining = FEDSGD
+    statistics: tuple[Tensor, ...] = ()
+    observed: Entries | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be in [0, 1], got {self.alpha}")
+        if self.rescale not in RESCALES:
+            raise ValueError(f"unknown rescale {self.rescale!r}: choose one of {', '.join(RESCALES)}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"unknown distance {self.distance!r}: choose one of {', '.join(DISTANCES)}")
+        if self.subset_loss not in SUBSET_LOSSES:
+            raise ValueError(f"unknown subset_loss {self.subset_loss!r}: choose one of {', '.join(SUBSET_LOSSES)}")
+
+    @cached_property
+    def unit(self) -> float:
+        """What the subset term is measured in: |g|^2 if distances are relative."""
+        return float(sum(g.square().sum() for g in self.target)) or 1.0 if self.distance == "relative" else 1.0
+
+    def _distance(self, gradient: Gradient) -> Tensor:
+        if self.distance == "cosine":
+            return cosine_distance(gradient, self.target)
+        if self.distance == "relative_cosine":
+            return cosine_distance(self._compared.scaled(gradient), self._scaled_target)
+        return self._compared(gradient)
+
+    @cached_property
+    def _compared(self) -> Entries:
+        return self.observed or Entries(self.target, self.distance.startswith("relative"))
+
+    @cached_property
+    def _scaled_target(self) -> Gradient:
+        return self._compared.scaled(self.target)
+
+    def noise_of(self, update: SharedUpdate) -> float:
+        """What noise in the update's entries is to this loss: times their root mean square, or by it if relative.
+
+        0 where entries were left out, which is no noise and would look like much.
+        """
+        if not self._compared.is_whole:
+            return 0.0
+        noise = measured_noise(update.gradients, self.model)
+        if not self.distance.startswith("relative"):
+            return noise * update.strength()
+        count = sum(g.numel() for g in self.target)
+        sizes = ((g.numel(), unit * count) for g, unit in zip(self.target, self._compared.units, strict=True))
+        return noise * sum(entries / scale**0.5 for entries, scale in sizes) / count
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there is a subset term: it has a weight, and the target is of the kind that a part's gradient is."""
+        return self.alpha < 1 and self.training.is_plain and self._compared.is_whole
+
+    @property
+    def phases(self) -> int:
+        """A network as it is has one phase only; one that is softened has several, see `attack.match.softening`."""
+        return 1
+
+    def enter(self, phase: int, images: Tensor) -> None:
+        """Nothing changes in the only phase."""
+
+    def __repr__(self) -> str:
+        if not self.training.is_plain:
+            return f"{self.distance} matching of the training's update"
+        if not self.has_parts:
+            return f"{self.distance} matching"
+        return f"{self.distance} matching (subset term {self.subset_loss}, alpha {self.alpha:g}, rho {self.rescale})"
+
+    def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
+        """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
+        batch_size, subset_size = len(images), len(subset)
+        g_all, g_subset, statistics = self._imitated(images, label_logits.softmax(1), subset)
+        full = self._distance(g_all)
+        if self.statistics:
+            full = full + STATISTICS_WEIGHT * statistics_distance(statistics, self.statistics)
+        sizes = {"batch_size": batch_size, "subset_size": subset_size}
+        if g_subset is None:
+            weak = torch.zeros_like(full)
+        else:
+            goal = self._subset_target(subset, batch_size)
+            weak = subset_distance(self.subset_loss, g_subset, goal, **sizes) / self.unit
+        rho = inclusion_probability(batch_size, subset_size) if self.rescale == "inclusion" else 1.0
+        return Matching(rho * (self.alpha * full + (1 - self.alpha) * weak), full, weak)
+
+    def _subset_target(self, subset: Tensor, batch_size: int) -> Gradient:
+        """What the subset's mean gradient is compared with: the shared average, which stands in for an unknown mean.
+
+        For the last layer the mean of T itself is used where every image in T was read. The published form divides
+        the average by B where it divides the subset's mean by S, so the exact mean is scaled to be divided alike.
+        """
+        if self.known is None or int(subset.max()) >= len(self.known[0]):
+            return self.target
+        errors, features = (values[subset] for values in self.known)
+        head = Head.of(self.model)
+        exact = {head.weight: errors.T @ features / len(subset), head.bias: errors.mean(0)}
+        scale = batch_size / len(subset) if self.subset_loss == "published" else 1.0
+        names = trainable(self.model)
+        return tuple(scale * exact[n] if n in exact else g for n, g in zip(names, self.target, strict=True))
+
+    def _imitated(
+        self, images: Tensor, labels: Tensor, subset: Tensor
+    ) -> tuple[Gradient, Gradient | None, tuple[Tensor, ...]]:
+        """What the client's training makes of all images and of the subset, and BatchNorm's statistics on the way.
+
+        The second is None where alpha = 1 has no use for it, or the training knows no update of a part.
+        """
+        network = self.network or self.model
+        if self.has_parts and len(subset) < len(images):
+            return *gradient_and_part(network, images, labels, subset), ()
+        trained = train_locally(network, images, labels, self.training, create_graph=True)
+        own = trained.average if self.has_parts else None
+        return trained.average, own, trained.statistics

@@ -1,0 +1,137 @@
+"""Kinks made soft: ReLU and max-pool in the attacker's copy of the network, soft at first, harder phase by phase.
+
+A ReLU's second derivative is zero where it is defined, and its first jumps at 0. The gradient that an image leaves in
+a network of ReLUs therefore jumps wherever an activation changes sign, between jumps it says nothing of them, and a
+line search ends at the first. Softplus log(1 + exp(beta z)) / beta for the ReLU and logsumexp(beta z) / beta for the
+maximum have no kinks. They are what images are moved through; the shared gradient is that of the hard network, so beta
+must grow until the difference no longer matters.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from attack.match.gradients import Matching, MatchingLoss
+from network.chain import Chain, Residual, Stage, modules, run
+from network.tracing import stages_if_walked
+
+SOFTENINGS = ("auto", "off")
+
+# The kinks' hardness, in equal parts of the prior's annealing: beta times the root mean square of what goes into a
+# kink. Trained ConvNet, labels optimised, 2,000 evaluations, see docs/results.md, "Networks with kinks, without
+# signals".
+HARDNESSES = (5.0, 15.0, 50.0, 150.0, 500.0)
+
+SILENT = 1e-6  # root mean square below which a kink gets no larger beta
+
+
+class SoftMaximum(nn.Module):
+    """A max-pool with logsumexp(beta z) / beta in place of the maximum."""
+
+    def __init__(self, pool: nn.MaxPool2d, beta: float) -> None:
+        super().__init__()
+        self.pool, self.beta = pool, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled (B, C, H', W')."""
+        (kernel, kernel_), (stride, stride_), (pad, pad_) = map(
+            _pair, (self.pool.kernel_size, self.pool.stride, self.pool.padding)
+        )
+        height, width = self.pool(x[:1, :1].detach()).shape[2:]
+        below = max(0, (height - 1) * stride + kernel - x.shape[2] - 2 * pad)  # ceil_mode reaches over the edge
+        right = max(0, (width - 1) * stride_ + kernel_ - x.shape[3] - 2 * pad_)
+        lowest = torch.finfo(x.dtype).min / (10 * self.beta)  # stays finite times beta
+        x = nn.functional.pad(x, (pad_, pad_ + right, pad, pad + below), value=lowest)
+        rows, columns = stride * (height - 1) + 1, stride_ * (width - 1) + 1
+        windows = [
+            x[:, :, i : i + rows : stride, j : j + columns : stride_] for i in range(kernel) for j in range(kernel_)
+        ]
+        return torch.logsumexp(self.beta * torch.stack(windows), 0) / self.beta
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+@torch.no_grad()
+def softened(chain: Chain, hardness: float, images: Tensor) -> Chain:
+    """The chain with softplus for ReLU and a soft maximum for max-pools; the chain itself if hardness is infinite.
+
+    Each beta is the hardness over the root mean square of what `images` bring to that kink.
+    """
+    if math.isinf(hardness):
+        return chain
+    return _soften(chain, hardness, images)[0]
+
+
+def _soften(chain: Chain, hardness: float, x: Tensor) -> tuple[list[Stage], Tensor]:
+    """The softened chain, and what the images have become behind it."""
+    soft = []
+    for stage in chain:
+        module = stage.module
+        if isinstance(module, Residual):
+            body, left = _soften(module.body, hardness, x)
+            shortcut, right = _soften(module.shortcut, hardness, x)
+            module, x = Residual(body, shortcut), left + right
+        else:
+            beta = hardness / max(float(x.square().mean().sqrt()), SILENT)
+            if isinstance(module, nn.ReLU):
+                module = nn.Softplus(beta)
+            elif isinstance(module, nn.MaxPool2d):
+                module = SoftMaximum(module, beta)
+            x = module(x)
+        soft.append(Stage(stage.name, module))
+    return soft, x
+
+
+class SoftNetwork(nn.Module):
+    """A chain in the model's place: other activations, the same layers and parameters in the same order."""
+
+    def __init__(self, model: nn.Module, chain: Chain) -> None:
+        super().__init__()
+        self.model, self.chain = model, chain
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (B, K) of images (B, C, H, W)."""
+        return run(self.chain, images)
+
+
+class SoftenedMatching:
+    """The matching loss through a copy of the network whose kinks harden from phase to phase.
+
+    Args:
+        loss: the matching loss of the network as it is.
+        chain: that network's stages.
+        hardnesses: one for each phase.
+    """
+
+    def __init__(self, loss: MatchingLoss, chain: Chain, hardnesses: Sequence[float] = HARDNESSES) -> None:
+        self.loss, self.chain, self.hardnesses = loss, chain, hardnesses
+        self._phase, self._soft = -1, loss
+
+    def __repr__(self) -> str:
+        return f"{self.loss}, kinks softened"
+
+    @property
+    def phases(self) -> int:
+        """As many as there are hardnesses."""
+        return len(self.hardnesses)
+
+    def enter(self, phase: int, images: Tensor) -> None:
+        """Soften the kinks as this phase asks, by what the images (B, C, H, W) that it began with bring to them."""
+        if phase != self._phase:
+            network = SoftNetwork(self.loss.model, softened(self.chain, self.hardnesses[phase], images))
+            self._phase, self._soft = phase, replace(self.loss, network=network)
+
+    def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
+        """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
+        return self._soft(images, label_logits, subset)
+
+
+def kinked_chain(model: nn.Module) -> Chain | None:
+    """The stages of a model that has kinks; None if it has none, or cannot be walked."""
+    chain = stages_if_walked(model) or ()
+    return chain if any(isinstance(module, (nn.ReLU, nn.MaxPool2d)) for module in modules(chain)) else None

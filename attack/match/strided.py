@@ -1,0 +1,82 @@
+"""Strided convolutions of few channels, with their derivative by the input as a convolution of stride 1.
+
+Of y = W * x with stride s the derivative by x scatters W^T delta over every s-th pixel. Pixels whose places agree
+modulo s have taps of W of their own, so x may be read as s^2 C channels on a grid s times as coarse, W cut up alike:
+
+    dL/dx = shuffle(flip(W_s)^T * delta),    W_s (c_out, s^2 C, k/s, k/s), k rounded up to a multiple of s.
+
+That is a plain convolution, which libraries for CPUs have a fast kernel for, and no scatter. Theirs for the scatter is
+made for blocks of 16 channels: for images, or LeNet's 12 channels, it takes about twice as long as this, which in turn
+takes twice to four times as long as theirs from 32 channels on.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn import functional
+
+from network.chain import Chain, Stage, substituted
+
+FEW = 16  # channels, from which on the library's own derivative is as fast
+
+
+class _Convolution(torch.autograd.Function):
+    """The convolution of images x; its weights stay what they are."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, layer: nn.Conv2d, transposed: Tensor) -> Tensor:
+        """(B, c_out, H', W') of x (B, C, H, W)."""
+        ctx.layer, ctx.transposed, ctx.size = layer, transposed, x.shape[-2:]
+        return layer(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, delta: Tensor) -> tuple[Tensor, None, None]:
+        """The derivative by x."""
+        (stride, _), transposed = ctx.layer.stride, ctx.transposed
+        sides = zip(ctx.size, delta.shape[-2:], transposed.shape[-2:], ctx.layer.padding, strict=True)
+        skipped, reach, starts = zip(*(_of_the_coarse_grid(stride, *side) for side in sides), strict=True)
+        coarse = functional.conv2d(delta, transposed, padding=[k - s for k, s in zip(reach, skipped, strict=True)])
+        fine = functional.pixel_shuffle(coarse, stride)
+        for dim, (start, size) in enumerate(zip(starts, ctx.size, strict=True), 2):
+            fine = fine.narrow(dim, start, min(size, fine.shape[dim] - start))
+        below, right = (size - side for size, side in zip(ctx.size, fine.shape[-2:], strict=True))
+        if below or right:  # pixels that no patch reaches
+            fine = functional.pad(fine, (0, right, 0, below))
+        return fine, None, None
+
+
+def _of_the_coarse_grid(stride: int, size: int, positions: int, taps: int, padding: int) -> tuple[int, int, int]:
+    """Along one side: what can be skipped at both ends, being padding, how far delta reaches, and where x begins."""
+    reach = taps - 1
+    surplus = (positions + reach) * stride - padding - size  # beyond the end of x
+    skipped = max(0, min(padding // stride, surplus // stride, reach))
+    return skipped, reach, padding - stride * skipped
+
+
+class Strided(nn.Module):
+    """A strided convolution whose derivative by its input is taken as above. It can be taken once only."""
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer, (stride, _) = layer, layer.stride
+        down, right = (-side % stride for side in layer.kernel_size)
+        cut = functional.pixel_unshuffle(functional.pad(layer.weight.detach(), (0, right, 0, down)), stride)
+        self.register_buffer("transposed", cut.flip(2, 3).transpose(0, 1).contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c_out, H', W') of x (B, C, H, W)."""
+        return _Convolution.apply(x, self.layer, self.transposed)
+
+
+def quickened(chain: Chain) -> list[Stage]:
+    """The chain with `Strided` for each convolution that gains by it; its weights have no derivatives then."""
+    return substituted(chain, lambda module: Strided(module) if _is_slow(module) else module)
+
+
+def _is_slow(module: object) -> bool:
+    if type(module) is not nn.Conv2d or module.weight.device.type != "cpu":
+        return False
+    plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    strides = set(module.stride)
+    return plain and set(module.dilation) == {1} and len(strides) == 1 and strides != {1} and module.in_channels < FEW

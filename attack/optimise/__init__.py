@@ -1,0 +1,1 @@
+"""What moves, how far, and when it ends."""

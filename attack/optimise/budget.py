@@ -1,0 +1,115 @@
+"""What moves the variables and how far: optimiser, step sizes, the prior's annealing, the budget that ends it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attack.optimise.lbfgs import LBFGS
+
+LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.05}
+LINE_SEARCHES = ("strong_wolfe", "none")
+LR_SCHEDULES = ("constant", "step", "cosine")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an attack may spend: optimiser steps, closure evaluations, seconds of wall time; None: without bound."""
+
+    n_iter: int
+    max_evals: int | None = None
+    max_seconds: float | None = None
+
+    def share(self, step: int, evaluations: int, seconds: float) -> float:
+        """How much of it is spent, in [0, 1] or a little more, by the bound that is nearest."""
+        spent = ((step, self.n_iter), (evaluations, self.max_evals), (seconds, self.max_seconds))
+        return max(done / bound for done, bound in spent if bound)
+
+
+@dataclass(frozen=True)
+class Optimiser:
+    """L-BFGS or Adam, and the size of their steps.
+
+    Args:
+        name: lbfgs or adam.
+        lr: step size; None: 1 for lbfgs, 0.05 for adam.
+        lr_schedule: one of `LR_SCHEDULES`, see `learning_rate`.
+        signed: move the images by the signs of their gradient (Geiping et al. 2020).
+        inner_iter, history, line_search: of L-BFGS: iterations in a step, curvature pairs, strong_wolfe or none.
+    """
+
+    name: str
+    lr: float | None
+    lr_schedule: str
+    signed: bool
+    inner_iter: int
+    history: int
+    line_search: str
+
+    @property
+    def base(self) -> float:
+        """The step size before its schedule."""
+        return self.lr or LEARNING_RATES[self.name]
+
+    def rate(self, progress: float) -> float:
+        """The step size after this share of the budget."""
+        return learning_rate(self.base, self.lr_schedule, progress)
+
+    def build(self, variables: list[Tensor]) -> torch.optim.Adam | LBFGS:
+        """A fresh optimiser of the variables."""
+        if self.name == "adam":
+            return torch.optim.Adam(variables, lr=self.base)
+        return LBFGS(
+            variables,
+            lr=self.base,
+            max_iter=self.inner_iter,
+            max_eval=self.inner_iter * 5 // 4,
+            history=self.history,
+            line_search=self.line_search,
+        )
+
+
+def learning_rate(base: float, schedule: str, progress: float) -> float:
+    """The step size after a share of the run, `progress` in [0, 1].
+
+    constant  base
+    step      a tenth of what it was after 3/8, 5/8 and 7/8 of the run (Geiping et al. 2020)
+    cosine    half a cosine from base to zero (Yin et al. 2021)
+    """
+    if schedule == "constant":
+        return base
+    if schedule == "step":
+        return base * 0.1 ** sum(progress >= share for share in (3 / 8, 5 / 8, 7 / 8))
+    if schedule == "cosine":
+        return base * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+    raise ValueError(f"unknown lr_schedule {schedule!r}: choose one of {', '.join(LR_SCHEDULES)}")
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """The prior's weight over the run: from `weight` it falls geometrically to `final * weight`, never below `least`.
+
+    A strong prior first gives a smooth image that L-BFGS can move as a whole; as the weight falls, the gradient is
+    matched ever more exactly and the prior decides only what the gradient leaves open. The horizon is in evaluations of
+    its own, not a share of the run: where a run is stopped does not change the way it took. `least` is what noise asks
+    for: a gradient that is matched more closely than it is known is matched to noise. `phases` are equal parts of the
+    horizon; what changes from one to the next is the matching's, see `attack.match.softening`.
+    """
+
+    weight: float
+    final: float = 1.0
+    horizon: int = 1
+    least: float = 0.0
+    phases: int = 1
+
+    def phase(self, evaluations: float) -> int:
+        """The index of the phase after so many evaluations; the last one stays."""
+        return min(int(self.phases * evaluations / self.horizon), self.phases - 1)
+
+    def ended(self, evaluations: float) -> None:
+        """It never ends an attack."""
+
+    def at(self, evaluations: float) -> float:
+        """The weight after so many closure evaluations."""
+        return max(self.least, self.weight * math.exp(math.log(self.final) * min(1.0, evaluations / self.horizon)))

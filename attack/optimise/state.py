@@ -1,0 +1,231 @@
+"""What moves during an attack: images, labels, optimiser, subsets, counters. Its dict is what a checkpoint holds."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attack.optimise.budget import Budget, Optimiser
+
+CERTAIN = 100.0  # a logit so far above the others that softmax is one-hot in float64 too
+MAX_SETBACKS = 3  # times that a non-finite loss is answered by going back to the best iterate
+
+
+class _BudgetSpentError(Exception):
+    """Ends an optimiser step whose next evaluation would be one too many."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The objective's value, a scalar tensor, and its unweighted parts (R,), one for each of R copies."""
+
+    loss: Tensor
+    full: Tensor
+    subset: Tensor
+    prior: Tensor
+
+    def is_finite(self) -> bool:
+        """Whether every term is a finite number."""
+        return all(bool(term.isfinite().all()) for term in (self.loss, self.full, self.subset, self.prior))
+
+    @property
+    def leader(self) -> int:
+        """The copy of least full-batch loss."""
+        return int(self.full.argmin())
+
+
+@dataclass
+class AttackState:
+    """The iterate of an attack.
+
+    Args:
+        z: free image variables (R B, C, H, W) of R copies of the batch, see `attack.optimise.pixels.PixelMap`.
+        label_variables: (R B, K); the label logits are `label_gain` times these.
+        generator: what subsets are drawn from.
+        optimiser: what moves the two variables; built anew after a setback.
+        label_gain: a scaling, so that L-BFGS moves labels and pixels at comparable rates.
+        known_labels: class indices (N,) of the leading N images of each copy, which are then not optimised.
+        copies: R, starts that are attacked side by side. Each closure call then counts as R evaluations.
+        seconds: wall time spent before the first step.
+
+    `leader` is the copy that matches the gradient best, the one that is shown and judged. `anchor` is z as it was when
+    the present phase of the objective began.
+    """
+
+    z: Tensor
+    label_variables: Tensor
+    generator: torch.Generator
+    optimiser: Optimiser
+    label_gain: float = 1.0
+    known_labels: Tensor | None = None
+    copies: int = 1
+    seconds: float = 0.0
+    step: int = 0
+    evaluations: int = 0
+    setbacks: int = 0
+    leader: int = 0
+    phase: int = 0
+
+    def __post_init__(self) -> None:
+        self.variables = [self.z.requires_grad_(), self.label_variables.requires_grad_()]
+        self.optimizer = self.optimiser.build(self.variables)
+        self._whole_step = self.optimizer.param_groups[0].get("max_eval")  # None: not L-BFGS
+        self.subset = torch.arange(self.batch_size, device=self.z.device)
+        self.anchor = self.z.detach().clone()
+        self._remember(math.inf)
+
+    @property
+    def batch_size(self) -> int:
+        """B, images in a copy."""
+        return len(self.z) // self.copies
+
+    @property
+    def label_logits(self) -> Tensor:
+        """Label logits (R, B, K); those of known labels are certain."""
+        logits = (self.label_gain * self.label_variables).unflatten(0, (self.copies, -1))
+        if self.known_labels is None:
+            return logits
+        count, classes = len(self.known_labels), logits.shape[2]
+        certain = CERTAIN * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
+        # 0: all variables stay part of the graph
+        return torch.cat([certain + 0 * logits[:, :count], logits[:, count:]], dim=1)
+
+    def enter(self, phase: int) -> None:
+        """Begin a phase of the objective, unless it has begun: what was best and the curvature were another's."""
+        if phase != self.phase:
+            self.phase, self.anchor = phase, self.z.detach().clone()
+            self.optimizer = self.optimiser.build(self.variables)
+            self._remember(math.inf)
+
+    def draw_subset(self, size: int) -> None:
+        """Set `subset` to a uniform random subset of `size` images, the same in every copy."""
+        order = torch.randperm(self.batch_size, generator=self.generator)  # on the CPU: the same on every device
+        self.subset = order[:size].to(self.z.device)
+
+    def ended(self, budget: Budget) -> str | None:
+        """What has ended the attack, or None: n_iter, max_evals, max_seconds, or non-finite after too many setbacks.
+
+        `max_evals` ends it before a step that could exceed it, so that every step is whole and a resumed run goes on
+        from the end of one. `max_seconds` ends it after the step that reached it.
+        """
+        if self.setbacks > MAX_SETBACKS:
+            return "non-finite"
+        if self.step >= budget.n_iter:
+            return "n_iter"
+        if budget.max_seconds is not None and self.seconds >= budget.max_seconds:
+            return "max_seconds"
+        bound = self._step_bound(budget.max_evals)
+        # L-BFGS calls its closure at least twice, and its line search may call it once more than its bound; Adam once.
+        most = 1 if bound is None else max(2, bound + 1)
+        if budget.max_evals is not None and self.evaluations + most * self.copies > budget.max_evals:
+            return "max_evals"
+        return None
+
+    def minimise(self, loss: Callable[[], Tensor], budget: Budget) -> None:
+        """Take one optimiser step down `loss`, of the size that the share of the budget spent so far asks for.
+
+        The very first step is cut to fit a `max_evals` that is smaller than a whole one.
+
+        The line search of older torch releases heeds no bound; a step that would exceed `max_evals` is then undone.
+        """
+        max_evals, (group,) = budget.max_evals, self.optimizer.param_groups
+        group["lr"] = self.optimiser.rate(budget.share(self.step, self.evaluations, self.seconds))
+        if self._whole_step is not None:
+            group["max_eval"] = self._step_bound(max_evals)
+        before = [variable.detach().clone() for variable in self.variables]
+
+        def closure() -> Tensor:
+            if max_evals is not None and self.evaluations + self.copies > max_evals:
+                raise _BudgetSpentError
+            self.evaluations += self.copies
+            value = loss()
+            self.backward(value)
+            return value
+
+        try:
+            self.optimizer.step(closure)
+        except _BudgetSpentError:
+            self._restore(before)
+        self.step += 1
+
+    def _step_bound(self, max_evals: int | None) -> int | None:
+        """L-BFGS's bound on the closure calls of the next step; None for Adam."""
+        if self._whole_step is None or max_evals is None or self.step > 0:
+            return self._whole_step
+        return min(self._whole_step, max_evals // self.copies - 1)
+
+    def backward(self, loss: Tensor) -> None:
+        """Put the gradient of `loss` where the optimiser looks for it; of the images' only the signs, if it so asks."""
+        for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
+            variable.grad = gradient.contiguous()
+        if self.optimiser.signed:
+            self.z.grad.sign_()
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the wall time of the block to `seconds`, with all that it set a GPU to do."""
+        started = time.perf_counter()
+        yield
+        if self.z.is_cuda:
+            torch.cuda.synchronize(self.z.device)
+        self.seconds += time.perf_counter() - started
+
+    @torch.no_grad()
+    def accept(self, terms: Terms) -> bool:
+        """Keep the iterate if its terms are finite; otherwise go back to the best one with a fresh optimiser.
+
+        Best is the iterate of least full-batch loss: unlike the total, it means the same at every S and prior weight.
+        """
+        if not (terms.is_finite() and all(bool(v.isfinite().all()) for v in self.variables)):
+            self.setbacks += 1
+            self.restore_best()
+            self.optimizer = self.optimiser.build(self.variables)
+            return False
+        self.leader = terms.leader
+        least = float(terms.full[self.leader])
+        if least <= self.best["full"]:
+            self._remember(least)
+        return True
+
+    def restore_best(self) -> None:
+        """Go back to the best iterate; the optimiser keeps what it knows."""
+        self.leader = self.best["leader"]
+        self._restore(self.best["variables"])
+
+    @torch.no_grad()
+    def _restore(self, values: list[Tensor]) -> None:
+        for variable, value in zip(self.variables, values, strict=True):
+            variable.copy_(value)
+
+    def _remember(self, full: float) -> None:
+        variables = [variable.detach().clone() for variable in self.variables]
+        self.best = {"full": full, "leader": self.leader, "variables": variables}
+
+    def state_dict(self) -> dict:
+        """Tensors and numbers only, so that it can be read back without unpickling."""
+        return {
+            "variables": [variable.detach() for variable in self.variables],
+            "generator": self.generator.get_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "counters": [self.step, self.evaluations, self.seconds, self.setbacks, self.leader, self.phase],
+            "anchor": self.anchor,
+            "best": self.best,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` returned, on this state's own device.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: it is of another kind of run.
+        """
+        self._restore(state["variables"])
+        self.generator.set_state(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.evaluations, self.seconds, self.setbacks, self.leader, self.phase = state["counters"]
+        self.anchor = state["anchor"].to(self.z)
+        self.best = state["best"] | {"variables": [v.to(self.z) for v in state["best"]["variables"]]}

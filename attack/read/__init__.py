@@ -1,0 +1,1 @@
+"""Which images are in the batch? Single images read from one averaged gradient."""

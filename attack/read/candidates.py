@@ -1,0 +1,314 @@
+"""The equations of a single image at one layer: scale, column space, pairing; their solution, and its judgement.
+
+Each of them holds for one image alone, whatever else is in the batch, and fails for mixtures, see `unmix`.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, vmap
+
+from attack.read.signals import Inputs, Tail, nothing
+from attack.read.span import Span
+
+STEPS = 60  # of a polish, at most; from an arbitrary start 20 to 40 are usual
+STALLED = 0.999  # a polish whose cost falls by less than this a step, three times in a row, is over
+SCALES = torch.logspace(-2, 4, 37, dtype=torch.float64)  # |a| tried where no bias gradient gives the scale
+FINER = 9  # scales tried within a step of SCALES around the best
+ARITHMETIC = 30.0  # units of rounding by which the victim's forward and backward passes may err
+TOLERANCE = 4.0  # standard deviations of noise that a true image's mismatch may reach
+LIMIT = 0.1  # but never a larger one: images of one class come as close as this to being each other's mixtures
+DISTINCT = 3.0  # times the noise of an input's zeros: what the likeliest other input has there must exceed it
+WITNESSES = 3  # equations beyond the unknowns without which a polish proves nothing
+CHANCE = 3e-7  # that a false candidate fits this well: tolerance to the power of the witnesses
+TAIL_CHANCE = 1e-2  # the same where zeros, which a programme has sought, bear no witness
+UNSURE = 0.05  # inputs whose expected relative error is larger are not used
+
+
+def by_position(outputs: Tensor) -> Tensor:
+    """(N, c_out, ...) -> (N, P, c_out)."""
+    return outputs.flatten(2).transpose(1, 2) if outputs.dim() > 2 else outputs[:, None]
+
+
+def along_ones(span: Span) -> Tensor | None:
+    """patch_p(basis_j)^T w, (dim A, P): 1 at every position for the coordinates of a true image."""
+    if span.ones is None:
+        return None
+    return span.geometry.patches(span.inputs(torch.eye(span.dimension).to(span.basis))) @ span.ones
+
+
+class Equations:
+    """What a span asks of a single image, in coordinates of A: scale, column space, and pairing.
+
+    Args:
+        span: of the gradient, or of what is left of it.
+        layer: inputs -> outputs.
+        tail: the network behind the layer.
+        paired: whether the gradient is B times smaller than the sum of the images', so that a true image's share is 1.
+            One that the client has clipped is smaller by a factor that nobody tells, which the shares then are.
+    """
+
+    def __init__(self, span: Span, layer: Callable[[Tensor], Tensor], tail: Tail, *, paired: bool = True) -> None:
+        self.span, self.layer, self.tail, self.paired, geometry = span, layer, tail, paired, span.geometry
+        units = span.inputs(torch.eye(span.dimension).to(span.basis))
+        zero = layer(torch.zeros_like(units[:1])).detach()
+        self.offset = zero[0]  # (*output_shape), the layer's bias
+        self.outputs = (layer(units) - zero).detach().flatten(1)  # of each basis vector, (dim A, c_out P)
+        self.rows = geometry.patches(units) @ span.right.T  # its patches in R, (dim A, P, r)
+        self.along = along_ones(span)  # (dim A, P)
+
+    def of(self, span: Span) -> "Equations":
+        """The same for another span of the same layer."""
+        return self if span is self.span else Equations(span, self.layer, self.tail, paired=self.paired)
+
+    def _outputs(self, c: Tensor) -> Tensor:
+        return (c @ self.outputs).view(-1, *self.offset.shape) + self.offset
+
+    def deltas(self, c: Tensor, labels: Tensor) -> Tensor:
+        """Gradient of each candidate's loss by the layer's output, (N, *output_shape)."""
+        values = self.span.inputs(c)
+
+        def loss(outputs: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.tail(values, outputs), labels, reduction="sum")
+
+        return grad(loss)(self._outputs(c))
+
+    def all_deltas(self, c: Tensor) -> Tensor:
+        """The same for every label, (N, K, *output_shape)."""
+        outputs = self._outputs(c).detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self.tail(self.span.inputs(c), outputs)
+            mean = torch.autograd.grad(logits.logsumexp(1).sum(), outputs, retain_graph=True)[0]
+            each = [torch.autograd.grad(logit.sum(), outputs, retain_graph=True)[0] for logit in logits.T]
+        return (mean[:, None] - torch.stack(each, 1)).detach()
+
+    def residual(self, c: Tensor, zeros: Tensor, deltas: Tensor) -> Tensor:
+        """What does not fit, (N, P c_out + 1 [+ n] [+ P]).
+
+        It is delta outside U, 1 - 1/share, the input where it should be zero, and patches^T w - 1.
+        """
+        d = by_position(deltas) * self.span.rows
+        u = d @ self.span.left
+        length = d.flatten(1).norm(dim=1).clamp(min=1e-200)
+        outside = (d - u @ self.span.left.T).flatten(1) / length[:, None]
+        unpaired = 1 - 1 / self._share(c, u, d) if self.paired else torch.zeros_like(length)
+        parts = [outside, unpaired[:, None]]
+        if zeros.any():
+            parts.append((c @ self.span.basis) * zeros / c.norm(dim=1, keepdim=True))
+        if self.along is not None:
+            parts.append((c @ self.along - 1) / self.along.shape[1] ** 0.5)
+        return torch.cat(parts, 1)
+
+    def _share(self, c: Tensor, u: Tensor, d: Tensor) -> Tensor:
+        live = (d.detach().abs().amax(2) > 0).sum(1).clamp(min=1)  # a position without errors leaves no trace
+        x = (c @ self.rows.flatten(1)).view(len(c), *self.rows.shape[1:])
+        return (x * (u / self.span.sigma)).sum((1, 2)) / (self.span.batch_size * live)
+
+    def scaled_and_labelled(
+        self, c: Tensor, zeros: Tensor, generator: torch.Generator, *, explore: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Candidates with scale, zeros, labels (N,), and mismatch (N,): the best label, or one drawn near the best."""
+        if self.along is not None:
+            along = (c @ self.along).mean(1)
+            c, zeros = c[along > 0] / along[along > 0, None], zeros[along > 0]
+            mismatch = self.mismatch(c)
+        else:
+            c, mismatch = self._best_scales(c)
+        if explore and len(c):
+            chance = mismatch.clamp(min=1e-6) ** -4
+            labels = torch.multinomial(chance.cpu(), 1, generator=generator)[:, 0].to(c.device)
+        else:
+            labels = mismatch.argmin(1)
+        return c, zeros, labels, mismatch.gather(1, labels[:, None])[:, 0]
+
+    def mismatch(self, c: Tensor) -> Tensor:
+        """Length of the residual for each label, (N, K)."""
+        every = self.all_deltas(c)
+        count, classes = every.shape[:2]
+        free = torch.zeros(1, 1, dtype=torch.bool, device=c.device)
+        repeated = c.repeat_interleave(classes, 0)
+        return self.residual(repeated, free, every.flatten(0, 1)).norm(dim=1).view(count, classes)
+
+    def _best_scales(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        unit = c / c.norm(dim=1, keepdim=True)
+        tried = torch.stack([self.mismatch(scale * unit) for scale in SCALES.tolist()])  # (scales, N, K)
+        coarse = SCALES.to(c)[tried.amin(2).argmin(0), None]
+        finer = torch.logspace(-0.5, 0.5, FINER, base=float(SCALES[1] / SCALES[0])).to(c)
+        tried = torch.stack([self.mismatch(factor * coarse * unit) for factor in finer])
+        best = tried.amin(2).argmin(0)
+        return finer[best, None] * coarse * unit, tried[best, torch.arange(len(c), device=c.device)]
+
+    def believed(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> Inputs:
+        """Those candidates (N, dim A) that are, or a polish makes, indistinguishable from a true image."""
+        if not len(c):
+            return nothing(self.span)
+        if self.spare < WITNESSES:  # what is left of the gradient may have spoken for another label
+            labels = self.mismatch(c).argmin(1)
+        witnesses = self.spare + self._silent_witnesses(zeros)
+        found, passed = self._judged(c, zeros, self._pinned_down(c, zeros), labels, witnesses)
+        rest = (~passed).nonzero()[:, 0]
+        found = found.pick(passed)
+        if len(rest) and self.spare >= WITNESSES:
+            c, _, normal = self.solve(c[rest], zeros[rest], labels[rest], deadline)
+            witnesses = torch.full_like(c[:, 0], self.spare)
+            polished, passed = self._judged(c, zeros[rest], normal, labels[rest], witnesses)
+            found = found.joined(polished.pick(passed))
+        return found
+
+    @property
+    def spare(self) -> int:
+        """Equations of the tail and of the scale beyond the dim A unknowns: witnesses that a polish cannot bribe."""
+        span = self.span
+        outside = span.geometry.positions * (len(span.left) - span.rank) - 1  # softmax errors sum to zero
+        return outside + self.paired + (0 if self.along is None else self.along.shape[1]) - span.dimension
+
+    def _silent_witnesses(self, zeros: Tensor) -> Tensor:
+        """How many zeros (N, n) say that an input is this one and no other, (N,); dim A of them at least.
+
+        Zeros pin a direction down, the one of least energy there. The likeliest other is the next: all entries by which
+        it differs are witnesses, unless they are what noise would make of it. Where A is too small for all images,
+        directions within it are none of theirs, and zeros prove nothing.
+        """
+        span = self.span
+        count = [float(span.dimension)] * len(zeros)
+        if 1 < span.dimension == span.batch_size:
+            count = [max(least, self._speaking(silent)) for silent, least in zip(zeros, count, strict=True)]
+        return torch.tensor(count).to(span.basis)
+
+    def _speaking(self, silent: Tensor) -> float:
+        """The number of zeros (n,) that the likeliest other direction of A breaks, 0 where it is noise that does."""
+        entries = self.span.basis[:, silent].T
+        energies, vectors = torch.linalg.eigh(entries.T @ entries)
+        other = vectors[:, 1]
+        blurred = self._turned(other @ self.rows.flatten(1)).square() * silent.double().mean()
+        if energies[1] <= DISTINCT**2 * max(energies[0], blurred):
+            return 0.0
+        broken = (entries @ other).square()
+        return float(broken.sum().square() / broken.square().sum())
+
+    def _pinned_down(self, c: Tensor, zeros: Tensor) -> Tensor:
+        """J^T J (N, dim, dim) of the linear equations alone, zeros and scale."""
+        held = zeros[:, :, None] * self.span.basis.T / c.norm(dim=1)[:, None, None]  # (N, n, dim)
+        normal = held.transpose(1, 2) @ held
+        return normal if self.along is None else normal + self.along @ self.along.T / self.along.shape[1]
+
+    def _judged(
+        self, c: Tensor, zeros: Tensor, normal: Tensor, labels: Tensor, witnesses: Tensor
+    ) -> tuple[Inputs, Tensor]:
+        """All candidates as inputs, and which of them to believe, where so many equations (N,) bear witness."""
+        deltas, span = self.deltas(c, labels), self.span
+        d = by_position(deltas) * span.rows
+        u, x = d @ span.left, c @ self.rows.flatten(1)
+        expected, condition = self._noise(u, x)
+        mismatch, share = self.residual(c, zeros, deltas), deltas[0].numel()  # its column behind delta outside U
+        outside = mismatch[:, :share].norm(dim=1)
+        mismatch[:, share] /= 1 + condition
+        cost = mismatch.square().sum(1)
+        level = torch.maximum(cost, (expected + span.precision).square()) / (self.spare + zeros.sum(1)).clamp(min=1)
+        uncertainty, freedom = self._expected_error(c, x, level, normal)
+        shares = self._share(c, u, d)
+        every = Inputs(span.inputs(c), labels, deltas, outside, shares, uncertainty, freedom, span.batch_size)
+        tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
+        by_chance, by_the_tail = (
+            tolerance ** count.clamp(0, 100) * (1 + condition)
+            for count in (witnesses, torch.full_like(witnesses, self.spare + span.dimension))
+        )
+        likely = (cost.sqrt() < tolerance) & (uncertainty < UNSURE)
+        return every, likely & (by_chance < CHANCE) & (by_the_tail < TAIL_CHANCE)
+
+    def _expected_error(self, c: Tensor, x: Tensor, level: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+        """An image's expected relative error, and that error's degrees of freedom, (N,) each."""
+        trace, own = _trace_of_inverse(normal)
+        turned, within = self._turned(x), (trace * level).sqrt() / c.norm(dim=1)
+        if self.along is not None:  # the scale is one equation, however many zeros there are
+            noise = self.span.noise * self._weak(x) / self.along.shape[1]
+            within = torch.hypot(within, noise * (1 + self.span.ones.square().sum()).sqrt())
+        uncertainty = torch.hypot(turned, within)
+        # a turned span moves all entries of an input alike; within it, what the equations leave open is moved
+        shares_of_four = (turned / uncertainty) ** 4 / self.span.right.shape[1] + (within / uncertainty) ** 4 / own
+        return uncertainty, 1 / shares_of_four
+
+    def _weak(self, v: Tensor) -> Tensor:
+        """|S^-1 v| of patches or deltas (..., P r) in the gradient's singular vectors."""
+        return (v.unflatten(-1, (-1, self.span.rank)) / self.span.sigma).flatten(-2).norm(dim=-1)
+
+    def _turned(self, x: Tensor) -> Tensor:
+        """Relative error of inputs with x (..., P r) by noise that turns the span."""
+        return self.span.noise * self.span.right.shape[1] ** 0.5 * self._weak(x) / x.norm(dim=-1)
+
+    def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What noise makes of true images with x (N, P r) and y = U^T delta (N, P, r): two numbers each, (N,).
+
+        They are the relative error of its mismatch, and what the share makes of such an error. Noise N in the entries
+        of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x. The share is x^T S^-1 y / B, and
+        1: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error shows. Images whose errors nearly cancel
+        have such an x and y.
+        """
+        span, y = self.span, u.flatten(1)
+        y_weak, x_weak, y_length, x_length = self._weak(y), self._weak(x), y.norm(dim=1), x.norm(dim=1)
+        turned_out = span.noise * len(span.left) ** 0.5 * y_weak / y_length.clamp(min=1e-200)
+        expected = turned_out + self._turned(x) + span.noise * x_weak * y_weak / span.batch_size
+        return expected, torch.maximum(x_length * y_weak, y_length * x_weak) / span.batch_size
+
+    def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping."""
+        if not len(c):
+            return c, c.new_zeros(0), c.new_zeros(0, c.shape[1], c.shape[1])
+        damping = c.new_full((len(c),), 1e-2)
+        f, j = self._linearised(c, zeros, labels)
+        cost, normal, pull = _normal_equations(f, j)
+        stalled = torch.zeros_like(labels)
+        for _ in range(STEPS):
+            going = ((stalled < 3) & (cost > (0.1 * self.span.precision) ** 2)).nonzero()[:, 0]
+            if not len(going) or time.perf_counter() > deadline:
+                break
+            step = _damped_step(normal[going], pull[going], damping[going])
+            trial = c[going] + step
+            f = self._at(trial, zeros[going], labels[going])
+            better = f.square().sum(1) < cost[going]
+            worse, going, trial = going[~better], going[better], trial[better]
+            damping[worse] *= 4
+            stalled[worse] += (damping[worse] > 1e8).long() * 3
+            if not len(going):
+                continue
+            f, j = self._linearised(trial, zeros[going], labels[going])
+            c[going] = trial
+            before = cost[going]
+            cost[going], normal[going], pull[going] = _normal_equations(f, j)
+            damping[going] = (damping[going] * 0.3).clamp(min=1e-14)
+            stalled[going] = torch.where(cost[going] > STALLED * before, stalled[going] + 1, 0)
+        return c, cost, normal
+
+    def _at(self, c: Tensor, zeros: Tensor, labels: Tensor) -> Tensor:
+        return self.residual(c, zeros, self.deltas(c, labels))
+
+    def _linearised(self, c: Tensor, zeros: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual (N, m) and its Jacobian (N, m, dim A): one tangent moves the same coordinate of all candidates."""
+        directions = torch.eye(c.shape[1]).to(c)[:, None].expand(-1, len(c), -1)
+        push = vmap(lambda v: jvp(lambda at: self._at(at, zeros, labels), (c,), (v,))[1], out_dims=2, chunk_size=16)
+        return self._at(c, zeros, labels), push(directions)
+
+
+def _normal_equations(f: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """|f|^2 (N,), J^T J (N, d, d), J^T f (N, d)."""
+    return f.square().sum(1), j.transpose(1, 2) @ j, (f[:, None] @ j)[:, 0]
+
+
+def _damped_step(normal: Tensor, pull: Tensor, damping: Tensor) -> Tensor:
+    """-(J^T J + damping mean diag)^-1 J^T f, (N, d); no step where that is singular."""
+    diagonal = normal.diagonal(dim1=1, dim2=2).mean(1)
+    eye = torch.eye(normal.shape[1]).to(normal)
+    factor, failed = torch.linalg.cholesky_ex(normal + (damping * diagonal)[:, None, None] * eye)
+    step = -torch.cholesky_solve(pull[..., None], factor)[..., 0]
+    return torch.where((failed == 0)[:, None], step, 0.0).nan_to_num(0.0)
+
+
+def _trace_of_inverse(normal: Tensor) -> tuple[Tensor, Tensor]:
+    """tr C of C = (J^T J)^-1, (N,), infinite where it is singular; and (tr C)^2 / tr C^2."""
+    inverse, failed = torch.linalg.inv_ex(normal)
+    trace, squares = inverse.diagonal(dim1=1, dim2=2).sum(1), inverse.square().sum((1, 2))
+    fine = (failed == 0) & trace.isfinite() & (trace > 0)
+    return torch.where(fine, trace, math.inf), torch.where(fine, trace.square() / squares, 1.0)

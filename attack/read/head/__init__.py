@@ -1,0 +1,1 @@
+"""All images of a linear head at once."""

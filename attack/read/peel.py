@@ -1,0 +1,299 @@
+"""Single images' inputs of a layer, from the space that their mixtures span.
+
+`span.py` finds the space A of a layer's inputs; every input a_i of the batch is Q^T c_i, Q an orthonormal basis of A.
+Three facts tell the a_i from their mixtures, and each of them holds for one image alone:
+
+1. Scale. With the gradient gamma of the layer's bias there is a vector w in R with patch_p(a_i)^T w = 1 for every image
+   and position (G w = gamma), so a direction has one scale.
+2. The other side. Run forward and backward from a_i with its label, the rest of the network must give errors delta_ip
+   that lie in the column space U of G, and G^+ must pair them with their own patches:
+   patch_p(a_i)^T G^+ delta_iq = B if p = q, else 0. A mixture of images fails by tens of percent.
+3. After a ReLU inputs are non-negative and about half zero: extreme rays of the cone {c: Q^T c >= 0}.
+
+Images are taken out one after the other. Inputs after a ReLU are proposed by linear programmes, re-weighted towards
+sparse solutions; inputs after a smooth activation by Levenberg-Marquardt on (1) and (2) from starts anywhere, with
+dim A unknowns each. Each proposal is given the label and the scale that fit best, polished on (1) and (2), and
+believed if it fits as well as the noise of the update lets a true image fit. Then delta_i patch(a_i)^T / B is
+subtracted: what is left has a gradient, a span, and a cone of its own, smaller by one image, in which the next are
+easier to find. Labels may repeat, and B may be larger than the number of classes.
+
+Where the cone has too many other rays (narrow layers, inputs that resemble each other), the layers above help: one
+programme over the inputs of several layers has far more zeros per unknown, see `linked_programme`.
+
+The equations of (1) and (2) are in `single`, the programmes of (3) in `programmes`. A head whose classes are too few
+for (2) (K < 2 B, say) leaves the images only all at once; `joint` does that.
+
+Relatives: SPEAR (Dimitrov et al. 2024, arXiv 2403.03945) samples the sparsity of the other side and is exponential in
+B; re-weighting follows Candes, Wakin, Boyd 2008; Wedderburn's rank reduction is what makes the subtraction exact.
+"""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from attack.read.candidates import WITNESSES, Equations, along_ones, by_position
+from attack.read.rays import extreme_rays, linked_programme, pinned, single_programme, zeros_of
+from attack.read.signals import Inputs, Tail, nothing
+from attack.read.span import Span
+
+NON_NEGATIVE = ("relu",)  # activations whose outputs are non-negative and often exactly zero
+BATCH = 16  # proposals judged and polished at a time
+LINKED = 2  # rays of one linked programme: they are costly, right, and mostly the same until it is peeled
+FRUITLESS = 6  # rounds in a row without a new image after which the rest is given up
+SEARCHES = 3  # from the start, while images are missing: what one order of peeling leaves over another may find
+SPREAD = (0.2, 0.8)  # starts lie this far from the point nearest the origin, relative to it: trained nets want less
+HOPEFUL = 0.5  # a ray whose mismatch is larger is not polished: true ones lie below 0.05, random ones near 1
+NEAR = 1e-2  # a mismatch below this is polished once more against the whole gradient, and judged
+SAME = 1e-2  # relative distance below which two proposals are one image
+BLURRED = 5.0  # or below so many times what is expected of their errors
+
+
+@dataclass(frozen=True)
+class Above:
+    """A layer above: the span of its gradient, the layer itself, and the network behind it."""
+
+    span: Span
+    layer: Callable[[Tensor], Tensor]
+    tail: Tail
+
+
+def _linkable(above: Span, span: Span) -> bool:
+    return above.determined and above.ones is not None and above.dimension == span.dimension
+
+
+def unmix(
+    span: Span,
+    layer: Callable[[Tensor], Tensor],
+    tail: Tail,
+    *,
+    activation: str,
+    generator: torch.Generator,
+    deadline: float = math.inf,
+    above: Sequence[Above] = (),
+) -> Inputs:
+    """Tell the images of a determined layer apart, as many as possible, surest first.
+
+    Args:
+        span: of the layer's gradient, see `span_of`.
+        layer: inputs (N, *input_shape) -> outputs (N, *output_shape), in float64.
+        tail: the network behind the layer.
+        activation: what the inputs went through last: `relu` calls for linear programmes, anything else does not.
+        generator: what programmes and starts are drawn from (on the CPU).
+        deadline: of `time.perf_counter`; what is not found by then is not found.
+        above: the layers that follow, each taking relu of the outputs of the one before, as in a fully connected net:
+            with them far more images are told apart, see `linked_programme`. From the first on that is not determined,
+            they are left out.
+
+    Raises:
+        ValueError: the layer does not determine its inputs.
+    """
+    if not span.determined:
+        raise ValueError(
+            f"the layer does not determine its inputs: rank {span.rank}, dim A {span.dimension}, gap {span.gap:.1f}"
+        )
+    started = time.perf_counter()
+    stages = [Equations(span, layer, tail)]
+    if activation in NON_NEGATIVE and span.ones is not None:
+        useful = itertools.takewhile(lambda stage: _linkable(stage.span, span), above)
+        stages += [Equations(stage.span, stage.layer, stage.tail) for stage in useful]
+    search = _Search(stages, activation in NON_NEGATIVE, generator, deadline)
+    found = search.run()
+    found = unlike(found.pick(found.uncertainty.argsort()), nothing(span))  # the surest of several, if they are one
+    surest = torch.arange(len(found), device=found.labels.device)[: span.batch_size]
+    return replace(found.pick(surest), seconds=time.perf_counter() - started)
+
+
+def first_images(
+    span: Span,
+    layer: Callable[[Tensor], Tensor],
+    tail: Tail,
+    *,
+    activation: str,
+    generator: torch.Generator,
+    deadline: float = math.inf,
+) -> Inputs:
+    """Some images of a determined layer, if any, where the gradient's scale is not known: their shares tell it.
+
+    None is taken out of the gradient before the next is sought, which would need the scale. Arguments as in `unmix`.
+    """
+    whole = Equations(span, layer, tail, paired=False)
+    search = _Search([whole], activation in NON_NEGATIVE, generator, deadline, [span])
+    for attempt in range(FRUITLESS):
+        found = search.round(attempt)
+        if len(found) or time.perf_counter() > deadline:
+            return found
+    return nothing(span)
+
+
+@dataclass
+class _Search:
+    """One search; `rest` is what the images found so far leave of the spans, of this layer and of those above."""
+
+    stages: list["Equations"]
+    non_negative: bool
+    generator: torch.Generator
+    deadline: float
+    rests: list[Span] = field(default_factory=list)
+    linked: bool = False
+
+    @property
+    def whole(self) -> "Equations":
+        return self.stages[0]
+
+    @property
+    def rest(self) -> Span:
+        return self.rests[0]
+
+    def run(self) -> Inputs:
+        """All images found by searches from the whole span: each takes the images out in another order."""
+        found = nothing(self.whole.span)
+        for _ in range(SEARCHES):
+            found = found.joined(unlike(self._peeled(), found))
+            if found.complete or not len(found) or time.perf_counter() > self.deadline:
+                break
+        return found
+
+    def _peeled(self) -> Inputs:
+        """Images taken out one after the other, until nothing is left or no proposal is an image."""
+        self.rests = [stage.span for stage in self.stages]
+        found, fruitless = nothing(self.rest), 0
+        while self.rest.dimension and fruitless < FRUITLESS and time.perf_counter() < self.deadline:
+            new = unlike(self.round(fruitless), found)
+            fruitless = 0 if len(new) else fruitless + 1
+            self.linked ^= fruitless > 0  # keep to the kind of programme that brings images
+            if len(new):
+                found = found.joined(new)
+                self.rests = self._without(found)
+        return found
+
+    def _without(self, found: Inputs) -> list[Span]:
+        """What the found images leave of each span: they are run forward to the layers above, and back."""
+        rests = [without(self.whole.span, found.values, found.deltas)]
+        values = found.values
+        for below, stage in itertools.pairwise(self.stages):
+            values = torch.relu(below.layer(values)).detach()
+            deltas = stage.deltas(values.flatten(1) @ stage.span.basis.T, found.labels)
+            rests.append(without(stage.span, values, deltas))
+        return rests
+
+    def round(self, fruitless: int) -> Inputs:
+        """The new images among one batch of proposals."""
+        c, zeros = self._proposals(fruitless)
+        guided = self.non_negative or self.rest.dimension == 1  # proposals are images already, not places to start
+        equations = self.whole.of(self.rest)
+        c, zeros, labels, mismatch = equations.scaled_and_labelled(c, zeros, self.generator, explore=not guided)
+        if guided:
+            hopeful = mismatch < HOPEFUL
+            c, zeros, labels = c[hopeful], zeros[hopeful], labels[hopeful]
+            mismatch = mismatch[hopeful]
+        near = HOPEFUL
+        if equations.spare >= WITNESSES:
+            near, far = NEAR, mismatch > NEAR
+            c[far], cost, _ = equations.solve(c[far], zeros[far], labels[far], self.deadline)
+            mismatch[far] = cost.sqrt()
+        values = c @ self.rest.basis
+        best = _distinct(values, labels, mismatch, mismatch < near)
+        if not len(best):
+            return nothing(self.whole.span)
+        c, zeros = values[best] @ self.whole.span.basis.T, zeros[best]
+        if self.non_negative:  # the errors of all that was taken out are in what is left, and not in the whole
+            c, zeros = pinned(self.whole.span, self.whole.along, c)
+        new = self.whole.believed(c, zeros, labels[best], self.deadline)
+        # a polish that time cut short is further off than its fit tells, seven times on a sparse update
+        return new if time.perf_counter() < self.deadline else nothing(self.whole.span)
+
+    def _proposals(self, fruitless: int) -> tuple[Tensor, Tensor]:
+        """Coordinates (N, dim A) and which entries of the input are held at zero, (N, n)."""
+        if self.rest.dimension == 1:
+            c = _upright(self.rest)
+            if self.non_negative:
+                return c, torch.stack([zeros_of(ray @ self.rest.basis) for ray in c])
+        elif self.non_negative:
+            linked = self.linked and len(self.stages) > 1
+            rests = [stage.of(rest) for stage, rest in zip(self.stages, self.rests, strict=True)] if linked else []
+            programme = linked_programme(rests) if linked else single_programme(self.rest)
+            count = (LINKED if linked else min(BATCH, max(4, self.rest.dimension))) * (1 + fruitless)
+            return extreme_rays(self.rest, programme, count, self.generator, self.deadline)
+        else:
+            c = starts(self.rest, BATCH, self.generator)
+        return c, torch.zeros(len(c), self.rest.basis.shape[1], dtype=torch.bool, device=c.device)
+
+
+def unlike(new: Inputs, found: Inputs) -> Inputs:
+    """Each of the new images once, without those found before: a polish may lead several candidates to one image.
+
+    Two whose expected errors explain how far they are apart are not told apart.
+    """
+    known, keep = list(_one_by_one(found)), []
+    for i, (value, label, error) in enumerate(_one_by_one(new)):
+        alike = (
+            (value - other).norm() <= max(SAME, BLURRED * (error + others)) * other.norm()
+            for other, its, others in known
+            if its == label
+        )
+        if not any(alike):
+            known.append((value, label, error))
+            keep.append(i)
+    return new.pick(torch.tensor(keep, dtype=torch.long, device=new.labels.device))
+
+
+def _one_by_one(inputs: Inputs) -> Iterator[tuple[Tensor, int, float]]:
+    """Value (n,), label and expected relative error of each image."""
+    return zip(inputs.values.flatten(1), inputs.labels.tolist(), inputs.uncertainty.tolist(), strict=True)
+
+
+def _distinct(values: Tensor, labels: Tensor, cost: Tensor, eligible: Tensor) -> Tensor:
+    """Indices of the eligible candidates (N, n); of those nearly the same with the same label, the best only."""
+    keep: list[int] = []
+    for i in cost.argsort().tolist():
+        same = [j for j in keep if labels[i] == labels[j]]
+        if eligible[i] and all((values[i] - values[j]).norm() > SAME * values[j].norm() for j in same):
+            keep.append(i)
+    return torch.tensor(keep, dtype=torch.long, device=labels.device)
+
+
+def without(span: Span, values: Tensor, deltas: Tensor) -> Span:
+    """The span of what is left of the gradient without images with these inputs and deltas.
+
+    Each takes its own rank along (Wedderburn), so what is left is cut off by count rather than by size.
+    """
+    patches, deltas = span.geometry.patches(values), by_position(deltas) * span.rows
+    core = torch.diag(span.sigma)
+    core = core - torch.einsum("npr,nps->rs", deltas @ span.left, patches @ span.right.T) / span.batch_size
+    left, sigma, right = torch.linalg.svd(core)
+    live = int((deltas.flatten(0, 1).norm(dim=1) > 0).sum())
+    rank = max(0, span.rank - live)
+    left, sigma, right = span.left @ left[:, :rank], sigma[:rank], right[:rank] @ span.right
+    basis = _consistent_within(span, right, max(0, span.dimension - len(values)))
+    return replace(span, left=left, sigma=sigma, right=right, basis=basis)
+
+
+def _consistent_within(span: Span, right: Tensor, dimension: int) -> Tensor:
+    """The inputs in A all of whose patches lie in a smaller row space, (dimension, n)."""
+    patches = span.geometry.patches(span.inputs(torch.eye(span.dimension).to(span.basis)))
+    outside = (patches - patches @ right.T @ right).flatten(1)
+    return torch.linalg.svd(outside, full_matrices=False)[0].T[span.dimension - dimension :] @ span.basis
+
+
+def _upright(rest: Span) -> Tensor:
+    """The one direction that is left, its sign such that it may be an input, (1 or 2, 1)."""
+    one, along = torch.ones(1, 1).to(rest.basis), along_ones(rest)
+    return torch.cat([one, -one]) if along is None else one * along.mean().sign()
+
+
+def starts(rest: Span, count: int, generator: torch.Generator) -> Tensor:
+    """Arbitrary coordinates (count, dim A) around the shortest input that has patch_p^T w = 1."""
+    noise = torch.randn(count, rest.dimension, generator=generator, dtype=torch.float64).to(rest.basis)
+    along = along_ones(rest)
+    if along is None:
+        return noise
+    direction = along.mean(1)
+    centre = direction / direction.square().sum()
+    spread = torch.linspace(*SPREAD, count, dtype=torch.float64).to(noise)[:, None]
+    c = centre + spread * centre.norm() * noise / rest.dimension**0.5
+    return c - ((c @ direction - 1) / direction.square().sum())[:, None] * direction

@@ -1,0 +1,402 @@
+"""The linear space of a layer's inputs, from that layer's averaged gradient alone.
+
+A fully connected or convolutional layer z_p = W patch_p(a) + b with positions p = 1..P (one position and patch_1(a) = a
+where it is fully connected) leaves
+
+    G = (1/B) sum_i sum_p delta_ip patch_p(a_i)^T   (c_out, c_in k^2)
+
+in the update. If B P <= c_out and B P < c_in k^2, G has rank B P and its row space R holds every patch of every image.
+The inputs all of whose patches lie in R form a linear space A. It holds a_1 .. a_B, and where patches overlap, or there
+is one position, hardly anything else: dim A = B. Neither labels nor the rest of the network are needed.
+
+A is found as follows. With E: input -> patches, E^T its adjoint, D = E^T E (how many patches an entry lies in) and R's
+orthonormal rows, the operator
+
+    T = D^(-1/2) E^T (R^T R) E D^(-1/2)
+
+has eigenvalues in [0, 1], and 1 exactly for D^(1/2) a with a in A. T is never formed: a block of inputs is cut into
+patches, projected, and put together again, and a Chebyshev filter (Zhou, Saad, Tiago, Chelikowsky 2006) amplifies what
+has eigenvalue 1. The square root of 1 - eigenvalue is the share of the patches that lies outside R, an angle: 1e-7 for
+inputs of a float32 update, 0.1 and more for everything else. The ratio of the two is the gap that certifies dim A.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attack.read.head.noise import precision_of
+
+GUARD = 6  # vectors iterated beyond the B that are expected: they show the gap, and speed the others up
+DEGREE = 14  # of one Chebyshev filter: a factor of 300 a round for neighbours at 0.96, the closest measured on ResNets
+ROUNDS = 30  # of filter and Rayleigh-Ritz, at most; layers that are determined take 3 to 8
+CROWDED = 0.9999  # an eigenvalue beyond the B-th that comes this close to 1: patches overlap too little, A is larger
+SETTLED = 0.05  # relative change of the angles between two rounds at which they count as settled
+CLEAR = 5.0  # a gap below this certifies nothing: noise has closed it
+INSIDE = 0.25  # an input with a larger share of its patches outside R is not in A, whatever the gap
+# An m x n matrix of rank r tells the noise of each row if (m - r)^2 > m + r (Ledermann 1937), well if by this factor.
+IDENTIFIED = 4.0
+REWEIGHT = 2  # times that the rows' noise is measured and the rows are weighted by it
+EDGE = 1.3  # the largest singular value of noise over sqrt(c_out) + sqrt(n) times its deviation, at most
+
+
+def is_spanned(batch_size: int, positions: int, channels_out: int, width: int) -> bool:
+    """Whether the rows of a layer's gradient, of so many channels and a patch of that width, span B P patches.
+
+    They cannot span more than they are. Where they are just as many nothing is left over to show noise, and it takes
+    patches that overlap to show whether images are what is spanned.
+    """
+    rank = batch_size * positions
+    return rank < width and (rank < channels_out or (rank == channels_out and positions > 1))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer cuts its input into patches.
+
+    Attributes:
+        input_shape: of one input, (C, H, W), or (n,) for a fully connected layer.
+        output_shape: of one output, (c_out, H', W') or (c_out,).
+        kernel, stride, padding, dilation: (vertical, horizontal); unused for a fully connected layer.
+    """
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @classmethod
+    def of(cls, layer: nn.Module, input_shape: tuple[int, ...]) -> "Geometry":
+        """The geometry of a layer for inputs of this shape.
+
+        Raises:
+            ValueError: the layer is neither linear nor a plain 2-d convolution, or does not take such inputs.
+        """
+        shape = tuple(input_shape)
+        if isinstance(layer, nn.Linear):
+            if shape != (layer.in_features,):
+                raise ValueError(f"the layer takes inputs of shape ({layer.in_features},), not {shape}")
+            return cls(shape, (layer.out_features,))
+        if type(layer) is not nn.Conv2d:
+            raise ValueError(f"{type(layer).__name__} is neither a linear layer nor a 2-d convolution")
+        if layer.groups != 1:
+            raise ValueError(f"a convolution in {layer.groups} groups: only one group can be read")
+        if layer.padding_mode != "zeros":
+            raise ValueError(f"a convolution padded by {layer.padding_mode!r}: only zeros can be read")
+        if isinstance(layer.padding, str):
+            raise ValueError(f"a convolution with padding={layer.padding!r}: give it in pixels")
+        if len(shape) != 3 or shape[0] != layer.in_channels:
+            raise ValueError(f"the layer takes inputs of shape ({layer.in_channels}, H, W), not {shape}")
+        out = tuple(
+            (side + 2 * p - d * (k - 1) - 1) // s + 1
+            for side, k, s, p, d in zip(
+                shape[1:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True
+            )
+        )
+        if min(out) < 1:
+            raise ValueError(f"inputs of {shape[1]}x{shape[2]} are smaller than the kernel")
+        return cls(shape, (layer.out_channels, *out), layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return math.prod(self.output_shape[1:])
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether inputs are images rather than vectors."""
+        return len(self.input_shape) == 3
+
+    def patches(self, inputs: Tensor) -> Tensor:
+        """E: inputs (N, *input_shape) -> patches (N, P, c_in k^2)."""
+        if not self.convolutional:
+            return inputs[:, None, :]
+        return nn.functional.unfold(inputs, self.kernel, self.dilation, self.padding, self.stride).transpose(1, 2)
+
+    def assemble(self, patches: Tensor) -> Tensor:
+        """E^T: patches (N, P, c_in k^2) -> the sum of what covers each entry, (N, *input_shape)."""
+        if not self.convolutional:
+            return patches[:, 0]
+        return nn.functional.fold(
+            patches.transpose(1, 2), self.input_shape[1:], self.kernel, self.dilation, self.padding, self.stride
+        )
+
+    def coverage(self, like: Tensor) -> Tensor:
+        """diag(D), how many patches each entry of an input lies in, (*input_shape); 0 where no patch ever looks."""
+        return self.assemble(self.patches(like.new_ones(1, *self.input_shape)))[0]
+
+    def seen(self, like: Tensor) -> Tensor:
+        """Which entries of a patch are not always padding, (c_in k^2,)."""
+        return self.patches(like.new_ones(1, *self.input_shape))[0].any(0)
+
+    def bound(self, like: Tensor) -> int:
+        """The largest rank that G can have."""
+        return min(self.output_shape[0], int(self.seen(like).sum()))
+
+    def is_spanned(self, batch_size: int, like: Tensor) -> bool:
+        """Whether R holds every patch of so many inputs, and not everything."""
+        return is_spanned(batch_size, self.positions, self.output_shape[0], int(self.seen(like).sum()))
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a layer's gradient says of its inputs: rows G = left diag(sigma) right and the space A.
+
+    Attributes:
+        geometry: of the layer.
+        batch_size: B.
+        rows: (c_out,), the diagonal that G was multiplied by, see `row_precision`.
+        left: U (c_out, r); sigma: (r,); right: R (r, c_in k^2), of the weighted gradient.
+        noise: standard deviation of the noise in the entries of the weighted gradient.
+        basis: (dim A, entries of an input), orthonormal rows; empty where G does not determine A.
+        outside: (dim A,), the share of each basis vector's patches outside R, an angle.
+        gap: the angle of the first vector that is not in A over the largest in it; inf where nothing else exists.
+        spanned: what R holds is all patches and not everything, see `is_spanned`.
+        precision: relative rounding error of the gradient's numbers.
+        ones: (c_in k^2,), the vector with patch_p(a_i)^T ones = 1 for all images and positions; None without bias.
+    """
+
+    geometry: Geometry
+    batch_size: int
+    rows: Tensor
+    left: Tensor
+    sigma: Tensor
+    right: Tensor
+    noise: float
+    basis: Tensor
+    outside: Tensor
+    gap: float
+    spanned: bool
+    precision: float
+    ones: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Numerical rank of the gradient, B P at most where `spanned`."""
+        return len(self.sigma)
+
+    @property
+    def dimension(self) -> int:
+        """dim A; B where every image left its trace and nothing but images is consistent."""
+        return len(self.basis)
+
+    @property
+    def determined(self) -> bool:
+        """Whether A is certified and holds nothing but mixtures of the batch's inputs."""
+        return self.spanned and 0 < self.dimension <= self.batch_size and self.gap > CLEAR
+
+    def inputs(self, coordinates: Tensor) -> Tensor:
+        """Coordinates (N, dim A) -> inputs (N, *input_shape)."""
+        return (coordinates @ self.basis).view(-1, *self.geometry.input_shape)
+
+
+def span_of(
+    gradient: Tensor,
+    geometry: Geometry,
+    batch_size: int,
+    bias_gradient: Tensor | None = None,
+    *,
+    saturating: bool = False,
+) -> Span:
+    """The space of a layer's inputs from its averaged gradient, in float64 on the gradient's device.
+
+    Args:
+        gradient: G (c_out, c_in k^2), or as the layer's weight is shaped.
+        geometry: of the layer.
+        batch_size: B.
+        bias_gradient: (c_out,) averaged gradient of whatever is added to the layer's output, (1/B) sum_ip delta_ip.
+            A BatchNorm in eval mode behind a convolution without bias gives it too: its bias's gradient times its
+            weight / sqrt(running variance + eps).
+        saturating: the layer's outputs go through a sigmoid or tanh. Its slope y (1 - y) is rounded by as much where
+            it is 1e-5 as where it is 1/4, so rows of saturated outputs are no more exact than the strongest row, and
+            get no more weight. (The deltas they hold are wrong, not the span: only the tail's equations see it.)
+
+    Raises:
+        ValueError: shapes that do not fit together, or numbers that are not finite.
+    """
+    matrix = _checked(gradient, geometry, bias_gradient)
+    eps = precision_of(gradient)
+    seen = geometry.seen(matrix)
+    width, bound, most = int(seen.sum()), geometry.bound(matrix), batch_size * geometry.positions
+    spanned = is_spanned(batch_size, geometry.positions, len(matrix), width)
+    outer, inner = torch.linalg.qr(matrix[:, seen].T)  # one tall decomposition; the rest is c_out x c_out
+    rows = row_precision(inner.T, min(most, bound - 1), eps, saturating=saturating)
+    left, sigma, right = torch.linalg.svd(rows[:, None] * inner.T, full_matrices=False)
+    noise = _noise_beyond(sigma, min(most, bound), rows * matrix.norm(dim=1), width, eps)
+    rank = int((sigma[: min(most, bound)] > EDGE * noise * (len(matrix) ** 0.5 + width**0.5)).sum())
+    left, sigma = left[:, :rank], sigma[:rank]
+    right = matrix.new_zeros(rank, matrix.shape[1]).masked_scatter_(seen.expand(rank, -1), right[:rank] @ outer.T)
+    ones = None
+    if bias_gradient is not None and rank:
+        ones = right.T @ ((left.T @ (rows * bias_gradient.detach().to(matrix).flatten())) / sigma)
+    basis, outside, gap = consistent_inputs(right, geometry, batch_size) if spanned else _no_inputs(right, geometry)
+    return Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones)
+
+
+def _checked(gradient: Tensor, geometry: Geometry, bias_gradient: Tensor | None) -> Tensor:
+    width = geometry.input_shape[0] * math.prod(geometry.kernel)
+    if gradient.numel() != geometry.output_shape[0] * width or gradient.shape[0] != geometry.output_shape[0]:
+        raise ValueError(
+            f"gradient has shape {tuple(gradient.shape)}, the layer's weight {geometry.output_shape[0]} x {width}"
+        )
+    if bias_gradient is not None and bias_gradient.numel() != geometry.output_shape[0]:
+        raise ValueError(f"bias_gradient has {bias_gradient.numel()} entries for {geometry.output_shape[0]} outputs")
+    for tensor in (gradient, bias_gradient):
+        if tensor is not None and not tensor.isfinite().all():
+            raise ValueError("the layer's gradient holds numbers that are not finite")
+    return gradient.detach().reshape(geometry.output_shape[0], width).double()
+
+
+def row_precision(matrix: Tensor, rank: int, eps: float, *, saturating: bool = False) -> Tensor:
+    """One over the noise of each row of a matrix (m, n) of at most this rank, in units of rounding's: eps |row|.
+
+    Rounding is relative: the row of an output that hardly any image drives is as exact as the strongest. Noise that was
+    added is not. What lies outside the leading `rank` singular vectors is measured noise. Together with rounding, which
+    no row is free of, it is the rows' error. Weighted rows show images that drown in the raw matrix.
+    """
+    lengths = matrix.norm(dim=1)
+    rounding = eps * torch.where(lengths > 0, lengths.max(), 0.0) if saturating else eps * lengths
+    spare = len(matrix) - rank
+    added = _added_to_each if spare**2 >= IDENTIFIED * (len(matrix) + rank) else _added_to_all
+    error = rounding
+    for _ in range(REWEIGHT):
+        weights = torch.where(error > 0, eps / error, 0.0)
+        error = torch.hypot(rounding, added(matrix, rank, weights, rounding))
+    return torch.where(rounding > 0, eps / error, 0.0)
+
+
+def _added_to_each(matrix: Tensor, rank: int, weights: Tensor, rounding: Tensor) -> Tensor:
+    """Noise of each row (m,): what of it is beyond the rank, less what its own pull (its leverage) hides of that.
+
+    Without that correction a row could be made ever heavier by fitting its noise.
+    """
+    left, _, right = torch.linalg.svd(weights[:, None] * matrix, full_matrices=False)
+    left_over = (matrix - matrix @ right[:rank].T @ right[:rank]).norm(dim=1)
+    leverage = left[:, :rank].square().sum(1)
+    return left_over / (1 - leverage).clamp(min=1e-6).sqrt()
+
+
+def _added_to_all(matrix: Tensor, rank: int, weights: Tensor, rounding: Tensor) -> Tensor:
+    """Noise that all rows share, 0 of rows of zeros, (m,): what is beyond the rank, less what rounding leaves there."""
+    left = torch.linalg.svd(weights[:, None] * matrix, full_matrices=False)[0][:, rank:]
+    beyond = (left.T @ (weights[:, None] * matrix)).square().sum()
+    shares = left.square().sum(1) * weights.square()
+    added = (beyond - shares @ rounding.square()).clamp(min=0) / shares.sum().clamp(min=1e-300)
+    return torch.where(rounding > 0, added.sqrt(), 0.0)
+
+
+def _noise_beyond(sigma: Tensor, rank: int, lengths: Tensor, width: int, eps: float) -> float:
+    """Standard deviation of the noise in the entries of a matrix from its singular values beyond its rank.
+
+    Where there are none beyond, or the matrix is too exact to show any, rounding of the longest row is what is left.
+    """
+    rounding = max(eps, torch.finfo(torch.float64).eps) * float(lengths.max()) / width**0.5
+    beyond = sigma[rank:]
+    if not len(beyond):
+        return rounding
+    left_over = float(beyond.square().sum() / (len(beyond) * max(1, width - rank))) ** 0.5
+    return max(left_over, 0.01 * rounding)
+
+
+def _no_inputs(right: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, float]:
+    return right.new_zeros(0, math.prod(geometry.input_shape)), right.new_zeros(0), 0.0
+
+
+def consistent_inputs(right: Tensor, geometry: Geometry, most: int) -> tuple[Tensor, Tensor, float]:
+    """A's basis (dim A, n), the angle of each basis vector to R (dim A,), and the gap.
+
+    Args:
+        right: R (r, c_in k^2), orthonormal rows.
+        geometry: of the layer.
+        most: the dimension that is expected at most, B.
+    """
+    if not len(right):
+        return _no_inputs(right, geometry)
+    if geometry.positions == 1:
+        return _single_position(right, geometry)
+    coverage = geometry.coverage(right)
+    root = torch.where(coverage > 0, coverage.clamp(min=1).rsqrt(), 0.0)
+    size = min(most + GUARD, int((coverage > 0).sum()), geometry.positions * len(right))
+    generator = torch.Generator().manual_seed(0)  # any start will do: what is found does not depend on it
+    block = torch.randn(size, *geometry.input_shape, generator=generator, dtype=torch.float64).to(right) * (root > 0)
+    block, angles = _filtered(_Consistency(right, geometry, root), block, most)
+    dimension, gap = _largest_gap(angles, most)
+    basis = (block[:dimension] * root).flatten(1)
+    if dimension:
+        basis = torch.linalg.qr(basis.T)[0].T.contiguous()
+    return basis, angles[:dimension], gap
+
+
+def _single_position(right: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, float]:
+    """One patch covers the whole input: A is the row space itself, without the entries that are padding."""
+    basis = geometry.assemble(right[:, None]).flatten(1)
+    padding = (1 - basis.square().sum(1)).clamp(min=0).sqrt()
+    return torch.linalg.qr(basis.T)[0].T.contiguous(), padding, math.inf
+
+
+@dataclass(frozen=True)
+class _Consistency:
+    """T = D^(-1/2) E^T R^T R E D^(-1/2) on blocks of inputs (N, *input_shape); it is symmetric."""
+
+    right: Tensor
+    geometry: Geometry
+    root: Tensor  # diag(D)^(-1/2), (*input_shape)
+
+    def __call__(self, block: Tensor) -> Tensor:
+        patches = self.geometry.patches(block * self.root)
+        return self.geometry.assemble((patches @ self.right.T) @ self.right) * self.root
+
+    def outside(self, block: Tensor) -> Tensor:
+        """sqrt(1 - Rayleigh quotient), (N,), of unit vectors: computed without cancellation."""
+        patches = self.geometry.patches(block * self.root)
+        return (patches - (patches @ self.right.T) @ self.right).flatten(1).norm(dim=1)
+
+
+def _filtered(operator: _Consistency, block: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal eigenvectors of T, as many as the block (N, *input_shape) has, and their angles, smallest first."""
+    angles, edge = None, 0.9
+    for _ in range(ROUNDS):
+        block, values = _rayleigh_ritz(operator, _chebyshev(operator, block, edge))
+        before, angles = angles, operator.outside(block)
+        largest_unwanted = float(values[min(most, len(values) - 1)])
+        edge = min(0.999, max(0.3, largest_unwanted))
+        wanted = angles[:most]
+        if largest_unwanted > CROWDED:
+            break
+        if before is not None and ((wanted - before[:most]).abs() <= SETTLED * wanted + 1e-14).all():
+            break
+    order = angles.argsort()
+    return block[order], angles[order]
+
+
+def _chebyshev(operator: _Consistency, block: Tensor, edge: float) -> Tensor:
+    """T_DEGREE mapped to be small on [0, edge] and to grow beyond, applied to the block; scaled to stay finite."""
+    half = edge / 2
+    before, now = block, (operator(block) - half * block) / half
+    for _ in range(DEGREE - 1):
+        before, now = now, 2 * (operator(now) - half * now) / half - before
+        scale = now.abs().max()
+        before, now = before / scale, now / scale
+    return now
+
+
+def _rayleigh_ritz(operator: _Consistency, block: Tensor) -> tuple[Tensor, Tensor]:
+    """The block's best approximations to eigenvectors of T, and their values (N,), largest first."""
+    flat = torch.linalg.qr(block.flatten(1).T)[0]
+    image = operator(flat.T.reshape(block.shape)).flatten(1)
+    values, vectors = torch.linalg.eigh((image @ flat + (image @ flat).T) / 2)
+    return (flat @ vectors.flip(1)).T.reshape(block.shape), values.flip(0)
+
+
+def _largest_gap(angles: Tensor, most: int) -> tuple[int, float]:
+    """How many of the angles, smallest first, lie before the largest gap, and the gap."""
+    floor = 1e-9  # below this the angles are the arithmetic's
+    ratios = angles[1:].clamp(min=floor) / angles[:-1].clamp(min=floor)
+    ratios = ratios[:most]
+    if not len(ratios) or angles[0] > INSIDE:
+        return 0, 0.0
+    dimension = int(ratios.argmax()) + 1
+    return (dimension, float(ratios[dimension - 1])) if angles[dimension - 1] < INSIDE else (0, 0.0)

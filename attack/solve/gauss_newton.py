@@ -1,0 +1,173 @@
+"""Nonlinear least squares without a matrix: Gauss-Newton, each step by conjugate gradients.
+
+The residual is r(x) = target - A f(x), f a function that torch can differentiate, A linear and known. f is linearised
+where x stands, in float32, by reverse mode twice: the derivative of J' c by c, along v, is J v (Pearlmutter 1994 has
+the idea), so whatever f is made of, pools and all, needs no derivative of its own. Steps are solved by CGLS on J, and
+not to the end: what so few iterations do not reach stays where it was, which is all the damping that is needed (Hanke
+1997, Inverse Problems 13, 79). A step that does not lower the residual is halved.
+
+Unknowns that may not be negative are projected (Bertsekas 1982): those at zero that want to go lower stay out
+of a step.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attack.solve.cgls import Operator, Solution, cgls
+
+INNER, LAST = 60, 400  # iterations of CGLS in a step: while masks change anyway, and once the residual has settled
+STEPS = 60  # at most
+HALVINGS = 6  # of a step
+SLOW, PATIENCE = 0.8, 2  # a residual that so many steps in a row have not brought below this share of it has settled
+
+
+class Tangent:
+    """A function of x with several values, linearised: products with its Jacobian J and with the transposed.
+
+    Args:
+        function: x to a tuple of tensors.
+        at: x.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Sequence[Tensor]], at: Tensor) -> None:
+        with torch.enable_grad():
+            self._x = at.detach().clone().requires_grad_()
+            self._values = function(self._x)
+            self._cotangents = [torch.zeros_like(value, requires_grad=True) for value in self._values]
+            (self._pulled,) = torch.autograd.grad(self._values, self._x, self._cotangents, create_graph=True)
+
+    def forward(self, x: Tensor) -> Sequence[Tensor]:
+        """J x, one tensor for each value."""
+        return torch.autograd.grad(self._pulled, self._cotangents, x, retain_graph=True)
+
+    def adjoint(self, y: Sequence[Tensor]) -> Tensor:
+        """J' y."""
+        (x,) = torch.autograd.grad(self._values, self._x, y, retain_graph=True)
+        return x
+
+
+@dataclass(frozen=True)
+class Equations:
+    """rows[k] on the k-th value of function(x), with as many targets.
+
+    Attributes:
+        function: x to a tuple of tensors.
+        rough: the same in float32.
+        rows: linear operators on these values, in x's dtype.
+        rough_rows: the same in float32.
+        targets: of the rows, flat.
+        scale: of x, broadcasts to it: what CGLS takes steps in is x / scale.
+        is_positive: whether no x is negative.
+    """
+
+    function: Callable[[Tensor], Sequence[Tensor]]
+    rough: Callable[[Tensor], Sequence[Tensor]]
+    rows: Sequence[Operator]
+    rough_rows: Sequence[Operator]
+    targets: Sequence[Tensor]
+    scale: Tensor
+    is_positive: bool
+
+    @property
+    def size(self) -> float:
+        """|targets|."""
+        return math.hypot(*(float(target.norm()) for target in self.targets))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """targets - A f(x), one after the other."""
+        parts = zip(self.targets, self.rows, self.function(x), strict=True)
+        return torch.cat([target - operator.forward(value) for target, operator, value in parts])
+
+    def linearised(self, x: Tensor) -> "Linearised":
+        """A J at x, in float32, on x / scale."""
+        counts = [len(target) for target in self.targets]
+        everything = torch.ones_like(x, dtype=torch.float32)
+        return Linearised(Tangent(self.rough, x.float()), self.rough_rows, counts, self.scale.float() * everything)
+
+    def held(self, x: Tensor) -> Tensor:
+        """x, no entry below zero where none may be."""
+        return x.clamp(min=0) if self.is_positive else x
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """y = A J (scale x)."""
+
+    tangent: Tangent
+    rows: Sequence[Operator]
+    counts: Sequence[int]
+    scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,)."""
+        values = self.tangent.forward(self.scale * x)
+        return torch.cat([operator.forward(value) for operator, value in zip(self.rows, values, strict=True)])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Of x's shape."""
+        parts = zip(self.rows, y.split(list(self.counts)), strict=True)
+        return self.scale * self.tangent.adjoint([operator.adjoint(part) for operator, part in parts])
+
+    def within(self, free: Tensor) -> "Linearised":
+        """With the others of x kept at zero."""
+        return Linearised(self.tangent, self.rows, self.counts, self.scale * free)
+
+
+def gauss_newton(
+    equations: Equations, start: Tensor, *, enough: float = math.inf, deadline: float = math.inf
+) -> Solution:
+    """Minimise |r(x)| from `start`; the iterations are those of CGLS.
+
+    It ends `stalled` when no step lowers the residual, `settled` when it hardly falls any more, or for `iterations` or
+    `deadline` (of `time.perf_counter`). A residual that settles below `enough`, relative to the targets, is that of
+    the solution, and steps are solved to the end from then on: what the residual hardly shows comes right last.
+    """
+    x = equations.held(start)
+    residual = equations.residual(x)
+    lengths, spent, stopped = [float(residual.norm())], 0, "iterations"
+    inner, since = INNER, 0  # iterations of a step, and the steps that were made with fewer
+    for taken in range(STEPS):
+        if taken - since >= PATIENCE and lengths[-1] > SLOW * lengths[-1 - PATIENCE]:
+            if inner == LAST or lengths[-1] > enough * equations.size:
+                stopped = "settled"
+                break
+            inner, since = LAST, taken
+        if time.perf_counter() > deadline:
+            stopped = "deadline"
+            break
+        step = _step(equations, x, residual, inner, deadline)
+        spent += step.iterations
+        found = _halved(equations, x, step.x, lengths[-1])
+        if found is None:
+            stopped = "stalled"
+            break
+        x, residual = found
+        lengths.append(float(residual.norm()))
+    return Solution(x, lengths[-1] / equations.size, spent, stopped)
+
+
+def _step(equations: Equations, x: Tensor, residual: Tensor, iterations: int, deadline: float) -> Solution:
+    """The step of x that linearised equations ask for."""
+    length = residual.norm()
+    operator, target = equations.linearised(x), (residual / length).float()
+    if equations.is_positive:
+        operator = operator.within((x > 0) | (operator.adjoint(target) > 0))
+    step = cgls(operator, target, torch.zeros_like(operator.scale), iterations=iterations, deadline=deadline)
+    change = length * (operator.scale * step.x).to(x)
+    return Solution(change, step.residual, step.iterations, step.stopped)
+
+
+def _halved(equations: Equations, x: Tensor, step: Tensor, length: float) -> tuple[Tensor, Tensor] | None:
+    """Where the step leads, and the residual there, with as much of it as lowers the residual; None if nothing does."""
+    for _ in range(HALVINGS):
+        trial = equations.held(x + step)
+        residual = equations.residual(trial)
+        if residual.norm() < length:
+            return trial, residual
+        step = step / 2
+    return None

@@ -1,0 +1,1 @@
+"""Downwards: from the inputs of one layer to those of the layers below it."""

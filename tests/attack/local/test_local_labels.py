@@ -1,0 +1,60 @@
+import pytest
+import torch
+from conftest import generator
+
+from attack.local.drift import expected_drift
+from attack.local.local_labels import labels_by_trial
+from client.victim import share_update
+from data import load_batch, open_source
+from network.zoo import build_model
+from update.training import LocalTraining
+
+
+def shared(training, count=4, num_classes=20, frozen=(), labels="unique"):
+    net = build_model("lenet", image_shape=(3, 16, 16), num_classes=num_classes, generator=generator(1))
+    draw = {"labels": labels, "num_classes": num_classes, "generator": generator(2), "image_size": 16}
+    batch = load_batch(open_source("sample", None), range(count), **draw)
+    how = {"training": training, "frozen": frozen}
+    return share_update(net, "lenet", batch.images, batch.labels, num_classes, **how), net, batch.labels
+
+
+def minibatches(labels, batches):
+    return [sorted(part.tolist()) for part in labels.chunk(batches)]
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4])
+def test_labels_are_found_with_their_minibatches(batches):
+    update, net, labels = shared(LocalTraining(4, batches, 0.1))
+    trial = labels_by_trial(update, net, generator())
+    assert trial.is_believed
+    assert minibatches(trial.labels, batches) == minibatches(labels, batches)
+
+
+def test_a_label_that_occurs_twice_is_found_twice():
+    update, net, labels = shared(LocalTraining(4, 1, 0.1), num_classes=3, labels="random")
+    assert len(set(labels.tolist())) < 4
+    assert minibatches(labels_by_trial(update, net, generator()).labels, 1) == minibatches(labels, 1)
+
+
+def test_of_labels_that_are_given_only_the_order_is_sought():
+    update, net, labels = shared(LocalTraining(4, 4, 0.1))
+    trial = labels_by_trial(update, net, generator(), given=labels.sort().values)
+    assert torch.equal(trial.labels, labels)
+
+
+def test_without_the_heads_gradient_there_are_no_labels():
+    update, net, _ = shared(LocalTraining(2, 1, 0.1), frozen=["head"])
+    with pytest.raises(ValueError, match="holds no gradient"):
+        labels_by_trial(update, net, generator())
+
+
+def test_drift_grows_with_the_rate_and_is_told_before_any_image_is_known():
+    drifts = []
+    for rate in (1e-4, 1e-3, 1e-2):
+        update, net, _ = shared(LocalTraining(4, 1, rate))
+        drifts.append(expected_drift(update, net, generator()))
+        plain = shared(LocalTraining())[0].gradients
+        true = sum((update.gradients[n] - plain[n]).square().sum() for n in plain).sqrt()
+        true = float(true / sum(g.square().sum() for g in plain.values()).sqrt())
+        assert 0.2 * true < drifts[-1] < 5 * true
+    assert drifts == sorted(drifts)

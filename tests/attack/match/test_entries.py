@@ -1,0 +1,115 @@
+"""What a defended update says of the gradient, against what the clients' own functions make of one."""
+
+import math
+
+import pytest
+import torch
+from conftest import generator, metrics_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attack.match.entries import CORNER, UNLIKELY, WRONG_SIGN, Entries, Pruned, Rounded, Signs, observed
+from attack.published.presets import PRESETS
+from client.defences import largest, quantised, signs
+from network.zoo import build_model
+from update.shared import SharedUpdate
+
+
+def gradients(seed=0):
+    """Two tensors of different size, as by parameter name."""
+    drawn = generator(seed)
+    return {"a": torch.randn(40, generator=drawn).double(), "b": 10 * torch.randn(7, 5, generator=drawn).double()}
+
+
+def entries_of(named):
+    return tuple(named.values())
+
+
+def test_hand_computed_cases():
+    sent = (torch.tensor([3.0, 0.0, -2.0]), torch.tensor([0.0]))
+    other = (torch.tensor([1.0, 1.5, -2.0]), torch.tensor([-5.0]))
+    assert Entries(sent)(other) == 4 + 2.25 + 25
+    assert Pruned(sent)(other) == 4 + 0 + 9
+    sent, other = (torch.tensor([2.0, -2.0]),), (torch.tensor([1.0, 4.0]),)
+    assert Signs(sent)(other) == WRONG_SIGN * 16 + 2 * 0.5**2
+    rounded = Rounded((torch.tensor([3.0, 0.0]),), steps=3)
+    assert (rounded.sizes, rounded.variances) == ([1.0], [pytest.approx(1 / 6)])
+    r = math.sqrt(0.25 + CORNER**2) - CORNER
+    assert float(rounded((torch.tensor([3.5, 0.0]),))) == pytest.approx(-2 / 6 * math.log(1 - r))
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.01, 0.1, 0.5, 1.0]))
+def test_a_gradient_is_no_distance_from_what_is_left_of_it(seed, share):
+    own, other = gradients(seed), gradients(seed + 1)
+    pruned = Pruned(entries_of(largest(own, share)))
+    assert float(pruned(entries_of(own))) == 0 < float(pruned(entries_of(other)))
+    told = Signs(entries_of(signs(own)))
+    assert float(told(entries_of(own))) < 1e-20 < float(told(entries_of(other)))
+
+
+@pytest.mark.parametrize("kind", [Entries, Pruned, Signs, lambda *a: Rounded(*a, steps=3)])
+def test_relative_distances_are_the_same_whatever_the_size_of_a_tensor(kind):
+    sent, other = entries_of(signs(gradients())), entries_of(gradients(1))
+    plain = float(kind(sent, True)(other))
+    assert plain > 0
+    larger = [(1e3 * first, second) for first, second in (sent, other)]
+    assert float(kind(larger[0], True)(larger[1])) == pytest.approx(plain, rel=1e-9)
+
+
+def test_a_gradient_of_nothing_is_one_relative_unit_away():
+    sent = entries_of(gradients())
+    assert float(Entries(sent, True)(tuple(torch.zeros_like(q) for q in sent))) == pytest.approx(1)
+    silent = (torch.zeros(4), torch.ones(4))  # a tensor of zeros has no size to measure by
+    assert math.isfinite(float(Entries(silent, True)((torch.ones(4), torch.ones(4)))))
+
+
+def test_of_what_is_whole_nothing_was_pruned():
+    sent, other = entries_of(gradients()), entries_of(gradients(1))
+    assert float(Pruned(sent)(other)) == float(Entries(sent)(other))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_gradient_is_the_likeliest_of_its_multiples(bits):
+    own = {"a": torch.randn(20_000, generator=generator(3)).double() ** 3}
+    likelihood = Rounded(entries_of(quantised(own, bits, generator=generator())), steps=2**bits - 1)
+    distances = {scale: float(likelihood((scale * own["a"],))) for scale in (0.5, 0.8, 1.0, 1.25, 2.0)}
+    assert min(distances, key=distances.get) == 1.0
+
+
+def test_it_goes_on_beyond_what_can_have_been_rounded():
+    likelihood = Rounded((torch.tensor([1.0, 0.0]),), steps=1)
+    at = [float(likelihood((torch.tensor([1.0, r]),))) for r in (0.5, UNLIKELY, UNLIKELY + CORNER, 2.0, 4.0)]
+    assert at == sorted(at)
+    assert math.isfinite(at[-1])
+    assert float(Rounded((torch.zeros(3),), steps=1)((torch.ones(3),))) == 3  # a tensor of zeros was not rounded
+
+
+@pytest.mark.parametrize(
+    ("defence", "kind"),
+    [
+        ("none", Entries),
+        ("topk:0.1", Pruned),
+        ("topk:0.1,float16", Pruned),
+        ("noise:0.1,sign", Signs),
+        ("quantise:3", Rounded),
+        ("topk:0.1,quantise:3", Rounded),
+        ("sign,noise:0.1", Entries),
+        ("topk:0.1,secure_sum:2", Entries),
+    ],
+)
+def test_the_last_defence_decides(defence, kind):
+    model = build_model("lenet5", image_shape=(1, 16, 16), num_classes=5, generator=generator())
+    own = {name: torch.ones_like(weight) for name, weight in model.named_parameters()}
+    assert type(observed(SharedUpdate(own, {}, "lenet5", 2, (1, 16, 16), 5, defence=defence), model)) is kind
+
+
+@pytest.mark.parametrize(("defence", "gain"), [("topk:0.1", 6), ("sign", 4), ("quantise:3", 1.5)])
+def test_it_brings_images_out(cli, defence, gain):
+    flags = ["--batch_size", 2, "--n_iter", 20, "--inner_iter", 20, "--max_evals", 120, "--defence", defence]
+    told = metrics_of(cli(*flags, name="told"))
+    as_they_stand = metrics_of(cli(*flags, "--distance", "l2", name="as_they_stand"))
+    assert told["psnr_mean"] > as_they_stand["psnr_mean"] + gain
+
+
+def test_published_attacks_match_entries_as_they_stand():
+    assert all("distance" in preset for name, preset in PRESETS.items() if name != "magia")

@@ -1,0 +1,123 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attack.optimise.budget import LR_SCHEDULES, Annealing, Budget, Optimiser, learning_rate
+from attack.optimise.state import AttackState, Terms
+
+
+def adam(lr=0.1, lr_schedule="constant", signed=False):
+    return Optimiser("adam", lr, lr_schedule, signed, inner_iter=1, history=1, line_search="none")
+
+
+@given(st.sampled_from(LR_SCHEDULES), st.floats(0, 1), st.floats(1e-3, 10))
+def test_step_sizes_start_at_the_base_and_never_rise(schedule, progress, base):
+    assert learning_rate(base, schedule, 0) == base
+    assert 0 <= learning_rate(base, schedule, progress) <= base * (1 + 1e-12)
+    assert learning_rate(base, schedule, 1) <= learning_rate(base, schedule, progress) * (1 + 1e-12)
+
+
+def test_step_sizes_of_the_schedules():
+    assert learning_rate(0.1, "constant", 0.9) == 0.1
+    steps = [learning_rate(1.0, "step", share) for share in (0.374, 0.375, 0.625, 0.875)]
+    assert steps == pytest.approx([1, 0.1, 0.01, 0.001])
+    assert learning_rate(1.0, "cosine", 0.5) == pytest.approx(0.5)
+    assert learning_rate(1.0, "cosine", 1.0) == pytest.approx(0, abs=1e-15)
+    with pytest.raises(ValueError, match="linear"):
+        learning_rate(1.0, "linear", 0.5)
+
+
+def test_signed_gradients_move_every_pixel_alike_and_leave_labels():
+    state = AttackState(
+        z=torch.zeros(1, 1, 2, 2),
+        label_variables=torch.zeros(1, 3),
+        generator=torch.Generator(),
+        optimiser=adam(signed=True),
+    )
+    slope = torch.tensor([[[[1e-6, -3.0], [2.0, 0.0]]]])
+    loss = (state.z * slope).sum() + 0.25 * state.label_variables.sum()
+    state.backward(loss)
+    assert torch.equal(state.z.grad, slope.sign())
+    assert torch.equal(state.label_variables.grad, torch.full((1, 3), 0.25))
+
+
+def test_a_step_has_the_size_that_the_spent_budget_asks_for():
+    state, terms = quadratic(1, torch.zeros(2), adam(0.1, "cosine"))
+    rates = []
+    while not state.ended(Budget(4)):
+        state.minimise(lambda: terms().loss, Budget(4))
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)])
+    assert Budget(10, 50, 4.0).share(5, 10, 3.0) == 0.75
+    assert Budget(10).share(5, 10**9, 1e9) == 0.5
+
+
+def quadratic(copies, target, optimiser=None):
+    """A state of two numbers in each copy, and the terms of its squared distance to a target."""
+    state = AttackState(
+        z=torch.arange(2.0 * copies).view(2 * copies, 1, 1, 1),
+        label_variables=torch.zeros(2 * copies, 3),
+        generator=torch.Generator().manual_seed(0),
+        optimiser=optimiser or adam(),
+        copies=copies,
+    )
+
+    def terms():
+        full = (state.z.view(copies, 2) - target).square().sum(1) + 0 * state.label_variables.sum()
+        return Terms(full.mean(), full, torch.zeros(copies), torch.zeros(copies))
+
+    return state, terms
+
+
+def test_the_copy_that_matches_best_leads():
+    state, terms = quadratic(3, torch.tensor([2.0, 3.5]))
+    assert state.batch_size == 2
+    assert state.label_logits.shape == (3, 2, 3)
+    assert state.accept(terms())
+    assert state.leader == 1
+    with torch.no_grad():
+        state.z[:2] = torch.tensor([2.0, 3.5]).view(2, 1, 1, 1)
+    assert state.accept(terms())
+    assert (state.leader, state.best["leader"]) == (0, 0)
+    with torch.no_grad():
+        state.z.fill_(math.nan)
+    assert not state.accept(terms())
+    assert state.z[:2].flatten().tolist() == [2.0, 3.5]
+    assert state.setbacks == 1
+
+
+def test_each_copy_counts_as_an_evaluation_and_the_budget_holds():
+    state, terms = quadratic(3, torch.zeros(2))
+
+    steps, budget = 0, Budget(100, 10)
+    while not state.ended(budget):
+        state.minimise(lambda: terms().loss, budget)
+        steps += 1
+    assert (steps, state.evaluations, state.ended(budget)) == (3, 9, "max_evals")
+
+
+def test_seconds_end_an_attack():
+    state, _ = quadratic(1, torch.zeros(2))
+    assert state.ended(Budget(5, None, 1.0)) is None
+    state.seconds = 1.5
+    assert state.ended(Budget(5, None, 1.0)) == "max_seconds"
+    assert state.ended(Budget(5)) is None
+
+
+def test_known_labels_hold_in_every_copy():
+    state, _ = quadratic(2, torch.zeros(2))
+    state.known_labels = torch.tensor([2])
+    assert state.label_logits.argmax(2)[:, 0].tolist() == [2, 2]
+    assert torch.equal(state.label_logits[:, 1], torch.zeros(2, 3))
+
+
+@given(st.floats(0, 1e4), st.floats(1e-6, 1), st.floats(0, 1))
+def test_annealing_ends_at_its_share_and_never_below_what_noise_asks(evaluations, final, least):
+    weight = Annealing(0.1, final, 2500, least).at(evaluations)
+    assert max(least, 0.1 * final) <= weight * (1 + 1e-9)
+    assert weight <= max(least, 0.1) * (1 + 1e-9)
+    if evaluations >= 2500:
+        assert weight == pytest.approx(max(least, 0.1 * final))
