@@ -22,15 +22,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.match.activations import STATISTICS, Course, ForwardLoss, ForwardMatching, course_for, spectral_power_for
+from attack.match.activations import STATISTICS, ForwardLoss, ForwardMatching, course_for, spectral_power_for
 from attack.match.entries import observed
-from attack.match.gradients import BatchNormLoss, FeatureLoss, MatchingLoss, Penalty, StatisticsLoss, disagreement
+from attack.match.gradients import MatchingLoss
+from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty, StatisticsLoss, disagreement
+from attack.match.phases import Course
 from attack.match.softening import SoftenedMatching, kinked_chain
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known, start_images
-from cli.ahead import read_ahead, with_scale
+from cli.ahead import known_ahead, scaled_update
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
@@ -199,7 +201,7 @@ class Objective:
         if self.exact is None:
             return copies
         known = self.exact.to(copies).expand(state.copies, *self.exact.shape)
-        return torch.cat([known, copies[:, len(self.exact) :] + 0 * copies.sum()], 1)  # all z stay part of the graph
+        return torch.cat([known, copies[:, len(self.exact) :]], 1)
 
     def __call__(self, state: AttackState, prior_weight: float) -> Terms:
         """All terms at the state's images, label logits and subset."""
@@ -281,7 +283,7 @@ def prepare(
     resumed run passes the checkpoint it `began` with, whose signals it keeps.
     """
     started = time.perf_counter()
-    known = read_ahead(update, model, settings, granted, began)
+    known = known_ahead(update, model, settings, granted, began)
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
@@ -335,7 +337,7 @@ def build_objective(
         course = Course(()) if known.is_exact else course_for(chain[: known.start], loss)
         penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
         return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)
-    errors = known.signals.errors.to(**place_of(model)) if known.signals else None
+    errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None
     matching = MatchingLoss(
         model,
@@ -419,7 +421,7 @@ def run_attack(
     """Prepare, attack, record: one run, in its directory. Returns the exit status."""
     began = run.read_checkpoint() if settings.resume else None
     granted = truth.labels.to(place_of(model)["device"]) if truth and settings.label_strategy == "known" else None
-    restored, scale = with_scale(update, model, settings)
+    restored, scale = scaled_update(update, model, settings)
     state, objective, known = prepare(restored, model, settings, granted, began)
     config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
     config |= privacy_of(update, settings) | {"scale": scale}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attack.local.local_labels import Trial
-from attack.read.head.by_random_images import Signals
+from attack.local.local_labels import LocalLabels
+from attack.read.signals import Signals
 
 # Expected relative error up to which activations are matched in the gradient's place. On LeNet, B = 8, they bring 30.5
 # dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
@@ -38,13 +38,13 @@ class Known:
         labels: class indices of the leading images, which then stay as they are, or None if all are to be optimised.
         start: the deepest stage, as an index of the model's chain, whose inputs are known of the N images; None if
             no signals were read.
-        inputs: (N, ...), they.
-        pixels: (N, C, H, W) the images themselves, where the known inputs are they.
+        inputs: (N, ...), the inputs of that stage.
+        pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
         drift: expected of the client's local training, see `attack.local.drift`; None of a single step.
-        trial: labels that were found by training on grey images, or None.
-        layers, recovered: what came of each layer that was asked, and their inputs where they were believed, see
-            `attack.read.reader.Reading`; a resumed run has no need of the latter.
+        local_labels: labels that were found by training on grey images, or None.
+        layers, recovered, seconds, is_aborted: of the reading, see `attack.read.reader.Reading`; a resumed run has no
+            need of `recovered`.
     """
 
     batch_size: int
@@ -56,9 +56,11 @@ class Known:
     pixels: Tensor | None = None
     says_enough: bool = True
     drift: float | None = None
-    trial: Trial | None = None
+    local_labels: LocalLabels | None = None
     layers: Sequence[Mapping] = ()
     recovered: Mapping[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    is_aborted: bool = False
 
     @property
     def is_complete(self) -> bool:

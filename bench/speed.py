@@ -34,10 +34,10 @@ from attack.match.gradients import Matching, subset_distance
 from attack.optimise.budget import Budget
 from attack.optimise.state import AttackState
 from attack.prepare import Known
+from attack.read.forecast import explain
 from attack.read.layer_choice import places
 from attack.read.reader import Reading, read_layers
 from attack.read.span import span_of
-from attack.walk.forecast import explain
 from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
@@ -48,7 +48,8 @@ from cli.settings import resolve, schedule_of
 from client.victim import share_update
 from judge.metrics import mean_psnr
 from judge.tables import markdown
-from network.chain import index_of, run
+from network.chain import index_of
+from network.stage import run
 from network.tracing import stages
 from network.zoo import place_of
 from update.gradients import averaged_gradient

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from attack.local.drift import EXACT
 from attack.prepare import Known
-from attack.walk.forecast import explain
+from attack.read.forecast import explain
 from cli.model import model_options, server_model
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
@@ -61,7 +61,7 @@ def introduction(
         if known.inputs is not None:
             deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
-        found += f", in {known.signals.seconds:.1f} s"
+        found += f", in {known.seconds:.1f} s"
     found += _how_trained(update, known)
     return (
         f"{source}: {update.batch_size} images {shape}{_defended(update, settings)}\n"
@@ -96,9 +96,9 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
             said.append(f"taken for one gradient, expected drift {known.drift:.1e}")
         else:
             said.append(f"unrolled: expected drift {known.drift:.1e} is beyond {EXACT:g}" if far else "unrolled")
-        if known.trial is not None:
-            use = "labels by trial" if known.trial.is_believed else "no labels by trial"
-            said.append(f"{use} (they leave {known.trial.distance:.2g})")
+        if known.local_labels is not None:
+            use = "labels by trial" if known.local_labels.is_believed else "no labels by trial"
+            said.append(f"{use} (they leave {known.local_labels.distance:.2g})")
     if training.uses_batch_statistics:
         said.append(f"BatchNorm in training mode, statistics {'shared' if update.statistics else 'kept'}")
     return "".join(f"\n{line}" for line in [", ".join(said)] if said)

@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from attack.match.gradients import DISTANCES, FEATURE_DISTANCES, RESCALES, SUBSET_LOSSES
+from attack.match.gradients import DISTANCES, RESCALES, SUBSET_LOSSES
+from attack.match.penalties import FEATURE_DISTANCES
 from attack.match.softening import SOFTENINGS
 from attack.optimise.budget import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
 from attack.optimise.pixels import BOXES

@@ -36,7 +36,7 @@ def private_gradient(
     Raises:
         ValueError: a BatchNorm layer in training mode.
     """
-    if any(map(mixes_images, model.modules())):
+    if mixes_images(model.modules()):
         raise ValueError(
             "dpsgd: BatchNorm in training mode mixes the examples, which then have no gradients of their own"
         )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
-from attack.read.head.by_random_images import Signals
+from attack.read.signals import Signals
 from data import Batch
 from judge import metrics
 from judge.gallery import write_gallery
@@ -109,7 +109,7 @@ class Recorder:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
         figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
-        figures |= _signal_figures(self.signals) | _training_figures(self.known)
+        figures |= _signal_figures(self.known) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),
             "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
@@ -185,10 +185,12 @@ def resumable(state: AttackState, known: Known) -> dict:
     """What a run can be resumed from: the attack's state, and what was read, by which its slots mean these images."""
     read = {
         "signals": None if known.signals is None else vars(known.signals),
+        "signals_seconds": known.seconds,
+        "is_aborted": known.is_aborted,
         "start": known.start,
         "inputs": known.inputs,
         "drift": known.drift,
-        "trial": None if known.trial is None else vars(known.trial),
+        "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],
     }
     return state.state_dict() | read | NOTHING_RECORDED
@@ -227,22 +229,23 @@ def _in_json(row: Mapping) -> dict:
 
 def _training_figures(known: Known) -> dict:
     """What metrics.json says of local training; empty for a single step."""
-    if known.drift is None and known.trial is None:
+    if known.drift is None and known.local_labels is None:
         return {}
-    distance = None if known.trial is None else known.trial.distance
+    distance = None if known.local_labels is None else known.local_labels.distance
     return {"exact_way": known.is_followed, "local_drift": known.drift, "trial_distance": distance}
 
 
-def _signal_figures(signals: Signals | None) -> dict:
+def _signal_figures(known: Known) -> dict:
     """What metrics.json says of the signals; image j of the list is rec_j."""
+    signals, said = known.signals, {"signals_aborted": True} if known.is_aborted else {}
     if signals is None:
-        return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []}
+        return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said
     columns = (signals.labels, signals.certificates, signals.confidence, signals.uncertainty, signals.residuals)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     names = ("label", "certificate", "confidence", "uncertainty", "residual")
     return {
         "signals_found": len(signals),
-        "signals_rank": signals.rank,
-        "signals_seconds": round(signals.seconds, 3),
+        "signals_rank": len(signals),
+        "signals_seconds": round(known.seconds, 3),
         "signals": [dict(zip(names, row, strict=True)) for row in rows],
-    }
+    } | said

@@ -28,6 +28,7 @@ CHECKPOINT_KEYS = {
     "variables",
     "optimizer",
     "signals",
+    "signals_seconds",
     "start",
     "inputs",
     "layers",

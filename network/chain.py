@@ -1,53 +1,20 @@
 """A model as a chain of stages: the one place that says in which order its layers are applied.
 
-A chain takes images (B, C, H, W) to logits (B, K). Its stages are torch modules (Linear, Conv2d, BatchNorm2d in eval
-mode, an activation, a pool, Flatten) and `Residual`, two chains side by side whose outputs add up; the last stage is
-the linear head. A stage is named as its module is in the model, so `name + ".weight"` is the name of its parameter and
-of its gradient. Stages without parameters have a name to be shown and no more. `tracing` makes a model's chain.
+A chain takes images (B, C, H, W) to logits (B, K). Its stages are torch modules and `Residual`, two chains side by side
+whose outputs add up; the last stage is the linear head. What is true of a kind of module stands in `network.kinds`. A
+stage is named as its module is in the model, so `name + ".weight"` is the name of its parameter and of its gradient.
+Stages without parameters have a name to be shown and no more. `tracing` makes a model's chain.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-ACTIVATIONS = (nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the chain: `module` maps activations to activations."""
-
-    name: str
-    module: Callable[[Tensor], Tensor]
-
-
-Chain = Sequence[Stage]
-
-
-@dataclass(frozen=True)
-class Residual:
-    """body(x) + shortcut(x); an empty chain is the identity."""
-
-    body: Chain
-    shortcut: Chain = ()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The sum of both branches."""
-        return run(self.body, x) + run(self.shortcut, x)
-
-
-def run(chain: Chain, x: Tensor) -> Tensor:
-    """What comes out of the chain's end."""
-    for stage in chain:
-        x = stage.module(x)
-    return x
-
-
-def tail(chain: Chain, start: int) -> Callable[[Tensor], Tensor]:
-    """The function from the inputs of stage `start` to the logits."""
-    return lambda x: run(chain[start:], x)
+from network.kinds import kind_of
+from network.stage import Chain, Residual, Stage
 
 
 def index_of(chain: Chain, name: str) -> int:
@@ -68,7 +35,7 @@ def parametrised(chain: Chain) -> Iterator[Stage]:
         if isinstance(stage.module, Residual):
             yield from parametrised(stage.module.body)
             yield from parametrised(stage.module.shortcut)
-        elif isinstance(stage.module, (nn.Linear, nn.Conv2d)):
+        elif kind_of(stage.module).is_affine:
             yield stage
 
 
@@ -83,20 +50,20 @@ def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
 
 def unmixed_from(chain: Chain) -> int:
     """The first stage behind all that mixes the images of a batch, BatchNorm in training mode; 0 if nothing does."""
-    mixing = [index for index, stage in enumerate(chain) if any(mixes_images(module) for module in modules([stage]))]
+    mixing = [index for index, stage in enumerate(chain) if mixes_images(modules([stage]))]
     return mixing[-1] + 1 if mixing else 0
 
 
-def mixes_images(module: object) -> bool:
-    """Whether what it makes of an image depends on the others of the batch: BatchNorm in training mode."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+def mixes_images(modules: Iterable[object]) -> bool:
+    """Whether what one of the modules makes of an image depends on the others of the batch."""
+    return any(kind_of(module).mixes_images(module) for module in modules)
 
 
 @torch.no_grad()
 def inputs_along(chain: Chain, x: Tensor) -> Iterator[tuple[Stage, Tensor]]:
     """Each linear, convolutional and residual stage, those inside residual stages too, with what it takes, (B, ...)."""
     for stage in chain:
-        if isinstance(stage.module, (Residual, nn.Linear, nn.Conv2d)):
+        if isinstance(stage.module, Residual) or kind_of(stage.module).is_affine:
             yield stage, x
         if isinstance(stage.module, Residual):
             yield from inputs_along(stage.module.body, x)
@@ -106,7 +73,7 @@ def inputs_along(chain: Chain, x: Tensor) -> Iterator[tuple[Stage, Tensor]]:
 
 def first_layer(chain: Chain) -> str:
     """The name of the first stage that does more than to flatten."""
-    return next(stage.name for stage in chain if not isinstance(stage.module, (nn.Flatten, nn.Identity)))
+    return next(stage.name for stage in chain if not kind_of(stage.module).is_reshape)
 
 
 def substituted(chain: Chain, change: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> list[Stage]:
@@ -135,9 +102,7 @@ def input_shapes(chain: Chain, image_shape: Sequence[int]) -> list[tuple[int, ..
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear or convolutional layer among images of one shape.
-
-    z_p = W patch_p(a) + b at positions p = 1..P. A linear layer has one position, and its patch is its whole input.
+    """A linear or convolutional layer among images of one shape, z_p = W patch_p(a) + b at positions p = 1..P.
 
     Attributes:
         name: of the stage.
@@ -154,7 +119,7 @@ class Layer:
     @property
     def positions(self) -> int:
         """P."""
-        return self.output_shape[1] * self.output_shape[2] if len(self.output_shape) == 3 else 1
+        return math.prod(self.output_shape[1:])
 
     @property
     def channels_out(self) -> int:
@@ -165,21 +130,6 @@ class Layer:
     def patch(self) -> int:
         """c_in k^2, the columns of the gradient as a matrix."""
         return self.module.weight[0].numel()
-
-    @property
-    def kernel(self) -> tuple[int, int]:
-        """(1, 1) for a linear layer."""
-        return tuple(getattr(self.module, "kernel_size", (1, 1)))
-
-    @property
-    def stride(self) -> tuple[int, int]:
-        """(1, 1) for a linear layer."""
-        return tuple(getattr(self.module, "stride", (1, 1)))
-
-    @property
-    def padding(self) -> tuple[int, int]:
-        """(0, 0) for a linear layer."""
-        return tuple(getattr(self.module, "padding", (0, 0)))
 
 
 @torch.no_grad()
@@ -196,7 +146,7 @@ def _measure(chain: Chain, x: Tensor, found: list[Layer]) -> Tensor:
             x = _measure(stage.module.body, x, found) + _measure(stage.module.shortcut, x, found)
             continue
         y = stage.module(x)
-        if isinstance(stage.module, (nn.Linear, nn.Conv2d)):
+        if kind_of(stage.module).is_affine:
             found.append(Layer(stage.name, stage.module, tuple(x.shape[1:]), tuple(y.shape[1:])))
         x = y
     return x

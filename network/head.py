@@ -6,14 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from network.kinds import kind_of
 from network.tracing import stages_if_walked
-
-RANGES = {  # of activations' values
-    nn.ReLU: (0.0, math.inf),
-    nn.Sigmoid: (0.0, 1.0),
-    nn.Tanh: (-1.0, 1.0),
-    nn.GELU: (-0.17, math.inf),  # least value -0.16997
-}
 
 
 @dataclass(frozen=True)
@@ -63,9 +57,8 @@ def features_of(model: nn.Module, images: Tensor) -> Tensor:
 def feature_range(model: nn.Module) -> tuple[float, float]:
     """Least and largest value that a feature can have, as far as the model's last activation tells."""
     below = reversed((stages_if_walked(model) or [])[:-1])
-    keeping = (nn.Flatten, nn.Dropout, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-    last = next((stage.module for stage in below if not isinstance(stage.module, keeping)), None)
-    return RANGES.get(type(last), (-math.inf, math.inf))
+    ranges = (kind_of(stage.module).output_range for stage in below)
+    return next((own for own in ranges if own is not None), (-math.inf, math.inf))
 
 
 def measured_noise(gradients: Mapping[str, Tensor], model: nn.Module) -> float:

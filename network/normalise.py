@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 NAME = "normalise"  # of the layer in the model; it has no parameters, and a state dict does not hold it
 
@@ -25,10 +25,6 @@ class Normalise(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> "Normalise":
         """It stays what it is while others train."""
         return super().train(False)
-
-    def pixels(self, values: Tensor) -> Tensor:
-        """What was normalised into these values (B, C, H, W)."""
-        return values * self.running_var.sqrt()[:, None, None] + self.running_mean[:, None, None]
 
 
 def normalised(model: nn.Module, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:

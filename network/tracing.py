@@ -1,7 +1,7 @@
 """A model's chain of stages, read off its own forward pass by `torch.fx`: the one place that knows what can be walked.
 
 A stage is a module that the model calls with one tensor, a function or method that stands for such a module (`relu`,
-`max_pool2d`, `flatten`, `view(batch, -1)`, the mean over height and width), or the sum of two branches. Whatever else
+`max_pool2d`, `flatten`, see `network.kinds`), or the sum of two branches. Whatever else
 a forward pass does (concatenation, attention, weights used by hand) ends it: such a model is attacked as a whole.
 """
 
@@ -12,33 +12,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
-from network.chain import Residual, Stage, parametrised, run
+from network.chain import parametrised
+from network.kinds import called
 from network.normalise import NAME, normalisation
+from network.stage import Residual, Stage, run
 
-# Functions and methods of one tensor by their names, without the underscore of those that work in place.
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "sigmoid": nn.Sigmoid,
-    "tanh": nn.Tanh,
-    "gelu": nn.GELU,
-    "elu": nn.ELU,
-    "hardswish": nn.Hardswish,
-    "leaky_relu": nn.LeakyReLU,
-    "mish": nn.Mish,
-    "relu6": nn.ReLU6,
-    "selu": nn.SELU,
-    "silu": nn.SiLU,
-    "softplus": nn.Softplus,
-}
-# Pools with the order in which their functions take their settings; modules take some of them otherwise.
-POOLS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
-    "max_pool2d": (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")),
-    "avg_pool2d": (
-        nn.AvgPool2d,
-        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    "adaptive_avg_pool2d": (nn.AdaptiveAvgPool2d, ("output_size",)),
-}
 CLOSE = 1e-4  # relative difference of logits up to which chain and model compute the same, in float32
 
 _read: "WeakKeyDictionary[nn.Module, list[Stage] | str]" = WeakKeyDictionary()  # by model: its chain, or why not
@@ -158,7 +136,7 @@ class _Walk:
             named = [(node.target, self.model.get_submodule(node.target))]
         else:
             try:
-                named = [(self._name(node), module) for module in _standing_for(node)]
+                named = [(self._name(node), module) for module in called(_called(node), node.args[1:], _how(node))]
             except (LookupError, TypeError, ValueError):
                 raise ValueError(f"{self._where(node)} cannot be walked") from None
         for name, module in named:
@@ -220,43 +198,6 @@ def _called(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target)).removesuffix("_")
 
 
-def _standing_for(node: fx.Node) -> list[nn.Module]:
-    """The modules that do what a function or method does.
-
-    Raises:
-        LookupError, TypeError, ValueError: there are none.
-    """
-    name, args, how = _called(node), node.args[1:], {n: v for n, v in node.kwargs.items() if n != "inplace"}
-    if name in ACTIVATIONS:
-        return [ACTIVATIONS[name](*args, **how)]
-    if name in POOLS:
-        module, order = POOLS[name]
-        return [module(**dict(zip(order, args, strict=False)), **how)]
-    if name == "dropout" and not _setting(args, how, 1, "training", True):
-        return []
-    if name == "contiguous":
-        return []
-    if (
-        name == "flatten"
-        and _setting(args, how, 0, "start_dim", 0) == 1
-        and _setting(args, how, 1, "end_dim", -1) == -1
-    ):
-        return [nn.Flatten()]
-    if name in ("view", "reshape") and not how and _keeps_images(args):
-        return [nn.Flatten()]
-    if name == "mean" and sorted(d % 4 for d in _setting(args, how, 0, "dim", ())) == [2, 3]:
-        return [nn.AdaptiveAvgPool2d(1), nn.Identity() if _setting(args, how, 1, "keepdim", False) else nn.Flatten()]
-    raise LookupError(name)
-
-
-def _keeps_images(shape: Sequence[object]) -> bool:
-    """Whether a shape to be viewed as is one row for each image: (size of the batch, -1) or (-1, entries)."""
-    shape = shape[0] if len(shape) == 1 else shape
-    if len(shape) != 2:
-        return False
-    rows, entries = shape
-    return isinstance(entries, int) and (isinstance(rows, fx.Node) or (rows == -1 and entries > 0))
-
-
-def _setting(args: Sequence, how: dict, index: int, name: str, default: object) -> object:
-    return args[index] if index < len(args) else how.get(name, default)
+def _how(node: fx.Node) -> dict[str, object]:
+    """What a call is told by keyword; whether it works in place does not matter."""
+    return {name: value for name, value in node.kwargs.items() if name != "inplace"}

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from network.kinds import kind_of
 from network.parameters import trainable
 
 
@@ -38,7 +39,7 @@ def gradient_and_part(
 
     Each image goes through the model once, there and back: what the losses make of every layer's output is kept, and
     from it and the layer's input the part's gradient is put together layer by layer, for its images alone. A model with
-    other layers than `_PARTS` knows, or that changes outputs in place, takes a second pass instead.
+    layers whose kind gives no gradients of its weights, or that changes outputs in place, takes a second pass instead.
 
     Args:
         images: (B, C, H, W).
@@ -47,7 +48,7 @@ def gradient_and_part(
     """
     parameters = trainable(model)
     layers = [layer for layer in model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))]
-    if not all(type(layer) in _PARTS and not layer.training for layer in layers):
+    if not all(kind_of(layer).gives_weight_gradients(layer) for layer in layers):
         return _in_two_passes(model, images, labels, subset)
     calls: list[tuple[nn.Module, Tensor, Tensor, object]] = []
 
@@ -66,7 +67,7 @@ def gradient_and_part(
     found = torch.autograd.grad(loss, [*parameters.values(), *outputs], create_graph=True)
     part: dict[nn.Parameter, Tensor] = {}
     for (layer, inputs, _, _), delta in zip(calls, found[len(parameters) :], strict=True):
-        weight, bias = _PARTS[type(layer)](layer, inputs[subset], delta[subset])
+        weight, bias = kind_of(layer).weight_gradients(layer, inputs[subset], delta[subset])
         part[layer.weight] = part.get(layer.weight, 0) + weight
         if layer.bias is not None:
             part[layer.bias] = part.get(layer.bias, 0) + bias
@@ -88,21 +89,3 @@ def _is_spoilt(output: Tensor, made_by: object) -> bool:
 
 def _gradient(loss: Tensor, parameters: dict[str, nn.Parameter]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, tuple(parameters.values()), create_graph=True)
-
-
-def _linear_part(layer: nn.Linear, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    return delta.T @ inputs, delta.sum(0)
-
-
-def _convolution_part(layer: nn.Conv2d, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    shape, how = layer.weight.shape, (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return nn.grad.conv2d_weight(inputs, shape, delta, *how), delta.sum((0, 2, 3))
-
-
-def _batchnorm_part(layer: nn.BatchNorm2d, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    mean, scale = layer.running_mean[:, None, None], (layer.running_var + layer.eps).sqrt()[:, None, None]
-    return (delta * (inputs - mean) / scale).sum((0, 2, 3)), delta.sum((0, 2, 3))
-
-
-# By kind of layer: gradients of weight and bias, from some images' inputs and what their losses make of its outputs.
-_PARTS = {nn.Linear: _linear_part, nn.Conv2d: _convolution_part, nn.BatchNorm2d: _batchnorm_part}

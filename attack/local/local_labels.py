@@ -31,7 +31,7 @@ BELIEVED = 0.25  # and up to which its labels are used: right ones leave 0.02 to
 
 
 @dataclass(frozen=True)
-class Trial:
+class LocalLabels:
     """Labels (B,), in the order of the minibatches, and the relative squared distance that they leave of the head's."""
 
     labels: Tensor
@@ -45,7 +45,7 @@ class Trial:
 
 def labels_by_trial(
     update: SharedUpdate, model: nn.Module, generator: torch.Generator, given: Tensor | None = None
-) -> Trial:
+) -> LocalLabels:
     """The labels whose training on grey images comes closest to the update, in the head's parameters.
 
     Args:
@@ -57,18 +57,18 @@ def labels_by_trial(
     Raises:
         ValueError: the model's last layer is not linear, or the update holds no gradient of it.
     """
-    search = _Search(update, model, _is_fixed=given is not None)
+    search = _LabelSearch(update, model, _is_fixed=given is not None)
     first = search.shown() if given is None else given
     best = search.descended(first)
     for _ in range(STARTS - 1):
         if best.distance < FITTING or search.is_spent:
             break
-        best = min(best, search.descended(search.shaken(best.labels, generator)), key=lambda trial: trial.distance)
+        best = min(best, search.descended(search.shaken(best.labels, generator)), key=lambda found: found.distance)
     return best
 
 
 @dataclass
-class _Search:
+class _LabelSearch:
     """The distance of labels from the update, remembered, and the way down from some to better ones."""
 
     update: SharedUpdate
@@ -105,7 +105,7 @@ class _Search:
         order = torch.randperm(len(labels), generator=generator)
         return torch.where(is_new, drawn, labels.cpu()[order]).to(labels.device)
 
-    def descended(self, labels: Tensor) -> Trial:
+    def descended(self, labels: Tensor) -> LocalLabels:
         """Down from these labels, one change at a time, the best of all; where none helps, among more classes."""
         width, (distance, missing) = NARROW, self._tried(labels)
         while not self.is_spent:
@@ -118,7 +118,7 @@ class _Search:
                 break
             else:
                 width = len(missing)
-        return Trial(labels, distance)
+        return LocalLabels(labels, distance)
 
     def _neighbours(self, labels: Tensor, classes: Tensor) -> Iterator[Tensor]:
         """The labels with one changed to one of the classes, or two of different minibatches swapped."""

@@ -13,35 +13,32 @@ activations and gradients behind sigmoids is the same for all images and says no
 untrained LeNet).
 
 Kinks of ReLUs and max-pools stop L-BFGS at 20 to 30 dB. They are softened, softplus and logsumexp(beta z) / beta, and
-hardened as the prior's weight falls. The course of both is a list of `Phase`s; `phases_for` chooses it by what lies
-below the known layer.
+hardened as the prior's weight falls. The course of both is chosen by the stages below the known layer, see `phases`.
 
 Gradients are added only where they are needed and right: where not many more activations are known than there are
 pixels, and no max-pool lies below, since what delta makes of a soft maximum is far from what the victim's made of it
 (ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the stem's gradient, 35.1 without).
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from attack.match.entries import Entries
 from attack.match.gradients import Matching
+from attack.match.phases import UNITS, Course, Phase, is_pooled, phases_for
 from attack.match.softening import softened
 from attack.match.strided import quickened
-from network.chain import Chain, first_layer, input_shapes, modules, parametrised, run
+from network.chain import first_layer, input_shapes, parametrised
+from network.kinds import kind_of
+from network.stage import Chain, run
 
 # The gradients' weight. They mix the images, which makes them slow to follow; ten times less than the activations was
 # best of 0.03, 0.1 and 1 on a trained ConvNet: 58.5 dB at B=1, where 0.03 gave 54.9 and 1 gave 54.1.
 GRADIENTS = 0.1
-
-# L-BFGS drops pairs whose curvature y.s is below 1e-10, whatever the loss is measured in. Exact activations bring the
-# relative loss down to 1e-8, and pairs with it, so it is measured in larger units.
-UNITS = 1e5
 
 # Weight of BatchNorm's shared statistics beside the activations. A small ConvNet in training mode, B=4, ends at 21.0 dB
 # without, and at 21.6, 28.1, 28.8 and 28.6 with 1e-4, 1e-2, 0.1 and 1 of a unit.
@@ -72,64 +69,14 @@ SATURATED = 200.0
 GREY = 0.5
 LEAST = 1e-12
 
-# And what it may be in the first phase: 4 is still of use to a ResNet's stem, 4.4 drives images of 224 pixels to black.
+# Phases whose activations' loss on grey images, through softened kinks, exceeds this are skipped: 4 is still of use to
+# a ResNet's stem, 4.4 drives images of 224 pixels to black.
 DROWNED = 4.25
-
-
-@dataclass(frozen=True)
-class Phase:
-    """So many evaluations with one hardness of the kinks and one weight of the prior.
-
-    Attributes:
-        evaluations: closure evaluations, at most.
-        prior_weight: of the prior.
-        hardness: beta, in units of one over the root mean square of what goes into a kink; infinite: no softening.
-    """
-
-    evaluations: int
-    prior_weight: float
-    hardness: float = math.inf
-
-
-# ReLUs only. Measured on the trained ConvNet; softer at first and with ten times less of the prior, it ends 8 dB lower.
-RECTIFIED = (
-    Phase(100, 2e-3, 20),
-    Phase(200, 2e-4, 20),
-    Phase(300, 2e-5, 60),
-    Phase(400, 2e-6, 200),
-    Phase(600, 2e-7, 800),
-)
-
-# A max-pool below: which entry is the largest must be found while the maximum is still nearly a mean, and under a prior
-# that holds everything else. Started as hard as above, the ResNet-18 stem ends at 20 dB.
-POOLED = (
-    Phase(60, 3.0, 0.7),
-    Phase(80, 1.0, 1.5),
-    Phase(100, 3e-1, 3),
-    Phase(100, 1e-1, 6),
-    Phase(100, 3e-2, 12),
-    Phase(100, 1e-2, 30),
-    Phase(100, 3e-3, 80),
-)
-
-# Sigmoid and tanh have no kinks.
-SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
 
 
 def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor) -> bool:
     """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place."""
-    return not _is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
-
-
-def _is_pooled(chain: Chain) -> bool:
-    return any(isinstance(module, nn.MaxPool2d) for module in modules(chain))
-
-
-def phases_for(chain: Chain) -> tuple[Phase, ...]:
-    """The course for what lies between images and the known activations."""
-    if _is_pooled(chain):
-        return POOLED
-    return RECTIFIED if any(isinstance(module, nn.ReLU) for module in modules(chain)) else SMOOTH
+    return not is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
 
 
 class ForwardLoss:
@@ -165,20 +112,21 @@ class ForwardLoss:
         observed: Entries | None = None,
     ) -> None:
         self.name, end = first_layer(chain[start:]), start
-        while end and isinstance(chain[end - 1].module, (nn.Flatten, nn.Identity)):
+        while end and kind_of(chain[end - 1].module).is_reshape:
             end -= 1
         activation = chain[end - 1].module if end else None
-        self.is_rectified, is_smooth = isinstance(activation, nn.ReLU), isinstance(activation, (nn.Sigmoid, nn.Tanh))
+        before = kind_of(activation).before(activation, inputs)
+        self.is_rectified = kind_of(activation).is_gate
         entry = inputs.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (inputs.dim() - 1))
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
             inputs = torch.where(inputs > DEAD * uncertainty * entry, inputs, 0.0)
         delta = _delta(chain[start:], inputs, labels)
-        end -= self.is_rectified or is_smooth
+        end -= self.is_rectified or before is not None
         shape = (len(inputs), *input_shapes(chain, image_shape)[end])
         self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
-        if is_smooth:
-            inputs, slope = _before(activation, inputs)
+        if before is not None:
+            inputs, slope = before
             floor = (SATURATED * error).clamp(min=FLAT)
             damped = slope / (slope.square() + floor.square())  # 1 / slope where that means something
             delta, error, self.trust = slope * delta, damped * error, (slope * damped).reshape(shape)
@@ -187,7 +135,7 @@ class ForwardLoss:
             self.delta = self.delta * self.active
         if uses_gradients is None:
             pixels = len(inputs) * math.prod(image_shape)
-            uses_gradients = not _is_pooled(self.chain) and int(self.active.sum()) < PLENTY * pixels
+            uses_gradients = not is_pooled(self.chain) and int(self.active.sum()) < PLENTY * pixels
         matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
@@ -219,51 +167,10 @@ class ForwardLoss:
         return errors
 
 
-@torch.no_grad()
-def _before(activation: nn.Sigmoid | nn.Tanh, outputs: Tensor) -> tuple[Tensor, Tensor]:
-    """What went into an activation that gave these outputs, finite, and its slope there: 0 where it is saturated."""
-    is_sigmoid = isinstance(activation, nn.Sigmoid)
-    share = outputs if is_sigmoid else (outputs + 1) / 2  # tanh(z) = 2 sigmoid(2 z) - 1
-    z, slope = share.logit(eps=torch.finfo(outputs.dtype).eps), (share * (1 - share)).clamp(min=0)
-    return (z, slope) if is_sigmoid else (z / 2, 4 * slope)
-
-
 def _delta(tail: Chain, inputs: Tensor, labels: Tensor) -> Tensor:
     leaf = inputs.detach().clone().requires_grad_()
     loss = nn.functional.cross_entropy(run(tail, leaf), labels, reduction="sum")
     return torch.autograd.grad(loss, leaf)[0]
-
-
-@dataclass(frozen=True)
-class Course:
-    """How hard the kinks are and what the prior weighs, phase after phase, over an attack's closure evaluations.
-
-    No prior weighs less than `least`, which is what noise in the known activations asks for. A course without phases
-    is over at once: the images are exact, nothing is left to be optimised.
-    """
-
-    phases: Sequence[Phase]
-    least: float = 0.0
-
-    @property
-    def weight(self) -> float:
-        """The prior's weight at the start, relative to that of the activations."""
-        return self.phases[0].prior_weight if self.phases else 0.0
-
-    def phase(self, evaluations: float) -> int:
-        """The index of the phase after so many evaluations; the last one stays."""
-        ends = itertools.accumulate(phase.evaluations for phase in self.phases)
-        return min(sum(evaluations >= end for end in ends), len(self.phases) - 1)
-
-    def at(self, evaluations: float) -> float:
-        """The prior's weight after so many evaluations, in the units of `ForwardMatching`."""
-        return UNITS * max(self.least, self.phases[self.phase(evaluations)].prior_weight)
-
-    def ended(self, evaluations: float) -> str | None:
-        """What has ended the attack: course, exact where there was nothing to do, or None."""
-        if not self.phases:
-            return "exact"
-        return "course" if evaluations >= sum(phase.evaluations for phase in self.phases) else None
 
 
 def course_for(chain: Chain, loss: ForwardLoss) -> Course:
@@ -286,7 +193,7 @@ def spectral_power_for(chain: Chain) -> float:
     Activations tell fine detail as well as coarse: with half the power that gradients want, a trained ConvNet at B=4
     ends at 49.7 dB and not at 42.6. Below a max-pool it is the gradients' power.
     """
-    return 1.0 if _is_pooled(chain) else 0.5
+    return 1.0 if is_pooled(chain) else 0.5
 
 
 class ForwardMatching:
@@ -308,5 +215,5 @@ class ForwardMatching:
     def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
         """Evaluate at images (B, C, H, W). Labels are known, so their logits stay out of it, and so does the subset."""
         activations, gradients = self.loss(images, self._chain)
-        total = activations + GRADIENTS * gradients + 0 * label_logits.sum()  # all variables stay part of the graph
-        return Matching(UNITS * total, activations + GRADIENTS * gradients, gradients)
+        total = activations + GRADIENTS * gradients
+        return Matching(UNITS * total, total, gradients)

@@ -12,7 +12,6 @@ g were left out, which `attack.match.entries` compares by what is known of them.
 Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,16 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from attack.match.entries import Entries, Gradient, squared_distance
-from network.chain import mixes_images
-from network.head import Head, features_of, measured_noise
-from network.normalise import Normalise
+from attack.match.penalties import statistics_distance
+from network.head import Head, measured_noise
 from network.parameters import trainable
 from update.gradients import gradient_and_part
 from update.shared import SharedUpdate
-from update.training import FEDSGD, LocalTraining, batch_statistics, train_locally
+from update.training import FEDSGD, LocalTraining, train_locally
 
 DISTANCES = ("l2", "relative", "cosine", "relative_cosine")
-FEATURE_DISTANCES = ("l2", "relative", "cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
 STATISTICS_WEIGHT = 1.0  # of BatchNorm's shared statistics beside the relative distance of gradients
@@ -73,109 +70,6 @@ def subset_distance(kind: str, g_subset: Gradient, g: Gradient, *, batch_size: i
     if kind == "partial":
         return (subset_size / batch_size) ** 2 * squared_distance(g_subset, g)
     raise ValueError(f"unknown subset_loss {kind!r}: choose one of {', '.join(SUBSET_LOSSES)}")
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """A term beside matching and prior, by its name: weight times what `loss` makes of images (B, C, H, W)."""
-
-    name: str
-    weight: float
-    loss: Callable[[Tensor], Tensor]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The weighted term, a scalar."""
-        return self.weight * self.loss(images)
-
-    def __repr__(self) -> str:
-        return f"{self.weight:g} {self.name}"
-
-
-@dataclass(frozen=True)
-class FeatureLoss:
-    """How far the features of the leading images are from those that are known, h_i (N, d), as a mean over the batch.
-
-    l2 takes |phi(x_i) - h_i|^2, relative the same over |h_i|^2, cosine 1 - cos (Kariyappa et al. 2023). Features that
-    were read with `errors`, relative and expected (N,), ask of the former two to be that near, and no nearer: beyond
-    it the pull would be towards the noise.
-    """
-
-    model: nn.Module
-    features: Tensor
-    distance: str = "l2"
-    errors: Tensor | None = None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The loss of images (B, C, H, W)."""
-        count = len(self.features)
-        needed = images if any(map(mixes_images, self.model.modules())) else images[:count]
-        features = features_of(self.model, needed)[:count]
-        if self.distance == "cosine":
-            return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
-        apart, sizes = (features - self.features).square().sum(1), self.features.square().sum(1)
-        if self.errors is not None:
-            apart = (apart - self.errors.square() * sizes).relu()
-        return (apart / sizes if self.distance == "relative" else apart).sum() / len(images)
-
-
-@dataclass(frozen=True)
-class StatisticsLoss:
-    """How far BatchNorm's statistics of the images are from those that the client shared, `target`."""
-
-    model: nn.Module
-    target: tuple[Tensor, ...]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The loss of images (B, C, H, W)."""
-        return statistics_distance(batch_statistics(self.model, images), self.target)
-
-
-@dataclass(frozen=True)
-class BatchNormLoss:
-    """How far the batch's statistics are from the running ones of the model's BatchNorm layers.
-
-    Sum over layers of |mean(x) - running mean| + |var(x) - running variance|, of what goes into the layer.
-
-    Source: Yin et al. 2021 (arXiv 2104.07586), eq. 11.
-    """
-
-    model: nn.Module
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The layers compared; none in a model without BatchNorm."""
-        layers = [layer for layer in self.model.modules() if isinstance(layer, nn.BatchNorm2d)]
-        return [layer for layer in layers if not isinstance(layer, Normalise)]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The loss of images (B, C, H, W)."""
-        distances = []
-
-        def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-            variance, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
-            distances.extend([(mean - layer.running_mean).norm(), (variance - layer.running_var).norm()])
-
-        hooks = [layer.register_forward_pre_hook(compare) for layer in self.layers]
-        try:
-            self.model(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack(distances).sum()
-
-
-def statistics_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Mean over BatchNorm's statistics (C,) of their squared distance, relative to the size of those shared, b."""
-    return torch.stack([(p - q).square().sum() / q.square().sum() for p, q in zip(a, b, strict=True)]).mean()
-
-
-def disagreement(copies: Tensor) -> Tensor:
-    """Mean squared distance of copies (R, B, C, H, W) of a batch from their mean image, a scalar.
-
-    Source: group consistency, Yin et al. 2021 (arXiv 2104.07586), eq. 12, where copies are first registered to each
-    other; here the mean is that of the pixels as they are.
-    """
-    return (copies - copies.mean(0)).square().mean()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from attack.match.gradients import Matching, MatchingLoss
-from network.chain import Chain, Residual, Stage, modules, run
+from network.chain import modules
+from network.kinds import kind_of
+from network.stage import Chain, Residual, Stage, run
 from network.tracing import stages_if_walked
 
 SOFTENINGS = ("auto", "off")
@@ -28,37 +30,9 @@ HARDNESSES = (5.0, 15.0, 50.0, 150.0, 500.0)
 SILENT = 1e-6  # root mean square below which a kink gets no larger beta
 
 
-class SoftMaximum(nn.Module):
-    """A max-pool with logsumexp(beta z) / beta in place of the maximum."""
-
-    def __init__(self, pool: nn.MaxPool2d, beta: float) -> None:
-        super().__init__()
-        self.pool, self.beta = pool, beta
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Pooled (B, C, H', W')."""
-        (kernel, kernel_), (stride, stride_), (pad, pad_) = map(
-            _pair, (self.pool.kernel_size, self.pool.stride, self.pool.padding)
-        )
-        height, width = self.pool(x[:1, :1].detach()).shape[2:]
-        below = max(0, (height - 1) * stride + kernel - x.shape[2] - 2 * pad)  # ceil_mode reaches over the edge
-        right = max(0, (width - 1) * stride_ + kernel_ - x.shape[3] - 2 * pad_)
-        lowest = torch.finfo(x.dtype).min / (10 * self.beta)  # stays finite times beta
-        x = nn.functional.pad(x, (pad_, pad_ + right, pad, pad + below), value=lowest)
-        rows, columns = stride * (height - 1) + 1, stride_ * (width - 1) + 1
-        windows = [
-            x[:, :, i : i + rows : stride, j : j + columns : stride_] for i in range(kernel) for j in range(kernel_)
-        ]
-        return torch.logsumexp(self.beta * torch.stack(windows), 0) / self.beta
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 @torch.no_grad()
 def softened(chain: Chain, hardness: float, images: Tensor) -> Chain:
-    """The chain with softplus for ReLU and a soft maximum for max-pools; the chain itself if hardness is infinite.
+    """The chain with its kinks rounded off, as their kinds say; the chain itself if hardness is infinite.
 
     Each beta is the hardness over the root mean square of what `images` bring to that kink.
     """
@@ -78,10 +52,7 @@ def _soften(chain: Chain, hardness: float, x: Tensor) -> tuple[list[Stage], Tens
             module, x = Residual(body, shortcut), left + right
         else:
             beta = hardness / max(float(x.square().mean().sqrt()), SILENT)
-            if isinstance(module, nn.ReLU):
-                module = nn.Softplus(beta)
-            elif isinstance(module, nn.MaxPool2d):
-                module = SoftMaximum(module, beta)
+            module = kind_of(module).softened(module, beta)
             x = module(x)
         soft.append(Stage(stage.name, module))
     return soft, x
@@ -134,4 +105,4 @@ class SoftenedMatching:
 def kinked_chain(model: nn.Module) -> Chain | None:
     """The stages of a model that has kinks; None if it has none, or cannot be walked."""
     chain = stages_if_walked(model) or ()
-    return chain if any(isinstance(module, (nn.ReLU, nn.MaxPool2d)) for module in modules(chain)) else None
+    return chain if any(kind_of(module).has_kink for module in modules(chain)) else None

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional
 
-from network.chain import Chain, Stage, substituted
+from network.chain import substituted
+from network.kinds.affine import AFFINE
+from network.stage import Chain, Stage
 
 FEW = 16  # channels, from which on the library's own derivative is as fast
 
@@ -75,8 +77,7 @@ def quickened(chain: Chain) -> list[Stage]:
 
 
 def _is_slow(module: object) -> bool:
-    if type(module) is not nn.Conv2d or module.weight.device.type != "cpu":
+    if type(module) is not nn.Conv2d or AFFINE.why_not(module) or module.weight.device.type != "cpu":
         return False
-    plain = module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     strides = set(module.stride)
-    return plain and set(module.dilation) == {1} and len(strides) == 1 and strides != {1} and module.in_channels < FEW
+    return set(module.dilation) == {1} and len(strides) == 1 and strides != {1} and module.in_channels < FEW

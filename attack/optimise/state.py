@@ -91,8 +91,7 @@ class AttackState:
             return logits
         count, classes = len(self.known_labels), logits.shape[2]
         certain = CERTAIN * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
-        # 0: all variables stay part of the graph
-        return torch.cat([certain + 0 * logits[:, :count], logits[:, count:]], dim=1)
+        return torch.cat([certain.expand(self.copies, -1, -1), logits[:, count:]], dim=1)
 
     def enter(self, phase: int) -> None:
         """Begin a phase of the objective, unless it has begun: what was best and the curvature were another's."""
@@ -160,7 +159,8 @@ class AttackState:
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradient of `loss` where the optimiser looks for it; of the images' only the signs, if it so asks."""
-        for variable, gradient in zip(self.variables, torch.autograd.grad(loss, self.variables), strict=True):
+        gradients = torch.autograd.grad(loss, self.variables, materialize_grads=True)  # zeros of what is known already
+        for variable, gradient in zip(self.variables, gradients, strict=True):
             variable.grad = gradient.contiguous()
         if self.optimiser.signed:
             self.z.grad.sign_()

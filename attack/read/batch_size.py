@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from attack.read.head.noise import precision_of
-from attack.read.layer_choice import places
-from attack.read.span import Geometry, span_of
+from attack.read.layer_choice import candidate_layers
+from attack.read.span import span_of
+from attack.solve.rounding import precision_of
 from network.head import Head
+from network.kinds.affine import Geometry
 from network.tracing import stages
 
 GAP = 20.0  # ratio of neighbouring singular values that may end a rank: rounding alone leaves 30 and more
@@ -29,7 +30,7 @@ def count_images(gradients: Mapping[str, Tensor], model: nn.Module, image_shape:
     """
     head = Head.of(model)
     try:
-        found = [(p.name, p.geometry) for p in places(stages(model), tuple(image_shape), gradients)]
+        found = [(p.name, p.geometry) for p in candidate_layers(stages(model), tuple(image_shape), gradients)]
     except ValueError:  # what cannot be walked still has a head
         found = [(head.weight.removesuffix(".weight"), Geometry.of(head.layer, (head.layer.in_features,)))]
     found = [place for place in found if f"{place[0]}.weight" in gradients]

@@ -4,18 +4,22 @@ Each of them holds for one image alone, whatever else is in the batch, and fails
 """
 
 import math
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vmap
 
-from attack.read.signals import Inputs, Tail, nothing
+from attack.read.signals import Signals, Tail
 from attack.read.span import Span
+from attack.solve.budget import WorkBudget
+from attack.solve.levenberg import DampingRule, levenberg
 
 STEPS = 60  # of a polish, at most; from an arbitrary start 20 to 40 are usual
-STALLED = 0.999  # a polish whose cost falls by less than this a step, three times in a row, is over
+POLISH = DampingRule(
+    first=1e-2, least=1e-14, most=1e8, refused=4.0, accepted=0.3, refusals=None, patience=3, counts_refusals=True
+)
 SCALES = torch.logspace(-2, 4, 37, dtype=torch.float64)  # |a| tried where no bias gradient gives the scale
 FINER = 9  # scales tried within a step of SCALES around the best
 ARITHMETIC = 30.0  # units of rounding by which the victim's forward and backward passes may err
@@ -40,15 +44,15 @@ def along_ones(span: Span) -> Tensor | None:
     return span.geometry.patches(span.inputs(torch.eye(span.dimension).to(span.basis))) @ span.ones
 
 
-class Equations:
+class ImageEquations:
     """What a span asks of a single image, in coordinates of A: scale, column space, and pairing.
 
     Args:
         span: of the gradient, or of what is left of it.
         layer: inputs -> outputs.
         tail: the network behind the layer.
-        paired: whether the gradient is B times smaller than the sum of the images', so that a true image's share is 1.
-            One that the client has clipped is smaller by a factor that nobody tells, which the shares then are.
+        paired: whether the gradient is B times smaller than the sum of the images', so that a true image's certificate
+            is 1. A clipped gradient is smaller by a factor that nobody tells; the certificates then are that factor.
     """
 
     def __init__(self, span: Span, layer: Callable[[Tensor], Tensor], tail: Tail, *, paired: bool = True) -> None:
@@ -60,9 +64,9 @@ class Equations:
         self.rows = geometry.patches(units) @ span.right.T  # its patches in R, (dim A, P, r)
         self.along = along_ones(span)  # (dim A, P)
 
-    def of(self, span: Span) -> "Equations":
+    def of(self, span: Span) -> "ImageEquations":
         """The same for another span of the same layer."""
-        return self if span is self.span else Equations(span, self.layer, self.tail, paired=self.paired)
+        return self if span is self.span else ImageEquations(span, self.layer, self.tail, paired=self.paired)
 
     def _outputs(self, c: Tensor) -> Tensor:
         return (c @ self.outputs).view(-1, *self.offset.shape) + self.offset
@@ -88,13 +92,13 @@ class Equations:
     def residual(self, c: Tensor, zeros: Tensor, deltas: Tensor) -> Tensor:
         """What does not fit, (N, P c_out + 1 [+ n] [+ P]).
 
-        It is delta outside U, 1 - 1/share, the input where it should be zero, and patches^T w - 1.
+        It is delta outside U, 1 - 1/certificate, the input where it should be zero, and patches^T w - 1.
         """
         d = by_position(deltas) * self.span.rows
         u = d @ self.span.left
         length = d.flatten(1).norm(dim=1).clamp(min=1e-200)
         outside = (d - u @ self.span.left.T).flatten(1) / length[:, None]
-        unpaired = 1 - 1 / self._share(c, u, d) if self.paired else torch.zeros_like(length)
+        unpaired = 1 - 1 / self._certificate(c, u, d) if self.paired else torch.zeros_like(length)
         parts = [outside, unpaired[:, None]]
         if zeros.any():
             parts.append((c @ self.span.basis) * zeros / c.norm(dim=1, keepdim=True))
@@ -102,7 +106,7 @@ class Equations:
             parts.append((c @ self.along - 1) / self.along.shape[1] ** 0.5)
         return torch.cat(parts, 1)
 
-    def _share(self, c: Tensor, u: Tensor, d: Tensor) -> Tensor:
+    def _certificate(self, c: Tensor, u: Tensor, d: Tensor) -> Tensor:
         live = (d.detach().abs().amax(2) > 0).sum(1).clamp(min=1)  # a position without errors leaves no trace
         x = (c @ self.rows.flatten(1)).view(len(c), *self.rows.shape[1:])
         return (x * (u / self.span.sigma)).sum((1, 2)) / (self.span.batch_size * live)
@@ -141,10 +145,10 @@ class Equations:
         best = tried.amin(2).argmin(0)
         return finer[best, None] * coarse * unit, tried[best, torch.arange(len(c), device=c.device)]
 
-    def believed(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> Inputs:
+    def believed(self, c: Tensor, zeros: Tensor, labels: Tensor, budget: WorkBudget) -> Signals:
         """Those candidates (N, dim A) that are, or a polish makes, indistinguishable from a true image."""
         if not len(c):
-            return nothing(self.span)
+            return self.nobody()
         if self.spare < WITNESSES:  # what is left of the gradient may have spoken for another label
             labels = self.mismatch(c).argmin(1)
         witnesses = self.spare + self._silent_witnesses(zeros)
@@ -152,7 +156,7 @@ class Equations:
         rest = (~passed).nonzero()[:, 0]
         found = found.pick(passed)
         if len(rest) and self.spare >= WITNESSES:
-            c, _, normal = self.solve(c[rest], zeros[rest], labels[rest], deadline)
+            c, _, normal = self.solve(c[rest], zeros[rest], labels[rest], budget)
             witnesses = torch.full_like(c[:, 0], self.spare)
             polished, passed = self._judged(c, zeros[rest], normal, labels[rest], witnesses)
             found = found.joined(polished.pick(passed))
@@ -197,20 +201,20 @@ class Equations:
 
     def _judged(
         self, c: Tensor, zeros: Tensor, normal: Tensor, labels: Tensor, witnesses: Tensor
-    ) -> tuple[Inputs, Tensor]:
+    ) -> tuple[Signals, Tensor]:
         """All candidates as inputs, and which of them to believe, where so many equations (N,) bear witness."""
         deltas, span = self.deltas(c, labels), self.span
         d = by_position(deltas) * span.rows
         u, x = d @ span.left, c @ self.rows.flatten(1)
         expected, condition = self._noise(u, x)
-        mismatch, share = self.residual(c, zeros, deltas), deltas[0].numel()  # its column behind delta outside U
-        outside = mismatch[:, :share].norm(dim=1)
-        mismatch[:, share] /= 1 + condition
+        mismatch, pairing = self.residual(c, zeros, deltas), deltas[0].numel()  # the pairing's column of the residual
+        outside = mismatch[:, :pairing].norm(dim=1)
+        mismatch[:, pairing] /= 1 + condition
         cost = mismatch.square().sum(1)
         level = torch.maximum(cost, (expected + span.precision).square()) / (self.spare + zeros.sum(1)).clamp(min=1)
         uncertainty, freedom = self._expected_error(c, x, level, normal)
-        shares = self._share(c, u, d)
-        every = Inputs(span.inputs(c), labels, deltas, outside, shares, uncertainty, freedom, span.batch_size)
+        certificates = self._certificate(c, u, d)
+        every = Signals(span.inputs(c), labels, deltas, outside, certificates, uncertainty, freedom, span.batch_size)
         tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
         by_chance, by_the_tail = (
             tolerance ** count.clamp(0, 100) * (1 + condition)
@@ -242,10 +246,10 @@ class Equations:
     def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What noise makes of true images with x (N, P r) and y = U^T delta (N, P, r): two numbers each, (N,).
 
-        They are the relative error of its mismatch, and what the share makes of such an error. Noise N in the entries
-        of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x. The share is x^T S^-1 y / B, and
-        1: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error shows. Images whose errors nearly cancel
-        have such an x and y.
+        They are the relative error of its mismatch, and the factor of such an error in the certificate. Noise N in the
+        entries of the weighted gradient turns U y by N R^T S^-1 y and R^T x by N^T U S^-1 x. The certificate is
+        x^T S^-1 y / B, and 1 for a true image: the less x is parallel to S^-1 y, or y to S^-1 x, the more an error
+        shows. Images whose errors nearly cancel have such an x and y.
         """
         span, y = self.span, u.flatten(1)
         y_weak, x_weak, y_length, x_length = self._weak(y), self._weak(x), y.norm(dim=1), x.norm(dim=1)
@@ -253,57 +257,50 @@ class Equations:
         expected = turned_out + self._turned(x) + span.noise * x_weak * y_weak / span.batch_size
         return expected, torch.maximum(x_length * y_weak, y_length * x_weak) / span.batch_size
 
-    def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, deadline: float) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, budget: WorkBudget) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping."""
         if not len(c):
             return c, c.new_zeros(0), c.new_zeros(0, c.shape[1], c.shape[1])
-        damping = c.new_full((len(c),), 1e-2)
-        f, j = self._linearised(c, zeros, labels)
-        cost, normal, pull = _normal_equations(f, j)
-        stalled = torch.zeros_like(labels)
-        for _ in range(STEPS):
-            going = ((stalled < 3) & (cost > (0.1 * self.span.precision) ** 2)).nonzero()[:, 0]
-            if not len(going) or time.perf_counter() > deadline:
-                break
-            step = _damped_step(normal[going], pull[going], damping[going])
-            trial = c[going] + step
-            f = self._at(trial, zeros[going], labels[going])
-            better = f.square().sum(1) < cost[going]
-            worse, going, trial = going[~better], going[better], trial[better]
-            damping[worse] *= 4
-            stalled[worse] += (damping[worse] > 1e8).long() * 3
-            if not len(going):
-                continue
-            f, j = self._linearised(trial, zeros[going], labels[going])
-            c[going] = trial
-            before = cost[going]
-            cost[going], normal[going], pull[going] = _normal_equations(f, j)
-            damping[going] = (damping[going] * 0.3).clamp(min=1e-14)
-            stalled[going] = torch.where(cost[going] > STALLED * before, stalled[going] + 1, 0)
-        return c, cost, normal
+        polish, enough = _Polish(self, zeros, labels), (0.1 * self.span.precision) ** 2
+        found = levenberg(polish, c, POLISH, iterations=STEPS, budget=budget, enough=enough)
+        return found.x, found.cost, found.normal
 
-    def _at(self, c: Tensor, zeros: Tensor, labels: Tensor) -> Tensor:
-        return self.residual(c, zeros, self.deltas(c, labels))
-
-    def _linearised(self, c: Tensor, zeros: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual (N, m) and its Jacobian (N, m, dim A): one tangent moves the same coordinate of all candidates."""
-        directions = torch.eye(c.shape[1]).to(c)[:, None].expand(-1, len(c), -1)
-        push = vmap(lambda v: jvp(lambda at: self._at(at, zeros, labels), (c,), (v,))[1], out_dims=2, chunk_size=16)
-        return self._at(c, zeros, labels), push(directions)
+    def nobody(self) -> Signals:
+        """No image at all, in the shapes of this layer."""
+        return nobody(self.span)
 
 
-def _normal_equations(f: Tensor, j: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """|f|^2 (N,), J^T J (N, d, d), J^T f (N, d)."""
-    return f.square().sum(1), j.transpose(1, 2) @ j, (f[:, None] @ j)[:, 0]
+@dataclass(frozen=True)
+class _Polish:
+    """Candidates (N, dim A) with their zeros (N, n) and labels (N,), as problems of `attack.solve.levenberg`."""
+
+    equations: ImageEquations
+    zeros: Tensor
+    labels: Tensor
+
+    def _residual(self, c: Tensor, which: Tensor) -> Tensor:
+        labels = self.labels[which]
+        return self.equations.residual(c, self.zeros[which], self.equations.deltas(c, labels))
+
+    def cost(self, x: Tensor, which: Tensor) -> Tensor:
+        """|residual|^2, (n,)."""
+        return self._residual(x, which).square().sum(1)
+
+    def linearised(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|f|^2 (n,), J^T J (n, d, d), J^T f (n, d): one tangent moves the same coordinate of all candidates."""
+        directions = torch.eye(x.shape[1]).to(x)[:, None].expand(-1, len(x), -1)
+
+        def along(v: Tensor) -> Tensor:
+            return jvp(lambda at: self._residual(at, which), (x,), (v,))[1]
+
+        f, j = self._residual(x, which), vmap(along, out_dims=2, chunk_size=16)(directions)  # (n, m), (n, m, d)
+        return f.square().sum(1), j.transpose(1, 2) @ j, (f[:, None] @ j)[:, 0]
 
 
-def _damped_step(normal: Tensor, pull: Tensor, damping: Tensor) -> Tensor:
-    """-(J^T J + damping mean diag)^-1 J^T f, (N, d); no step where that is singular."""
-    diagonal = normal.diagonal(dim1=1, dim2=2).mean(1)
-    eye = torch.eye(normal.shape[1]).to(normal)
-    factor, failed = torch.linalg.cholesky_ex(normal + (damping * diagonal)[:, None, None] * eye)
-    step = -torch.cholesky_solve(pull[..., None], factor)[..., 0]
-    return torch.where((failed == 0)[:, None], step, 0.0).nan_to_num(0.0)
+def nobody(span: Span) -> Signals:
+    """No image at all, in the shapes of a span's layer."""
+    geometry = span.geometry
+    return Signals.none(span.basis, geometry.input_shape, geometry.output_shape, span.batch_size)
 
 
 def _trace_of_inverse(normal: Tensor) -> tuple[Tensor, Tensor]:

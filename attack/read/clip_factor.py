@@ -14,31 +14,29 @@ pairing then says how much of delta patch^T / B is in the gradient, c where the 
 
 import copy
 import dataclasses
-import time
 
 import torch
 from torch import Tensor, nn
 
-from attack.read.error_bars import EXPLAINED
 from attack.read.head.by_random_images import ITERATIONS, choose_labels, first_features
 from attack.read.head.equations import solve
+from attack.read.head.error_bars import EXPLAINED
 from attack.read.head.gradient import HeadGradient
 from attack.read.label_counts import LabelCounts
-from attack.read.layer_choice import order, places
+from attack.read.layer_choice import candidate_layers, order
 from attack.read.peel import first_images
-from attack.read.random_images import SAMPLE, random_features
-from attack.read.span import span_of
+from attack.read.random_images import SAMPLE, random_features, varies
+from attack.solve.budget import WorkBudget, unlimited
 from network.tracing import stages
 from update.defences import Defences
 from update.shared import SharedUpdate
 
-SECONDS = 30.0  # that single images are sought for, at most
+WORK = 1e9  # of programmes by which single images are sought, see `attack.solve.programmes`: half a minute, about
 LEAST = 0.9  # factor that is believed: clients make an update shorter, not longer
 SECANTS = 12  # steps of the secant rule, at most; four to six are usual
 NUDGE = 1e-3  # of s, for the second point of the secant
-LONGEST = 0.1  # change of s in one step, relative
+STRIDE = 0.1  # largest change of s in one step, relative
 EXACT = 1e-9  # relative change of s that ends it
-UNIFORM = 0.5  # variation of a softmax over random images, relative to its mean: untrained ones lie far below
 ROUGH = 0.1  # share of [G', gamma'] that a solution may leave and still tell about how large s is
 
 
@@ -85,21 +83,21 @@ def _by_head(update: SharedUpdate, model: nn.Module, generator: torch.Generator)
     if not len(head.span.sigma):
         return (guess if is_likely else None), False
     start = first_features(head, model, update.image_shape, sample.mean(0), generator)
-    q, labels = choose_labels(head, LabelCounts.of(head, sample), start)
+    q, labels = choose_labels(head, LabelCounts.of(head, sample), start, unlimited())
     equations = head.equations(labels)
     target = equations.target
     size = float(target.square().sum())
     s, before = 1.0, None
     for _ in range(SECANTS):
         equations.target = s * target
-        q = solve(equations, q, ITERATIONS)
+        q = solve(equations, q, ITERATIONS, unlimited())
         at = equations.at(q)
         slope = float((at.f * target).sum()) / size
         step = NUDGE if before is None else -slope * (s - before[0]) / ((slope - before[1]) or 1.0)
         before = (s, slope)
         if abs(step) < EXACT * s:
             break
-        s += max(-LONGEST * s, min(LONGEST * s, step))
+        s += max(-STRIDE * s, min(STRIDE * s, step))
     freedom = max(1, at.f.numel() - at.q.numel())
     noise = (EXPLAINED * head.noise) ** 2 * freedom + head.arithmetic**2
     if not at.cost < ROUGH**2 * size:
@@ -119,28 +117,25 @@ def _first_guess(head: HeadGradient, sample: Tensor) -> tuple[float, bool]:
     weight = p.mean(0)[absent]
     ratio, order = (head.bias_gradient[absent] / weight).sort()
     middle = int((weight[order].cumsum(0) < weight.sum() / 2).sum())
-    alike = float(p.std(0).mean() / p.mean()) < UNIFORM
-    return 1 / float(ratio[middle]), alike and 2 * head.batch_size < len(head.bias)
+    return 1 / float(ratio[middle]), not varies(p) and 2 * head.batch_size < len(head.bias)
 
 
 def _by_single_images(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float | None:
-    """s from the shares of single images at the first layer that tells any; the surer an image, the more it counts."""
+    """s from single images' certificates at the first layer that tells any; the surer an image, the more it counts."""
     try:
         chain = stages(copy.deepcopy(model).double().requires_grad_(False))
     except ValueError:
         return None
     like = chain[-1].module.weight.new_zeros(1)
-    deadline = time.perf_counter() + SECONDS
-    for place in order(places(chain, update.image_shape, update.gradients), update.batch_size, like):
-        gradient = update.gradients.get(f"{place.name}.weight")
-        if gradient is None or place.bias_gradient is None:
+    budget = WorkBudget(WORK)
+    for layer in order(candidate_layers(chain, update.image_shape, update.gradients), update.batch_size, like):
+        if layer.bias_gradient is None or f"{layer.name}.weight" not in update.gradients:
             continue
-        how = {"saturating": place.saturating}
-        span = span_of(gradient.to(like.device), place.geometry, update.batch_size, place.bias_gradient, **how)
-        if span.determined and time.perf_counter() < deadline:
-            how = {"activation": place.kind, "generator": generator, "deadline": deadline}
-            found = first_images(span, place.layer, place.tail, **how)
+        span = layer.span(update.gradients, update.batch_size, like)
+        if span.determined and not budget.is_spent:
+            how = {"is_sparse": layer.inputs.is_sparse, "generator": generator, "budget": budget}
+            found = first_images(span, layer.layer, layer.tail, **how)
             if len(found):
                 sureness = found.uncertainty.clamp(min=torch.finfo(like.dtype).eps) ** -2
-                return float((found.shares * sureness).sum() / sureness.sum())
+                return float((found.certificates * sureness).sum() / sureness.sum())
     return None

@@ -1,29 +1,30 @@
 """Which layers' inputs may be told apart from one another, and in which order that is tried.
 
-A layer is worth trying where its gradient spans its inputs (`span.is_spanned`), every entry of an input lies in some
-patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot inside a residual
-block, where the skip passes by. The head is tried last: it tells K - 1 images apart at most, and what lies between it
-and the last convolution is mostly a pool, which ends the walk down.
+A layer is worth trying where its gradient spans its inputs (`Geometry.is_spanned`), every entry of an input lies in
+some patch, no layer from there on mixes the images of the batch, and the network behind it can be run from the layer's
+inputs and outputs alone, as it cannot inside a residual block, where the skip passes by. The head is tried last: it
+tells K - 1 images apart at most, and between it and the last convolution there is mostly a pool, which ends the walk
+down.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from attack.read.signals import Tail
-from attack.read.span import Geometry
-from network.chain import ACTIVATIONS, Chain, Residual, input_shapes, run
+from attack.read.span import Span, span_of
+from network.chain import input_shapes, unmixed_from
+from network.kinds import UNKNOWN, Kind, kind_of
+from network.kinds.affine import Geometry
+from network.kinds.norm import scale_and_shift
+from network.stage import Chain, Residual, Stage, run
 
-PIXELS = "pixels"  # what the first layer takes: no activation is in front of it
-SMOOTH = ("sigmoid", "tanh", "gelu")  # activations without a kink, through which equations can be followed anywhere
-SATURATING = ("sigmoid", "tanh")
 ROOMY = 1.5  # times the rank needed that a layer should have room for: with less the equations bear little witness
 
 
 @dataclass(frozen=True)
-class Place:
+class CandidateLayer:
     """A layer that may be tried.
 
     Attributes:
@@ -31,10 +32,10 @@ class Place:
         index: in the chain, of the layer or of the residual stage that it begins.
         layer: inputs -> outputs.
         geometry: of the layer.
-        kind: the activation that its inputs come out of, in small letters, or `pixels`.
+        inputs: the kind of activation that its inputs come out of; of pixels, and where something hides it, unknown.
         tail: the network behind it.
         bias_gradient: of what is added to its outputs, (c_out,), or None.
-        behind: the activation that its outputs go through, in small letters; empty behind the head.
+        behind: the kind of activation that its outputs go through; unknown behind the head.
         followers: the fully connected layers behind it that a ReLU each and nothing else stands in front of.
     """
 
@@ -42,88 +43,94 @@ class Place:
     index: int
     layer: nn.Module
     geometry: Geometry
-    kind: str
+    inputs: Kind
     tail: Tail
     bias_gradient: Tensor | None
-    behind: str
+    behind: Kind
     followers: tuple[str, ...] = ()
-
-    @property
-    def saturating(self) -> bool:
-        """Whether its outputs go through a sigmoid or tanh."""
-        return self.behind in SATURATING
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether patches overlap enough to say which belong together; a single one has nothing to be confused with."""
-        geometry = self.geometry
-        return geometry.positions == 1 or max(geometry.stride) < max(geometry.kernel) - 1
 
     def sees_everything(self, like: Tensor) -> bool:
         """Whether every entry of an input lies in some patch."""
         return bool((self.geometry.coverage(like) > 0).all())
 
+    def span(self, gradients: Mapping[str, Tensor], batch_size: int, like: Tensor) -> Span:
+        """The space of its inputs, on the device of `like`.
 
-def places(chain: Chain, image_shape: tuple[int, ...], gradients: Mapping[str, Tensor]) -> list[Place]:
+        Raises:
+            ValueError: the update holds no gradient of it.
+        """
+        gradient = gradients.get(f"{self.name}.weight")
+        if gradient is None:
+            raise ValueError("the update holds no gradient of it")
+        return span_of(
+            gradient.to(like.device),
+            self.geometry,
+            batch_size,
+            self.bias_gradient,
+            saturating=self.behind.is_saturating,
+        )
+
+
+def candidate_layers(
+    chain: Chain, image_shape: tuple[int, ...], gradients: Mapping[str, Tensor]
+) -> list[CandidateLayer]:
     """Every layer of the chain that its inputs and outputs suffice to run the network from, from the images up."""
-    shapes = input_shapes(chain, image_shape)
+    shapes, first = input_shapes(chain, image_shape), unmixed_from(chain)
     found = []
-    for index, stage in enumerate(chain):
-        for first, behind, passed in _entrances(chain, index):
+    for index, stage in enumerate(chain[first:], first):
+        for layer, behind, beside in _entrances(stage):
             try:
-                geometry = Geometry.of(first.module, shapes[index])
+                geometry = Geometry.of(layer.module, shapes[index])
             except ValueError:
                 continue  # a kind of convolution that is not read
+            rest = [*behind, *chain[index + 1 :]]
             found.append(
-                Place(
-                    name=first.name,
+                CandidateLayer(
+                    name=layer.name,
                     index=index,
-                    layer=first.module,
+                    layer=layer.module,
                     geometry=geometry,
-                    kind=kind_of_inputs(chain[:index], shapes),
-                    tail=_tail(behind, passed, chain[index + 1 :]),
-                    bias_gradient=_bias_gradient(first, [*behind, *chain[index + 1 :]], gradients),
-                    behind=_activation_behind([*behind, *chain[index + 1 :]]),
+                    inputs=kind_of_inputs(chain[:index], shapes),
+                    tail=_tail(behind, beside, chain[index + 1 :]),
+                    bias_gradient=_bias_gradient(layer, rest, gradients),
+                    behind=_activation_behind(rest),
                     followers=() if isinstance(stage.module, Residual) else _followers(chain, index),
                 )
             )
     return found
 
 
-def order(candidates: list[Place], batch_size: int, like: Tensor) -> list[Place]:
-    """Those of the places that span their inputs, the most promising first."""
+def order(candidates: list[CandidateLayer], batch_size: int, like: Tensor) -> list[CandidateLayer]:
+    """Those of the layers that span their inputs, the most promising first."""
 
-    def promise(place: Place) -> tuple:
-        ratio = place.geometry.bound(like) / (batch_size * place.geometry.positions)
-        guessed = place.kind not in ("relu", *SMOOTH) and place.behind == "relu"  # neither zeros nor smoothness
-        return guessed, ratio < ROOMY, not place.overlaps, place.index
+    def promise(layer: CandidateLayer) -> tuple:
+        ratio = layer.geometry.bound(like) / (batch_size * layer.geometry.positions)
+        guessed = not (layer.inputs.is_sparse or layer.inputs.is_smooth) and layer.behind.has_kink
+        return guessed, ratio < ROOMY, not layer.geometry.overlaps, layer.index
 
-    useful = [p for p in candidates if p.geometry.is_spanned(batch_size, like) and p.sees_everything(like)]
+    useful = [c for c in candidates if c.geometry.is_spanned(batch_size, like) and c.sees_everything(like)]
     return sorted(useful, key=promise)
 
 
-def kind_of_inputs(chain: Chain, shapes: list[tuple[int, ...]]) -> str:
-    """What comes out of the chain: the name of its last activation, `pixels`, or the class of what hides it."""
+def kind_of_inputs(chain: Chain, shapes: list[tuple[int, ...]]) -> Kind:
+    """The kind of the chain's last activation; unknown where there is none, or something behind it hides its zeros."""
     for index, stage in reversed(list(enumerate(chain))):
-        module = stage.module
-        if isinstance(module, ACTIVATIONS):
-            return type(module).__name__.lower()
-        is_trivial = math.prod(shapes[index]) == math.prod(shapes[index + 1])
-        if not isinstance(module, nn.MaxPool2d) and (
-            not is_trivial or isinstance(module, (Residual, nn.Linear, nn.Conv2d, nn.BatchNorm2d))
-        ):
-            return type(module).__name__.lower()
-    return PIXELS
+        kind = kind_of(stage.module)
+        if kind.is_activation:
+            return kind
+        if not kind.keeps_zeros(stage.module, shapes[index], shapes[index + 1]):
+            return UNKNOWN
+    return UNKNOWN
 
 
-def _entrances(chain: Chain, index: int) -> Iterator[tuple]:
+def _entrances(stage: Stage) -> Iterator[tuple[Stage, Chain, Chain | None]]:
     """The layers that take a stage's inputs: each with what follows it in its branch, and the branch beside."""
-    module = chain[index].module
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        yield chain[index], (), None
+    module = stage.module
+    if kind_of(module).is_affine:
+        yield stage, (), None
     elif isinstance(module, Residual):
         for branch, other in ((module.body, module.shortcut), (module.shortcut, module.body)):
-            if branch and isinstance(branch[0].module, (nn.Linear, nn.Conv2d)):
+            if branch and kind_of(branch[0].module).is_affine:
                 yield branch[0], branch[1:], other
 
 
@@ -135,32 +142,29 @@ def _tail(behind: Chain, beside: Chain | None, rest: Chain) -> Callable[[Tensor,
     return tail
 
 
-def _bias_gradient(stage: object, behind: Chain, gradients: Mapping[str, Tensor]) -> Tensor | None:
-    """That of the layer's own bias, or of the BatchNorm behind a layer without one."""
-    own = gradients.get(f"{stage.name}.bias")
+def _bias_gradient(layer: Stage, behind: Chain, gradients: Mapping[str, Tensor]) -> Tensor | None:
+    """The gradient of the layer's own bias, or that of the BatchNorm behind a layer without one, per unit of output."""
+    own = gradients.get(f"{layer.name}.bias")
     if own is not None or not behind:
         return own
-    norm = behind[0].module
-    shift = gradients.get(f"{behind[0].name}.bias")
-    if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or shift is None:
+    norm, shift = behind[0].module, gradients.get(f"{behind[0].name}.bias")
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or not norm.affine or shift is None:
         return None
-    return shift.to(norm.weight) * (norm.weight * (norm.running_var + norm.eps).rsqrt()).detach()
+    return shift.to(norm.weight) * scale_and_shift(norm, 2)[0]
 
 
-def _activation_behind(chain: Chain) -> str:
-    for stage in chain:
-        if isinstance(stage.module, ACTIVATIONS):
-            return type(stage.module).__name__.lower()
-    return ""
+def _activation_behind(chain: Chain) -> Kind:
+    kinds = (kind_of(stage.module) for stage in chain)
+    return next((kind for kind in kinds if kind.is_activation), UNKNOWN)
 
 
 def _followers(chain: Chain, index: int) -> tuple[str, ...]:
-    found = []
+    found, linear = [], nn.Linear
     while (
         index + 2 < len(chain)
-        and isinstance(chain[index + 1].module, nn.ReLU)
-        and isinstance(chain[index + 2].module, nn.Linear)
-        and isinstance(chain[index].module, nn.Linear)
+        and isinstance(chain[index].module, linear)
+        and kind_of(chain[index + 1].module) is kind_of(nn.ReLU())
+        and isinstance(chain[index + 2].module, linear)
     ):
         index += 2
         found.append(chain[index].name)

@@ -10,7 +10,7 @@ Three facts tell the a_i from their mixtures, and each of them holds for one ima
    patch_p(a_i)^T G^+ delta_iq = B if p = q, else 0. A mixture of images fails by tens of percent.
 3. After a ReLU inputs are non-negative and about half zero: extreme rays of the cone {c: Q^T c >= 0}.
 
-Images are taken out one after the other. Inputs after a ReLU are proposed by linear programmes, re-weighted towards
+Images are taken out one after the other. Signals after a ReLU are proposed by linear programmes, re-weighted towards
 sparse solutions; inputs after a smooth activation by Levenberg-Marquardt on (1) and (2) from starts anywhere, with
 dim A unknowns each. Each proposal is given the label and the scale that fit best, polished on (1) and (2), and
 believed if it fits as well as the noise of the update lets a true image fit. Then delta_i patch(a_i)^T / B is
@@ -20,32 +20,31 @@ easier to find. Labels may repeat, and B may be larger than the number of classe
 Where the cone has too many other rays (narrow layers, inputs that resemble each other), the layers above help: one
 programme over the inputs of several layers has far more zeros per unknown, see `linked_programme`.
 
-The equations of (1) and (2) are in `single`, the programmes of (3) in `programmes`. A head whose classes are too few
-for (2) (K < 2 B, say) leaves the images only all at once; `joint` does that.
+The equations of (1) and (2) are in `candidates`, the programmes of (3) in `rays`. A head whose classes are too few for
+(2) (K < 2 B, say) leaves the images only all at once; `attack.read.head.by_trial` does that.
 
 Relatives: SPEAR (Dimitrov et al. 2024, arXiv 2403.03945) samples the sparsity of the other side and is exponential in
 B; re-weighting follows Candes, Wakin, Boyd 2008; Wedderburn's rank reduction is what makes the subtraction exact.
 """
 
 import itertools
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from attack.read.candidates import WITNESSES, Equations, along_ones, by_position
+from attack.read.candidates import WITNESSES, ImageEquations, along_ones, by_position, nobody
 from attack.read.rays import extreme_rays, linked_programme, pinned, single_programme, zeros_of
-from attack.read.signals import Inputs, Tail, nothing
+from attack.read.signals import Signals, Tail
 from attack.read.span import Span
+from attack.solve.budget import OutOfTimeError, WorkBudget
 
-NON_NEGATIVE = ("relu",)  # activations whose outputs are non-negative and often exactly zero
 BATCH = 16  # proposals judged and polished at a time
 LINKED = 2  # rays of one linked programme: they are costly, right, and mostly the same until it is peeled
 FRUITLESS = 6  # rounds in a row without a new image after which the rest is given up
-SEARCHES = 3  # from the start, while images are missing: what one order of peeling leaves over another may find
+PASSES = 3  # from the start, while images are missing: what one order of peeling leaves over another may find
 SPREAD = (0.2, 0.8)  # starts lie this far from the point nearest the origin, relative to it: trained nets want less
 HOPEFUL = 0.5  # a ray whose mismatch is larger is not polished: true ones lie below 0.05, random ones near 1
 NEAR = 1e-2  # a mismatch below this is polished once more against the whole gradient, and judged
@@ -71,20 +70,21 @@ def unmix(
     layer: Callable[[Tensor], Tensor],
     tail: Tail,
     *,
-    activation: str,
+    is_sparse: bool,
     generator: torch.Generator,
-    deadline: float = math.inf,
+    budget: WorkBudget,
     above: Sequence[Above] = (),
-) -> Inputs:
+) -> Signals:
     """Tell the images of a determined layer apart, as many as possible, surest first.
 
     Args:
         span: of the layer's gradient, see `span_of`.
         layer: inputs (N, *input_shape) -> outputs (N, *output_shape), in float64.
         tail: the network behind the layer.
-        activation: what the inputs went through last: `relu` calls for linear programmes, anything else does not.
+        is_sparse: whether inputs are never negative and often exactly zero, as behind a ReLU: such inputs are sought by
+            linear programmes.
         generator: what programmes and starts are drawn from (on the CPU).
-        deadline: of `time.perf_counter`; what is not found by then is not found.
+        budget: images that are not found before its work or its time is spent are omitted.
         above: the layers that follow, each taking relu of the outputs of the one before, as in a fully connected net:
             with them far more images are told apart, see `linked_programme`. From the first on that is not determined,
             they are left out.
@@ -96,16 +96,15 @@ def unmix(
         raise ValueError(
             f"the layer does not determine its inputs: rank {span.rank}, dim A {span.dimension}, gap {span.gap:.1f}"
         )
-    started = time.perf_counter()
-    stages = [Equations(span, layer, tail)]
-    if activation in NON_NEGATIVE and span.ones is not None:
-        useful = itertools.takewhile(lambda stage: _linkable(stage.span, span), above)
-        stages += [Equations(stage.span, stage.layer, stage.tail) for stage in useful]
-    search = _Search(stages, activation in NON_NEGATIVE, generator, deadline)
-    found = search.run()
-    found = unlike(found.pick(found.uncertainty.argsort()), nothing(span))  # the surest of several, if they are one
-    surest = torch.arange(len(found), device=found.labels.device)[: span.batch_size]
-    return replace(found.pick(surest), seconds=time.perf_counter() - started)
+    layers = [ImageEquations(span, layer, tail)]
+    if is_sparse and span.ones is not None:
+        useful = itertools.takewhile(lambda each: _linkable(each.span, span), above)
+        layers += [ImageEquations(each.span, each.layer, each.tail) for each in useful]
+    search = _Search(layers, is_sparse, generator, budget)
+    with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
+        search.run()
+    found = unlike(search.found.surest_first(), nobody(span))  # the surest of several, if they are one
+    return found.pick(torch.arange(len(found), device=found.labels.device)[: span.batch_size])
 
 
 def first_images(
@@ -113,78 +112,83 @@ def first_images(
     layer: Callable[[Tensor], Tensor],
     tail: Tail,
     *,
-    activation: str,
+    is_sparse: bool,
     generator: torch.Generator,
-    deadline: float = math.inf,
-) -> Inputs:
-    """Some images of a determined layer, if any, where the gradient's scale is not known: their shares tell it.
+    budget: WorkBudget,
+) -> Signals:
+    """Some images of a determined layer, if any, where the gradient's scale is not known: their certificates tell it.
 
     None is taken out of the gradient before the next is sought, which would need the scale. Arguments as in `unmix`.
     """
-    whole = Equations(span, layer, tail, paired=False)
-    search = _Search([whole], activation in NON_NEGATIVE, generator, deadline, [span])
+    whole = ImageEquations(span, layer, tail, paired=False)
+    search = _Search([whole], is_sparse, generator, budget, [span])
     for attempt in range(FRUITLESS):
         found = search.round(attempt)
-        if len(found) or time.perf_counter() > deadline:
+        if len(found) or budget.is_spent:
             return found
-    return nothing(span)
+    return nobody(span)
 
 
 @dataclass
 class _Search:
-    """One search; `rest` is what the images found so far leave of the spans, of this layer and of those above."""
+    """One search.
 
-    stages: list["Equations"]
-    non_negative: bool
+    `rests` is what the images found so far leave of the spans, of this layer and of the layers above. `found` are the
+    images of all passes.
+    """
+
+    layers: list[ImageEquations]
+    is_sparse: bool
     generator: torch.Generator
-    deadline: float
+    budget: WorkBudget
     rests: list[Span] = field(default_factory=list)
     linked: bool = False
 
+    def __post_init__(self) -> None:
+        self.found = self.whole.nobody()
+
     @property
-    def whole(self) -> "Equations":
-        return self.stages[0]
+    def whole(self) -> ImageEquations:
+        return self.layers[0]
 
     @property
     def rest(self) -> Span:
         return self.rests[0]
 
-    def run(self) -> Inputs:
-        """All images found by searches from the whole span: each takes the images out in another order."""
-        found = nothing(self.whole.span)
-        for _ in range(SEARCHES):
-            found = found.joined(unlike(self._peeled(), found))
-            if found.complete or not len(found) or time.perf_counter() > self.deadline:
+    def run(self) -> None:
+        """Find images by passes from the whole span: each takes the images out in another order."""
+        for _ in range(PASSES):
+            self._peel()
+            if self.found.complete or not len(self.found) or self.budget.is_spent:
                 break
-        return found
 
-    def _peeled(self) -> Inputs:
-        """Images taken out one after the other, until nothing is left or no proposal is an image."""
-        self.rests = [stage.span for stage in self.stages]
-        found, fruitless = nothing(self.rest), 0
-        while self.rest.dimension and fruitless < FRUITLESS and time.perf_counter() < self.deadline:
-            new = unlike(self.round(fruitless), found)
+    def _peel(self) -> None:
+        """Take images out one after the other, until nothing is left or no proposal is an image."""
+        self.rests = [layer.span for layer in self.layers]
+        before, own, fruitless = self.found, self.whole.nobody(), 0
+        while self.rest.dimension and fruitless < FRUITLESS and not self.budget.is_spent:
+            new = unlike(self.round(fruitless), own)
             fruitless = 0 if len(new) else fruitless + 1
             self.linked ^= fruitless > 0  # keep to the kind of programme that brings images
             if len(new):
-                found = found.joined(new)
-                self.rests = self._without(found)
-        return found
+                own = own.joined(new)
+                self.found = before.joined(unlike(own, before))
+                self.rests = self._without(own)
 
-    def _without(self, found: Inputs) -> list[Span]:
+    def _without(self, found: Signals) -> list[Span]:
         """What the found images leave of each span: they are run forward to the layers above, and back."""
         rests = [without(self.whole.span, found.values, found.deltas)]
         values = found.values
-        for below, stage in itertools.pairwise(self.stages):
+        for below, layer in itertools.pairwise(self.layers):
             values = torch.relu(below.layer(values)).detach()
-            deltas = stage.deltas(values.flatten(1) @ stage.span.basis.T, found.labels)
-            rests.append(without(stage.span, values, deltas))
+            deltas = layer.deltas(values.flatten(1) @ layer.span.basis.T, found.labels)
+            rests.append(without(layer.span, values, deltas))
         return rests
 
-    def round(self, fruitless: int) -> Inputs:
+    def round(self, fruitless: int) -> Signals:
         """The new images among one batch of proposals."""
         c, zeros = self._proposals(fruitless)
-        guided = self.non_negative or self.rest.dimension == 1  # proposals are images already, not places to start
+        guided = self.is_sparse or self.rest.dimension == 1  # proposals are images already, not places to start
         equations = self.whole.of(self.rest)
         c, zeros, labels, mismatch = equations.scaled_and_labelled(c, zeros, self.generator, explore=not guided)
         if guided:
@@ -194,37 +198,35 @@ class _Search:
         near = HOPEFUL
         if equations.spare >= WITNESSES:
             near, far = NEAR, mismatch > NEAR
-            c[far], cost, _ = equations.solve(c[far], zeros[far], labels[far], self.deadline)
+            c[far], cost, _ = equations.solve(c[far], zeros[far], labels[far], self.budget)
             mismatch[far] = cost.sqrt()
         values = c @ self.rest.basis
         best = _distinct(values, labels, mismatch, mismatch < near)
         if not len(best):
-            return nothing(self.whole.span)
+            return self.whole.nobody()
         c, zeros = values[best] @ self.whole.span.basis.T, zeros[best]
-        if self.non_negative:  # the errors of all that was taken out are in what is left, and not in the whole
+        if self.is_sparse:  # the errors of all that was taken out are in what is left, and not in the whole
             c, zeros = pinned(self.whole.span, self.whole.along, c)
-        new = self.whole.believed(c, zeros, labels[best], self.deadline)
-        # a polish that time cut short is further off than its fit tells, seven times on a sparse update
-        return new if time.perf_counter() < self.deadline else nothing(self.whole.span)
+        return self.whole.believed(c, zeros, labels[best], self.budget)
 
     def _proposals(self, fruitless: int) -> tuple[Tensor, Tensor]:
         """Coordinates (N, dim A) and which entries of the input are held at zero, (N, n)."""
         if self.rest.dimension == 1:
             c = _upright(self.rest)
-            if self.non_negative:
+            if self.is_sparse:
                 return c, torch.stack([zeros_of(ray @ self.rest.basis) for ray in c])
-        elif self.non_negative:
-            linked = self.linked and len(self.stages) > 1
-            rests = [stage.of(rest) for stage, rest in zip(self.stages, self.rests, strict=True)] if linked else []
+        elif self.is_sparse:
+            linked = self.linked and len(self.layers) > 1
+            rests = [layer.of(rest) for layer, rest in zip(self.layers, self.rests, strict=True)] if linked else []
             programme = linked_programme(rests) if linked else single_programme(self.rest)
             count = (LINKED if linked else min(BATCH, max(4, self.rest.dimension))) * (1 + fruitless)
-            return extreme_rays(self.rest, programme, count, self.generator, self.deadline)
+            return extreme_rays(self.rest, programme, count, self.generator, self.budget)
         else:
             c = starts(self.rest, BATCH, self.generator)
         return c, torch.zeros(len(c), self.rest.basis.shape[1], dtype=torch.bool, device=c.device)
 
 
-def unlike(new: Inputs, found: Inputs) -> Inputs:
+def unlike(new: Signals, found: Signals) -> Signals:
     """Each of the new images once, without those found before: a polish may lead several candidates to one image.
 
     Two whose expected errors explain how far they are apart are not told apart.
@@ -242,7 +244,7 @@ def unlike(new: Inputs, found: Inputs) -> Inputs:
     return new.pick(torch.tensor(keep, dtype=torch.long, device=new.labels.device))
 
 
-def _one_by_one(inputs: Inputs) -> Iterator[tuple[Tensor, int, float]]:
+def _one_by_one(inputs: Signals) -> Iterator[tuple[Tensor, int, float]]:
     """Value (n,), label and expected relative error of each image."""
     return zip(inputs.values.flatten(1), inputs.labels.tolist(), inputs.uncertainty.tolist(), strict=True)
 

@@ -6,6 +6,12 @@ from torch import Tensor, nn
 from network.head import features_of
 
 SAMPLE = 384  # random images that tell how features and softmax vary
+UNIFORM = 0.5  # variation of a softmax over random images, relative to its mean: untrained ones lie far below
+
+
+def varies(softmax: Tensor) -> bool:
+    """Whether the softmax (N, K) differs from random image to random image, as a trained network's does."""
+    return not float(softmax.std(0).mean() / softmax.mean()) < UNIFORM
 
 
 @torch.no_grad()

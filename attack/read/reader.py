@@ -1,10 +1,10 @@
 """Single images from one averaged gradient: which layer to ask, what it says, and how far down that leads.
 
-Layers whose gradient spans their inputs are asked one after the other, the most promising first (`choice`): their
-inputs are told apart from their mixtures, with labels (`unmix`), until all images of the batch are known somewhere. A
-smooth head has two ways of its own, all images at once: with label counts from random images (`recovery`), which an
-untrained network of many classes resembles, and with counts by trial (`joint`). From there linear algebra leads down,
-layer by layer (`layers`). What cannot be certain is not used, and every layer that was asked says what came of it.
+Layers whose gradient spans their inputs are asked one after the other, the most promising first (`layer_choice`): their
+inputs are told apart from their mixtures, with labels (`peel`), until all images of the batch are known somewhere. For
+a smooth head there are two methods of its own (`head`), for all images at once: with label counts from random images,
+which an untrained network of many classes resembles, and with counts by trial. From there linear algebra leads down,
+layer by layer (`attack.walk`). What cannot be certain is not used, and every layer that was asked says what came of it.
 """
 
 import copy
@@ -12,35 +12,38 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from attack.read.head.by_random_images import Signals, recover_signals
+from attack.read.forecast import explain
+from attack.read.head.by_random_images import recover_signals
 from attack.read.head.by_trial import unmix_head
-from attack.read.head.noise import precision_of
-from attack.read.layer_choice import SMOOTH, Place, order, places
+from attack.read.layer_choice import CandidateLayer, candidate_layers, order
 from attack.read.peel import Above, unmix
-from attack.read.random_images import SAMPLE, random_features
-from attack.read.signals import Inputs
-from attack.read.span import Span, span_of
-from attack.walk.forecast import explain
-from attack.walk.walk import Descent, Record, Update, after_relu, descend, without_noise
-from network.chain import Chain, Residual, Stage, index_of, input_shapes, parametrised, run, unmixed_from
+from attack.read.random_images import SAMPLE, random_features, varies
+from attack.read.signals import Signals
+from attack.read.span import Span
+from attack.solve.budget import OutOfTimeError, WorkBudget
+from attack.solve.rounding import precision_of
+from attack.walk.layer_solve import Record
+from attack.walk.noise import is_after_relu, without_noise
+from attack.walk.walk import BatchGradients, Descent, descend
+from network.chain import index_of, input_shapes, parametrised
 from network.head import Head, measured_noise
-from network.normalise import Normalise
+from network.kinds import kind_of
+from network.stage import Chain, Residual, Stage, run
 from network.tracing import stages
 from update.shared import SharedUpdate
 
-LONGEST = 900.0  # seconds that a reading takes at most, whatever it is allowed
-SHARE = 0.5  # of the time left that one layer may take while others wait
-DESCENT = 0.25  # of all the time that is kept for the walk down
+WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
+SHARE = 0.5  # of the work left that one layer may take while others wait
+OUT_OF_TIME = "the clock (--max_seconds) has stopped the reading"
 COLUMNS = (
     "layer", "positions", "rank_bound", "rank", "dimension", "gap", "spanned", "determined", "residual", "uncertainty",
     "seconds", "note",
 )  # fmt: skip
-UNIFORM = 0.5  # variation of a softmax over random images, relative to its mean: untrained ones lie far below
 ROUNDED = 10.0  # units of rounding beyond which what the head's rows sum to is noise that was added
 
 
@@ -49,14 +52,16 @@ class Reading:
     """What a network's gradient says of N of the batch's B images.
 
     Attributes:
-        signals: of the N images, surest first; features are the inputs of the head.
-        start: index in `network.chain.stages` of the deepest stage whose inputs are known for all N images.
-        inputs: (N, ...) float64, they, in the same order; images themselves where `start` is 0.
+        signals: of the N images at the head, surest first.
+        start: index in the chain of the deepest stage whose inputs are known for all N images.
+        inputs: (N, ...) float64, the inputs of that stage, in the same order; images themselves where `start` is 0.
         layers: one row for each linear or convolutional layer that was asked or walked through, from the images up:
             layer, positions, rank_bound, rank, dimension, gap, spanned, determined, residual, uncertainty, seconds,
             note; None where nothing was measured.
         recovered: inputs (n, ...) of every layer and residual stage that were believed, by its name; n may be less than
             N, and the order another, where a layer was asked and no walk led from it.
+        seconds: wall time of the reading.
+        is_aborted: whether the clock has ended it: what was certain by then is all there is.
     """
 
     signals: Signals
@@ -64,6 +69,8 @@ class Reading:
     inputs: Tensor
     layers: list[dict]
     recovered: dict[str, Tensor]
+    seconds: float
+    is_aborted: bool = False
 
     def __len__(self) -> int:
         return len(self.signals)
@@ -82,8 +89,8 @@ def read_layers(
     Args:
         update: the client's.
         model: that it was computed on.
-        generator: what starts, programmes and rehearsals are drawn from (on the CPU).
-        max_seconds: of wall time, after which nothing new is begun.
+        generator: what starts, programmes and recovery tests are drawn from (on the CPU).
+        max_seconds: of wall time, after which the reading is aborted. It decides nothing else: work is what is counted.
         tick: called now and then.
 
     Raises:
@@ -91,180 +98,141 @@ def read_layers(
     """
     if update.is_rescaled:  # its images' errors have other lengths than the equations give them
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
-    return _Reader(update, model, generator, max_seconds, tick).read()
+    budget = WorkBudget(WORK, deadline=time.perf_counter() + max_seconds, tick=tick)
+    return _Reader(update, model, generator, budget).read()
 
 
 class _Reader:
-    """One reading: the network in float64, the clock, and the rows of the layers asked so far."""
+    """One reading: the network in float64, the budget, and the rows of the layers asked so far."""
 
-    def __init__(
-        self,
-        update: SharedUpdate,
-        model: nn.Module,
-        generator: torch.Generator,
-        max_seconds: float,
-        tick: Callable[[], object],
-    ) -> None:
-        self.update, self.model, self.generator, self.tick = update, model, generator, tick
+    def __init__(self, update: SharedUpdate, model: nn.Module, generator: torch.Generator, budget: WorkBudget) -> None:
+        self.update, self.model, self.generator, self.budget = update, model, generator, budget
         stages(model)  # refuses one that is not what its graph says, which a copy would not show
-        self.began = time.perf_counter()
-        self.deadline = self.began + min(max_seconds, LONGEST)
+        self.began, self.is_aborted = time.perf_counter(), False
         self.chain: list[Stage] = stages(copy.deepcopy(model).double().requires_grad_(False))
         self.shapes = input_shapes(self.chain, update.image_shape)
         self.head = self.chain[-1].module
         self.like = self.head.weight.new_zeros(1)
-        self.first = unmixed_from(self.chain)  # below it, an image's delta depends on the others
-        self.places = {
-            place.name: place
-            for place in places(self.chain, update.image_shape, update.gradients)
-            if place.index >= self.first
-        }
+        layers = candidate_layers(self.chain, update.image_shape, update.gradients)
+        self.candidates = {layer.name: layer for layer in layers}
         self.rows = _blank_rows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
 
     def read(self) -> Reading:
         """Ask the layers in turn, then walk down from the best of them."""
         best, at = None, None
-        waiting = order(list(self.places.values()), self.update.batch_size, self.like)
-        for place in waiting:
-            if time.perf_counter() > self.deadline:
-                self._note(place.name, "no time was left")
-                continue
-            found = self._asked(place, is_last=place is waiting[-1])
+        waiting = order(list(self.candidates.values()), self.update.batch_size, self.like)
+        for layer in waiting:
+            found = self._asked(layer, is_last=layer is waiting[-1])
             if found is not None and (best is None or len(found) > len(best)):
-                best, at = found, place
-            if best is not None and best.complete:
+                best, at = found, layer
+            if self.is_aborted or (best is not None and best.complete):
                 break
         if best is None:
             raise ValueError(f"no image can be told apart: {self._why_not()}")
-        return self._followed(best.pick(best.uncertainty.argsort()), at.index)
+        return self._followed(best.surest_first(), at.index)
 
     # ------------------------------------------------------------------------------------------------
     # One layer's word
 
-    def _asked(self, place: Place, *, is_last: bool) -> Inputs | None:
+    def _asked(self, layer: CandidateLayer, *, is_last: bool) -> Signals | None:
         """What one layer says of the images; None where that is nothing. It is written down in any case."""
-        began = time.perf_counter()
-        left = (1 - DESCENT) * (self.deadline - began)
-        until = began + left * (1.0 if is_last else SHARE)
-        found, facts = None, {}
+        began, found, facts = time.perf_counter(), None, {}
+        budget = self.budget.part(1.0 if is_last else SHARE)
         try:
-            span = self._span(place)
+            span = self._span(layer)
             facts = {
                 "rank": span.rank, "dimension": span.dimension, "gap": span.gap, "determined": span.determined,
             }  # fmt: skip
             if not span.determined:
                 raise ValueError(f"dim A is {span.dimension} with a gap of {span.gap:.1f}")
-            found = self._told_apart(place, span, until)
+            found = self._told_apart(layer, span, budget)
             note = f"{len(found)} of {self.update.batch_size} images told apart"
-            if not found.complete and time.perf_counter() > until:
-                note += ", then no time was left"
+            if not found.complete and budget.is_spent:
+                note += ", then no work was left"
+        except OutOfTimeError:
+            note = OUT_OF_TIME
         except (ValueError, RuntimeError, ArithmeticError) as error:  # no layer's failure ends a reading
             note = str(error).partition("\n")[0]
+        self.budget.returned(budget)
+        if self.budget.is_out_of_time:
+            self.is_aborted = True
+            note = note if note == OUT_OF_TIME else f"{note}; {OUT_OF_TIME}"
         if found is not None and len(found):
             facts |= {"residual": float(found.residuals.max()), "uncertainty": float(found.uncertainty.max())}
-            self.recovered[place.name] = found.values
-        self._note(place.name, note, **facts, seconds=time.perf_counter() - began)
+            self.recovered[layer.name] = found.values
+        self._note(layer.name, note, **facts, seconds=time.perf_counter() - began)
         return found if found is not None and len(found) else None
 
-    def _span(self, place: Place) -> Span:
-        gradient = self.update.gradients.get(f"{place.name}.weight")
-        if gradient is None:
-            raise ValueError("the update holds no gradient of it")
-        return span_of(
-            gradient.to(self.like.device),
-            place.geometry,
-            self.update.batch_size,
-            place.bias_gradient,
-            saturating=place.saturating,
-        )
+    def _span(self, layer: CandidateLayer) -> Span:
+        return layer.span(self.update.gradients, self.update.batch_size, self.like)
 
-    def _told_apart(self, place: Place, span: Span, until: float) -> Inputs:
-        is_head = place.index == len(self.chain) - 1
-        if is_head and span.batch_size > 1 and place.kind in SMOOTH:
-            return self._smooth_head(place, span, until)
+    def _told_apart(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        is_head = layer.index == len(self.chain) - 1
+        if is_head and span.batch_size > 1 and layer.inputs.is_smooth:
+            return self._smooth_head(layer, span, budget)
 
         def tail(inputs: Tensor, outputs: Tensor) -> Tensor:
-            self.tick()
-            return place.tail(inputs, outputs)
+            budget.tick()
+            return layer.tail(inputs, outputs)
 
-        above = [self._above(name) for name in self._linked(place)]
-        return unmix(
-            span, place.layer, tail, activation=place.kind, generator=self.generator, deadline=until, above=above
-        )
+        above = [self._above(name) for name in self._linked(layer)]
+        how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
+        return unmix(span, layer.layer, tail, above=above, **how)
 
-    def _linked(self, place: Place) -> Iterator[str]:
+    def _linked(self, layer: CandidateLayer) -> Iterator[str]:
         """The layers behind a fully connected one after a ReLU that help with it, as far as the update has them."""
-        names = place.followers if place.kind == "relu" else ()
+        names = layer.followers if layer.inputs.is_sparse else ()
         return itertools.takewhile(lambda name: f"{name}.weight" in self.update.gradients, names)
 
     def _above(self, name: str) -> Above:
-        place = self.places[name]
-        return Above(self._span(place), place.layer, place.tail)
+        layer = self.candidates[name]
+        return Above(self._span(layer), layer.layer, layer.tail)
 
-    def _smooth_head(self, place: Place, span: Span, until: float) -> Inputs:
-        """All images of a head after a smooth activation at once: the likelier way first, then the other."""
-        ways = [self._by_random_images, self._by_trial]
-        if self._varies():
-            ways.reverse()
+    def _smooth_head(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        """All images of a head after a smooth activation at once: the likelier method first, then the other."""
+        methods = [self._by_random_images, self._by_trial]
+        features = random_features(self.model, self.update.image_shape, SAMPLE, self.generator).to(self.like)
+        if varies(self.head(features).softmax(1)):
+            methods.reverse()
         best = None
-        for way in ways:
-            now = time.perf_counter()
-            share = until if way is ways[-1] else now + SHARE * (until - now)
+        for method in methods:
             try:
-                found = way(place, span, share)
+                found = method(layer, span, budget)
             except ValueError as error:
-                if best is None and way is ways[-1]:
+                if best is None and method is methods[-1]:
                     raise ValueError(str(error)) from None
                 continue
+            except OutOfTimeError:
+                if best is None:
+                    raise
+                break
             if best is None or len(found) > len(best):
                 best = found
             if best.complete:
                 break
         return best
 
-    def _varies(self) -> bool:
-        """Whether the softmax differs from random image to random image, as a trained network's does."""
-        features = random_features(self.model, self.update.image_shape, SAMPLE, self.generator).to(self.like)
-        p = self.head(features).softmax(1)
-        return float(p.std(0).mean() / p.mean()) > UNIFORM
+    def _by_random_images(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        return recover_signals(self.update, self.model, generator=self.generator, budget=budget)
 
-    def _by_random_images(self, place: Place, span: Span, until: float) -> Inputs:
-        signals = recover_signals(
-            self.update,
-            self.model,
-            generator=self.generator,
-            max_seconds=until - time.perf_counter(),
-            tick=self.tick,
-        )
-        return Inputs(
-            values=signals.features,
-            labels=signals.labels,
-            deltas=signals.errors,
-            residuals=signals.residuals,
-            shares=signals.certificates,
-            uncertainty=signals.uncertainty,
-            freedom=signals.freedom,
-            batch_size=span.batch_size,
-        )
-
-    def _by_trial(self, place: Place, span: Span, until: float) -> Inputs:
+    def _by_trial(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
         weight, bias = self.head.weight, self.head.bias
         return unmix_head(
             span,
             weight,
             weight.new_zeros(len(weight)) if bias is None else bias,
-            self.update.gradients[f"{place.name}.weight"],
-            place.bias_gradient,
-            non_negative=place.kind == "sigmoid",
+            self.update.gradients[f"{layer.name}.weight"],
+            layer.bias_gradient,
+            non_negative=layer.inputs.output_range[0] >= 0,
             generator=self.generator,
-            deadline=until,
+            budget=budget,
         )
 
     # ------------------------------------------------------------------------------------------------
     # Down
 
-    def _followed(self, found: Inputs, index: int) -> Reading:
+    def _followed(self, found: Signals, index: int) -> Reading:
         """The images found at a stage, at the deepest stage that leads from there."""
         start, inputs = index, found.values
         if found.complete:
@@ -274,40 +242,31 @@ class _Reader:
             self.recovered |= descent.inner | {self.chain[i].name: inputs for i, inputs in descent.inputs.items()}
             start = descent.deepest
             inputs = descent.inputs[start]
-            if after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
+            if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        while start and isinstance(front := self.chain[start - 1].module, (nn.Flatten, nn.Identity, Normalise)):
-            start -= 1
-            inputs = inputs.reshape(len(inputs), *self.shapes[start])
-            inputs = front.pixels(inputs) if isinstance(front, Normalise) else inputs
+        start, inputs = self._inverted(start, inputs)
         features = run(self.chain[index:-1], found.values)
         errors = self.head(features).softmax(1) - nn.functional.one_hot(found.labels, self.update.num_classes)
-        signals = Signals(
-            labels=found.labels,
-            features=features,
-            errors=errors,
-            residuals=found.residuals,
-            certificates=found.shares,
-            uncertainty=found.uncertainty,
-            freedom=found.freedom,
-            rank=found.batch_size if found.complete else len(found),
-            seconds=time.perf_counter() - self.began,
-        )
-        return Reading(signals, start, inputs, list(self.rows.values()), self.recovered)
+        signals = replace(found, values=features, deltas=errors)
+        seconds, layers = time.perf_counter() - self.began, list(self.rows.values())
+        is_aborted = self.is_aborted or self.budget.is_out_of_time
+        return Reading(signals, start, inputs, layers, self.recovered, seconds, is_aborted)
 
-    def _descended(self, found: Inputs, index: int) -> Descent:
-        given = Update(self.update.gradients, self.update.batch_size, additive=self._additive())
+    def _inverted(self, start: int, inputs: Tensor) -> tuple[int, Tensor]:
+        """The lowest stage to which exact inverses of single stages lead from the inputs of `start`, and its inputs."""
+        while start:
+            module, shape = self.chain[start - 1].module, self.shapes[start - 1]
+            below = kind_of(module).inverted(module, inputs, shape)
+            if below is None:
+                break
+            start, inputs = start - 1, below
+        return start, inputs
+
+    def _descended(self, found: Signals, index: int) -> Descent:
+        given = BatchGradients(self.update.gradients, self.update.batch_size, additive=self._additive())
+        how = {"generator": self.generator, "budget": self.budget}
         try:
-            return descend(
-                self.chain,
-                self.update.image_shape,
-                given,
-                index,
-                found.values,
-                found.labels,
-                generator=self.generator,
-                deadline=self.deadline,
-            )
+            return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
 
@@ -334,7 +293,8 @@ class _Reader:
         if row is None:
             self._note(next(iter(self.rows)), record.reason)
             return
-        known = f"known from above, but {record.behind} fell behind" if record.behind else "known from above"
+        weak = int(record.too_weak.sum())
+        known = f"known from above, but {weak} are too weak" if weak else "known from above"
         self._note(
             row,
             record.reason or known,

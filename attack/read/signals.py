@@ -1,4 +1,4 @@
-"""What is known of single images at one layer: their inputs, labels and errors, and how far they are trusted."""
+"""What is known of single images at one layer: their inputs, labels and deltas, and how far they are trusted."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from attack.read.span import Span
+from attack.read.error_bars import confidence
 
-PER_IMAGE = ("values", "labels", "deltas", "residuals", "shares", "uncertainty", "freedom")
+PER_IMAGE = ("values", "labels", "deltas", "residuals", "certificates", "uncertainty", "freedom")
 
 
 class Tail(Protocol):
@@ -20,30 +20,39 @@ class Tail(Protocol):
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Signals:
     """What a layer's gradient says of N of the batch's B images; the other B - N were not told apart.
+
+    At the head, values are features and deltas softmax errors.
 
     Attributes:
         values: (N, *input_shape), the layer's inputs.
         labels: (N,) class indices.
         deltas: (N, *output_shape), the gradient of each image's own loss by the layer's output.
         residuals: (N,) share of delta that lies outside the gradient's column space, rows weighted.
-        shares: (N,) the weight with which delta patch^T is part of B G, 1 for a true image.
+        certificates: (N,) the weight with which delta patch^T is part of B G, 1 for a true image.
         uncertainty: (N,) expected relative error of the values, root mean square.
         freedom: (N,) degrees of freedom of that error, see `attack.read.error_bars`.
         batch_size: B.
-        seconds: wall time of the search.
     """
 
     values: Tensor
     labels: Tensor
     deltas: Tensor
     residuals: Tensor
-    shares: Tensor
+    certificates: Tensor
     uncertainty: Tensor
     freedom: Tensor
     batch_size: int
-    seconds: float = 0.0
+
+    @classmethod
+    def none(
+        cls, like: Tensor, input_shape: tuple[int, ...], output_shape: tuple[int, ...], batch_size: int
+    ) -> "Signals":
+        """No image at all, in the shapes of a layer, and the dtype and place of `like`."""
+        empty = like.new_zeros(0)
+        shapes = {"values": empty.view(0, *input_shape), "deltas": empty.view(0, *output_shape), "labels": empty.long()}
+        return cls(**(dict.fromkeys(PER_IMAGE, empty) | shapes), batch_size=batch_size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,25 +62,23 @@ class Inputs:
         """Whether every image of the batch was told apart."""
         return len(self) == self.batch_size
 
-    def pick(self, index: Tensor) -> "Inputs":
+    @property
+    def confidence(self) -> Tensor:
+        """(N,) probability that the values are within 1 % of the truth, if the noise is Gaussian."""
+        return confidence(self.uncertainty, self.freedom)
+
+    def pick(self, index: Tensor) -> "Signals":
         """Some of the images: an index or a mask."""
         return replace(self, **{name: getattr(self, name)[index] for name in PER_IMAGE})
 
-    def joined(self, other: "Inputs") -> "Inputs":
-        """These and others."""
+    def surest_first(self) -> "Signals":
+        """The same images, in the order of their uncertainty."""
+        return self.pick(self.uncertainty.argsort())
+
+    def joined(self, other: "Signals") -> "Signals":
+        """These images and others."""
         return replace(self, **{name: torch.cat([getattr(self, name), getattr(other, name)]) for name in PER_IMAGE})
 
-
-def nothing(span: Span) -> Inputs:
-    """No image at all, in the shapes of this layer."""
-    empty = span.basis.new_zeros(0)
-    return Inputs(
-        values=empty.view(0, *span.geometry.input_shape),
-        labels=empty.long(),
-        deltas=empty.view(0, *span.geometry.output_shape),
-        residuals=empty,
-        shares=empty,
-        uncertainty=empty,
-        freedom=empty,
-        batch_size=span.batch_size,
-    )
+    def to(self, device: torch.device) -> "Signals":
+        """The same on another device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in PER_IMAGE})

@@ -24,9 +24,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attack.read.head.noise import precision_of
+from attack.solve.rounding import precision_of
+from network.kinds.affine import Geometry, is_spanned
 
 GUARD = 6  # vectors iterated beyond the B that are expected: they show the gap, and speed the others up
 DEGREE = 14  # of one Chebyshev filter: a factor of 300 a round for neighbours at 0.96, the closest measured on ResNets
@@ -39,106 +40,6 @@ INSIDE = 0.25  # an input with a larger share of its patches outside R is not in
 IDENTIFIED = 4.0
 REWEIGHT = 2  # times that the rows' noise is measured and the rows are weighted by it
 EDGE = 1.3  # the largest singular value of noise over sqrt(c_out) + sqrt(n) times its deviation, at most
-
-
-def is_spanned(batch_size: int, positions: int, channels_out: int, width: int) -> bool:
-    """Whether the rows of a layer's gradient, of so many channels and a patch of that width, span B P patches.
-
-    They cannot span more than they are. Where they are just as many nothing is left over to show noise, and it takes
-    patches that overlap to show whether images are what is spanned.
-    """
-    rank = batch_size * positions
-    return rank < width and (rank < channels_out or (rank == channels_out and positions > 1))
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a layer cuts its input into patches.
-
-    Attributes:
-        input_shape: of one input, (C, H, W), or (n,) for a fully connected layer.
-        output_shape: of one output, (c_out, H', W') or (c_out,).
-        kernel, stride, padding, dilation: (vertical, horizontal); unused for a fully connected layer.
-    """
-
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    kernel: tuple[int, int] = (1, 1)
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    @classmethod
-    def of(cls, layer: nn.Module, input_shape: tuple[int, ...]) -> "Geometry":
-        """The geometry of a layer for inputs of this shape.
-
-        Raises:
-            ValueError: the layer is neither linear nor a plain 2-d convolution, or does not take such inputs.
-        """
-        shape = tuple(input_shape)
-        if isinstance(layer, nn.Linear):
-            if shape != (layer.in_features,):
-                raise ValueError(f"the layer takes inputs of shape ({layer.in_features},), not {shape}")
-            return cls(shape, (layer.out_features,))
-        if type(layer) is not nn.Conv2d:
-            raise ValueError(f"{type(layer).__name__} is neither a linear layer nor a 2-d convolution")
-        if layer.groups != 1:
-            raise ValueError(f"a convolution in {layer.groups} groups: only one group can be read")
-        if layer.padding_mode != "zeros":
-            raise ValueError(f"a convolution padded by {layer.padding_mode!r}: only zeros can be read")
-        if isinstance(layer.padding, str):
-            raise ValueError(f"a convolution with padding={layer.padding!r}: give it in pixels")
-        if len(shape) != 3 or shape[0] != layer.in_channels:
-            raise ValueError(f"the layer takes inputs of shape ({layer.in_channels}, H, W), not {shape}")
-        out = tuple(
-            (side + 2 * p - d * (k - 1) - 1) // s + 1
-            for side, k, s, p, d in zip(
-                shape[1:], layer.kernel_size, layer.stride, layer.padding, layer.dilation, strict=True
-            )
-        )
-        if min(out) < 1:
-            raise ValueError(f"inputs of {shape[1]}x{shape[2]} are smaller than the kernel")
-        return cls(shape, (layer.out_channels, *out), layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-
-    @property
-    def positions(self) -> int:
-        """P."""
-        return math.prod(self.output_shape[1:])
-
-    @property
-    def convolutional(self) -> bool:
-        """Whether inputs are images rather than vectors."""
-        return len(self.input_shape) == 3
-
-    def patches(self, inputs: Tensor) -> Tensor:
-        """E: inputs (N, *input_shape) -> patches (N, P, c_in k^2)."""
-        if not self.convolutional:
-            return inputs[:, None, :]
-        return nn.functional.unfold(inputs, self.kernel, self.dilation, self.padding, self.stride).transpose(1, 2)
-
-    def assemble(self, patches: Tensor) -> Tensor:
-        """E^T: patches (N, P, c_in k^2) -> the sum of what covers each entry, (N, *input_shape)."""
-        if not self.convolutional:
-            return patches[:, 0]
-        return nn.functional.fold(
-            patches.transpose(1, 2), self.input_shape[1:], self.kernel, self.dilation, self.padding, self.stride
-        )
-
-    def coverage(self, like: Tensor) -> Tensor:
-        """diag(D), how many patches each entry of an input lies in, (*input_shape); 0 where no patch ever looks."""
-        return self.assemble(self.patches(like.new_ones(1, *self.input_shape)))[0]
-
-    def seen(self, like: Tensor) -> Tensor:
-        """Which entries of a patch are not always padding, (c_in k^2,)."""
-        return self.patches(like.new_ones(1, *self.input_shape))[0].any(0)
-
-    def bound(self, like: Tensor) -> int:
-        """The largest rank that G can have."""
-        return min(self.output_shape[0], int(self.seen(like).sum()))
-
-    def is_spanned(self, batch_size: int, like: Tensor) -> bool:
-        """Whether R holds every patch of so many inputs, and not everything."""
-        return is_spanned(batch_size, self.positions, self.output_shape[0], int(self.seen(like).sum()))
 
 
 @dataclass(frozen=True)

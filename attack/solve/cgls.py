@@ -7,13 +7,14 @@ residual's precision (Björck 1996, section 7.4), and iterative refinement of it
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from attack.solve.budget import WorkBudget
 
 # A residual that falls by less than this share over PATIENCE iterations has stopped falling.
 STALLED, PATIENCE = 1e-3, 20
@@ -87,13 +88,16 @@ def cgls(
     start: Tensor,
     *,
     iterations: int,
+    budget: WorkBudget,
     tolerance: float = 1e-12,
-    deadline: float = math.inf,
 ) -> Solution:
     """Minimise |A x - target| from `start`; what the rows leave open stays as it is there.
 
     It ends `converged` once |A' r| is below `tolerance` of |A' target|, `stalled` when the residual no longer falls,
-    or for `iterations` or `deadline` (of `time.perf_counter`).
+    or for `iterations`.
+
+    Raises:
+        OutOfTimeError: the budget's clock has run out.
     """
     x, size = start.clone(), float(target.norm())
     residual = target - operator.forward(x)
@@ -109,9 +113,7 @@ def cgls(
         if len(lengths) > PATIENCE and lengths[-1] > (1 - STALLED) * lengths[-1 - PATIENCE]:
             stopped = "stalled"
             break
-        if time.perf_counter() > deadline:
-            stopped = "deadline"
-            break
+        budget.check()
         image = operator.forward(direction)
         step = square / float(image.square().sum())
         x, residual = x + step * direction, residual - step * image
@@ -129,7 +131,7 @@ def refined(
     start: Tensor,
     *,
     iterations: int,
-    deadline: float = math.inf,
+    budget: WorkBudget,
 ) -> Solution:
     """Minimise |A x - target| as `cgls` does, with all but a few products in the dtype of `rough`, which is A in it.
 
@@ -142,7 +144,7 @@ def refined(
         unit = (residual / length).float()
         step = cgls(
             rough, unit, start.new_zeros(start.shape).float(), iterations=iterations - spent, tolerance=REFINED,
-            deadline=deadline,
+            budget=budget,
         )  # fmt: skip
         spent, stopped = spent + step.iterations, step.stopped
         trial = x + length * step.x.to(x)
@@ -150,6 +152,6 @@ def refined(
         fell = float(left.norm()) < (1 - STALLED) * length
         if left.norm() < length:
             x, residual, length = trial, left, float(left.norm())
-        if stopped == "deadline" or not fell:
+        if not fell:
             break
     return Solution(x, length / float(size) if size else 0.0, spent, stopped)

@@ -11,13 +11,13 @@ of a step.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Operator, Solution, cgls
 
 INNER, LAST = 60, 400  # iterations of CGLS in a step: while masks change anyway, and once the residual has settled
@@ -52,7 +52,7 @@ class Tangent:
 
 
 @dataclass(frozen=True)
-class Equations:
+class NonlinearEquations:
     """rows[k] on the k-th value of function(x), with as many targets.
 
     Attributes:
@@ -119,12 +119,12 @@ class Linearised:
 
 
 def gauss_newton(
-    equations: Equations, start: Tensor, *, enough: float = math.inf, deadline: float = math.inf
+    equations: NonlinearEquations, start: Tensor, *, budget: WorkBudget, enough: float = math.inf
 ) -> Solution:
     """Minimise |r(x)| from `start`; the iterations are those of CGLS.
 
-    It ends `stalled` when no step lowers the residual, `settled` when it hardly falls any more, or for `iterations` or
-    `deadline` (of `time.perf_counter`). A residual that settles below `enough`, relative to the targets, is that of
+    It ends `stalled` when no step lowers the residual, `settled` when it hardly falls any more, or for `iterations`. A
+    residual that settles below `enough`, relative to the targets, is that of
     the solution, and steps are solved to the end from then on: what the residual hardly shows comes right last.
     """
     x = equations.held(start)
@@ -137,10 +137,7 @@ def gauss_newton(
                 stopped = "settled"
                 break
             inner, since = LAST, taken
-        if time.perf_counter() > deadline:
-            stopped = "deadline"
-            break
-        step = _step(equations, x, residual, inner, deadline)
+        step = _step(equations, x, residual, inner, budget)
         spent += step.iterations
         found = _halved(equations, x, step.x, lengths[-1])
         if found is None:
@@ -151,18 +148,18 @@ def gauss_newton(
     return Solution(x, lengths[-1] / equations.size, spent, stopped)
 
 
-def _step(equations: Equations, x: Tensor, residual: Tensor, iterations: int, deadline: float) -> Solution:
+def _step(equations: NonlinearEquations, x: Tensor, residual: Tensor, iterations: int, budget: WorkBudget) -> Solution:
     """The step of x that linearised equations ask for."""
     length = residual.norm()
     operator, target = equations.linearised(x), (residual / length).float()
     if equations.is_positive:
         operator = operator.within((x > 0) | (operator.adjoint(target) > 0))
-    step = cgls(operator, target, torch.zeros_like(operator.scale), iterations=iterations, deadline=deadline)
+    step = cgls(operator, target, torch.zeros_like(operator.scale), iterations=iterations, budget=budget)
     change = length * (operator.scale * step.x).to(x)
     return Solution(change, step.residual, step.iterations, step.stopped)
 
 
-def _halved(equations: Equations, x: Tensor, step: Tensor, length: float) -> tuple[Tensor, Tensor] | None:
+def _halved(equations: NonlinearEquations, x: Tensor, step: Tensor, length: float) -> tuple[Tensor, Tensor] | None:
     """Where the step leads, and the residual there, with as much of it as lowers the residual; None if nothing does."""
     for _ in range(HALVINGS):
         trial = equations.held(x + step)

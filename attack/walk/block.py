@@ -26,14 +26,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Solution, cgls
-from attack.solve.gauss_newton import Equations, gauss_newton
+from attack.solve.gauss_newton import NonlinearEquations, gauss_newton
 from attack.walk.equations import GradientRows, Rows, stack
-from network.chain import Chain, Residual, run, substituted
+from attack.walk.noise import beside, relative, size_of
+from network.chain import substituted
+from network.stage import Chain, Residual, run
 
-NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
+SETTLED_NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
 FAINT = 1e-3  # of the strongest delta: no image counts for less
-REHEARSAL = 1000  # iterations of CGLS, at most, that a known input may take to come back
+RECOVERY = 1000  # iterations of CGLS, at most, that a known input may take to come back
 
 
 class Together:
@@ -46,8 +49,8 @@ class Together:
         output: what is known of the block's output.
         delta: (B, ...) of the layer's output: how loud each image is in the gradient.
         is_positive: whether u is out of a ReLU.
-        generator: what rehearsals are drawn from, on the CPU.
-        deadline: of `time.perf_counter`.
+        generator: what recovery tests are drawn from, on the CPU.
+        budget: whose clock is asked.
 
     `u` is the last solution, where the next one starts.
     """
@@ -62,11 +65,11 @@ class Together:
         *,
         is_positive: bool,
         generator: torch.Generator,
-        deadline: float = math.inf,
+        budget: WorkBudget,
     ) -> None:
         self.block, self.index, self.output = block, index, list(output)
         self.rough = Residual(*(_float(branch) for branch in (block.body, block.shortcut)))
-        self.is_positive, self.generator, self.deadline = is_positive, generator, deadline
+        self.is_positive, self.generator, self.budget = is_positive, generator, budget
         loudness = delta.flatten(1).norm(dim=1)
         self.loudness = (loudness / loudness.max()).clamp(min=FAINT)
         self.u = self._start(shape)
@@ -88,12 +91,14 @@ class Together:
 
     def solve(self, above: Sequence[Rows], below: Sequence[Rows] = ()) -> tuple[Tensor, Tensor, Solution]:
         """h, u and the solver's word."""
-        enough = NOISE * self.noise(above, below)  # what a wrong mask leaves is not worth being brought down to the end
-        solution = gauss_newton(self._equations(above, below), self.u, enough=enough, deadline=self.deadline)
+        enough = SETTLED_NOISE * self.noise(
+            above, below
+        )  # what a wrong mask leaves is not worth being brought down to the end
+        solution = gauss_newton(self._equations(above, below), self.u, enough=enough, budget=self.budget)
         self.u = solution.x
         return self._function(self.block)(self.u)[0], self.u, solution
 
-    def rehearsed(self, above: Sequence[Rows], below: Sequence[Rows], noise: float) -> Tensor:
+    def recovery_test(self, above: Sequence[Rows], below: Sequence[Rows], noise: float) -> Tensor:
         """The relative error (B,) with which a random input comes back through the equations linearised at u.
 
         They are disturbed by their noise, times as much as is needed to make it `noise` in all.
@@ -108,7 +113,7 @@ class Together:
         one = torch.cat([each.flatten() for group in kinds for each in group]).float()
         factor = noise / max(self.noise(above, below), 1e-300)
         target = system.forward(play) + factor * one * torch.randn(one.shape, generator=self.generator).to(one)
-        back = cgls(system, target, torch.zeros_like(play), iterations=REHEARSAL, deadline=self.deadline)
+        back = cgls(system, target, torch.zeros_like(play), iterations=RECOVERY, budget=self.budget)
         scale = system.scale
         return relative(scale * (back.x - play), scale * play)
 
@@ -117,11 +122,11 @@ class Together:
         weight = _balanced(rows, self.loudness).weight
         return torch.where(rows.weight > 0, weight / rows.weight, 0.0).expand_as(rows.target)
 
-    def _equations(self, above: Sequence[Rows], below: Sequence[Rows]) -> Equations:
+    def _equations(self, above: Sequence[Rows], below: Sequence[Rows]) -> NonlinearEquations:
         groups = [group for group in (above, self.output, below) if group]
         values = [[_balanced(r, self.loudness) for r in group] for group in groups]
         stacked = [stack(group) for group in values]
-        return Equations(
+        return NonlinearEquations(
             function=self._function(self.block, bool(below)),
             rough=self._function(self.rough, bool(below)),
             rows=[operator for operator, _ in stacked],
@@ -150,21 +155,6 @@ def _balanced(rows: Rows, loudness: Tensor) -> Rows:
         size = (known * rows.target).flatten(1).square().sum(1) / known.flatten(1).sum(1).clamp(min=1)
         weight = known * beside(loudness / size.sqrt().clamp(min=1e-300), rows.target)
     return replace(rows, weight=weight / (weight * rows.target).norm().clamp(min=1e-300))
-
-
-def beside(each: Tensor, values: Tensor) -> Tensor:
-    """(B,) as it broadcasts to values (B, ...)."""
-    return each.view(-1, *(1,) * (values.dim() - 1))
-
-
-def relative(error: Tensor, values: Tensor) -> Tensor:
-    """(B,)."""
-    return error.flatten(1).norm(dim=1) / values.flatten(1).norm(dim=1).clamp(min=1e-300)
-
-
-def size_of(values: Tensor) -> Tensor:
-    """Root mean square of each image's values, (B,)."""
-    return values.flatten(1).square().mean(1).sqrt()
 
 
 def _float(chain: Chain) -> Chain:

@@ -8,90 +8,21 @@ With delta (B, ...) the derivative of each image's own loss by the layer's outpu
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attack.solve.cgls import Operator, Stacked
+from network.kinds.affine import LinearMap
+
+# Equations for each unknown from which a layer is expected to be determined, and a block is tried as a whole: on a
+# small net 1.11 are enough, 1.03 are not.
+ENOUGH = 1.1
 
 # Cholesky of the scaling takes a third of the cube of this many unknowns a channel: 4096 are a second or two.
 DENSE = 4096
 RIDGE = 1e-13  # of the mean diagonal: what cannot be told apart must not stop the factorisation
-
-
-@dataclass(frozen=True)
-class LinearMap:
-    """A convolution or linear layer without its bias, and its two adjoints.
-
-    Args:
-        weight: (c_out, c_in) or (c_out, c_in, k, k).
-        input_shape: of one image.
-        stride, padding, dilation: of the convolution.
-    """
-
-    weight: Tensor
-    input_shape: tuple[int, ...]
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    @classmethod
-    def of(cls, module: nn.Linear | nn.Conv2d, input_shape: tuple[int, ...]) -> "LinearMap":
-        """That of a layer.
-
-        Raises:
-            ValueError: a grouped convolution, or one that pads with anything but zeros.
-        """
-        weight = module.weight.detach()
-        if isinstance(module, nn.Linear):
-            return cls(weight, input_shape)
-        if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise ValueError("convolutions in groups, or padded otherwise than with zeros, are not walked")
-        return cls(weight, input_shape, module.stride, module.padding, module.dilation)
-
-    def float(self) -> "LinearMap":
-        """The same in float32."""
-        return replace(self, weight=self.weight.float())
-
-    @property
-    def _settings(self) -> dict:
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-
-    def outputs(self, u: Tensor) -> Tensor:
-        """W * u, (B, c_out, ...)."""
-        if self.weight.dim() == 2:
-            return u @ self.weight.T
-        return nn.functional.conv2d(u, self.weight, **self._settings)
-
-    def inputs(self, delta: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The adjoint of `outputs`, with another weight if one is given: what delta at the output is at the input."""
-        weight = self.weight if weight is None else weight
-        if weight.dim() == 2:
-            return delta @ weight
-        shape = (len(delta), weight.shape[1], *self.input_shape[1:])
-        return nn.grad.conv2d_input(shape, weight, delta, **self._settings)
-
-    def weights(self, u: Tensor, delta: Tensor) -> Tensor:
-        """sum_i corr(delta_i, u_i), of the weight's shape: the gradient of the weight, summed over images."""
-        if self.weight.dim() == 2:
-            return delta.T @ u
-        return nn.grad.conv2d_weight(u, self.weight.shape, delta, **self._settings)
-
-    def shifted(self, delta: Tensor) -> Tensor:
-        """M (c_out, k^2, B * H * W): delta at every place where a weight of the kernel meets an input.
-
-        The gradient rows of every input channel are M times that channel, so they share one scaling.
-        """
-        if self.weight.dim() == 2:
-            return delta.T[:, None, :]
-        kernel, (height, width) = self.weight.shape[2:], self.input_shape[1:]
-        taps = torch.eye(kernel.numel(), dtype=delta.dtype, device=delta.device).view(-1, 1, *kernel)
-        single = delta.flatten(0, 1)[:, None]  # (B * c_out, 1, H', W')
-        shape = (len(single), 1, height, width)
-        planes = [nn.grad.conv2d_input(shape, tap[None], single, **self._settings) for tap in taps]
-        stacked = torch.stack(planes, 1).view(len(delta), delta.shape[1], len(taps), height * width)
-        return stacked.permute(1, 2, 0, 3).flatten(2)
 
 
 @dataclass(frozen=True)

@@ -1,246 +1,152 @@
-"""Two ways to the input of a layer: from its own linear equations, or from those of a whole residual block.
-
-The walk (`layers`) decides masks and what is believed; a way counts equations, solves them, and rehearses: a known
-input is put through the same equations with as much noise, and must come back.
-"""
+"""One layer's input: solved, tested, and believed or not."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from operator import is_ as is_same
-from typing import Protocol
+import time
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from attack.solve.cgls import Operator, Product, Solution, refined
-from attack.walk.block import Together, beside, relative, size_of
-from attack.walk.equations import GradientRows, Rows, Scaling, stack
+from attack.solve.budget import WorkBudget
+from attack.solve.cgls import Solution
+from attack.walk.block import SETTLED_NOISE
+from attack.walk.masks import changes, for_other_noise, settle
+from attack.walk.methods import SolveMethod
+from attack.walk.noise import noise_of, size_of
+from attack.walk.sources import Source
+from network.known_outputs import KnownOutputs
 
-ITERATIONS = 300, 800  # of CGLS, least and most: determined layers take 1 to 120, barely determined ones 600
-EFFORT = 4e7  # unknowns times iterations: small layers may take more
-# Iterations where a known input is on its way back, and its relative error, from and to, when the usual ones are over.
-# That of `layer3.0` of a ResNet-18, 224 pixels, is 7e-2 after 300, 4e-2 after 600, 7e-4 after 2,000, 1e-5 after 3,000.
-PATIENT, ON_ITS_WAY = 2000, (1e-2, 0.2)
-BACK = 2e-3  # what it must have come to
-EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
-FLOOR = 1.2e-7  # relative: no noise is taken for less than rounding of the float32 that the victim computed in
-
-
-class Saying(Protocol):
-    """What says something of the input that is sought."""
-
-    @property
-    def noise(self) -> float:
-        """What noise leaves of its rows, relative to them."""
-        ...
-
-    def rows(self) -> list[Rows]:
-        """Linear equations."""
-        ...
-
-
-class Way(Protocol):
-    """How the input (B, ...) that all sources agree on is found."""
-
-    unknowns: int
-    is_linear: bool  # whether it can be rehearsed before anything is solved
-
-    def count(self, sources: Sequence[Saying]) -> int:
-        """Equations."""
-        ...
-
-    def noise(self, sources: Sequence[Saying]) -> float:
-        """The residual that noise leaves."""
-        ...
-
-    def solve(self, sources: Sequence[Saying]) -> tuple[Tensor, Solution]:
-        """The input, and the solver's word."""
-        ...
-
-    def rehearsed(self, sources: Sequence[Saying], noise: float) -> Tensor:
-        """The relative error (B,) with which a random input comes back through the equations with so much noise."""
-        ...
-
-    def spread(self, sources: Sequence[Saying], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
-        """Standard deviation (B, 1, ...) or (B, C, ...) of u's errors, from the solution and the rehearsal's error."""
-        ...
-
-
-def rows_of(sources: Sequence[Saying]) -> list[Rows]:
-    """All rows of all sources."""
-    return [rows for source in sources for rows in source.rows()]
-
-
-# ----------------------------------------------------------------------------------------------------
-# Alone
-
-
-class Alone:
-    """From the rows of its sources, by linear least squares.
-
-    Args:
-        shape: of the input, (B, ...).
-        generator: what rehearsals are drawn from, on the CPU.
-        deadline: of `time.perf_counter`.
-    """
-
-    is_linear = True
-
-    def __init__(self, shape: Sequence[int], generator: torch.Generator, deadline: float = math.inf) -> None:
-        self.shape, self.unknowns = torch.Size(shape), math.prod(shape)
-        self.generator, self.deadline = generator, deadline
-        self.iterations = _iterations(self.unknowns)
-        self._kept: tuple | None = None  # what the last system of equations was made of, and it
-
-    def count(self, sources: Sequence[Saying]) -> int:
-        """The rows."""
-        return sum(rows.count for rows in rows_of(sources))
-
-    def noise(self, sources: Sequence[Saying]) -> float:
-        """That of the noisiest source."""
-        return max(FLOOR, *(source.noise for source in sources))
-
-    def solve(self, sources: Sequence[Saying]) -> tuple[Tensor, Solution]:
-        """The input u (B, ...) and the solver's word."""
-        system = self._system(sources)
-        solution = self._solved(system, system.target)
-        return system.scaling.forward(solution.x), solution
-
-    def rehearsed(self, sources: Sequence[Saying], noise: float) -> Tensor:
-        """The relative error (B,) with which a random input comes back through the equations with so much noise."""
-        system = self._system(sources)
-        draw = {"generator": self.generator, "dtype": system.target.dtype}
-        play = torch.randn(self.shape, **draw).to(system.target).relu()
-        disturbed = system.rows.forward(play)
-        disturbance = torch.randn(len(disturbed), **draw).to(disturbed) * (disturbed != 0)
-        disturbed += disturbance * (noise * disturbed.norm() / disturbance.norm().clamp(min=1e-300))
-        usual, (least, most) = self.iterations, ON_ITS_WAY
-        solution = self._solved(system, disturbed)
-        error = relative(system.scaling.forward(solution.x) - play, play)
-        if solution.stopped == "iterations" and least < float(error.max()) < most:
-            self.iterations = PATIENT
-            patient = relative(system.scaling.forward(self._solved(system, disturbed).x) - play, play)
-            if float(patient.max()) < BACK:
-                return patient
-            self.iterations = usual
-        return error
-
-    def spread(self, sources: Sequence[Saying], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
-        """Standard deviation (B, 1, ...) of u's errors: that of unit noise, times the noise that the residual shows."""
-        rows = rows_of(sources)
-        freedom = max(1, sum(r.count for r in rows) - u.numel())
-        system = self._system(sources)
-        spread = system.scaling.spread(u.shape) * (solution.residual * system.target.norm() / math.sqrt(freedom))
-        columns = [r.weight * r.target for r in rows if isinstance(r.operator, GradientRows)]
-        if not columns:
-            return spread
-        loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
-        return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
-
-    def _solved(self, system: "_System", target: Tensor) -> Solution:
-        """The scaled unknowns with which the rows come closest to a target."""
-        start = target.new_zeros(self.shape)
-        how = {"iterations": self.iterations, "deadline": self.deadline}
-        return refined(system.exact, system.rough, target, start, **how)
-
-    def _system(self, sources: Sequence[Saying]) -> "_System":
-        """The equations of all sources; the last ones are kept."""
-        if not (self._kept and len(self._kept[0]) == len(sources) and all(map(is_same, self._kept[0], sources))):
-            self._kept = sources, _System.of(rows_of(sources), self.shape)
-        return self._kept[1]
+DETERMINED = 1e-2  # relative error of the recovery test up to which a layer counts as determined
+CLEARLY = 0.1  # of that: so far below it, a few changed masks need no recovery test of their own
+TOO_WEAK = 0.1  # share of the images that may be too weak to be believed: their pictures suffer, all others gain
+TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
+CONTRADICTED = 3.0  # units of the gradient's own noise beyond which noise does not explain a residual
 
 
 @dataclass(frozen=True)
-class _System:
-    """All rows as one operator, their targets, what makes them well conditioned, and the product of both, twice."""
+class Record:
+    """What became of one layer's inputs.
 
-    rows: Operator
-    target: Tensor
-    scaling: Scaling
-    exact: Operator
-    rough: Operator  # in float32
-
-    @classmethod
-    def of(cls, rows: list[Rows], shape: torch.Size) -> "_System":
-        """For unknowns of that shape."""
-        stacked, target = stack(rows)
-        scaling = Scaling.of(rows, shape)
-        rough, _ = stack([r.float() for r in rows])
-        return cls(stacked, target, scaling, Product(stacked, scaling), Product(rough, scaling.float()))
-
-
-def _iterations(unknowns: int) -> int:
-    least, most = ITERATIONS
-    return min(most, max(least, int(EFFORT / unknowns)))
-
-
-# ----------------------------------------------------------------------------------------------------
-# Within a block
-
-
-class _Together:
-    """By all that is known of the block; what its sources say is of a layer in it, or of its input."""
-
-    is_linear = False
-
-    def __init__(self, together: Together) -> None:
-        self.together, self.unknowns = together, together.u.numel()
-
-    def _rows(self, sources: Sequence[Saying]) -> tuple[list[Rows], list[Rows]]:
-        """Those on the input h of the layer, and those on the block's input u."""
-        raise NotImplementedError
-
-    def count(self, sources: Sequence[Saying]) -> int:
-        """All rows, those of the block's output among them."""
-        return self.together.count(*self._rows(sources))
-
-    def noise(self, sources: Sequence[Saying]) -> float:
-        """The residual that noise leaves."""
-        return self.together.noise(*self._rows(sources))
-
-    def rehearsed(self, sources: Sequence[Saying], noise: float) -> Tensor:
-        """At the block's input, (B,)."""
-        return self.together.rehearsed(*self._rows(sources), noise)
-
-    def spread(self, sources: Sequence[Saying], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
-        """As large, relatively, as the rehearsal's at the block's input."""
-        return beside(error * size_of(u), u)
-
-
-class Within(_Together):
-    """The input h of a layer in a block's body."""
-
-    def _rows(self, sources: Sequence[Saying]) -> tuple[list[Rows], list[Rows]]:
-        return rows_of(sources), []
-
-    def solve(self, sources: Sequence[Saying]) -> tuple[Tensor, Solution]:
-        """h (B, ...), and the solver's word."""
-        h, _, solution = self.together.solve(*self._rows(sources))
-        return h, solution
-
-
-class Whole(_Together):
-    """The input of a block of which `Within` has found what a layer of the body takes in.
-
-    Args:
-        together: where that was found.
-        above: that layer's rows, their masks decided.
+    Attributes:
+        name: of the layer, or of the residual stage.
+        reason: why its inputs are not believed; empty if they are.
+        equations, unknowns: how many, over the batch.
+        residual: |A u - b| / |b|, rows weighted by one over their noise.
+        noise: (B,) each image's relative error as far as it shows; of images that are too weak it says little.
+        flips: entries of masks that the residual decided otherwise.
+        too_weak: (B,) images that are not believed here.
+        iterations: of the last solve.
+        seconds: wall time.
     """
 
-    def __init__(self, together: Together, above: Sequence[Rows]) -> None:
-        super().__init__(together)
-        self.above = list(above)
+    name: str
+    reason: str = ""
+    equations: int = 0
+    unknowns: int = 0
+    residual: float = math.nan
+    noise: Tensor = field(default_factory=lambda: torch.zeros(0))
+    flips: int = 0
+    too_weak: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    iterations: int = 0
+    seconds: float = 0.0
 
-    def _rows(self, sources: Sequence[Saying]) -> tuple[list[Rows], list[Rows]]:
-        return self.above, _gradients(sources)
-
-    def solve(self, sources: Sequence[Saying]) -> tuple[Tensor, Solution]:
-        """u (B, ...), and the solver's word."""
-        _, u, solution = self.together.solve(*self._rows(sources))
-        return u, solution
+    @property
+    def determined(self) -> bool:
+        """Whether its inputs are believed."""
+        return not self.reason
 
 
-def _gradients(sources: Sequence[Saying]) -> list[Rows]:
-    """What the lowest layers' gradients say; what their outputs say, the block's own equations do."""
-    return [rows for rows in rows_of(sources) if isinstance(rows.operator, GradientRows)]
+@dataclass(frozen=True)
+class SolvedLayer:
+    """A layer's input u (B, ...), the standard deviation of its errors, and the sources with their masks as decided.
+
+    There is no `u` where the record says that the input is not believed.
+    """
+
+    record: Record
+    u: Tensor | None = None
+    noise: Tensor | None = None
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def outputs(self) -> KnownOutputs:
+        """What is known of the outputs of the stage below."""
+        return KnownOutputs.of(self.u, sum(source.delta() for source in self.sources), self.noise)
+
+
+@dataclass(frozen=True)
+class LayerSolver:
+    """What the solution of every layer of a walk has in common.
+
+    Attributes:
+        budget: whose clock is asked.
+        too_weak: (B,) images that were not believed further up.
+        needs_all: whether none may be too weak, as for pixels.
+    """
+
+    budget: WorkBudget
+    too_weak: Tensor
+    needs_all: bool
+
+    def solve(self, name: str, sources: list[Source], method: SolveMethod, *, is_after_relu: bool) -> SolvedLayer:
+        """The input that all sources agree on, and whether it is believed.
+
+        Two figures decide: the recovery test, in which a known random input must come back, and the residual, which
+        must be noise.
+
+        Raises:
+            OutOfTimeError: the budget's clock has run out.
+        """
+        began = time.perf_counter()
+        record = Record(name, equations=method.count(sources), unknowns=method.unknowns, too_weak=self.too_weak)
+
+        def ended(reason: str, **facts: object) -> Record:
+            return replace(record, reason=reason, seconds=time.perf_counter() - began, **facts)
+
+        if record.equations < record.unknowns:
+            return SolvedLayer(ended(f"{record.equations} equations for {record.unknowns} unknowns"))
+        noise = method.noise(sources)
+        error = method.recovery_test(sources, noise) if method.is_linear else None
+        too_weak = self.too_weak if error is None else self._weakened(self.too_weak, error)
+        if too_weak is None:
+            return SolvedLayer(ended(_comes_back(error)))
+        u, solution, decided = self._solved(sources, method, SETTLED_NOISE * noise)
+        flips = changes(sources, decided)
+        if error is not None:  # the equations are linear, and so are errors in noise
+            error = error * max(1.0, solution.residual / noise)
+        if error is None or (flips and not float(error.cpu()[~too_weak].max()) < DETERMINED * CLEARLY):
+            error = method.recovery_test(decided, max(noise, solution.residual))
+        spread = noise_of(u, method.spread(decided, u, solution, error), is_after_relu=is_after_relu)
+        errors = (size_of(spread) / size_of(u)).cpu()
+        facts = {"residual": solution.residual, "noise": errors, "flips": flips, "iterations": solution.iterations}
+        if (too_weak := self._weakened(too_weak, error)) is None:
+            return SolvedLayer(ended(_comes_back(error), **facts))
+        if not solution.residual < self._most(method, noise):
+            return SolvedLayer(ended(f"its equations contradict each other by {solution.residual:.1e}", **facts))
+        if (too_weak := self._weakened(too_weak, errors)) is None:
+            return SolvedLayer(ended(f"it came out with an error of {float(errors.max()):.1e} of its size", **facts))
+        return SolvedLayer(ended("", too_weak=too_weak, **facts), u, spread, tuple(decided))
+
+    def _solved(
+        self, sources: list[Source], method: SolveMethod, enough: float
+    ) -> tuple[Tensor, Solution, list[Source]]:
+        """With the masks that leave the least residual."""
+        found = settle(sources, method, enough, self.budget)
+        if not found[1].residual < enough:
+            other = for_other_noise(sources, method, self.budget)
+            if other is not None and other[1].residual < found[1].residual:
+                found = settle(other[2], method, enough, self.budget)
+        return found
+
+    def _most(self, method: SolveMethod, noise: float) -> float:
+        """The residual that may be left."""
+        return max(TRUSTED, CONTRADICTED * noise) if method.is_linear else SETTLED_NOISE * noise
+
+    def _weakened(self, too_weak: Tensor, error: Tensor) -> Tensor | None:
+        """These images (B,) and those that relative errors (B,) show to be too weak; None where that is too many."""
+        both = too_weak | ~(error < DETERMINED).cpu()
+        return None if int(both.sum()) > (0 if self.needs_all else TOO_WEAK * len(both)) else both
+
+
+def _comes_back(error: Tensor) -> str:
+    return f"a known input comes back with a relative error of {float(error.max()):.1e} only"

@@ -2,18 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from network.chain import (
-    Residual,
-    Stage,
-    index_of,
-    input_shapes,
-    measured,
-    parametrised,
-    run,
-    substituted,
-    tail,
-)
+from network.chain import index_of, input_shapes, measured, parametrised, substituted, tail
 from network.head import features_of
+from network.stage import Residual, Stage, run
 from network.tracing import stages
 from network.zoo import MODELS, build_model
 

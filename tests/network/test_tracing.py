@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from network.chain import Residual, measured, run
+from network.chain import measured
 from network.head import Head, feature_range, features_of
 from network.normalise import normalised
 from network.outside import outside_model, try_out
+from network.stage import Residual, run
 from network.tracing import stages, verify
 from update.gradients import gradient_and_part
 

@@ -21,7 +21,7 @@ K (r + 1) equations in B r unknowns, for all images at once. They are solved in 
 3. Levenberg-Marquardt with geodesic acceleration, in float64, all images together, from features of random images: the
    path is a bent valley, which acceleration (Transtrum and Sethna 2012, arXiv 1201.5885) follows five times as fast.
 4. Judgement. c = 1 / (h^T G^+ e) must come out as 1/B, P e as zero (P projects on the complement of U), and noise like
-   that which is left is simulated, to first order, to say what it makes of each image (`confidence`).
+   that which is left is simulated, to first order, to say what it makes of each image (`error_bars`).
 5. Whoever passes stays, the others start anew.
 
 Relatives: Cocktail Party Attack (Kariyappa et al. 2022, arXiv 2209.05578) unmixes the same gradient by ICA, SPEAR
@@ -29,18 +29,17 @@ Relatives: Cocktail Party Attack (Kariyappa et al. 2022, arXiv 2209.05578) unmix
 """
 
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from attack.read.error_bars import EXPLAINED, confidence, error_per_noise
 from attack.read.head.equations import solve
+from attack.read.head.error_bars import EXPLAINED, error_per_noise
 from attack.read.head.gradient import HeadGradient
 from attack.read.label_counts import LabelCounts, spelled_out
 from attack.read.random_images import SAMPLE, random_features
+from attack.read.signals import Signals
+from attack.solve.budget import OutOfTimeError, WorkBudget
 from network.head import feature_range
 from update.shared import SharedUpdate
 
@@ -50,7 +49,7 @@ ATTEMPTS = 8  # times that those who did not pass start anew, at most
 WORK = 3e13  # and no more than this many multiplications in all, about: some minutes
 TRIAL = 6  # iterations that each plausible set of labels is tried for, where there are several
 FITTING = 2e-5  # a residual below this share of sigma_1 settles the choice of labels: wrong ones leave 1e-3
-UNEVEN = 2.0  # noise is less even than the estimate of it takes it to be
+UNEVEN = 2.0  # the noise varies by row: its estimate is doubled
 RESIDUAL = 5e-5  # largest |P e| of an image believed on its own: rounding leaves 1e-7, a stranger 1e-2
 CERTIFICATE = 1e-3  # largest |c B - 1| of an image believed on its own
 WITNESS = 0.2  # and of one whose batch explains the whole gradient
@@ -58,64 +57,23 @@ UNSURE = 0.05  # features whose expected relative error is larger are not used
 RANGE = 0.02  # how far beyond the activation's range an accepted feature may lie
 
 
-@dataclass(frozen=True)
-class Signals:
-    """What the head's gradient says of N of the batch's B images, surest first; the other B - N were not found.
-
-    Attributes:
-        labels: (N,) class indices.
-        features: (N, d), what the head saw.
-        errors: (N, K) softmax errors.
-        residuals: (N,) |P e|, what of an error lies outside the gradient's span; rounding leaves about 1e-7.
-        certificates: (N,) c B, which is 1 for a true image.
-        uncertainty: (N,) expected relative error of what was read, root mean square, from the noise that shows.
-        freedom: (N,) degrees of freedom of that error, see `confidence`.
-        rank: numerical rank of the head's gradient: the batch size, as long as that is below K and noise is low.
-        seconds: wall time of the search.
-    """
-
-    labels: Tensor
-    features: Tensor
-    errors: Tensor
-    residuals: Tensor
-    certificates: Tensor
-    uncertainty: Tensor
-    freedom: Tensor
-    rank: int
-    seconds: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> "Signals":
-        """The same on another device."""
-        return Signals(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()})
-
-    @property
-    def confidence(self) -> Tensor:
-        """(N,) probability that what was read is within 1 % of the truth, if the noise is Gaussian."""
-        return confidence(self.uncertainty, self.freedom)
-
-
 def recover_signals(
     update: SharedUpdate,
     model: nn.Module,
     *,
     generator: torch.Generator,
-    max_seconds: float = math.inf,
-    tick: Callable[[], object] = lambda: None,
+    budget: WorkBudget,
 ) -> Signals:
     """Find the images that the head's gradient gives away, in float64, from the update and the model alone.
 
     An update without the bias's gradient is taken too. A column of equations is then missing, and the labels come from
-    G and the mean feature, which is right as far as features resemble each other. The
-    search ends after `max_seconds` of wall time, give or take an iteration. `tick` is called at every iteration.
+    G and the mean feature, which is right as far as features resemble each other.
 
     Raises:
+        OutOfTimeError: the budget's clock has run out before any solution was judged.
         ValueError: the model's last layer is not linear, its gradient is not in the update, or the batch is larger
             than K - 1 or than memory.
     """
-    started = time.perf_counter()
     head = HeadGradient.of(update, model)
     sample = random_features(model, update.image_shape, SAMPLE, generator).to(head.weight)
     mean = sample.mean(0)
@@ -124,20 +82,24 @@ def recover_signals(
         return first_features(head, model, update.image_shape, mean, generator)
 
     if not len(head.span.sigma):
-        return replace(_nothing(head), seconds=time.perf_counter() - started)
-    deadline = started + max_seconds
-    q, labels = choose_labels(head, LabelCounts.of(head, sample), fresh(), deadline)
+        return head.nobody()
+    q, labels = choose_labels(head, LabelCounts.of(head, sample), fresh(), budget)
     best, least = None, math.inf
     attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
     for _ in range(attempts):
-        q = solve(head.equations(labels), q, ITERATIONS, deadline, tick)
+        try:
+            q = solve(head.equations(labels), q, ITERATIONS, budget)
+        except OutOfTimeError:
+            if best is None:
+                raise
+            break
         signals, passed, cost = _judge(head, labels, q, feature_range(model), generator)
         if best is None or (len(signals), -cost) > (len(best), -least):
             best, least = signals, cost
-        if passed.all() or time.perf_counter() > deadline:
+        if passed.all():
             break
         q = torch.where(passed[:, None], q, fresh())
-    return replace(best, seconds=time.perf_counter() - started)
+    return best
 
 
 def first_features(
@@ -148,9 +110,7 @@ def first_features(
     return (mean + SPREAD * (images - mean)) @ head.span.right.T
 
 
-def choose_labels(
-    head: HeadGradient, counts: LabelCounts, q: Tensor, deadline: float = math.inf
-) -> tuple[Tensor, Tensor]:
+def choose_labels(head: HeadGradient, counts: LabelCounts, q: Tensor, budget: WorkBudget) -> tuple[Tensor, Tensor]:
     """Start (B, r) and labels (B,): of all plausible labels those that fit best after a trial, likeliest first.
 
     One wrong label keeps the residual a hundred times higher than labels that are right.
@@ -161,7 +121,7 @@ def choose_labels(
     best, least = None, math.inf
     for labels in plausible:
         equations = head.equations(labels)
-        tried = solve(equations, q, TRIAL, deadline)
+        tried = solve(equations, q, TRIAL, budget)
         cost = equations.at(tried).cost
         if cost < least:
             best, least = (tried, labels), cost
@@ -199,26 +159,12 @@ def _judge(
     order = order[passed[order]]
     signals = Signals(
         labels=labels[order],
-        features=features[order],
-        errors=(at.p - nn.functional.one_hot(labels, len(head.bias)))[order],
+        values=features[order],
+        deltas=(at.p - nn.functional.one_hot(labels, len(head.bias)))[order],
         residuals=outside[order],
         certificates=share[order],
         uncertainty=uncertainty[order],
         freedom=error.freedom[order],
-        rank=head.rank,
+        batch_size=head.batch_size,
     )
     return signals, passed, at.cost
-
-
-def _nothing(head: HeadGradient) -> Signals:
-    empty = head.weight.new_zeros(0)
-    return Signals(
-        labels=empty.long(),
-        features=empty.view(0, head.weight.shape[1]),
-        errors=empty.view(0, len(head.bias)),
-        residuals=empty,
-        certificates=empty,
-        uncertainty=empty,
-        freedom=empty,
-        rank=head.rank,
-    )

@@ -14,20 +14,18 @@ stays 10^4 times higher, so the first that explains the gradient is right.
 
 import itertools
 import math
-import time
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from attack.read.candidates import ARITHMETIC, UNSURE
-from attack.read.error_bars import EXPLAINED, error_per_noise
-from attack.read.head.equations import Equations, Point, solve
-from attack.read.head.equations import Span as Factors
+from attack.read.candidates import ARITHMETIC, UNSURE, nobody
+from attack.read.head.equations import HeadEquations, HeadPoint, HeadSpan, solve
+from attack.read.head.error_bars import EXPLAINED, error_per_noise
 from attack.read.label_counts import spelled_out, whole_counts
 from attack.read.peel import starts
-from attack.read.signals import Inputs, nothing
+from attack.read.signals import Signals
 from attack.read.span import Span
+from attack.solve.budget import WorkBudget
 
 ITERATIONS = 60  # of a trial, at most; those that converge take 10 to 30
 STARTS = 6  # per set of labels and sweep: one in four converges if the labels are right
@@ -47,9 +45,9 @@ def unmix_head(
     *,
     non_negative: bool,
     generator: torch.Generator,
-    deadline: float = math.inf,
-) -> Inputs:
-    """All features of a head, or none where no set of labels explains its gradient before the deadline.
+    budget: WorkBudget,
+) -> Signals:
+    """All features of a head, or none where no set of labels explains its gradient.
 
     Args:
         span: of the head's gradient.
@@ -59,40 +57,30 @@ def unmix_head(
         bias_gradient: gamma (K,), or None where the update has none.
         non_negative: whether features are, as after a sigmoid or a ReLU: it narrows the labels down.
         generator: what starts are drawn from (on the CPU).
-        deadline: of `time.perf_counter`.
+        budget: whose clock is asked.
 
     Raises:
         ValueError: the gradient does not determine its span.
+        OutOfTimeError: the budget's clock has run out.
     """
     if not span.determined:
         raise ValueError(f"the head's gradient does not determine {span.batch_size} images: rank {span.rank}")
-    started = time.perf_counter()
-    none = nothing(span)
-    if span.rank == span.batch_size:
-        sets = label_sets(span, gradient.to(span.basis), bias_gradient, non_negative)
-        gamma = None if bias_gradient is None else bias_gradient.detach().to(span.basis)
-        systems = [
-            Equations(
-                Factors(span.left, span.sigma, span.right),
-                span.rows,
-                weight.detach().to(span.basis),
-                bias.detach().to(span.basis),
-                gamma,
-                labels,
-            )
-            for labels in sets
-        ]
-        for _ in range(SWEEPS):
-            for equations, labels in zip(systems, sets, strict=True):
-                for _ in range(STARTS):
-                    if time.perf_counter() > deadline:
-                        return replace(none, seconds=time.perf_counter() - started)
-                    start = starts(span, span.batch_size, generator) @ span.basis @ span.right.T
-                    at = equations.at(solve(equations, start, ITERATIONS, deadline))
-                    found = _judged(span, equations, at, labels, weight.detach().to(span.basis), generator)
-                    if found is not None:
-                        return replace(found, seconds=time.perf_counter() - started)
-    return replace(none, seconds=time.perf_counter() - started)
+    if span.rank < span.batch_size:
+        return nobody(span)
+    sets = label_sets(span, gradient.to(span.basis), bias_gradient, non_negative)
+    factors = HeadSpan(span.left, span.sigma, span.right)
+    weight, bias = weight.detach().to(span.basis), bias.detach().to(span.basis)
+    gamma = None if bias_gradient is None else bias_gradient.detach().to(span.basis)
+    systems = [HeadEquations(factors, span.rows, weight, bias, gamma, labels) for labels in sets]
+    for _ in range(SWEEPS):
+        for equations, labels in zip(systems, sets, strict=True):
+            for _ in range(STARTS):
+                start = starts(span, span.batch_size, generator) @ span.basis @ span.right.T
+                at = equations.at(solve(equations, start, ITERATIONS, budget))
+                found = _judged(span, equations, at, labels, weight, generator)
+                if found is not None:
+                    return found
+    return nobody(span)
 
 
 def label_sets(span: Span, gradient: Tensor, bias_gradient: Tensor | None, non_negative: bool) -> list[Tensor]:
@@ -149,8 +137,8 @@ def _proposed(least: Tensor, allowed: Tensor, share: Tensor, size: int) -> Tenso
 
 
 def _judged(
-    span: Span, equations: Equations, at: Point, labels: Tensor, weight: Tensor, generator: torch.Generator
-) -> Inputs | None:
+    span: Span, equations: HeadEquations, at: HeadPoint, labels: Tensor, weight: Tensor, generator: torch.Generator
+) -> Signals | None:
     """The solution if it leaves nothing but noise of the gradient, and says what that noise makes of each image."""
     freedom = max(1, at.f.numel() - at.q.numel())
     allowance = (EXPLAINED * span.noise) ** 2 * freedom
@@ -160,12 +148,12 @@ def _judged(
     error = error_per_noise(equations, at, weight, span.right, generator)
     uncertainty = error.expected(span.noise, at.cost) / at.q.norm(dim=1)
     outside = (at.e - at.e @ span.left @ span.left.T).norm(dim=1) / at.e.norm(dim=1)
-    found = Inputs(
+    found = Signals(
         values=(at.q @ span.right).view(-1, *span.geometry.input_shape),
         labels=labels,
         deltas=at.p - equations.onehot,
         residuals=outside,
-        shares=(at.q / span.sigma * (at.e @ span.left)).sum(1) / span.batch_size,
+        certificates=(at.q / span.sigma * (at.e @ span.left)).sum(1) / span.batch_size,
         uncertainty=uncertainty,
         freedom=error.freedom,
         batch_size=span.batch_size,

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from attack.read.head.equations import Equations, Span
-from attack.read.head.noise import additive_noise, noise_floor, noise_level, precision_of, row_weights
+from attack.read.head.equations import HeadEquations, HeadSpan
+from attack.read.head.noise import additive_noise, noise_floor, noise_level, row_weights
+from attack.read.signals import Signals
+from attack.solve.rounding import precision_of
 from network.head import Head
 from update.shared import SharedUpdate
 
@@ -25,7 +27,7 @@ class HeadGradient:
     bias_gradient: Tensor | None  # gamma (K,)
     batch_size: int
     rows: Tensor  # D (K,)
-    span: Span  # of D G, its rank no higher than B
+    span: HeadSpan  # of D G, its rank no higher than B
     rank: int  # numerical rank of D G
     noise: float  # per entry of D G
     arithmetic: float  # |error| of D G from rounding in the victim's computation
@@ -58,7 +60,7 @@ class HeadGradient:
         rows = row_weights(gradient, additive, eps)
         scaled = rows[:, None] * gradient
         rank = int((torch.linalg.svdvals(scaled) > noise_floor(scaled, eps)).sum())
-        span = Span.of(scaled, min(rank, update.batch_size))
+        span = HeadSpan.of(scaled, min(rank, update.batch_size))
         return cls(
             weight=weight,
             bias=weight.new_zeros(len(weight)) if bias is None else bias.detach().double(),
@@ -72,6 +74,10 @@ class HeadGradient:
             arithmetic=ARITHMETIC * min(max(eps, 1e-14), torch.finfo(torch.float32).eps) * float(scaled.norm()),
         )
 
-    def equations(self, labels: Tensor) -> Equations:
+    def equations(self, labels: Tensor) -> HeadEquations:
         """What all images obey, if these are their labels (B,)."""
-        return Equations(self.span, self.rows, self.weight, self.bias, self.bias_gradient, labels)
+        return HeadEquations(self.span, self.rows, self.weight, self.bias, self.bias_gradient, labels)
+
+    def nobody(self) -> Signals:
+        """No image at all, in the shapes of the head."""
+        return Signals.none(self.weight, self.weight.shape[1:], (len(self.bias),), self.batch_size)

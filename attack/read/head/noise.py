@@ -11,13 +11,6 @@ ROUNDING = 4
 EDGE = 1.2
 
 
-def precision_of(gradient: Tensor) -> float:
-    """Relative rounding error of the numbers as they are: a float32 tensor may hold values rounded to fewer bits."""
-    kinds = (torch.bfloat16, torch.float16, torch.float32)
-    fitting = [kind for kind in kinds if torch.equal(gradient, gradient.to(kind).to(gradient))]
-    return torch.finfo(fitting[0] if fitting else torch.float64).eps
-
-
 def additive_noise(gradient: Tensor) -> float:
     """Noise in each entry of the head's gradient (K, d) that does not scale with the entry.
 

@@ -5,24 +5,18 @@ import pytest
 import torch
 
 import main_MAGIA_sel as magia
-from attack.match.activations import (
-    Course,
-    ForwardLoss,
-    ForwardMatching,
-    Phase,
-    course_for,
-    phases_for,
-    says_enough,
-)
+from attack.match.activations import ForwardLoss, ForwardMatching, course_for, says_enough
 from attack.match.entries import observed
+from attack.match.phases import Course, Phase, phases_for
 from attack.optimise.budget import Budget, Optimiser
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from client.defences import defend_received
 from client.victim import share_update
 from data import load_batch, open_source
-from network.chain import index_of, run
+from network.chain import index_of
 from network.head import features_of
+from network.stage import run
 from network.tracing import stages
 from network.zoo import build_model
 from priors import Prior

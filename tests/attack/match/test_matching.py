@@ -8,16 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attack.match.entries import squared_distance
-from attack.match.gradients import (
-    SUBSET_LOSSES,
-    BatchNormLoss,
-    FeatureLoss,
-    MatchingLoss,
-    cosine_distance,
-    disagreement,
-    inclusion_probability,
-    subset_distance,
-)
+from attack.match.gradients import SUBSET_LOSSES, MatchingLoss, cosine_distance, inclusion_probability, subset_distance
+from attack.match.penalties import BatchNormLoss, FeatureLoss, disagreement
 from network.head import features_of
 from network.zoo import build_model
 from update.gradients import averaged_gradient

@@ -9,9 +9,10 @@ from torch import nn
 
 import main_MAGIA_sel as magia
 from attack.match.gradients import MatchingLoss
-from attack.match.softening import HARDNESSES, SoftenedMatching, SoftMaximum, kinked_chain, softened
+from attack.match.softening import HARDNESSES, SoftenedMatching, kinked_chain, softened
 from cli.victim import victim
-from network.chain import run
+from network.kinds.pool import SoftMaximum
+from network.stage import run
 from network.tracing import stages
 from network.zoo import build_model
 from update.gradients import averaged_gradient

@@ -6,7 +6,8 @@ from torch import nn
 
 from attack.match.activations import ForwardLoss, ForwardMatching, course_for
 from attack.match.strided import Strided, quickened
-from network.chain import Residual, Stage, index_of, modules, run
+from network.chain import index_of, modules
+from network.stage import Residual, Stage, run
 from network.tracing import stages
 from network.zoo import build_model
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from attack.read.head.by_random_images import choose_labels, recover_signals
 from attack.read.head.equations import Equations, Span, solve
 from attack.read.head.gradient import HeadGradient
-from attack.read.head.noise import additive_noise, noise_floor, precision_of, row_weights
+from attack.read.head.noise import additive_noise, noise_floor, row_weights
 from attack.read.label_counts import LabelCounts
+from attack.solve.rounding import precision_of
 from client.victim import share_update
 from data import load_batch, open_source
 from network.head import features_of

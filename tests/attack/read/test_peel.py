@@ -13,9 +13,10 @@ from attack.read.head.by_trial import label_sets, unmix_head
 from attack.read.peel import Above, unlike, unmix, without
 from attack.read.rays import extreme_rays
 from attack.read.signals import Inputs
-from attack.read.span import Geometry, span_of
+from attack.read.span import span_of
 from data import load_batch, open_source
 from network.head import features_of
+from network.kinds.affine import Geometry
 from network.zoo import build_model
 
 F64 = torch.float64

@@ -13,7 +13,8 @@ from attack.read.layer_choice import order, places
 from attack.read.reader import COLUMNS, read_layers
 from client.victim import share_update
 from data import load_batch, open_source
-from network.chain import index_of, run
+from network.chain import index_of
+from network.stage import run
 from network.tracing import stages
 from network.zoo import build_model
 

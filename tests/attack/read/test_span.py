@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from attack.read.span import Geometry, consistent_inputs, row_precision, span_of
+from attack.read.span import consistent_inputs, row_precision, span_of
+from network.kinds.affine import Geometry
 
 F64 = torch.float64
 

@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from attack.read.forecast import explain
 from attack.solve.cgls import Product, cgls, refined
 from attack.walk import layer_solve as solvers
-from attack.walk.equations import ForwardRows, GradientRows, KnownRows, LinearMap, Rows, Scaling, stack
-from attack.walk.forecast import explain
+from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows, Scaling, stack
 from attack.walk.layer_solve import Alone
 from attack.walk.walk import LayerSource, Point, Update, _Walk, below, descend, noise_of, without_noise
 from client.victim import share_update
 from data import load_batch, open_source
-from network.chain import index_of, run
+from network.chain import index_of
+from network.kinds.affine import LinearMap
+from network.stage import run
 from network.tracing import stages
 from network.zoo import build_model
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from attack.walk.forecast import explain
+from attack.read.forecast import explain
 from network.tracing import stages
 from network.zoo import MODELS, build_model
 

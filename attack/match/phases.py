@@ -1,0 +1,98 @@
+"""The course of an attack from known activations: how hard kinks are, and what the prior weighs, phase after phase."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from network.chain import modules
+from network.kinds import kind_of
+from network.stage import Chain
+
+# L-BFGS drops pairs whose curvature y.s is below 1e-10, whatever the loss is measured in. Exact activations bring the
+# relative loss down to 1e-8, and pairs with it, so it is measured in larger units.
+UNITS = 1e5
+
+
+@dataclass(frozen=True)
+class Phase:
+    """So many evaluations with one hardness of the kinks and one weight of the prior.
+
+    Attributes:
+        evaluations: closure evaluations, at most.
+        prior_weight: of the prior.
+        hardness: beta, in units of one over the root mean square of what goes into a kink; infinite: no softening.
+    """
+
+    evaluations: int
+    prior_weight: float
+    hardness: float = math.inf
+
+
+# ReLUs only. Measured on the trained ConvNet; softer at first and with ten times less of the prior, it ends 8 dB lower.
+RECTIFIED = (
+    Phase(100, 2e-3, 20),
+    Phase(200, 2e-4, 20),
+    Phase(300, 2e-5, 60),
+    Phase(400, 2e-6, 200),
+    Phase(600, 2e-7, 800),
+)
+
+# A max-pool below: which entry is the largest must be found while the maximum is still nearly a mean, and under a prior
+# that holds everything else. Started as hard as above, the ResNet-18 stem ends at 20 dB.
+POOLED = (
+    Phase(60, 3.0, 0.7),
+    Phase(80, 1.0, 1.5),
+    Phase(100, 3e-1, 3),
+    Phase(100, 1e-1, 6),
+    Phase(100, 3e-2, 12),
+    Phase(100, 1e-2, 30),
+    Phase(100, 3e-3, 80),
+)
+
+# Sigmoid and tanh have no kinks.
+SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
+
+
+def is_pooled(chain: Chain) -> bool:
+    """Whether a max-pool is in the chain."""
+    return any(kind_of(module).is_max_pool for module in modules(chain))
+
+
+def phases_for(chain: Chain) -> tuple[Phase, ...]:
+    """The course for what lies between images and the known activations."""
+    if is_pooled(chain):
+        return POOLED
+    return RECTIFIED if any(kind_of(module).has_kink for module in modules(chain)) else SMOOTH
+
+
+@dataclass(frozen=True)
+class Course:
+    """How hard the kinks are and what the prior weighs, phase after phase, over an attack's closure evaluations.
+
+    No prior weighs less than `least`, which is what noise in the known activations asks for. A course without phases
+    is over at once: the images are exact, nothing is left to be optimised.
+    """
+
+    phases: Sequence[Phase]
+    least: float = 0.0
+
+    @property
+    def weight(self) -> float:
+        """The prior's weight at the start, relative to that of the activations."""
+        return self.phases[0].prior_weight if self.phases else 0.0
+
+    def phase(self, evaluations: float) -> int:
+        """The index of the phase after so many evaluations; the last one stays."""
+        ends = itertools.accumulate(phase.evaluations for phase in self.phases)
+        return min(sum(evaluations >= end for end in ends), len(self.phases) - 1)
+
+    def at(self, evaluations: float) -> float:
+        """The prior's weight after so many evaluations, in the units of `ForwardMatching`."""
+        return UNITS * max(self.least, self.phases[self.phase(evaluations)].prior_weight)
+
+    def ended(self, evaluations: float) -> str | None:
+        """What has ended the attack: course, exact where there was nothing to do, or None."""
+        if not self.phases:
+            return "exact"
+        return "course" if evaluations >= sum(phase.evaluations for phase in self.phases) else None
