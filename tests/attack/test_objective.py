@@ -230,9 +230,9 @@ def test_feature_distances_of_a_hand_computed_case():
     assert float(FeatureLoss(model, known)(images)) == pytest.approx((16 + 1) / 3)
     assert float(FeatureLoss(model, known, "relative")(images)) == pytest.approx((16 / 9 + 1) / 3)
     assert float(FeatureLoss(model, known, "cosine")(images)) == pytest.approx((1 - 3 / 5) / 3)
-    errors = torch.tensor([1.0, 2.0])  # a distance of 3 and of 2 is all that is known
-    assert float(FeatureLoss(model, known, errors=errors)(images)) == pytest.approx((16 - 9 + 0) / 3)
-    assert float(FeatureLoss(model, known, "relative", errors)(images)) == pytest.approx((16 / 9 - 1 + 0) / 3)
+    errors = torch.tensor([0.5, 2.0])  # a distance of 1.5 and of 2 is all that is known
+    assert float(FeatureLoss(model, known, errors=errors)(images)) == pytest.approx((16 - 1.5**2 + 0) / 3)
+    assert float(FeatureLoss(model, known, "relative", errors)(images)) == pytest.approx((16 / 9 - 0.5**2 + 0) / 3)
 
 
 def test_batchnorm_loss_compares_with_the_running_statistics():
