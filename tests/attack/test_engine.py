@@ -255,7 +255,7 @@ def test_what_is_claimed_of_a_defended_update_is_right(net, defence):
     """Noise between what all images survive and what none does."""
     name, options = net
     scene = Scene(name, 4, defence=defence, **options)
-    reading = scene.read(seconds=4)  # a search for what cannot be found takes all its time
+    reading = scene.read(seconds=6)  # a search for what cannot be found takes all its time
     assert 1 <= len(reading.inputs) < 4
     assert_right(scene, reading)
 
