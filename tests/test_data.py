@@ -181,6 +181,12 @@ def test_index_ranges_include_both_ends():
             parse_indices(wrong)
 
 
+def test_a_range_has_at_most_a_million_indices():
+    assert len(parse_indices("5-1000004")) == 10**6
+    with pytest.raises(DataError, match=r"'5-1000005': at most 1000000 images"):
+        parse_indices("0,5-1000005")
+
+
 def test_torchvision_sets_read_a_local_copy(tmp_path):
     """Two real IDX files, as MNIST is published, so that the whole path through torchvision is run."""
     raw = tmp_path / "MNIST" / "raw"

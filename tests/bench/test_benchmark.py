@@ -17,7 +17,7 @@ import main_MAGIA_sel as magia
 from bench.batches import batch_indices, tuning_images
 from bench.networks import short_names
 from bench.searches import SEARCHES
-from data import SAMPLE, NpzImages, parse_indices
+from data import SAMPLE, parse_indices
 from network.zoo import build_model
 from update.storage import write_tensors
 
@@ -104,7 +104,9 @@ def test_peers_run_on_the_same_updates(tmp_path):
 def test_a_budget_of_seconds_ends_every_run(tmp_path):
     words = ["--presets", "magia,gradinversion", "--batch_sizes", "2", "--seeds", "0", "--max_seconds", "1"]
     run("grid", *words, "--out", tmp_path, "--image_size", "16", "--inner_iter", "4", "--signals", "off")
-    for row in table(tmp_path):
+    rows = table(tmp_path)
+    assert len(rows) == 2
+    for row in rows:
         assert row["status"] == "max_seconds"
         assert 1 <= float(row["seconds"]) < 20
 
@@ -237,7 +239,9 @@ def test_guesses_stand_beside_attacks_and_no_table_shows_what_they_are_made_of(t
     words = ["--presets", "grey_image,mean_image", "--batch_sizes", "16", "--batches", "0,1,2", "--seeds", "0"]
     run("grid", *words, "--max_evals", "5", "--out", tmp_path)
     rows = table(tmp_path)
-    images = NpzImages(SAMPLE)._images / 255.0
+    assert len(rows) == 6
+    with np.load(SAMPLE) as sample:
+        images = sample["images"] / 255.0
     guesses = {"grey_image": 0.5, "mean_image": images[96:128].mean(0)}
     for row in rows:
         own = images[16 * int(row["batch"]) :][:16]

@@ -28,7 +28,9 @@ def test_the_command_leaves_its_tables(tmp_path, capsys):
     assert [row["variant"] for row in rows] == ["published", "loop", "forward", "activations"]
     assert float(rows[0]["ratio_to_published"]) == 1
     assert all(float(row["ms_per_evaluation"]) > 0 and float(row["peak_mib"]) > 0 for row in rows)
-    assert all(0 < float(row["share_of_limit"]) < 1 for row in table(tmp_path / "limits.csv"))
+    limits = table(tmp_path / "limits.csv")
+    assert [row["variant"] for row in limits] == [row["variant"] for row in rows]
+    assert all(0 < float(row["share_of_limit"]) < 1 for row in limits)
     courses = table(tmp_path / "courses.csv")
     assert [row["variant"] for row in courses] == ["published", "loop", "program", "forward"]
     assert all(0 <= int(row["evaluations"]) <= 12 for row in courses)
@@ -64,17 +66,20 @@ def test_the_published_closure_has_the_value_of_the_loops():
 def test_what_is_timed_has_as_many_threads_as_a_run(monkeypatch):
     seen = {}
 
-    def noted(name, work):
-        return lambda *args: seen.setdefault(name, torch.get_num_threads()) and work(*args)
+    def note(name):
+        work = getattr(speed, name)
+        monkeypatch.setattr(
+            speed, name, lambda *args, **how: seen.setdefault(name, torch.get_num_threads()) and work(*args, **how)
+        )
 
-    monkeypatch.setattr(speed, "_evaluated", noted("evaluation", lambda *args: ([], [])))
-    monkeypatch.setattr(speed, "attacked", noted("attack", speed.attacked))
-    monkeypatch.setattr(speed, "_stage_seconds", noted("reading", lambda *args: {}))
+    for name in ("arithmetic", "attacked", "read_layers"):  # of an evaluation, an attack and a reading
+        note(name)
+    monkeypatch.setattr(speed, "TURNS", speed.WARM)
     torch.set_num_threads(2)
     speed.evaluations(2, FAST)
     speed.course("loop", 2, FAST, 4)
     speed.reading_stages(2, FAST)
-    assert seen == {"evaluation": 1, "attack": 1, "reading": 1}
+    assert seen == {"arithmetic": 1, "attacked": 1, "read_layers": 1}
     assert torch.get_num_threads() == 2
 
 

@@ -51,6 +51,7 @@ def test_each_defence_has_a_run_and_a_row(cli):
         assert rows[defence]["level"] == read_facts(folder)["verdict"]["level"]
         assert read_facts(folder)["defences"] is None
         assert config_of(folder)["defence"] == defence
+        assert rows[defence]["pictures"]
         assert all((run / picture).is_file() for picture in rows[defence]["pictures"])
     assert rows["float16"]["change"] < rows["topk:0.1"]["change"]
     assert (cli.folder / PAGE).read_text().count("report.html") == 1

@@ -99,17 +99,16 @@ def test_show_schedule_prints_and_plots_and_stops(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "budget"), [("lbfgs", 1), ("lbfgs", 2), ("lbfgs", 5), ("lbfgs", 17), ("adam", 3)]
+    ("optimizer", "budget", "least"),
+    [("lbfgs", 1, 0), ("lbfgs", 2, 2), ("lbfgs", 5, 2), ("lbfgs", 17, 11), ("adam", 3, 3)],
 )
-def test_max_evals_is_never_exceeded(cli, optimizer, budget):
+def test_max_evals_is_never_exceeded(cli, optimizer, budget, least):
     too_small = (optimizer, budget) == ("lbfgs", 1)  # its first step takes two evaluations
     run = cli("--optimizer", optimizer, "--max_evals", budget, "--n_iter", 50, expect=int(too_small))
     assert ("no step succeeded before max_evals ended" in cli.err) == too_small
     figures = metrics_of(run)
-    assert figures["evaluations"] <= budget
+    assert least <= figures["evaluations"] <= budget
     assert figures["ended_by"] == "max_evals"
-    assert figures["evaluations"] >= budget - 6
-    assert figures["evaluations"] > 0 or budget == 1
 
 
 def test_max_seconds_begins_no_further_step(cli):
@@ -117,7 +116,8 @@ def test_max_seconds_begins_no_further_step(cli):
     figures, rows = metrics_of(run), trace_of(run)
     assert figures["ended_by"] == "max_seconds"
     assert figures["seconds"] >= 2
-    assert float(rows[-2]["seconds"]) < 2 if len(rows) > 1 else True
+    assert len(rows) > 1
+    assert float(rows[-2]["seconds"]) < 2
     cli("--resume", run, "--max_seconds", figures["seconds"] + 1, "--n_iter", 100_000)
     assert metrics_of(run)["seconds"] >= figures["seconds"] + 1
     assert len(trace_of(run)) > len(rows)

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
-from conftest import config_of, generator, metrics_of
+from conftest import generator, metrics_of
 
 import train_victim
 from network.zoo import build_model
+from update.shared import SharedUpdate
 from update.storage import read_tensors
 from update.weights import load_checkpoint
 
@@ -22,9 +23,11 @@ def test_training_learns_and_its_checkpoint_is_attacked(cli, tmp_path, capsys):
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.2
     model = ["--model", "mlp", "--width", 32, "--depth", 1, "--weights", out, "--labels", "dataset"]
-    run = cli(*model, "--n_iter", 2)
-    assert config_of(run)["weights"] == str(out)
-    assert metrics_of(run)["evaluations"] >= 0
+    run = cli(*model, "--n_iter", 2, "--save_update", tmp_path / "update.npz")
+    assert metrics_of(run)["evaluations"] > 0
+    trained, attacked = read_tensors(out)[0], SharedUpdate.load(tmp_path / "update.npz").weights
+    assert trained.keys() == attacked.keys()
+    assert all(torch.equal(attacked[name], weight) for name, weight in trained.items())
 
 
 def test_one_seed_repeats_a_training_and_leaves_the_global_generator_alone(tmp_path):

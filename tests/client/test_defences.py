@@ -300,11 +300,12 @@ def test_a_saved_update_says_how_it_was_defended(tmp_path):
 
 def test_a_defended_update_is_what_is_attacked_and_saved(cli, tmp_path):
     path = tmp_path / "u.safetensors"
-    run = cli("--defence", "noise:0.5", "--save_update", path)
+    flags = ["--labels", "unique", "--max_evals", 12, *SIGNALS]
+    run = cli(*flags, "--defence", "noise:0.5", "--save_update", path)
     assert config_of(run)["defence"] == "noise:0.5"
     assert metrics_of(run)["signals_found"] == 0
     plain = tmp_path / "plain.safetensors"
-    cli("--save_update", plain, name="plain")
+    assert metrics_of(cli(*flags, "--save_update", plain, name="plain"))["signals_found"] == 3
     saved, bare = SharedUpdate.load(path), SharedUpdate.load(plain)
     difference = torch.cat([(saved.gradients[n] - bare.gradients[n]).flatten() for n in bare.gradients])
     assert difference.std().item() == pytest.approx(0.5, rel=0.05)

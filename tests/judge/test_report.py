@@ -87,6 +87,7 @@ def test_a_run_with_its_truth(cli):
 def test_what_was_read_is_told_layer_by_layer(cli):
     run = cli("--labels", "unique", "--model", "lenet5", *SIGNALS)
     page, rows = page_of(run), metrics_of(run)["layers"]
+    assert {"conv2", "hidden1"} <= {row["layer"] for row in rows if row["note"]}
     for row in rows:
         assert row["layer"] in page.text
         assert row["note"] in page.text

@@ -9,6 +9,7 @@ from data import load_batch, open_source
 from judge.metrics import assign, guess_psnr, guessed_label_accuracy, label_accuracy, psnr_matrix, ssim
 from judge.verdict import (
     BY_CHANCE,
+    CERTAIN,
     EXACT_PSNR,
     MARGIN,
     are_certain,
@@ -52,7 +53,14 @@ def test_an_error_of_one_step_in_255_is_exact():
 
 @pytest.mark.parametrize(
     ("confidence", "has_pixels", "level"),
-    [(None, True, "unknown"), (0.99, True, "unknown"), (1.0, True, "read"), (0.9995, False, "apart")],
+    [
+        (None, True, "unknown"),
+        (0.99, True, "unknown"),
+        (CERTAIN, True, "read"),
+        (CERTAIN, False, "apart"),
+        (1.0, True, "read"),
+        (0.9995, False, "apart"),
+    ],
 )
 def test_without_the_truth_only_certainty_counts(confidence, has_pixels, level):
     assert belief_of(confidence, has_pixels=has_pixels) == level

@@ -113,6 +113,24 @@ def test_damaged_and_missing_files_are_refused(tmp_path, ending):
         SharedUpdate.load(tmp_path / f"none{ending}")
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but files have them
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.quantize_per_tensor(torch.ones(3), 0.5, 0, torch.qint8),
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.empty(3, device="meta"),
+    ],
+    ids=["quantised", "sparse", "meta"],
+)
+def test_a_tensor_that_holds_no_plain_numbers_is_named(tmp_path, make):
+    torch.save({"weight": torch.ones(3)}, tmp_path / "good.pt")
+    assert torch.equal(read_tensors(tmp_path / "good.pt")[0]["weight"], torch.ones(3))
+    torch.save({"weight": torch.ones(3), "bias": make()}, tmp_path / "bad.pt")
+    with pytest.raises(StorageError, match=r"bad\.pt: 'bias' is not a dense tensor of numbers"):
+        read_tensors(tmp_path / "bad.pt")
+
+
 def test_other_tensors_are_no_update(tmp_path):
     write_tensors(tmp_path / "weights.npz", {"a": torch.zeros(2)})
     with pytest.raises(StorageError, match="not a shared update"):

@@ -182,16 +182,19 @@ def test_the_cosine_distance_is_that_of_the_angle_and_forgets_the_length():
 
 def test_the_relative_cosine_heeds_no_tensors_size():
     model, images, logits, target = case()
-    larger = tuple(10.0**i * g for i, g in enumerate(target))
     gradient = averaged_gradient(model, images, logits.softmax(1))
-    scaled = [
-        torch.cat([(p / q.square().mean().sqrt()).flatten() for p, q in zip(g, target, strict=True)])
-        for g in (gradient, target)
-    ]
-    match = MatchingLoss(model, target, 1.0, "none", distance="relative_cosine")(images, logits, torch.tensor([0]))
-    assert match.full.item() == pytest.approx(1 - torch.cosine_similarity(*scaled, dim=0).item())
-    own = MatchingLoss(model, larger, distance="relative_cosine")
-    assert float(own._distance(larger)) == pytest.approx(0, abs=1e-9)
+
+    def distance(target):
+        loss = MatchingLoss(model, target, 1.0, "none", distance="relative_cosine")
+        return loss(images, logits, torch.tensor([0])).full.item()
+
+    for other in (target, tuple(2.0**i * g for i, g in enumerate(target))):
+        scaled = [
+            torch.cat([(p / q.square().mean().sqrt()).flatten() for p, q in zip(g, other, strict=True)])
+            for g in (gradient, other)
+        ]
+        assert distance(other) == pytest.approx(1 - torch.cosine_similarity(*scaled, dim=0).item())
+    assert distance(gradient) == pytest.approx(0, abs=1e-9)
 
 
 def test_noise_is_measured_as_the_distance_is():
@@ -222,9 +225,9 @@ def test_feature_distances_of_a_hand_computed_case():
     assert float(FeatureLoss(model, known)(images)) == pytest.approx((16 + 1) / 3)
     assert float(FeatureLoss(model, known, "relative")(images)) == pytest.approx((16 / 9 + 1) / 3)
     assert float(FeatureLoss(model, known, "cosine")(images)) == pytest.approx((1 - 3 / 5) / 3)
-    errors = torch.tensor([1.0, 2.0])  # a distance of 3 and of 2 is all that is known
-    assert float(FeatureLoss(model, known, errors=errors)(images)) == pytest.approx((16 - 9 + 0) / 3)
-    assert float(FeatureLoss(model, known, "relative", errors)(images)) == pytest.approx((16 / 9 - 1 + 0) / 3)
+    errors = torch.tensor([0.5, 2.0])  # a distance of 1.5 and of 2 is all that is known
+    assert float(FeatureLoss(model, known, errors=errors)(images)) == pytest.approx((16 - 1.5**2 + 0) / 3)
+    assert float(FeatureLoss(model, known, "relative", errors)(images)) == pytest.approx((16 / 9 - 0.5**2 + 0) / 3)
 
 
 def test_batchnorm_loss_compares_with_the_running_statistics():

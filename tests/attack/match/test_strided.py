@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -6,7 +8,7 @@ from torch import nn
 
 from attack.match.activations import ForwardLoss, ForwardMatching, course_for
 from attack.match.strided import Strided, quickened
-from network.chain import index_of, modules
+from network.chain import index_of, modules, substituted
 from network.stage import Residual, Stage, run
 from network.tracing import stages
 from network.zoo import build_model
@@ -31,6 +33,18 @@ def test_the_derivative_is_autograds(sides, kernel, padding, stride):
     assert torch.equal(Strided(layer)(x), outputs)
     delta = torch.rand(outputs.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(derivative(Strided(layer), x, delta), derivative(layer, x, delta))
+
+
+class Own(nn.Conv2d):
+    """A plain convolution of a class of its own, whose derivative is the library's."""
+
+    @classmethod
+    def of(cls, module):
+        """The module, or if it is a convolution, one of this class with the same weights."""
+        if type(module) is nn.Conv2d:
+            module = copy.copy(module)
+            module.__class__ = cls
+        return module
 
 
 class Standardised(nn.Conv2d):
@@ -67,24 +81,28 @@ def test_what_is_changed_and_what_is_not(layer, is_changed):
 
 @pytest.mark.parametrize(("name", "start"), [("lenet", "conv3"), ("resnet18", "body.layer1.0")])
 def test_known_activations_are_matched_through_quick_layers(name, start):
-    """The same loss and the same derivative, softened or not, and by one derivative only."""
-    net = build_model(name, image_shape=(3, 32, 32), num_classes=10, generator=torch.Generator().manual_seed(0))
+    """The same loss and the same derivative, in the first phase, where kinks are soft, and in the last."""
     draw = torch.Generator().manual_seed(1)
-    chain, labels = stages(net), torch.tensor([1, 2])
     images, guess = torch.rand(2, 2, 3, 32, 32, generator=draw)
-    index = index_of(chain, start)
-    with torch.no_grad():
-        inputs = run(chain[:index], images)
-    what = (chain, (3, 32, 32), index, inputs, labels, {})
-    loss = ForwardLoss(*what)
-    assert any(isinstance(module, Strided) for module in modules(loss.chain))
-    matching = ForwardMatching(loss, course_for(chain[:index], loss))
-    logits = torch.zeros(2, 10)
-    matching.enter(0, guess)
-    plain = [Stage(s.name, s.module.layer if isinstance(s.module, Strided) else s.module) for s in matching._chain]
 
-    def total(x):
-        return matching(x, logits, torch.arange(2)).total
+    net = build_model(name, image_shape=(3, 32, 32), num_classes=10, generator=torch.Generator().manual_seed(0))
+    index = index_of(stages(net), start)
 
-    quick, matching._chain = derivative(total, guess, None), plain
-    torch.testing.assert_close(quick, derivative(total, guess, None), rtol=1e-4, atol=1e-6 * float(quick.abs().max()))
+    def matching(chain):
+        with torch.no_grad():
+            inputs = run(chain[:index], images)
+        loss = ForwardLoss(chain, (3, 32, 32), index, inputs, torch.tensor([1, 2]), {})
+        return ForwardMatching(loss, course_for(chain[:index], loss))
+
+    quick, plain = matching(stages(net)), matching(substituted(stages(net), Own.of))
+    assert [any(isinstance(m, Strided) for m in modules(each.loss.chain)) for each in (quick, plain)] == [True, False]
+    assert quick.course == plain.course
+    for phase in (0, len(quick.course.phases) - 1):
+        values, slopes = [], []
+        for each in (quick, plain):
+            each.enter(phase, guess)
+            x = guess.clone().requires_grad_()
+            values.append(each(x, torch.zeros(2, 10), torch.arange(2)).total)
+            slopes.append(torch.autograd.grad(values[-1], x)[0])
+        torch.testing.assert_close(*values)
+        torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6 * float(slopes[0].abs().max()))

@@ -43,6 +43,14 @@ def test_low_frequencies_have_the_larger_gain():
     assert pixels.decode(low).norm() > 9 * pixels.decode(high).norm()
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_images_are_on_average_as_large_as_their_variables(power):
+    """Over all unit vectors: step sizes then mean the same with the spectral scaling as without it."""
+    pixels = PixelMap((1, 6, 7), "none", power, dtype=torch.float64)
+    units = torch.eye(42, dtype=torch.float64).view(42, 1, 6, 7)
+    assert pixels.decode(units).square().sum((1, 2, 3)).mean().item() == pytest.approx(1)
+
+
 def test_sigmoid_box_starts_inside_even_at_black_and_white():
     pixels = PixelMap((1, 2, 2), "sigmoid", dtype=torch.float64)
     z = pixels.encode(torch.tensor([[[[0.0, 1.0], [0.5, 0.25]]]], dtype=torch.float64))

@@ -99,6 +99,33 @@ def test_each_copy_counts_as_an_evaluation_and_the_budget_holds():
     assert (steps, state.evaluations, state.ended(budget)) == (3, 9, "max_evals")
 
 
+def valley(max_evals):
+    """L-BFGS in a narrow valley: by step the evaluations that it took, and whether it moved the images."""
+    lbfgs = Optimiser("lbfgs", None, "constant", False, inner_iter=4, history=10, line_search="strong_wolfe")
+    draw, budget = torch.Generator().manual_seed(0), Budget(100, max_evals)
+    start = 2 * torch.randn(4, 1, 2, 2, generator=draw, dtype=torch.float64)
+    state = AttackState(z=start, label_variables=torch.zeros(4, 3).double(), generator=draw, optimiser=lbfgs)
+
+    def loss():
+        x = state.z.flatten()
+        return (100 * (x[1:] - x[:-1].square()).square() + (1 - x[:-1]).square()).sum() + 0 * state.label_logits.sum()
+
+    steps = []
+    while not state.ended(budget):
+        before, spent = state.z.detach().clone(), state.evaluations
+        state.minimise(loss, budget)
+        steps.append((state.evaluations - spent, not torch.equal(state.z, before)))
+    return steps
+
+
+def test_no_step_begins_that_the_budget_could_not_pay():
+    """A step's bound is 5 evaluations, its line search may take one more, and what is cut short is undone."""
+    runs = {max_evals: valley(max_evals) for max_evals in range(8, 40)}
+    assert all(sum(taken for taken, _ in steps) <= max_evals for max_evals, steps in runs.items())
+    assert all(has_moved for steps in runs.values() for _, has_moved in steps)
+    assert max(taken for taken, _ in runs[39]) == 6
+
+
 def test_seconds_end_an_attack():
     state, _ = quadratic(1, torch.zeros(2))
     assert state.ended(Budget(5, None, 1.0)) is None
@@ -121,3 +148,9 @@ def test_annealing_ends_at_its_share_and_never_below_what_noise_asks(evaluations
     assert weight <= max(least, 0.1) * (1 + 1e-9)
     if evaluations >= 2500:
         assert weight == pytest.approx(max(least, 0.1 * final))
+
+
+def test_phases_are_equal_parts_of_the_horizon_and_the_last_one_stays():
+    annealing = Annealing(0.1, horizon=100, phases=4)
+    assert [annealing.phase(evaluations) for evaluations in (0, 24, 25, 50, 99, 100, 10**6)] == [0, 0, 1, 2, 3, 3, 3]
+    assert Annealing(0.1, horizon=100).phase(100) == 0

@@ -200,17 +200,21 @@ def test_without_the_bias_gradient_features_are_still_read():
 @pytest.mark.parametrize("labels", [[3, 11, 0, 19, 5], [4, 4, 9, 4, 2]])
 def test_what_is_claimed_of_a_noisy_update_is_right(labels):
     update, model, truth, features = case(labels)
-    counts = []
-    for scale in (1e-7, 1e-5, 1e-4, 1e-3, 1e-1):
+
+    def read(scale):
         noisy = {n: g + scale * torch.randn(g.shape, generator=generator(3)) for n, g in update.gradients.items()}
-        signals = recover_signals(dataclasses.replace(update, gradients=noisy), model, generator=generator(2))
+        return recover_signals(dataclasses.replace(update, gradients=noisy), model, generator=generator(2))
+
+    counts = []
+    for scale in (1e-7, 1e-5, 1e-4, 1e-3):
+        signals = read(scale)
+        nearest, error = match(signals, features)
+        assert torch.equal(signals.labels, truth[nearest])
+        assert error.max() < 0.1
         counts.append(len(signals))
-        if len(signals):
-            nearest, error = match(signals, features)
-            assert torch.equal(signals.labels, truth[nearest])
-            assert error.max() < 0.1
-    assert counts[0] == 5
-    assert counts[-1] == 0
+    assert counts[:2] == [5, 5]
+    assert min(counts) >= 1
+    assert len(read(1e-1)) == 0
 
 
 def test_an_update_rounded_to_sixteen_bits_still_gives_labels_away():

@@ -209,25 +209,41 @@ def test_scale_is_found_without_a_bias():
     assert_all_found(case, found, 1, error=1e-3)
 
 
-@pytest.mark.parametrize("noise", [1e-4, 1e-3, 1e-2, 1e-1])
-@pytest.mark.parametrize(("activation", "kind", "index"), [(torch.relu, "relu", 1), (torch.sigmoid, "sigmoid", 0)])
-def test_what_is_claimed_under_noise_is_right(activation, kind, index, noise):
-    case = mlp([100, 100], activation, 6, noise=noise)
-    try:
-        found = case.unmix(index, kind, seconds=8 if noise == 1e-4 else 1)  # little to be found takes all its time
-    except ValueError:
-        return  # noise has closed the span: nothing is claimed
+def assert_right(case, found, index):
     distance, which = case.errors(found, index)
     assert (distance < 0.1).all()
     assert (distance < 5 * found.uncertainty + 1e-3).all()
     assert torch.equal(found.labels, case.labels[which])
-    if noise == 1e-4:
-        assert len(found)
 
 
-def test_noise_is_not_fatal_where_it_is_low():
-    case = mlp([100, 100], torch.relu, 6, noise=1e-4)
-    assert case.unmix(1, "relu", seconds=8).complete
+RELU, SIGMOID = (torch.relu, "relu", 1), (torch.sigmoid, "sigmoid", 0)
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-3, 5e-3])
+@pytest.mark.parametrize(("activation", "kind", "index"), [RELU, SIGMOID])
+def test_noise_is_not_fatal_where_it_is_low(activation, kind, index, noise):
+    case = mlp([100, 100], activation, 6, noise=noise)
+    found = case.unmix(index, kind, seconds=8)
+    assert found.complete
+    assert len(found) == 6
+    assert_right(case, found, index)
+
+
+def test_what_is_claimed_under_noise_is_right():
+    """Some images are lost, and what is found of the others is not made worse by it."""
+    activation, kind, index = SIGMOID
+    case = mlp([100, 100], activation, 6, noise=1e-2)
+    found = case.unmix(index, kind, seconds=2)
+    assert 1 <= len(found) < 6
+    assert not found.complete
+    assert_right(case, found, index)
+
+
+@pytest.mark.parametrize(("activation", "kind", "index"), [RELU, SIGMOID])
+def test_of_what_noise_drowns_nothing_is_claimed(activation, kind, index):
+    found = mlp([100, 100], activation, 6, noise=1e-1).unmix(index, kind, seconds=1)
+    assert len(found) == 0
+    assert not found.complete
 
 
 def test_a_generator_decides_what_is_drawn():
