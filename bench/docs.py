@@ -1,12 +1,14 @@
-"""Writes docs/results.md, and the README's table of results: python -m bench.docs."""
+"""Writes docs/results.md, and the tables of results in other pages: python -m bench.docs."""
 
 from pathlib import Path
 
-from bench.results_page import results_page, with_table
+from bench.results_page import results_page, with_tables
 
 if __name__ == "__main__":
     root = Path(__file__).parent.parent
-    page, readme = root / "docs" / "results.md", root / "README.md"
+    page = root / "docs" / "results.md"
     page.write_text(results_page(), encoding="utf-8")
-    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    print(page, readme, sep="\n")
+    print(page)
+    for other in (root / "README.md", root / "docs" / "defences.md"):
+        other.write_text(with_tables(other.read_text(encoding="utf-8")), encoding="utf-8")
+        print(other)

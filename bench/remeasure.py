@@ -4,8 +4,9 @@
     python -m bench.remeasure networks --rows "--model convnet" --data_path cifar10_test.npz --weights_dir checkpoints
     make docs
 
-Each row's command runs in a temporary folder, one after the other. Rows of main_MAGIA_sel.py and of `benchmark.py grid`
-can be measured so: the first leave metrics.json, the second summary.csv. A row whose command fails stays as it was.
+The commands of the rows run one after the other, each in a temporary folder. Commands of main_MAGIA_sel.py, which
+leaves metrics.json, and of `benchmark.py grid` and `defences`, which leave summary.csv, can be run so. A row whose command
+fails stays as it was.
 """
 
 import argparse
@@ -57,10 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"bench.remeasure: error: {error}", file=sys.stderr)
         return 2
-    failed = 0
-    for number, row in enumerate(rows):
-        if asked.rows not in row["command"]:
-            continue
+    chosen, failed = [number for number, row in enumerate(rows) if asked.rows in row["command"]], 0
+    if not chosen:
+        print(f"bench.remeasure: error: no command of {asked.table} contains {asked.rows!r}", file=sys.stderr)
+        return 2
+    for number in chosen:
+        row = rows[number]
         print(row["command"], flush=True)
         try:
             figures = measure(row["command"], asked.data_path, asked.weights_dir)
@@ -82,10 +85,10 @@ def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> d
     words = with_paths(shlex.split(command), data_path, weights_dir)
     if words[1:2] == ["main_MAGIA_sel.py"]:
         out, end = "results/run/metrics.json", ["--save_dir", "results", "--run_name", "run", "--quiet"]
-    elif words[1:3] == ["benchmark.py", "grid"]:
+    elif words[1:3] in (["benchmark.py", "grid"], ["benchmark.py", "defences"]):
         out, end = "out/summary.csv", ["--out", "out"]
     else:
-        raise ValueError("only main_MAGIA_sel.py and benchmark.py grid can be measured so: run the command by hand")
+        raise ValueError("only main_MAGIA_sel.py and benchmark.py grid and defences can be measured so")
     with tempfile.TemporaryDirectory() as folder:
         run = subprocess.run(
             [sys.executable, ROOT / words[1], *words[2:], *end], cwd=folder, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""docs/results.md and the README's table of results, made of the rows in results/data: `make docs` writes both.
+"""Tables of results, made of the rows in results/data: `make docs` writes docs/results.md and those of other pages.
 
 Each CSV file is one table, each of its rows one measurement: what was measured, its figures, and how the row came
 about. `command` repeats the row, `commit` is the version of the program that measured it, `date` the time of that
@@ -8,6 +8,7 @@ the table.
 """
 
 import csv
+import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from string import Formatter
 from string import ascii_lowercase as LETTERS
 
-from bench.results_tables import AHEAD, ALONE, COMPARED, OTHERS_EXCEPT, TABLES, Table
+from bench.results_tables import AHEAD, ALONE, COMPARED, OTHER_TABLES, OTHERS_EXCEPT, TABLES, Table
 
 Row = dict[str, str]
 
@@ -23,7 +24,8 @@ DATA = Path(__file__).parent.parent / "results" / "data"
 # How a row came about: the columns that are told beneath a table, and their words.
 TOLD = {"commit": "commit `{commit}` of {date:.10}", "device": "{device}", "note": "{note}"}
 WIDTH = 112  # characters of a line, which a command's indent and backslash still lengthen
-BEGIN, END = "<!-- made by `make docs` from results/data -->", "<!-- end of what `make docs` makes -->"
+# Where another page has a table: `README` is the README's, the others are those of OTHER_TABLES.
+PLACE = re.compile(r"(<!-- `make docs` makes (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 HEADER = "| network | B | this program | its loop alone | MAGIA | best other | mean image | seconds |"
 
 
@@ -175,13 +177,23 @@ def is_lost(row: Mapping[str, str]) -> bool:
     return bool(row["diverged"]) and row["diverged"] == row["runs"]
 
 
-def with_table(readme: str, folder: Path = DATA) -> str:
-    """The README's text, with the table of today's rows between its two marks.
+def with_tables(page: str, folder: Path = DATA) -> str:
+    """The text of a page, with tables of today's rows in the places that it names.
 
     Raises:
-        ValueError: the marks are not there, once each.
+        ValueError: it names none, or a table that there is not.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"README.md: there must be one line {BEGIN} and one line {END}")
-    before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{readme_table(folder)}\n{END}{rest.split(END)[1]}"
+    others = {table.name: table for table in OTHER_TABLES}
+
+    def made(place: re.Match) -> str:
+        begin, name, end = place.groups()
+        if name != "README" and name not in others:
+            raise ValueError(f"there is no table {name} for a page")
+        if name == "README":
+            return f"{begin}{readme_table(folder)}\n{end}"
+        rows = read_rows(folder, name)
+        return f"{begin}{table_text(others[name], rows)}\n\n{beneath(others[name], rows)}\n{end}"
+
+    if not PLACE.search(page):
+        raise ValueError("the page has no place for a table")
+    return PLACE.sub(made, page)

@@ -215,8 +215,9 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
     Table(
         "schedules",
         "What is the subset term worth?",
-        """LeNet, the first eight images, without signals, each schedule for all of its 300 steps: with the subset term
-        (alpha 0.999) and without it (alpha 1, where a schedule acts through the weight of the matching loss alone).""",
+        """LeNet, the first eight images, without signals, each schedule for all of its 300 steps (some 7,200
+        evaluations): with the subset term (alpha 0.999) and without it (alpha 1, where a schedule acts through the
+        weight of the matching loss alone).""",
         {"`--sel_mode`": "{sel_mode}"},
         {"PSNR (dB)": "{psnr}"},
         "`--alpha {alpha}`",
@@ -228,6 +229,20 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
         {"`--labels`": "`{labels}`", "B": "{batch_size}", "`--signals`": "`{signals}`"},
         {"PSNR (dB)": "{psnr}", "labels right": "{labels_right}"},
     ),
+)
+
+# Tables of other pages, which have the words around them.
+LEFT = ("{psnr}", " ({ssim})", ", {told_apart} of {images}", ", {label_accuracy}")
+OTHER_TABLES = tuple(
+    Table(
+        name,
+        "What is left?",
+        "",
+        {"update": "{update}"},
+        {"PSNR in dB (SSIM), images told apart (only where signals are read), share of the labels right": LEFT},
+        "`{attack}`",
+    )
+    for name in ("defences_lenet", "defences_convnet", "defences_resnet18_cifar")
 )
 
 # The README's table: networks that several attacks were run on (name, file, batch sizes), and networks that this

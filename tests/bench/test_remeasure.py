@@ -43,3 +43,10 @@ def test_commands_are_measured_with_the_data_and_checkpoints_that_are_named(tmp_
 def test_a_table_that_is_not_there_is_wrong_input(tmp_path, capsys):
     assert remeasure.main(["none", "--folder", str(tmp_path)]) == 2
     assert "none.csv" in capsys.readouterr().err
+
+
+def test_a_text_that_no_command_contains_is_wrong_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remeasure, "program", dict)
+    write_rows(tmp_path, "small", [OLD])
+    assert remeasure.main(["small", "--folder", str(tmp_path), "--rows", "resnet"]) == 2
+    assert "no command of small contains 'resnet'" in capsys.readouterr().err

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from conftest import ROOT
 
-from bench.results_page import DATA, beneath, marks, read_rows, results_page, table_text, with_table, write_rows
-from bench.results_tables import TABLES, Table
+from bench.results_page import DATA, beneath, marks, read_rows, results_page, table_text, with_tables
+from bench.results_tables import OTHER_TABLES, TABLES, Table
 
 SMALL = Table(
     "small", "What?", "This.", {"method": "`{method}`"}, {"PSNR": ("{psnr}", " ± {spread}")}, "B = {batch_size}"
@@ -21,13 +21,13 @@ def row(method="a", batch_size="1", psnr="30.0", commit="c2", date="2026-02-02 1
 
 def test_the_pages_are_what_make_docs_writes():
     assert (ROOT / "docs" / "results.md").read_text() == results_page()
-    readme = (ROOT / "README.md").read_text()
-    assert readme == with_table(readme)
+    for page in (ROOT / "README.md", ROOT / "docs" / "defences.md"):
+        assert page.read_text() == with_tables(page.read_text())
 
 
 def test_every_row_says_how_it_came_about():
-    assert {file.stem for file in DATA.iterdir()} == {table.name for table in TABLES}
-    for table in TABLES:
+    assert {file.stem for file in DATA.iterdir()} == {table.name for table in (*TABLES, *OTHER_TABLES)}
+    for table in (*TABLES, *OTHER_TABLES):
         for one in read_rows(DATA, table.name):
             assert one["command"].startswith("python "), table.name
             assert re.fullmatch(r"[0-9a-f]{7,}", one["commit"])
@@ -79,9 +79,11 @@ def test_two_rows_for_one_cell_are_an_error():
         table_text(SMALL, [row(), row(psnr="31.0")])
 
 
-def test_a_readme_without_the_marks_is_an_error():
-    with pytest.raises(ValueError, match=r"README\.md: there must be one line"):
-        with_table("# A page\n")
+def test_a_page_without_a_place_and_a_place_without_a_table_are_errors():
+    with pytest.raises(ValueError, match="no place for a table"):
+        with_tables("# A page\n")
+    with pytest.raises(ValueError, match="no table none"):
+        with_tables("<!-- `make docs` makes none -->\n<!-- end -->\n")
 
 
 def test_links_between_pages_lead_to_headings():
