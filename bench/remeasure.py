@@ -5,8 +5,8 @@
     make docs
 
 The commands of the rows run one after the other, each in a temporary folder. Commands of main_MAGIA_sel.py, which
-leaves metrics.json, and of `benchmark.py grid` and `defences`, which leave summary.csv, can be run so. A row whose command
-fails stays as it was.
+leaves metrics.json, and of `benchmark.py grid` and `defences`, which leave summary.csv, can be run so. A row whose
+command fails stays as it was.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data_path", type=Path, help="the file that stands for the .npz file of a command")
     parser.add_argument("--weights_dir", type=Path, help="the folder of the checkpoints that commands name")
     parser.add_argument(
-        "--machine", default="", metavar="TEXT", help="what the column `device` is to say; default asked"
+        "--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's name"
     )
     parser.add_argument("--folder", type=Path, default=DATA, help="where the tables are; default results/data")
     asked = parser.parse_args(argv)

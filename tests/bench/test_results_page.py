@@ -1,11 +1,13 @@
 """Tables of results: docs/results.md and the README's are what the rows in results/data make, and nothing else."""
 
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, resolved
 
+import benchmark
 from bench.results_page import DATA, beneath, marks, read_rows, results_page, table_text, with_tables
 from bench.results_tables import OTHER_TABLES, TABLES, Table
 
@@ -34,6 +36,20 @@ def test_every_row_says_how_it_came_about():
             assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", one["date"])
             assert one["device"]
             assert re.fullmatch(r"(\d+(\.\d+)?)?", one["seconds"])  # empty where they were never recorded
+
+
+def test_every_command_is_one_that_its_program_takes():
+    for table in (*TABLES, *OTHER_TABLES):
+        for command in {one["command"] for one in read_rows(DATA, table.name)}:
+            _, script, *words = shlex.split(command)
+            if script == "benchmark.py":
+                asked, words = benchmark.build_parser().parse_known_args(words)
+                assert asked.out.name == "DIR"
+                if asked.command != "speed":  # which has one network, and no attacks of others
+                    benchmark.refuse_unknown(asked, words)
+            else:
+                assert script == "main_MAGIA_sel.py"
+            resolved(*words)
 
 
 def test_a_table_has_a_line_for_each_method_and_a_column_for_each_size():
