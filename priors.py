@@ -25,7 +25,7 @@ def opponent_basis(channels: int, *, dtype: torch.dtype = torch.float32, device:
     """Orthonormal axes (C, C) whose rows are luma, red-green and yellow-blue; the identity for anything but RGB.
 
     Natural images vary most along luma, and their edges along the chroma axes are few: a prior that sees the three
-    apart, and holds chroma tighter, is worth several dB (docs/results.md, "What each part is worth").
+    apart, and holds chroma tighter, is worth several dB (docs/results.md, "What is each part worth?").
     """
     if channels != 3:
         return torch.eye(channels, dtype=dtype, device=device)

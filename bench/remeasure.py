@@ -1,0 +1,168 @@
+"""Measures rows of results/data again, and puts their new figures, commit, date, device and seconds into the file.
+
+    python -m bench.remeasure parts --data_path cifar10_test.npz
+    python -m bench.remeasure networks --rows "--model convnet" --data_path cifar10_test.npz --weights_dir checkpoints
+    make docs
+
+The commands of the rows run one after the other, each in a temporary folder. Commands of main_MAGIA_sel.py, which
+leaves metrics.json, and of `benchmark.py grid` and `defences`, which leave summary.csv, can be run so. A row whose
+command fails stays as it was.
+"""
+
+import argparse
+import csv
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from bench.results_page import DATA, Row, read_rows, write_rows
+
+ROOT = Path(__file__).parent.parent
+# Columns of results/data that a run measures: its own name for the figure, and the digits that are kept.
+MEASURED = {
+    "psnr": ("psnr_mean", 1),
+    "psnr_spread": ("psnr_spread", 1),
+    "ssim": ("ssim_mean", 2),
+    "label_accuracy": ("label_accuracy", 2),
+    "told_apart": ("signals_found", 0),
+    "runs": ("runs", 0),
+}
+SHORT = 10  # seconds below which a digit behind the point is kept
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="bench.remeasure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", help="NAME of results/data/NAME.csv")
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose command contains this")
+    parser.add_argument("--data_path", type=Path, help="the file that stands for the .npz file of a command")
+    parser.add_argument("--weights_dir", type=Path, help="the folder of the checkpoints that commands name")
+    parser.add_argument(
+        "--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's name"
+    )
+    parser.add_argument("--folder", type=Path, default=DATA, help="where the tables are; default results/data")
+    asked = parser.parse_args(argv)
+    try:
+        rows, origin = read_rows(asked.folder, asked.table), program()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"bench.remeasure: error: {error}", file=sys.stderr)
+        return 2
+    chosen, failed = [number for number, row in enumerate(rows) if asked.rows in row["command"]], 0
+    if not chosen:
+        print(f"bench.remeasure: error: no command of {asked.table} contains {asked.rows!r}", file=sys.stderr)
+        return 2
+    for number in chosen:
+        row = rows[number]
+        print(row["command"], flush=True)
+        try:
+            figures = measure(row["command"], asked.data_path, asked.weights_dir)
+        except ValueError as error:
+            failed += 1
+            print(f"bench.remeasure: {error}", file=sys.stderr)
+            continue
+        rows[number] = renewed(row, figures) | origin | {"device": asked.machine or device_of(row["command"])}
+        write_rows(asked.folder, asked.table, rows)
+    return int(bool(failed))
+
+
+def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> dict[str, object]:
+    """The figures of one command, run in a folder of its own, with these data and checkpoints.
+
+    Raises:
+        ValueError: the command is of no kind that can be measured here, or it failed.
+    """
+    words = with_paths(shlex.split(command), data_path, weights_dir)
+    if words[1:2] == ["main_MAGIA_sel.py"]:
+        out, end = "results/run/metrics.json", ["--save_dir", "results", "--run_name", "run", "--quiet"]
+    elif words[1:3] in (["benchmark.py", "grid"], ["benchmark.py", "defences"]):
+        out, end = "out/summary.csv", ["--out", "out"]
+    else:
+        raise ValueError("only main_MAGIA_sel.py and benchmark.py grid and defences can be measured so")
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run(
+            [sys.executable, ROOT / words[1], *words[2:], *end], cwd=folder, capture_output=True, text=True
+        )
+        file = Path(folder) / out
+        if run.returncode or not file.is_file():
+            raise ValueError((run.stderr.splitlines() or [f"exit status {run.returncode}"])[-1])
+        if file.suffix == ".json":
+            return json.loads(file.read_text())
+        with file.open(newline="") as table:
+            return next(line for line in csv.DictReader(table) if line["preset"] == attack_of(words))
+
+
+def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path | None) -> list[str]:
+    """A command's words with these data behind --data_path and checkpoints from the folder, all paths absolute."""
+    there = (weights_dir or Path()).resolve()
+    new = list(words[:1])
+    for flag, word in pairwise(words):
+        if flag == "--data_path":
+            word = str((data_path if data_path and word.endswith(".npz") else Path(word)).resolve())
+        elif flag == "--weights":
+            word = str(there / word)
+        elif flag == "--models":
+            word = re.sub(r"(?<=--weights )\S+", lambda name: shlex.quote(str(there / name[0])), word)
+        new.append(word)
+    return new
+
+
+def attack_of(words: Sequence[str]) -> str:
+    """The attack that a grid's command is about, as its summary names it: the peer's, where there is one."""
+    value = dict(pairwise(words))
+    return f"{value['--peer']} {value['--peer_attacks']}" if "--peer" in value else value["--presets"]
+
+
+def renewed(row: Row, figures: Mapping[str, object]) -> Row:
+    """The row with what was measured in the columns that it has; what a run has no figure for becomes empty."""
+    new = {name: rounded(figures.get(key), digits) for name, (key, digits) in MEASURED.items() if name in row}
+    if "labels_right" in row:
+        new["labels_right"] = rounded(figures["label_accuracy"], 0, times=int(row["batch_size"]))
+    if "diverged" in row:  # the number of runs, none of them empty
+        new["diverged"] = rounded(float(figures.get("failed") or 0) or None, 0, times=int(figures.get("runs") or 1))
+    return row | new | {"seconds": rounded(figures["seconds"], int(float(figures["seconds"]) < SHORT))}
+
+
+def rounded(value: object, digits: int, times: int = 1) -> str:
+    """A figure as its file keeps it; empty where there is none."""
+    return "" if value in (None, "") else f"{times * float(value):.{digits}f}"
+
+
+def program() -> Row:
+    """Commit and date (UTC) of the program; a commit that the sources differ from ends in -dirty.
+
+    Raises:
+        OSError: git is not there.
+        subprocess.CalledProcessError: this is no checkout.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!results", ":!docs", ":!README.md")
+    date = datetime.fromtimestamp(int(git("show", "-s", "--format=%ct")), timezone.utc)
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    return {"commit": commit, "date": f"{date:%Y-%m-%d %H:%M}"}
+
+
+def device_of(command: str) -> str:
+    """What a command runs on: the name of the GPU that it asks for, or the number of threads and the processor."""
+    if "--device cuda" in command:
+        return torch.cuda.get_device_name()
+    file = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.is_file() else []
+    return f"{torch.get_num_threads()} threads of {names[0] if names else 'a CPU'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Which tables docs/results.md and the README show, from which files of results/data, and what they say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Parts = str | tuple[str, ...]  # templates of a row's columns; one that names an empty column is left out
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the page: results/data/NAME.csv, under the question that it answers."""
+
+    name: str
+    title: str
+    says: str  # a paragraph, filled anew
+    lines: Mapping[str, Parts]  # head -> what names a line
+    cells: Mapping[str, Parts]  # head -> a figure; with `across` the one cell, its head said beneath the table
+    across: str = ""  # template: each of its texts has a column of its own
+    pictures: str = ""  # what follows, as it is
+
+
+AHEAD = """
+# How sharp are the images, against what, and which part earns it?
+
+`make docs` makes this page from `results/data/*.csv`. To change the page, change those files, or measure rows again:
+`python -m bench.remeasure -h` says how. Each row has the command that repeats it, the commit of the program that
+measured it (of rows older than the files: the commit that brought the figure in), the device and the seconds. Beneath
+each table stand its newest commit and its commonest device. A row that came about in another way has a letter, which
+is explained there. An empty cell was not measured, or could not be. [labbook.md](labbook.md) says why the figures are
+as they are.
+
+**PSNR and SSIM** are means over a batch, after the best one-to-one assignment of reconstructions to true images,
+since the order of a batch cannot be known. PSNR is in dB and cut off at 100. PSNR varies by about 2 dB from batch to
+batch, so compare figures of the same batch and the same number of evaluations: a longer attack on the same network
+has more dB.
+
+**Data.** Commands name `cifar10_test.npz`, the first 256 images of the CIFAR-10 test set
+([reproducibility.md](reproducibility.md#set-up) makes the file). Unless a command says otherwise, the update is one
+averaged float32 gradient of the first B of them with seed 0, the network is the untrained LeNet with 100 classes, and
+labels are random. Trained networks were trained with Adam, batches of 128 and horizontal flips; `train_victim.py`
+makes their like. The brackets behind a network have its accuracy on 2,000 test images.
+
+**Seconds** are wall time on the device and include the search for signals. Two programs at a time ran on two cores,
+and up to four on the H100. All was measured with torch 2.13.0.
+"""
+
+RIVAL = ("{psnr}", " ± {psnr_spread}", ", {ssim}", ", {seconds} s", " (diverged: {diverged} of {runs})")
+RIVALS = {"method": "`{method}`", "labels": "{labels}"}
+FIGURES = "PSNR ± standard deviation over runs, SSIM, seconds"
+SHARE = "share of the labels that are right"
+BY_SIZE = "B = {batch_size}"
+
+TABLES = (
+    Table(
+        "networks",
+        "How sharp are the images of ordinary and trained networks?",
+        """The whole attack, to its end, on true labels of ten classes unless the network's name says otherwise. The MLP
+        of six layers is the setting of SPEAR (arXiv 2403.03945), which reports exact images up to B ≈ 25 there.""",
+        {"network": "{network}", "B": "{batch_size}"},
+        {
+            "told apart": "{told_apart}",
+            "labels right": "{labels_right}",
+            "PSNR (dB)": "{psnr}",
+            "SSIM": "{ssim}",
+            "seconds": "{seconds}",
+        },
+        pictures="""
+![Sixteen images from the gradient of a trained ResNet-18](../results/figures/comparison_resnet18_cifar_B16.png)
+
+*`resnet18_cifar`, trained, sixteen images, one averaged gradient, on an H100.*
+
+![Four photographs from the gradient of a ResNet-18 of 1,000 classes](../results/figures/comparison_photos_224.png)
+
+*Above the photographs `astronaut`, `chelsea`, `coffee` and `rocket` of scikit-image, in a folder `photos`; below what
+one averaged gradient of `torchvision:resnet18` gives away of them.*""",
+    ),
+    Table(
+        "training",
+        "Does a network give away less when it is trained?",
+        "The same attack on the same four images and three stages of one ConvNet: training makes the images no safer.",
+        {"ConvNet": "{weights}", "B": "{batch_size}"},
+        {"told apart": "{told_apart}", "labels right": "{labels_right}", "PSNR (dB)": "{psnr}"},
+    ),
+    Table(
+        "readings",
+        "How surely are all images of a batch told apart?",
+        """Readings of disjoint batches of trained networks. A reading is complete if every image was told apart and
+        every label was right.""",
+        {"network": "{network}", "B": "{batch_size}"},
+        {"readings": "{readings}", "complete": "{complete}"},
+    ),
+    Table(
+        "head",
+        "What does the head give away?",
+        """Images whose inputs of the head are read off its gradient: all of them, up to two fewer than there are
+        classes. Seconds are those of the search for images and of the walk down the layers.""",
+        {"network": "{network}", "classes": "{num_classes}", "labels": "{labels}", "seed": "{seed}"},
+        {"images read, seconds": ("{read}", ", {seconds} s")},
+        BY_SIZE,
+        pictures="![Images whose features are read, against the batch size](../results/figures/signals.png)",
+    ),
+    Table(
+        "rivals_lenet",
+        "How do published attacks do on an untrained LeNet?",
+        """LeNet, 100 classes, random labels, 2,500 gradient evaluations for every method, by the rules of [What is
+        fair](benchmark.md#what-is-fair); [Presets](benchmark.md#presets) says what each method is. Labels are read
+        from the gradient, optimised beside the images, or granted. Where a spread stands, the runs are three batches,
+        or three batches with three seeds each (the file has their number); elsewhere there is one run. A run that
+        diverged counts as the mean image in a mean.""",
+        RIVALS,
+        {FIGURES: RIVAL},
+        BY_SIZE,
+        pictures="""
+![Eight images of an untrained LeNet by every method](../results/figures/wall_lenet_B8.png)
+
+*LeNet, B = 8, 2,500 evaluations; the first row is the truth.*
+
+![PSNR against seconds](../results/figures/psnr_vs_seconds_lenet.png)
+
+*The first batch, seed 0; a run that diverged stands at the mean image.*""",
+    ),
+    Table(
+        "labels_lenet",
+        "Which labels do the attacks find on the untrained LeNet?",
+        "The first batch of the table above. `magia` tells all images apart at every size, no other method any.",
+        {"method": "`{method}`"},
+        {SHARE: "{label_accuracy}"},
+        BY_SIZE,
+    ),
+    Table(
+        "rivals_convnet",
+        "How do published attacks do on a trained ConvNet?",
+        """ConvNet, trained (58 %), ten classes, true labels, 1,000 gradient evaluations for every method.
+        `gradinversion` takes at most ten images here and `cpa` at most nine. A method with a flag behind its name has
+        the best setting that was found for this network ([the search](benchmark.md#tuned-rows)).""",
+        RIVALS,
+        {FIGURES: RIVAL},
+        BY_SIZE,
+        pictures="""
+![Eight images of a trained ConvNet by every method](../results/figures/wall_convnet_B8.png)
+
+*B = 8, one run of each method; the first row is the truth.*""",
+    ),
+    Table(
+        "labels_convnet",
+        "Which labels do the attacks find on the trained ConvNet?",
+        "The first batch of the table above. `magia` tells all images apart, no other method any.",
+        {"method": "`{method}`"},
+        {SHARE: "{label_accuracy}"},
+        BY_SIZE,
+    ),
+    Table(
+        "rivals_resnet18_cifar",
+        "How do published attacks do on a trained ResNet-18 for small images?",
+        """`resnet18_cifar`, trained (61 %), ten classes, true labels, one batch. Every method had 500 gradient
+        evaluations up to B = 8, 250 for B = 16 and 100 for B = 32, unless a letter says otherwise.""",
+        RIVALS,
+        {FIGURES: RIVAL},
+        BY_SIZE,
+        pictures="""
+![Four images of a trained ResNet-18 for small images by every method](../results/figures/wall_resnet18_cifar_B4.png)
+
+*`resnet18_cifar`, B = 4, 100 evaluations each; the first row is the truth.*""",
+    ),
+    Table(
+        "speed",
+        "What does one evaluation cost?",
+        """An evaluation is objective and gradient: of the closure in the published script, of this program's loop
+        without signals, and of the distance from known activations (`forward`), which also matches gradients where
+        the activations are too few. The ratio is the median over turns in one process; above 1 is faster than
+        published.""",
+        {"network": "{network}", "matched by `forward`": "{matched}", "on": "{chip}", "B": "{batch_size}"},
+        {"milliseconds (how many times as fast as published)": ("{milliseconds}", " ({ratio})")},
+        "{variant}",
+    ),
+    Table(
+        "courses",
+        "How soon are the images sharp?",
+        """Whole attacks on LeNet, 16 images, 2,500 evaluations unless said: what it takes to 20, 25 and 30 dB, with the
+        search for signals in the seconds. An attack with an empty cell never got there, or was not asked. The last
+        column has the seconds to within 0.1 dB of the best.""",
+        {"attack": "{attack}"},
+        {
+            "to 20 dB": ("{evaluations_to_20} evaluations, ", "{seconds_to_20} s"),
+            "to 25 dB": ("{evaluations_to_25} evaluations, ", "{seconds_to_25} s"),
+            "to 30 dB": ("{evaluations_to_30} evaluations, ", "{seconds_to_30} s"),
+            "best (dB)": "{best}",
+            "seconds": "{seconds}",
+        },
+    ),
+    Table(
+        "kinks",
+        "What is softening kinks worth without signals?",
+        """ConvNet, trained (58 %), ten classes, true labels, labels optimised, 2,000 evaluations. ReLUs and max-pools
+        stay as they are, or are soft at first (`--soften auto`, the default). The distance is relative to the size of
+        each tensor, or has one scale for the whole gradient.""",
+        {"B": "{batch_size}", "seed": "{seed}"},
+        {
+            "PSNR (dB), SSIM, labels right, seconds": (
+                "{psnr}",
+                ", {ssim}",
+                ", {labels_right} of {batch_size}",
+                ", {seconds} s",
+            )
+        },
+        "{variant}",
+    ),
+    Table(
+        "parts",
+        "What is each part worth?",
+        "LeNet, 16 images, without signals, 2,500 evaluations; each row is one change to the defaults.",
+        {"change": "{change}", "what it is": "{meaning}"},
+        {"PSNR (dB)": "{psnr}", "labels right": "{labels_right}"},
+    ),
+    Table(
+        "schedules",
+        "What is the subset term worth?",
+        """LeNet, the first eight images, without signals, each schedule for all of its 300 steps (some 7,200
+        evaluations): with the subset term (alpha 0.999) and without it (alpha 1, where a schedule acts through the
+        weight of the matching loss alone).""",
+        {"`--sel_mode`": "{sel_mode}"},
+        {"PSNR (dB)": "{psnr}"},
+        "`--alpha {alpha}`",
+    ),
+    Table(
+        "loop_labels",
+        "Which labels are hard without signals?",
+        "LeNet, 100 classes, 2,500 evaluations: images that share a label are hard for the loop alone.",
+        {"`--labels`": "`{labels}`", "B": "{batch_size}", "`--signals`": "`{signals}`"},
+        {"PSNR (dB)": "{psnr}", "labels right": "{labels_right}"},
+    ),
+)
+
+# Tables of other pages, which have the words around them.
+LEFT = ("{psnr}", " ({ssim})", ", {told_apart} of {images}", ", {label_accuracy}")
+OTHER_TABLES = tuple(
+    Table(
+        name,
+        "What is left?",
+        "",
+        {"update": "{update}"},
+        {"PSNR in dB (SSIM), images told apart (only where signals are read), share of the labels right": LEFT},
+        "`{attack}`",
+    )
+    for name in ("defences_lenet", "defences_convnet", "defences_resnet18_cifar")
+)
+
+# The README's table: networks that several attacks were run on (name, file, batch sizes), and networks that this
+# program alone was run on (name, name in networks.csv, batch sizes).
+COMPARED = (
+    ("LeNet, 100 classes, untrained", "rivals_lenet", (1, 4, 16)),
+    ("ConvNet, trained to 58 %", "rivals_convnet", (1, 4, 8)),
+    ("ResNet-18 for small images, trained to 61 %", "rivals_resnet18_cifar", (1, 4)),
+)
+ALONE = (
+    ("ResNet-18, trained to 62 %", "`resnet18`, trained (62 %)", (16, 24)),
+    ("MLP, six layers, ReLU, untrained", "`mlp`, ReLU, six layers of width 200, untrained", (30,)),
+    (
+        "`torchvision:resnet18`, 1,000 classes, 224 pixels, untrained",
+        "`torchvision:resnet18`, untrained, 1,000 classes, photographs of 224 pixels",
+        (4,),
+    ),
+)
+OTHERS_EXCEPT = ("magia", "paper", "mean_image", "grey_image")  # what the names of the others do not begin with

@@ -1,0 +1,52 @@
+"""Rows of results/data are measured again by their own commands."""
+
+from bench import remeasure
+from bench.results_page import read_rows, write_rows
+
+ORIGIN = {"commit": "c2", "date": "2026-02-02 10:00", "device": "a core", "seconds": "1"}
+OLD = {"batch_size": "2", "psnr": "99.9", "labels_right": "9", "runs": "7", "diverged": "7", "command": ""} | ORIGIN
+
+
+def test_rows_are_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(remeasure, "program", lambda: {"commit": "c3", "date": "2026-03-03 10:00"})
+    small = "--image_size 16 --num_classes 10"
+    commands = (
+        f"python main_MAGIA_sel.py --batch_size 2 {small} --n_iter 2 --signals off",
+        f'python benchmark.py grid --presets "grey_image" --batch_sizes 2 --batches 0 --seeds 0 {small} --out DIR',
+        "python benchmark.py speed",
+    )
+    rows = [OLD | {"command": text} for text in commands]
+    write_rows(tmp_path, "small", rows)
+    words = ["small", "--folder", str(tmp_path), "--machine", "this machine"]
+    assert remeasure.main([*words, "--rows", "num_classes"]) == 0
+    attack, guess, other = read_rows(tmp_path, "small")
+    for new, command in ((attack, commands[0]), (guess, commands[1])):
+        assert new["command"] == command
+        assert 0 < float(new["psnr"]) < 60
+        assert float(new["seconds"]) >= 0
+        assert (new["commit"], new["date"], new["device"]) == ("c3", "2026-03-03 10:00", "this machine")
+    assert 0 <= int(attack["labels_right"]) <= 2
+    assert (guess["labels_right"], guess["runs"], guess["diverged"]) == ("", "1", "")
+    assert other == rows[2]
+    assert remeasure.main([*words, "--rows", "speed"]) == 1
+    assert read_rows(tmp_path, "small") == [attack, guess, other]
+
+
+def test_commands_are_measured_with_the_data_and_checkpoints_that_are_named(tmp_path):
+    words = ["--data_path", "cifar10_test.npz", "--weights", "a.npz", "--models", "mlp --weights b.npz,lenet"]
+    data, weights = tmp_path / "data.npz", tmp_path / "weights"
+    assert remeasure.with_paths(words, data, weights) == [
+        "--data_path", str(data), "--weights", f"{weights}/a.npz", "--models", f"mlp --weights {weights}/b.npz,lenet",
+    ]  # fmt: skip
+
+
+def test_a_table_that_is_not_there_is_wrong_input(tmp_path, capsys):
+    assert remeasure.main(["none", "--folder", str(tmp_path)]) == 2
+    assert "none.csv" in capsys.readouterr().err
+
+
+def test_a_text_that_no_command_contains_is_wrong_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remeasure, "program", dict)
+    write_rows(tmp_path, "small", [OLD])
+    assert remeasure.main(["small", "--folder", str(tmp_path), "--rows", "resnet"]) == 2
+    assert "no command of small contains 'resnet'" in capsys.readouterr().err
