@@ -18,7 +18,7 @@ from network.kinds.affine import LinearMap
 
 # Equations for each unknown from which a layer is expected to be determined, and a block is tried as a whole: on a
 # small net 1.11 are enough, 1.03 are not.
-ENOUGH = 1.1
+ENOUGH = 1.05
 
 # Cholesky of the scaling takes a third of the cube of this many unknowns a channel: 4096 are a second or two.
 DENSE = 4096

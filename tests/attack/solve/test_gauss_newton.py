@@ -6,8 +6,9 @@ import torch
 from scipy.optimize import nnls
 from torch import nn
 
+from attack.solve.budget import unlimited
 from attack.solve.cgls import Stacked
-from attack.solve.gauss_newton import Equations, Tangent, gauss_newton
+from attack.solve.gauss_newton import NonlinearEquations, Tangent, gauss_newton
 from attack.walk.equations import KnownRows
 
 
@@ -37,13 +38,13 @@ def equations_of(function, truth, is_positive):
     target = function(truth)[0]
     rows = Stacked([KnownRows(torch.ones_like(target))], [torch.ones(1)], [target.shape])
     scale = torch.ones(1, dtype=truth.dtype)
-    return Equations(function, function, [rows], [rows], [target.flatten()], scale, is_positive)
+    return NonlinearEquations(function, function, [rows], [rows], [target.flatten()], scale, is_positive)
 
 
 def test_gauss_newton_finds_a_square_root():
     truth = 1 + double(1, 3, 4).abs()
     equations = equations_of(lambda x: (x.square(),), truth, is_positive=False)
-    solution = gauss_newton(equations, torch.full_like(truth, 3.0))
+    solution = gauss_newton(equations, torch.full_like(truth, 3.0), budget=unlimited())
     assert torch.allclose(solution.x, truth, rtol=1e-6)
     assert solution.residual < 1e-6
 
@@ -55,7 +56,7 @@ def test_what_may_not_be_negative_is_the_best_that_is_not(seed):
         equations_of(lambda x: (x @ mix.to(x).T,), torch.ones(1, 8, dtype=torch.float64), is_positive=True),
         targets=[target.flatten()],
     )
-    x = gauss_newton(equations, torch.ones(1, 8, dtype=torch.float64)).x
+    x = gauss_newton(equations, torch.ones(1, 8, dtype=torch.float64), budget=unlimited()).x
     best, length = nnls(mix.numpy(), target.flatten().numpy())
     assert (best == 0).any()
     assert np.allclose(x.numpy(), best, atol=1e-4)

@@ -8,15 +8,21 @@ import torch
 from torch import nn
 
 from attack.read.forecast import explain
+from attack.solve.budget import OutOfTimeError, WorkBudget, unlimited
 from attack.solve.cgls import Product, cgls, refined
-from attack.walk import layer_solve as solvers
+from attack.walk import methods
 from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows, Scaling, stack
-from attack.walk.layer_solve import Alone
-from attack.walk.walk import LayerSource, Point, Update, _Walk, below, descend, noise_of, without_noise
+from attack.walk.layer_solve import LayerSolver
+from attack.walk.masks import flip_gain
+from attack.walk.methods import Alone
+from attack.walk.noise import noise_of, without_noise
+from attack.walk.sources import LayerSource
+from attack.walk.walk import BatchGradients, descend
 from client.victim import share_update
 from data import load_batch, open_source
 from network.chain import index_of
 from network.kinds.affine import LinearMap
+from network.known_outputs import KnownOutputs
 from network.stage import run
 from network.tracing import stages
 from network.zoo import build_model
@@ -81,7 +87,7 @@ def test_scaled_gradient_rows_are_solved_at_once():
     rows = [Rows(operator, operator.forward(u), torch.ones(40, 1, 1, 1, dtype=torch.float64))]
     stacked, target = stack(rows)
     scaling = Scaling.of(rows, u.shape)
-    solution = cgls(Product(stacked, scaling), target, torch.zeros_like(u), iterations=10)
+    solution = cgls(Product(stacked, scaling), target, torch.zeros_like(u), iterations=10, budget=unlimited())
     assert solution.stopped == "converged"
     assert solution.iterations <= 3
     assert torch.allclose(scaling.forward(solution.x), u)
@@ -96,7 +102,7 @@ def test_refinement_reaches_full_precision_in_float32_products():
     matrix = double(40, 10) @ torch.diag(torch.logspace(0, -2, 10, dtype=torch.float64))
     x, noise = double(10, seed=1), 1e-6 * double(40, seed=2)
     target, start = matrix @ x + noise, torch.zeros(10, dtype=torch.float64)
-    solution = refined(Matrix(matrix), Matrix(matrix.float()), target, start, iterations=400)
+    solution = refined(Matrix(matrix), Matrix(matrix.float()), target, start, iterations=400, budget=unlimited())
     best = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0]
     assert (solution.x - best).norm() < 1e-8 * best.norm()  # float32 alone leaves 1e-6 and more
     assert solution.residual == pytest.approx(float((target - matrix @ best).norm() / target.norm()), rel=1e-6)
@@ -106,19 +112,22 @@ def test_refinement_reaches_full_precision_in_float32_products():
 def test_refinement_keeps_its_limits():
     matrix, x = double(40, 10), double(10, seed=1)
     system = Matrix(matrix), Matrix(matrix.float()), matrix @ x, torch.zeros_like(x)
-    assert refined(*system, iterations=3).iterations == 3
-    assert refined(*system, iterations=50, deadline=0).stopped == "deadline"
+    assert refined(*system, iterations=3, budget=unlimited()).iterations == 3
+    with pytest.raises(OutOfTimeError):
+        refined(*system, iterations=50, budget=WorkBudget(deadline=0))
 
 
 def test_the_solver_says_why_it_stopped():
     matrix, x = double(30, 10), double(10, seed=1)
     target = matrix @ x
-    done = cgls(Matrix(matrix), target, torch.zeros(10, dtype=torch.float64), iterations=50)
+    done = cgls(Matrix(matrix), target, torch.zeros(10, dtype=torch.float64), iterations=50, budget=unlimited())
     assert done.stopped == "converged"
     assert torch.allclose(done.x, x)
     assert done.residual < 1e-10
-    assert cgls(Matrix(matrix), target, torch.zeros_like(x), iterations=2).stopped == "iterations"
-    assert cgls(Matrix(matrix), target, torch.zeros_like(x), iterations=2, deadline=0).stopped == "deadline"
+    short = cgls(Matrix(matrix), target, torch.zeros_like(x), iterations=2, budget=unlimited())
+    assert short.stopped == "iterations"
+    with pytest.raises(OutOfTimeError):
+        cgls(Matrix(matrix), target, torch.zeros_like(x), iterations=2, budget=WorkBudget(deadline=0))
 
 
 def test_grouped_convolutions_are_refused():
@@ -126,51 +135,11 @@ def test_grouped_convolutions_are_refused():
         LinearMap.of(nn.Conv2d(4, 4, 3, groups=2), (4, 8, 8))
 
 
-@pytest.mark.parametrize("module", [nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.Flatten(), nn.AdaptiveAvgPool2d(1)])
-def test_below_gives_back_values_and_delta(module):
-    side = 1 if isinstance(module, nn.AdaptiveAvgPool2d) else 3
-    z = double(2, 4, side, side).requires_grad_()
-    a = module(z)
-    delta = double(*a.shape, seed=1)
-    (expected,) = torch.autograd.grad((a * delta).sum(), z)
-    found = below(module, point(a.detach(), delta), z.shape[1:])
-    assert torch.allclose(found.values[found.known], z.detach()[found.known])
-    assert torch.allclose(found.delta, expected)
-    assert torch.equal(found.known, z > 0 if isinstance(module, nn.ReLU) else torch.ones_like(z, dtype=torch.bool))
-
-
-def test_below_batch_norm():
-    norm = nn.BatchNorm2d(3, dtype=torch.float64).eval()
-    with torch.no_grad():
-        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
-            tensor.uniform_(0.5, 2, generator=generator(5))
-        norm.weight[1] = 0  # closed: nothing of this channel can be known
-    z = double(2, 3, 4, 4).requires_grad_()
-    delta = double(2, 3, 4, 4, seed=1)
-    (expected,) = torch.autograd.grad((norm(z) * delta).sum(), z)
-    found = below(norm, point(norm(z).detach(), delta), z.shape[1:])
-    assert found.known.sum((0, 2, 3)).tolist() == [32, 0, 32]
-    assert torch.allclose(found.values[found.known], z.detach()[found.known])
-    assert torch.allclose(found.delta, expected)
-
-
-@pytest.mark.parametrize("module", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.GELU()])
-def test_what_cannot_be_inverted_says_so(module):
-    with pytest.raises(ValueError, match=r"pool|GELU"):
-        below(module, point(double(2, 3, 2, 2), double(2, 3, 2, 2)), (3, 4, 4))
-
-
-def point(values, delta):
-    full = torch.full_like(values, 1e-9)
-    return Point(
-        values, torch.ones_like(values, dtype=torch.bool), delta, torch.zeros_like(delta), full, full + torch.inf
-    )
-
-
 def test_noise_is_read_below_zero():
     clean = double(4, 50, 3, 3).relu()
     noise = torch.tensor([1e-5, 1e-4, 1e-3, 1e-5]).double().view(-1, 1, 1, 1)
-    measured = noise_of(clean + noise * double(4, 50, 3, 3, seed=1), torch.zeros(4, 1, 1, 1).double(), True)
+    noisy = clean + noise * double(4, 50, 3, 3, seed=1)
+    measured = noise_of(noisy, torch.zeros(4, 1, 1, 1).double(), is_after_relu=True)
     ratio = (measured / noise).flatten(1).median(1).values
     assert ((ratio > 0.7) & (ratio < 4)).all()
 
@@ -184,34 +153,35 @@ def with_a_wrong_mask(width, loudness):
     linear, delta = LinearMap.of(conv, (3, 4, 4)), double(2, width, 4, 4, seed=1)
     delta[1] *= loudness
     gradient = linear.weights(truth, delta)
-    wrong, asleep = (1, 5, 2, 2), torch.zeros_like(delta)
-    asleep[wrong], delta[wrong] = delta[wrong].item(), 0.0
-    above = replace(point(linear.outputs(truth), delta), asleep=asleep, margin=torch.ones_like(delta))
-    whole = {"left_out": torch.zeros(width).bool(), "doubt": 0 * double(2)}
+    wrong, masked = (1, 5, 2, 2), torch.zeros_like(delta)
+    masked[wrong], delta[wrong] = delta[wrong].item(), 0.0
+    outputs = KnownOutputs.of(linear.outputs(truth), delta, torch.full_like(delta, 1e-9))
+    above = replace(outputs, masked_delta=masked, margin=torch.ones_like(delta), is_gated=True)
+    whole = {"left_out": torch.zeros(width).bool(), "mask_error": 0 * double(2)}
     source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, **whole)
-    return source, truth, wrong, asleep[wrong]
+    return source, truth, wrong, masked[wrong]
 
 
 def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it():
     source, truth, wrong, _ = with_a_wrong_mask(24, 1.0)
     operator, target = stack(source.rows()[:1])
-    u = cgls(operator, target, torch.zeros_like(truth), iterations=200).x
+    u = cgls(operator, target, torch.zeros_like(truth), iterations=200, budget=unlimited()).x
     assert (u - truth).norm() > 1e-2 * truth.norm()
-    suspicion = source.suspicion(u)
-    assert np.unravel_index(int(suspicion.argmax()), suspicion.shape) == wrong
-    mended = replace(source, above=source.above.flipped(suspicion == suspicion.max()))
+    gain = flip_gain(source, u)
+    assert np.unravel_index(int(gain.argmax()), gain.shape) == wrong
+    mended = source.flipped(gain == gain.max())
     operator, target = stack(mended.rows()[:1])
-    assert torch.allclose(cgls(operator, target, torch.zeros_like(truth), iterations=200).x, truth)
-    assert not mended.suspicion(truth).any()
+    assert torch.allclose(cgls(operator, target, torch.zeros_like(truth), iterations=200, budget=unlimited()).x, truth)
+    assert not flip_gain(mended, truth).any()
 
 
 def test_a_faint_images_wrong_mask_is_mended_though_noise_might_have_left_as_much():
     source, truth, wrong, right = with_a_wrong_mask(48, 1e-5)
-    walk = _Walk(Update({"conv.weight": source.gradient}, 2), generator(), math.inf)
-    u, (mended,) = walk.solve("conv", [source], Alone(truth.shape, generator()), False)
-    assert mended.above.delta[wrong] == right
-    assert (u - truth)[0].norm() < 1e-9 * truth[0].norm()
-    assert walk.records[-1].flips == 1
+    solver = LayerSolver(unlimited(), too_weak=torch.zeros(2).bool(), needs_all=False)
+    solved = solver.solve("conv", [source], Alone(truth.shape, generator(), unlimited()), is_after_relu=False)
+    assert solved.sources[0].above.delta[wrong] == right
+    assert (solved.u - truth)[0].norm() < 1e-9 * truth[0].norm()
+    assert solved.record.flips == 1
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -263,8 +233,13 @@ def walk(net, count, start, noise=1e-7):
         truth = [run(chain[:index], data.images.double()) for index in range(len(chain))]
     index = index_of(chain, start)
     inputs = truth[index] + noise * truth[index].square().mean().sqrt() * double(*truth[index].shape)
-    given = Update(update.gradients, count)
-    return descend(chain, (3, 16, 16), given, index, inputs, data.labels, generator=generator()), truth, chain
+    return down(chain, update.gradients, index, inputs, data.labels), truth, chain
+
+
+def down(chain, gradients, start, inputs, labels, budget=None):
+    given = BatchGradients(gradients, len(labels))
+    how = {"generator": generator(), "budget": budget or unlimited()}
+    return descend(chain, (3, 16, 16), given, start, inputs, labels, **how)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Sigmoid, nn.Tanh])
@@ -280,8 +255,8 @@ def test_the_walk_goes_through_a_residual_block(activation):
 
 @pytest.mark.parametrize(("patient", "is_known"), [(2, False), (100, True)])
 def test_an_input_on_its_way_gets_more_iterations(monkeypatch, patient, is_known):
-    monkeypatch.setattr(solvers, "ITERATIONS", (2, 2))
-    monkeypatch.setattr(solvers, "PATIENT", patient)
+    monkeypatch.setattr(methods, "ITERATIONS", (2, 2))
+    monkeypatch.setattr(methods, "PATIENT", patient)
     descent, _, _ = walk(small_net(nn.Tanh), 2, "last")
     block = descent.records[1]
     assert (block.name, block.determined) == ("add", is_known)
@@ -312,7 +287,7 @@ def test_false_gradients_are_not_believed():
     chain = stages(copy.deepcopy(net).double())
     index = index_of(chain, "last")
     inputs = run(chain[:index], data.images.double()).detach()
-    descent = descend(chain, (3, 16, 16), Update(wrong, 2), index, inputs, data.labels, generator=generator())
+    descent = down(chain, wrong, index, inputs, data.labels)
     assert descent.deepest == index
     assert not descent.records[-1].determined
 
@@ -325,9 +300,20 @@ def test_a_frozen_layer_ends_the_walk_with_a_word():
     chain = stages(copy.deepcopy(net).double())
     index = index_of(chain, "last")
     inputs = run(chain[:index], data.images.double()).detach()
-    descent = descend(chain, (3, 16, 16), Update(gradients, 2), index, inputs, data.labels, generator=generator())
+    descent = down(chain, gradients, index, inputs, data.labels)
     assert descent.deepest == index
     assert "0 equations" in descent.records[-1].reason
+
+
+def test_the_clock_ends_a_walk_and_the_last_record_says_so():
+    net, data = small_net(nn.ReLU), batch(2)
+    update = share_update(net, "net", data.images, data.labels, 10)
+    chain = stages(copy.deepcopy(net).double())
+    index = index_of(chain, "last")
+    inputs = run(chain[:index], data.images.double()).detach()
+    descent = down(chain, update.gradients, index, inputs, data.labels, WorkBudget(deadline=0))
+    assert descent.deepest == index
+    assert "the clock" in descent.records[-1].reason
 
 
 def test_a_sigmoid_mlp_gives_its_pixels():
@@ -353,8 +339,8 @@ def with_a_quiet_image(loudness):
     chain = stages(copy.deepcopy(net).double())
     with torch.no_grad():
         truth = [run(chain[:index], data.images.double()) for index in range(len(chain))]
-    start, given = len(chain) - 1, Update(update.gradients, 10)
-    descent = descend(chain, (3, 16, 16), given, start, truth[start], data.labels, generator=generator())
+    start = len(chain) - 1
+    descent = down(chain, update.gradients, start, truth[start], data.labels)
     at = descent.deepest
     error = (descent.inputs[at] - truth[at]).flatten(1).norm(dim=1) / truth[at].flatten(1).norm(dim=1)
     return descent, error, chain[at].name
@@ -363,14 +349,14 @@ def with_a_quiet_image(loudness):
 def test_the_walk_goes_on_without_an_image_that_is_too_quiet():
     descent, error, name = with_a_quiet_image(1e-6)
     assert name == "3"
-    assert [record.behind for record in descent.records if record.determined] == [1]
+    assert [int(record.too_weak.sum()) for record in descent.records if record.determined] == [1]
     assert float(error[0]) > 1e-2 > 100 * float(error[1:].max())
     assert "pixels come of all images or of none" in descent.records[-1].reason
 
 
-def test_no_image_falls_behind_that_can_be_heard():
+def test_no_image_is_too_weak_that_can_be_heard():
     descent, error, _ = with_a_quiet_image(1e-2)
-    assert all(record.determined and not record.behind for record in descent.records)
+    assert all(record.determined and not record.too_weak.any() for record in descent.records)
     assert descent.deepest <= 1
     assert float(error.max()) < 1e-2
 
