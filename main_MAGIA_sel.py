@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.match.activations import STATISTICS, ForwardLoss, ForwardMatching, course_for, spectral_power_for
+from attack.match.activations import STATISTICS, ForwardLoss, ForwardMatching, course_for
 from attack.match.entries import observed
 from attack.match.gradients import MatchingLoss
 from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty, StatisticsLoss, disagreement
@@ -31,15 +31,16 @@ from attack.match.softening import SoftenedMatching, kinked_chain
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState, Terms
-from attack.prepare import Known, start_images
+from attack.prepare import Known
 from cli.ahead import known_ahead, scaled_update
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
 from cli.provenance import provenance
-from cli.runtime import INTERRUPTED, enough_threads, interruptible, place_named, stream
-from cli.settings import adopt, facts_of, optimiser_of, privacy_of, resolve, run_path, schedule_of, words_of
-from cli.victim import images_named, save_batch, victim
+from cli.runtime import INTERRUPTED, enough_threads, interruptible, place_named
+from cli.settings import adopt, facts_of, privacy_of, resolve, run_path, schedule_of, words_of
+from cli.start import first_state, pixel_map
+from cli.victim import save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
@@ -172,7 +173,6 @@ QUIET = False  # print the last line only
 # ----------------------------------------------------------------------------------------------------
 # The attack
 
-PLAIN_PIXELS = {"box": "none", "spectral_power": 0.0, "chroma_gain": 1.0}
 FLAGS = read_flags(Path(__file__), globals())
 
 
@@ -288,35 +288,6 @@ def prepare(
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
     return state, build_objective(update, model, known, pixels, settings), known
-
-
-def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: argparse.Namespace) -> PixelMap:
-    """What the optimiser moves, as the settings say or as what is matched asks for."""
-    power = settings.spectral_power
-    if power is None:
-        power = spectral_power_for(stages(model)[: known.start]) if known.is_followed else 1.0
-    how = {"spectral_power": power, "box": settings.box, "chroma_gain": settings.chroma_gain}
-    return PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
-
-
-def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
-    """Start images and label logits, the optimiser that moves them, and the generator that subsets are drawn from."""
-    generator, copies, shape = stream(settings.seed, "attack"), settings.restarts, update.image_shape
-    named = (settings.init, update.batch_size, shape[-1], stream(settings.seed, "init"))
-    given = images_named(*named) if copies == 1 else None
-    start = start_images(settings.init, (update.batch_size, *shape), copies, generator, given, noise=known.noise)
-    if known.is_exact:
-        start = known.pixels.repeat(copies, 1, 1, 1)
-    logits = settings.label_std * torch.randn(copies * update.batch_size, update.num_classes, generator=generator)
-    return AttackState(
-        z=pixels.encode(start.to(pixels.device, pixels.dtype)),
-        label_variables=(logits / settings.label_gain).to(pixels.device, pixels.dtype),
-        generator=generator,
-        optimiser=optimiser_of(settings),
-        label_gain=settings.label_gain,
-        known_labels=known.labels,
-        copies=copies,
-    )
 
 
 def build_objective(

@@ -18,7 +18,7 @@ from attack.read.reader import read_layers
 from bench.cells import Cell, cell_name
 from bench.guesses import GUESSES, MEAN, guess
 from bench.peers import breaching_attack
-from cli.ahead import with_scale
+from cli.ahead import scaled_update
 from cli.runtime import INTERRUPTED, enough_threads, place_named, stream
 from cli.settings import resolve
 from cli.victim import client_batch, victim
@@ -49,14 +49,15 @@ def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
     row = dict(zip(READ, (0, 0, 0, None, 0.0, ""), strict=True))
     try:
         with enough_threads(model, update.batch_size, update.image_shape):
-            signals = read_layers(update, model, generator=stream(settings.seed, "signals")).signals
+            reading = read_layers(update, model, generator=stream(settings.seed, "signals"))
     except ValueError as error:
         return row | {"note": str(error)}
-    row |= {"found": len(signals), "signal_seconds": round(signals.seconds, 2)}
+    signals = reading.signals
+    row |= {"found": len(signals), "signal_seconds": round(reading.seconds, 2)}
     if len(signals):
         with torch.no_grad():
-            features = features_of(model, truth.images.to(next(model.parameters()))).to(signals.features)
-        found, true, error = matched(signals.features, features)
+            features = features_of(model, truth.images.to(next(model.parameters()))).to(signals.values)
+        found, true, error = matched(signals.values, features)
         row["labels_right"] = int((signals.labels.cpu()[found] == truth.labels[true]).sum())
         row["within_1_percent"] = int((error < CLOSE).sum())
         row["worst_error"] = float(error.max())
@@ -67,7 +68,7 @@ def victim_of(cell: Cell, flags: Sequence[str]) -> tuple[SharedUpdate, torch.nn.
     """The update that a cell attacks, its scale restored, its model, the truth, and the settings behind them."""
     settings = settings_of(cell, flags)
     update, model, truth = victim(settings, place_named(settings))
-    return with_scale(update, model, settings)[0], model, truth, settings
+    return scaled_update(update, model, settings)[0], model, truth, settings
 
 
 def truth_of(cell: Cell, flags: Sequence[str]) -> Batch:

@@ -16,6 +16,7 @@ what a reading would have found; whole attacks are run on real images, and read 
 
 import argparse
 import copy
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,13 +36,12 @@ from attack.optimise.budget import Budget
 from attack.optimise.state import AttackState
 from attack.prepare import Known
 from attack.read.forecast import explain
-from attack.read.layer_choice import places
+from attack.read.layer_choice import candidate_layers
 from attack.read.reader import Reading, read_layers
-from attack.read.span import span_of
 from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
-from cli.ahead import read_ahead
+from cli.ahead import known_ahead
 from cli.model import model_options, server_model
 from cli.runtime import enough_threads, place_named, stream
 from cli.settings import resolve, schedule_of
@@ -145,7 +145,7 @@ def forward(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Var
     """
     settings, _ = resolve(flags, magia.FLAGS)
     began = time.perf_counter()
-    known = replace(read_ahead(update, model, settings, None, None), pixels=None)
+    known = replace(known_ahead(update, model, settings, None, None), pixels=None)
     if not known.is_complete:
         raise ValueError(f"{len(known.features)} of {update.batch_size} images told apart")
     made = from_known(update, model, known, settings)
@@ -351,7 +351,7 @@ def _stage_seconds(update: SharedUpdate, model: nn.Module, settings: argparse.Na
     told = {row["layer"]: row["seconds"] for row in reading.layers if row["dimension"] is not None}
     down = {f"down to {row['layer']}": row["seconds"] for row in reading.layers if row["dimension"] is None}
     seconds = {"span": sum(spans.values()), "unmixing": sum(told.values()) - sum(spans.values())}
-    return seconds | {name: spent for name, spent in down.items() if spent > 0} | {"whole": reading.signals.seconds}
+    return seconds | {name: spent for name, spent in down.items() if spent > 0} | {"whole": reading.seconds}
 
 
 def _span_seconds(update: SharedUpdate, model: nn.Module, reading: Reading) -> dict[str, float]:
@@ -359,10 +359,11 @@ def _span_seconds(update: SharedUpdate, model: nn.Module, reading: Reading) -> d
     chain = stages(copy.deepcopy(model).double())
     asked = {row["layer"] for row in reading.layers if row["dimension"] is not None}
     device, seconds = place_of(model)["device"], {}
-    for place in places(chain, update.image_shape, update.gradients):
-        if place.name in asked:
-            what = (update.gradients[f"{place.name}.weight"], place.geometry, update.batch_size, place.bias_gradient)
-            seconds[place.name] = timed(lambda what=what: span_of(*what), device)
+    for layer in candidate_layers(chain, update.image_shape, update.gradients):
+        if layer.name in asked:
+            like = chain[-1].module.weight
+            span = functools.partial(layer.span, update.gradients, update.batch_size, like)
+            seconds[layer.name] = timed(span, device)
     return seconds
 
 

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import main_MAGIA_sel as magia
+from attack import ahead
 from attack.prepare import FOLLOWED, NOISE, Known, all_labels, start_images
-from attack.read.head.by_random_images import Signals
 from attack.read.reader import read_layers
-from cli import ahead
+from attack.read.signals import Signals
 from cli.victim import victim
 
 labels = st.lists(st.integers(0, 5), min_size=1, max_size=8)
@@ -19,9 +19,8 @@ labels = st.lists(st.integers(0, 5), min_size=1, max_size=8)
 def read(*some):
     """Signals of so many images with these labels."""
     label, empty = torch.tensor(some), torch.zeros(len(some))
-    return Signals(
-        label, torch.zeros(len(some), 4), torch.zeros(len(some), 6), empty, empty, empty, empty, rank=len(some)
-    )
+    values, deltas = torch.zeros(len(some), 4), torch.zeros(len(some), 6)
+    return Signals(values, label, deltas, empty, empty, empty, empty, batch_size=len(some))
 
 
 @given(labels, st.data())
@@ -45,8 +44,7 @@ def test_with_partial_signals_the_other_granted_labels_stay(monkeypatch):
     update, model, truth = victim(settings, CPU)
     reading = read_layers(update, model, generator=generator())
     whole = reading.signals
-    part = {name: value[:1] for name, value in vars(whole).items() if isinstance(value, torch.Tensor)}
-    partial = dataclasses.replace(reading, signals=dataclasses.replace(whole, **part), inputs=reading.inputs[:1])
+    partial = dataclasses.replace(reading, signals=whole.pick(torch.tensor([0])), inputs=reading.inputs[:1])
     monkeypatch.setattr(ahead, "read_layers", lambda *_, **__: partial)
     state, _, known = magia.prepare(update, model, settings, granted=truth.labels)
     assert len(known.signals) == 1

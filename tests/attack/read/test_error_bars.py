@@ -8,11 +8,12 @@ from test_head import case, generator, match
 
 from attack.read.error_bars import WITHIN, confidence
 from attack.read.head.by_random_images import recover_signals
+from attack.solve.budget import unlimited
 
 
 def test_confidence_falls_with_uncertainty():
     update, model, _, _ = case([3, 11, 0, 19, 5])
-    signals = recover_signals(update, model, generator=generator(2))
+    signals = recover_signals(update, model, generator=generator(2), budget=unlimited())
     assert (signals.confidence > 0.99).all()
     falling = dataclasses.replace(signals, uncertainty=torch.tensor([5e-3, 9e-3, 1e-2, 1.1e-2, 1.0]).double())
     assert (falling.confidence.diff() <= 0).all()
@@ -48,7 +49,9 @@ def test_of_signals_called_ninety_percent_sure_ninety_percent_are_within_one_per
     for draw in range(120):
         noise, std = generator(1000 + draw), (1.1e-3, 1.2e-3, 1.3e-3, 1.4e-3)[draw % 4]
         noisy = {n: g + std * torch.randn(g.shape, generator=noise) for n, g in update.gradients.items()}
-        signals = recover_signals(dataclasses.replace(update, gradients=noisy), model, generator=generator(2))
+        signals = recover_signals(
+            dataclasses.replace(update, gradients=noisy), model, generator=generator(2), budget=unlimited()
+        )
         error = match(signals, features)[1]
         called.append(signals.confidence)
         within.append(error < WITHIN)
@@ -68,7 +71,9 @@ def test_images_that_share_a_label_err_along_few_directions():
     for draw in range(30):
         noise = generator(1000 + draw)
         noisy = {n: g + 1e-6 * torch.randn(g.shape, generator=noise) for n, g in update.gradients.items()}
-        signals = recover_signals(dataclasses.replace(update, gradients=noisy), model, generator=generator(2))
+        signals = recover_signals(
+            dataclasses.replace(update, gradients=noisy), model, generator=generator(2), budget=unlimited()
+        )
         ratio.append(match(signals, features)[1] / signals.uncertainty)
         freedom.append(signals.freedom)
     assert torch.cat(ratio).square().mean().sqrt().item() == pytest.approx(1, abs=0.25)  # few dimensions: they vary

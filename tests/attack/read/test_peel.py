@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from attack.read import rays as programmes
-from attack.read.candidates import Equations
+from attack.read.candidates import ImageEquations
 from attack.read.head.by_trial import label_sets, unmix_head
 from attack.read.peel import Above, unlike, unmix, without
-from attack.read.rays import extreme_rays
-from attack.read.signals import Inputs
+from attack.read.rays import extreme_rays, linked_programme, pinned, single_programme
+from attack.read.signals import Signals
 from attack.read.span import span_of
+from attack.solve import programmes as solver
+from attack.solve.budget import WorkBudget, unlimited
 from data import load_batch, open_source
 from network.head import features_of
 from network.kinds.affine import Geometry
@@ -85,15 +86,15 @@ class Case:
         )
         return Above(span, self.exact[index], tail)
 
-    def unmix(self, index, kind, above=(), seconds=30, seed=0):
+    def unmix(self, index, kind, above=(), work=math.inf, seconds=math.inf, seed=0):
         stage = self.stage(index)
         return unmix(
             stage.span,
             stage.layer,
             stage.tail,
-            activation=kind,
+            is_sparse=kind == "relu",
             generator=generator(seed),
-            deadline=time.perf_counter() + seconds,
+            budget=WorkBudget(work, deadline=time.perf_counter() + seconds),
             above=[self.stage(k) for k in above],
         )
 
@@ -121,7 +122,7 @@ def assert_all_found(case, found, index, error=1e-4):
     assert sorted(which.tolist()) == list(range(len(case.labels)))  # each once
     assert torch.equal(found.labels, case.labels[which])
     assert distance.max() < error
-    assert (found.shares - 1).abs().max() < 1e-3
+    assert (found.certificates - 1).abs().max() < 1e-3
     assert found.residuals.max() < 1e-4
 
 
@@ -143,7 +144,7 @@ def test_inputs_after_relu_are_extreme_rays():
 
 def right_rays(programme, span, truth):
     """How many of eight programmes end in a true input."""
-    rays, _ = extreme_rays(span, programme, 8, generator(), math.inf)
+    rays, _ = extreme_rays(span, programme, 8, generator(), unlimited())
     cosine = nn.functional.cosine_similarity((rays @ span.basis)[:, None], truth[None], dim=2)
     return int((cosine > 1 - 1e-8).any(1).sum())
 
@@ -151,9 +152,9 @@ def right_rays(programme, span, truth):
 def test_layers_above_make_rays_of_inputs_that_one_layer_leaves_hidden():
     case = mlp([60, 60, 60, 60], torch.relu, 11)
     stages = [case.stage(k) for k in (1, 2, 3)]
-    linked = programmes.linked_programme([Equations(s.span, s.layer, s.tail) for s in stages])
+    linked = linked_programme([ImageEquations(s.span, s.layer, s.tail) for s in stages])
     span, truth = stages[0].span, case.inputs[1]
-    assert right_rays(programmes.single_programme(span), span, truth) < right_rays(linked, span, truth)
+    assert right_rays(single_programme(span), span, truth) < right_rays(linked, span, truth)
 
 
 def test_layers_above_help_to_tell_images_apart():
@@ -205,7 +206,7 @@ def test_scale_is_found_without_a_bias():
     stage = case.stage(1)
     span = span_of(case.gradients[1][0], stage.span.geometry, 4)
     assert span.ones is None
-    found = unmix(span, stage.layer, stage.tail, activation="relu", generator=generator())
+    found = unmix(span, stage.layer, stage.tail, is_sparse=True, generator=generator(), budget=unlimited())
     assert_all_found(case, found, 1, error=1e-3)
 
 
@@ -223,7 +224,7 @@ RELU, SIGMOID = (torch.relu, "relu", 1), (torch.sigmoid, "sigmoid", 0)
 @pytest.mark.parametrize(("activation", "kind", "index"), [RELU, SIGMOID])
 def test_noise_is_not_fatal_where_it_is_low(activation, kind, index, noise):
     case = mlp([100, 100], activation, 6, noise=noise)
-    found = case.unmix(index, kind, seconds=8)
+    found = case.unmix(index, kind)
     assert found.complete
     assert len(found) == 6
     assert_right(case, found, index)
@@ -233,7 +234,7 @@ def test_what_is_claimed_under_noise_is_right():
     """Some images are lost, and what is found of the others is not made worse by it."""
     activation, kind, index = SIGMOID
     case = mlp([100, 100], activation, 6, noise=1e-2)
-    found = case.unmix(index, kind, seconds=2)
+    found = case.unmix(index, kind)
     assert 1 <= len(found) < 6
     assert not found.complete
     assert_right(case, found, index)
@@ -241,7 +242,7 @@ def test_what_is_claimed_under_noise_is_right():
 
 @pytest.mark.parametrize(("activation", "kind", "index"), [RELU, SIGMOID])
 def test_of_what_noise_drowns_nothing_is_claimed(activation, kind, index):
-    found = mlp([100, 100], activation, 6, noise=1e-1).unmix(index, kind, seconds=1)
+    found = mlp([100, 100], activation, 6, noise=1e-1).unmix(index, kind)
     assert len(found) == 0
     assert not found.complete
 
@@ -261,11 +262,11 @@ def test_a_deadline_in_the_past_finds_nothing():
 
 def test_a_programme_without_solution_ends_no_search(monkeypatch):
     class Failed:
-        status, x = 2, None
+        status, x, nit = 2, None, 0
 
-    monkeypatch.setattr(programmes, "linprog", lambda *_, **__: Failed)
+    monkeypatch.setattr(solver, "linprog", lambda *_, **__: Failed)
     case = mlp([60, 60], torch.relu, 5)
-    assert len(case.unmix(1, "relu", seconds=10)) == 0
+    assert len(case.unmix(1, "relu")) == 0
 
 
 def test_a_layer_that_is_not_determined_is_refused():
@@ -277,7 +278,7 @@ def test_a_layer_that_is_not_determined_is_refused():
 def test_what_is_taken_out_is_gone_and_the_rest_is_not():
     case = mlp([100, 100], torch.relu, 6)
     stage, truth = case.stage(1), case.inputs[1]
-    equations = Equations(stage.span, stage.layer, stage.tail)
+    equations = ImageEquations(stage.span, stage.layer, stage.tail)
     deltas = equations.deltas(truth @ stage.span.basis.T, case.labels)
     rest = without(stage.span, truth[:4], deltas[:4])
     inside = (truth @ rest.basis.T).norm(dim=1) / truth.norm(dim=1)
@@ -290,7 +291,7 @@ def test_what_is_taken_out_is_gone_and_the_rest_is_not():
 def test_true_inputs_satisfy_the_equations_and_mixtures_do_not():
     case = mlp([100, 100], torch.sigmoid, 5)
     stage = case.stage(0)
-    equations = Equations(stage.span, stage.layer, stage.tail)
+    equations = ImageEquations(stage.span, stage.layer, stage.tail)
     c = case.inputs[0] @ stage.span.basis.T
     free = torch.zeros(1, 1, dtype=torch.bool)
     assert equations.residual(c, free, equations.deltas(c, case.labels)).norm(dim=1).max() < 1e-4
@@ -302,7 +303,7 @@ def test_true_inputs_satisfy_the_equations_and_mixtures_do_not():
 def test_rays_are_the_inputs_and_their_zeros_true_zeros():
     case = mlp([120, 120], torch.relu, 5)
     span, truth = case.stage(1).span, case.inputs[1]
-    rays, zeros = extreme_rays(span, programmes.single_programme(span), 12, generator(), math.inf)
+    rays, zeros = extreme_rays(span, single_programme(span), 12, generator(), unlimited())
     values = rays @ span.basis
     cosine = torch.nn.functional.cosine_similarity(values[:, None], truth[None], dim=2)
     right = cosine.max(1).values > 1 - 1e-8
@@ -315,7 +316,7 @@ def test_in_a_span_of_one_dimension_no_zeros_are_taken_for_granted():
     """Small entries follow on each other without a gap. Were some taken for zeros, the only input would be none."""
     span = SimpleNamespace(basis=torch.rand(1, 5000, generator=generator(), dtype=F64).square())
     c = torch.full((1, 1), 3.0, dtype=F64)
-    rays, zeros = programmes.pinned(span, None, c)
+    rays, zeros = pinned(span, None, c)
     assert torch.allclose(rays, c)
     assert not zeros.any()
 
@@ -350,7 +351,7 @@ def test_a_smooth_head_of_few_classes_gives_all_images_at_once(trained):
         bias_gradient,
         non_negative=True,
         generator=generator(),
-        deadline=time.perf_counter() + 40,
+        budget=unlimited(),
     )
     distance, which = (torch.cdist(found.values, features) / features.norm(dim=1)).min(1)
     assert found.complete
@@ -379,7 +380,14 @@ def test_a_head_that_is_not_determined_is_refused():
     model, gradient, bias_gradient, span, _, _ = head_case(10)
     with pytest.raises(ValueError, match="does not determine 10 images"):
         unmix_head(
-            span, model.head.weight, model.head.bias, gradient, bias_gradient, non_negative=True, generator=generator()
+            span,
+            model.head.weight,
+            model.head.bias,
+            gradient,
+            bias_gradient,
+            non_negative=True,
+            generator=generator(),
+            budget=unlimited(),
         )
 
 
@@ -402,7 +410,7 @@ def test_images_whose_errors_are_nearly_parallel_are_believed(seed):
     """What rounding does to the pairing of inputs with errors grows with their likeness; a tolerance must, too."""
     case = head_with_likeness(3e-2, seed)
     stage, truth = case.stage(0), case.inputs[0]
-    equations = Equations(stage.span, stage.layer, stage.tail)
+    equations = ImageEquations(stage.span, stage.layer, stage.tail)
     c = truth @ stage.span.basis.T
     assert len(equations.believed(c, truth == 0, case.labels, math.inf)) == 8
     mixed = c + 0.05 * c.roll(1, 0)
@@ -453,7 +461,7 @@ def test_expected_errors_behind_a_relu_are_the_errors(noise):
 def test_zeros_that_two_images_share_speak_for_neither(seed):
     case = trained_head(seed, noise=3e-6)
     stage, truth = case.stage(0), case.inputs[0]
-    equations = Equations(stage.span, stage.layer, stage.tail)
+    equations = ImageEquations(stage.span, stage.layer, stage.tail)
     c = truth @ stage.span.basis.T
     assert len(equations.believed(c, truth == 0, case.labels, math.inf)) > 5
     mixed = truth + 0.5 * truth.roll(1, 0)
@@ -467,14 +475,14 @@ def test_what_one_search_leaves_over_another_finds():
 
 
 def told(values, labels, uncertainty):
-    """Inputs (N, 2) as an unmixing returns them, with the errors that are expected of them."""
+    """Signals (N, 2) as an unmixing returns them, with the errors that are expected of them."""
     count = len(values)
-    return Inputs(
+    return Signals(
         values=torch.tensor(values, dtype=F64),
         labels=torch.tensor(labels),
         deltas=torch.zeros(count, 1, dtype=F64),
         residuals=torch.zeros(count, dtype=F64),
-        shares=torch.ones(count, dtype=F64),
+        certificates=torch.ones(count, dtype=F64),
         uncertainty=torch.tensor(uncertainty, dtype=F64),
         freedom=torch.ones(count, dtype=F64),
         batch_size=4,
