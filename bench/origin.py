@@ -9,7 +9,16 @@ from data import FolderImages
 
 ROOT = Path(__file__).parent.parent
 # What a figure can depend on: all that a cell runs, and nothing that only shows what was measured.
-SOURCES = ("*.py", "attack/**/*.py", "cli/*.py", "client/*.py", "update/*.py", "judge/metrics.py", "judge/layers.py")
+SOURCES = (
+    "*.py",
+    "attack/**/*.py",
+    "network/**/*.py",
+    "cli/*.py",
+    "client/*.py",
+    "update/*.py",
+    "judge/metrics.py",
+    "judge/layers.py",
+)
 MEASURING = ("bench/measures.py", "bench/peers.py", "bench/guesses.py", "bench/batches.py", "samples/*.npz")
 LEFT_OUT = ("benchmark.py", "train_victim.py", "cli/docs.py", "cli/console.py")
 PEERS = ("breaching", "joblib")  # packages beside those of every run

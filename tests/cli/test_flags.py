@@ -37,7 +37,7 @@ def test_help_names_every_default(capsys):
 def test_defaults_are_edited_in_the_script(tmp_path):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path / file.name)
-    for folder in ("attack", "cli", "client", "judge", "samples", "update"):
+    for folder in ("attack", "cli", "client", "judge", "network", "samples", "update"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     script = tmp_path / "main_MAGIA_sel.py"
     text = re.sub(r"^SEL_MODE = .*$", 'SEL_MODE = "const1"', script.read_text(), flags=re.M)

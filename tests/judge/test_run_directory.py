@@ -15,7 +15,7 @@ from PIL import Image
 from processes import KILLED, Child, forked, holder_that_dies, program, program_that_dies_in
 
 import main_MAGIA_sel as magia
-from cli import ahead
+from attack import ahead
 from judge.run_directory import TRACE, RunDirectory
 from update.storage import replace_atomically
 
@@ -108,7 +108,7 @@ def test_a_resumed_run_keeps_the_signals_it_began_with(cli, monkeypatch):
     monkeypatch.setattr(ahead, "read_layers", lambda *_, **__: pytest.fail("searched again"))
     cli("--resume", run, "--n_iter", 6, *SIGNALS)
     after = torch.load(run / "checkpoint.pt", weights_only=True)["signals"]
-    assert all(torch.equal(after[name], before[name]) for name in ("labels", "features", "errors"))
+    assert all(torch.equal(after[name], before[name]) for name in ("labels", "values", "deltas"))
     assert metrics_of(run)["signals_found"] == 3
 
 
