@@ -64,9 +64,10 @@ def introduction(
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.seconds:.1f} s"
     found += _how_trained(update, known)
+    selection = "" if known.is_followed else f" | {settings.sel_mode}"
     return (
         f"{source}: {update.batch_size} images {shape}{_defended(update, settings)}\n"
-        f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {objective}\n"
+        f"{settings.model}, {settings.num_classes} classes{selection} | {objective}\n"
         f"{found}\n"
         f"{settings.optimizer}, {settings.dtype} | {path}"
     )

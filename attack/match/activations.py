@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from attack.match.entries import Entries
 from attack.match.gradients import Matching
-from attack.match.phases import UNITS, Course, Phase, is_pooled, phases_for
+from attack.match.phases import MEASURED_AT, UNITS, Course, Phase, is_pooled, phases_for
 from attack.match.softening import softened
 from attack.match.strided import quickened
 from network.chain import first_layer, input_shapes, parametrised
@@ -173,8 +173,10 @@ def _delta(tail: Chain, inputs: Tensor, labels: Tensor) -> Tensor:
     return torch.autograd.grad(loss, leaf)[0]
 
 
-def course_for(chain: Chain, loss: ForwardLoss) -> Course:
+def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_AT) -> Course:
     """The course for what lies between images and known activations, up to their relative error.
+
+    Its weights of the prior are those that were measured, in the ratio of `prior_weight` to the weight then.
 
     What soft kinks add to activations grows from layer to layer: eight of VGG's multiply the error of grey images by a
     million. Phases in which it drowns what the images add are left out.
@@ -184,7 +186,8 @@ def course_for(chain: Chain, loss: ForwardLoss) -> Course:
         activations, _ = loss(loss.grey, softened(loss.chain, phase.hardness, loss.grey))
         return float(activations.detach()) < DROWNED
 
-    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE * loss.uncertainty**2)
+    scale = prior_weight / MEASURED_AT
+    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE * loss.uncertainty**2, scale=scale)
 
 
 def spectral_power_for(chain: Chain) -> float:

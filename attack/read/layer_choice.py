@@ -105,7 +105,7 @@ def order(candidates: list[CandidateLayer], batch_size: int, like: Tensor) -> li
 
     def promise(layer: CandidateLayer) -> tuple:
         ratio = layer.geometry.bound(like) / (batch_size * layer.geometry.positions)
-        guessed = not (layer.inputs.is_sparse or layer.inputs.is_smooth) and layer.behind.has_kink
+        guessed = not layer.inputs.is_activation and layer.behind.has_kink  # neither zeros nor smoothness help
         return guessed, ratio < ROOMY, not layer.geometry.overlaps, layer.index
 
     useful = [c for c in candidates if c.geometry.is_spanned(batch_size, like) and c.sees_everything(like)]
