@@ -1,4 +1,4 @@
-"""Train a model to attack: leakage changes with training, and a checkpoint for --weights shows how.
+"""Train a model to attack: leakage changes with training, and --weights attacks the trained model.
 
     python train_victim.py --model convnet --dataset cifar10 --num_classes 10 --epochs 2 --out convnet.safetensors
     python main_MAGIA_sel.py --model convnet --weights convnet.safetensors --num_classes 10 --labels dataset
@@ -64,7 +64,7 @@ def train(
     settings: argparse.Namespace,
     epoch: int,
 ) -> float:
-    """One epoch of Adam on images (N, C, H, W) in [0, 1] with labels (N,); the mean loss."""
+    """Train one epoch by Adam on images (N, C, H, W) in [0, 1] with labels (N,); return the mean loss."""
     generator = stream(settings.seed, f"epoch {epoch}")
     total = 0.0
     model.train()
@@ -84,7 +84,7 @@ def train(
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> float:
-    """Share of images (N, C, H, W) whose largest logit is that of their label (N,)."""
+    """The share of images (N, C, H, W) whose largest logit is that of their label (N,)."""
     with torch.no_grad():
         logits = torch.cat([model(part) for part in images.split(size)])
     return float((logits.argmax(1) == labels).double().mean())
