@@ -87,7 +87,7 @@ DP_RATE = 0.01  # share of all examples that is sampled for a round of dpsgd
 DP_ROUNDS = 1  # rounds of dpsgd that an example may be sampled for
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
 UPDATE = None  # attack the update in this file, see docs/update-format.md; there is then no truth to compare with
-UPDATE_KIND = "gradient"  # what an update from outside holds: gradient, difference (new - old weights), weights (new)
+UPDATE_KIND = "gradient"  # content of an update from outside: gradient, difference (new - old weights), weights (new)
 LOCAL_LR = None  # the client's learning rate; needed for several steps, and where the update is of weights
 LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; the weights' difference is divided by rate and steps
 LOCAL_BATCHES = 1  # equal minibatches of the batch that these steps go through in turn, M
@@ -133,10 +133,10 @@ FEATURE_DISTANCE = None  # of features: l2, relative (over |h_i|^2), cosine (Kar
 LABEL_STRATEGY = "optimise"  # labels of images without a signal: optimise (moved beside the images), known (granted,
 # without their order), or read as published: idlg, yin, ilrg
 
-# variables: what the optimiser moves, and where it starts
+# variables of the optimiser, and their start
 INIT = "grey"  # grey (0.5 and a little noise), normal (clamped; published), uniform, randn (normal, not clamped: DLG),
 # standardised (normal about CIFAR-10's mean colour: Geiping et al. 2020), or a folder or .npz of images
-BOX = "sigmoid"  # what keeps pixels in [0, 1]: sigmoid (x = sigmoid(u)), clamp (projected after steps), none
+BOX = "sigmoid"  # way to keep pixels in [0, 1]: sigmoid (x = sigmoid(u)), clamp (projected after steps), none
 SPECTRAL_POWER = None  # p of the 1/(1+f)^p scaling of image frequencies, 0: plain pixels (None: 1 where gradients are
 # matched; where activations are matched the network decides; measured)
 CHROMA_GAIN = 0.5  # scaling of chroma relative to luma among these frequencies, 1: none (measured)
@@ -167,7 +167,7 @@ OVERWRITE = False  # replace the run in a run directory that exists
 RESUME = None  # go on from the checkpoint in this run directory, or without a value in that of run_name in save_dir
 CHECKPOINT_EVERY = 50  # steps between checkpoints, 0: only at the end
 LOG_EVERY = 1  # steps between rows of trace.csv
-AUDIT = False  # attack once more under each of the nearest defences, and report what would stop the attack
+AUDIT = False  # attack once more under each of the nearest defences, and report which would stop the attack
 QUIET = False  # print the last line only
 
 # ----------------------------------------------------------------------------------------------------
@@ -178,10 +178,11 @@ FLAGS = read_flags(Path(__file__), globals())
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised:  matching + tv_weight prior(x) + sum_j weight_j penalty_j(x).
+    """The objective:  matching + tv_weight prior(x) + sum_j weight_j penalty_j(x).
 
-    It is the mean over the copies of the batch that --restarts asks for, with group_weight |x - mean over copies|^2 on
-    top of it. `annealing` says how tv_weight falls; it ends at what the noise in the update asks for.
+    Its value is the mean over the copies of the batch that --restarts asks for, plus
+    group_weight |x - mean over copies|^2. `annealing` says how tv_weight falls, down to a bound that the update's noise
+    sets.
     """
 
     matching: MatchingLoss | SoftenedMatching | ForwardMatching
@@ -253,7 +254,7 @@ def attack(
     """MAGIA: step after step, a subset of scheduled size, until steps, evaluations or seconds are spent.
 
     Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
-    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns what ended the attack:
+    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns the reason of the end:
     n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
     """
     while not (ended := objective.annealing.ended(state.evaluations / state.copies) or state.ended(budget)):
@@ -277,10 +278,10 @@ def prepare(
     granted: Tensor | None = None,
     began: dict | None = None,
 ) -> tuple[AttackState, Objective, Known]:
-    """All that `attack` moves and minimises, made from what the server has and the settings.
+    """The state that `attack` moves and the objective that it minimises, from the server's knowledge and the settings.
 
-    Nothing of the truth goes in but `granted`, the true labels (B,), where --label_strategy known asks for them. A
-    resumed run passes the checkpoint it `began` with, whose signals it keeps.
+    Of the truth only `granted` goes in, the true labels (B,), where --label_strategy known asks for them. A resumed run
+    passes the checkpoint that it `began` with, and keeps its signals.
     """
     started = time.perf_counter()
     known = known_ahead(update, model, settings, granted, began)
@@ -295,8 +296,8 @@ def build_objective(
 ) -> Objective:
     """The objective of the settings, with the penalties that have a weight and something to weigh.
 
-    Where activations of all images are known, these are what is matched, with the gradients of the layers below them.
-    Gradients of a network with kinks are matched through softened ones.
+    Where activations of all images are known, the objective matches these activations, with the gradients of the layers
+    below. Gradients of a network with kinks are matched through softened kinks.
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
@@ -373,7 +374,7 @@ def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) 
     """The victim's side, then the attacker's, in a directory of its own. Returns the exit status."""
     update, model, truth = victim(settings, place_named(settings))
     adopt(settings, given, facts_of(update, settings), "the update")
-    words = words_of(settings, FLAGS) if settings.resume else words  # what makes a resumed run anew
+    words = words_of(settings, FLAGS) if settings.resume else words  # the command of a resumed run, from its start
     with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
         if settings.save_update:
             update.save(settings.save_update)

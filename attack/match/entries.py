@@ -133,7 +133,7 @@ class Rounded(Entries):
 
 
 def observed(update: SharedUpdate, model: nn.Module, *, relative: bool = False) -> Entries:
-    """What the entries of an update still tell of the gradient by the parameters of `model`.
+    """The entries of an update, and what they still tell of the gradient by the parameters of `model`.
 
     The last defence decides. The effects of earlier defences count as noise.
     """

@@ -165,7 +165,7 @@ class LBFGS:
         return held | {"last": list(self._last)}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from what `state_dict` returned, on the variables' own device.
+        """Go on from a dict of `state_dict`, on the variables' own device.
 
         Raises:
             KeyError, ValueError: the state is of another optimiser, or of other variables.

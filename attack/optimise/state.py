@@ -221,7 +221,7 @@ class AttackState:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` returned, on this state's own device.
+        """Go on from a dict of `state_dict`, on this state's own device.
 
         Raises:
             KeyError, RuntimeError, TypeError, ValueError: the state is of a run with other settings.
