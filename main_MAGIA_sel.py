@@ -36,6 +36,7 @@ from cli.ahead import known_ahead, scaled_update
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.flags import read_flags
+from cli.no_effect import without_effect
 from cli.provenance import provenance
 from cli.runtime import INTERRUPTED, enough_threads, interruptible, place_named
 from cli.settings import adopt, facts_of, privacy_of, resolve, run_path, schedule_of, words_of
@@ -306,7 +307,7 @@ def build_objective(
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
         loss = ForwardLoss(chain, update.image_shape, *what, known.uncertainty, observed=observed(update, model))
-        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss)
+        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss, settings.tv_weight)
         penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
         return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)
     errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
@@ -379,7 +380,7 @@ def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) 
         if settings.save_update:
             update.save(settings.save_update)
         with enough_threads(model, update.batch_size, update.image_shape):
-            return run_attack(update, model, truth, settings, run, words)
+            return run_attack(update, model, truth, settings, given, run, words)
 
 
 def run_attack(
@@ -387,6 +388,7 @@ def run_attack(
     model: nn.Module,
     truth: Batch | None,
     settings: argparse.Namespace,
+    given: Mapping,
     run: RunDirectory,
     words: Sequence[str],
 ) -> int:
@@ -402,6 +404,8 @@ def run_attack(
     recorder = Recorder(run, truth, known, **pace, checkpoint=began)
     if not settings.quiet:
         print(introduction(update, settings, objective, known, model, run.path))
+        for line in without_effect(given, settings, known, model, objective.annealing):
+            print(line)
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)

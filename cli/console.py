@@ -24,6 +24,7 @@ from network.chain import first_layer
 from network.tracing import stages
 from schedules import Schedule
 from update.shared import SharedUpdate
+from update.training import use_batch_statistics
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
@@ -63,9 +64,10 @@ def introduction(
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.seconds:.1f} s"
     found += _how_trained(update, known)
+    selection = "" if known.is_followed else f" | {settings.sel_mode}"
     return (
         f"{source}: {update.batch_size} images {shape}{_defended(update, settings)}\n"
-        f"{settings.model}, {settings.num_classes} classes | {settings.sel_mode} | {objective}\n"
+        f"{settings.model}, {settings.num_classes} classes{selection} | {objective}\n"
         f"{found}\n"
         f"{settings.optimizer}, {settings.dtype} | {path}"
     )
@@ -152,19 +154,31 @@ def show_leaks(settings: argparse.Namespace) -> int:
     side = settings.image_size or SIDE
     shape = (settings.channels, side, side)
     model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings))
-    rows = explain(stages(model), shape, settings.batch_size)
+    mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
+    title = f"{settings.model}, B={settings.batch_size}, {side}x{side}, {settings.num_classes} classes{mode}"
+    if mode:
+        use_batch_statistics(model)
+    try:
+        chain = stages(model)
+    except ValueError as error:
+        print(f"{title}: which layers give their inputs away, image by image?")
+        print(f"the model cannot be taken apart: {error}")
+        print("no layer's inputs are to be expected exactly: only the attack loop is left")
+        return 0
+    rows = explain(chain, shape, settings.batch_size)
     name = Path(settings.model).name.replace(":", "_")
-    stem = Path(settings.save_dir) / f"explain_{name}_B{settings.batch_size}_{side}"
+    stem = Path(settings.save_dir) / f"explain_{name}_B{settings.batch_size}_{side}{ending}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    title = f"{settings.model}, B={settings.batch_size}, {side}x{side}, {settings.num_classes} classes"
     write_csv(_beside(stem, ".csv"), rows)
     _beside(stem, ".md").write_text(markdown(rows), encoding="utf-8")
     save_leaks(_beside(stem, ".png"), rows, title)
     deepest = next((row["layer"] for row in rows if row["deepest"]), None)
     print(f"{title}: which layers give their inputs away, image by image?")
     print(aligned(rows))
-    told = f"the inputs of {deepest}" if deepest else "of no layer: only the attack loop is left"
-    print(f"the deepest inputs to be expected exactly: {told}")
+    if deepest:
+        print(f"the deepest inputs to be expected exactly: the inputs of {deepest}")
+    else:
+        print("no layer's inputs are to be expected exactly: only the attack loop is left")
     print(f"table and picture: {stem}.csv, .md, .png")
     return 0
 

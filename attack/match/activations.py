@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from attack.match.entries import Entries
 from attack.match.gradients import Matching
-from attack.match.phases import UNITS, Course, Phase, is_pooled, phases_for
+from attack.match.phases import MEASURED_AT, UNITS, Course, Phase, is_pooled, phases_for
 from attack.match.softening import softened
 from attack.match.strided import quickened
 from network.chain import first_layer, input_shapes, parametrised
@@ -174,8 +174,10 @@ def _delta(tail: Chain, inputs: Tensor, labels: Tensor) -> Tensor:
     return torch.autograd.grad(loss, leaf)[0]
 
 
-def course_for(chain: Chain, loss: ForwardLoss) -> Course:
+def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_AT) -> Course:
     """The course for the stages between images and known activations, down to the activations' relative error.
+
+    The course's weights of the prior are the measured weights times `prior_weight` / MEASURED_AT.
 
     Soft kinks change the activations more from layer to layer: eight layers of VGG multiply the error of grey images by
     a million. Phases in which this change drowns the images' own part are left out.
@@ -185,7 +187,8 @@ def course_for(chain: Chain, loss: ForwardLoss) -> Course:
         activations, _ = loss(loss.grey, softened(loss.chain, phase.hardness, loss.grey))
         return float(activations.detach()) < DROWNED
 
-    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE * loss.uncertainty**2)
+    scale = prior_weight / MEASURED_AT
+    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE * loss.uncertainty**2, scale=scale)
 
 
 def spectral_power_for(chain: Chain) -> float:

@@ -13,6 +13,9 @@ from network.stage import Chain
 # curvature of pairs falls likewise. So the loss is multiplied by UNITS.
 UNITS = 1e5
 
+# The weight of the prior (--tv_weight) at which the phases' weights were measured. Another --tv_weight scales them.
+MEASURED_AT = 4e-3
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -70,17 +73,22 @@ def phases_for(chain: Chain) -> tuple[Phase, ...]:
 class Course:
     """Hardness of the kinks and weight of the prior, phase by phase, over an attack's closure evaluations.
 
-    `least` is a lower bound on the prior's weight, set by the noise in the known activations. A course without phases
-    is over at once: the images are exact, nothing is left to be optimised.
+    A course without phases is over at once: the images are exact, nothing is left to be optimised.
+
+    Attributes:
+        phases: in their order.
+        least: lower bound on the prior's weight, set by the noise in the known activations.
+        scale: factor of the phases' weights of the prior.
     """
 
     phases: Sequence[Phase]
     least: float = 0.0
+    scale: float = 1.0
 
     @property
     def weight(self) -> float:
         """The prior's weight at the start, relative to that of the activations."""
-        return self.phases[0].prior_weight if self.phases else 0.0
+        return self.scale * self.phases[0].prior_weight if self.phases else 0.0
 
     def phase(self, evaluations: float) -> int:
         """The index of the phase after so many evaluations; the last one stays."""
@@ -89,7 +97,7 @@ class Course:
 
     def at(self, evaluations: float) -> float:
         """The prior's weight after so many evaluations, in the units of `ForwardMatching`."""
-        return UNITS * max(self.least, self.phases[self.phase(evaluations)].prior_weight)
+        return UNITS * max(self.least, self.scale * self.phases[self.phase(evaluations)].prior_weight)
 
     def ended(self, evaluations: float) -> str | None:
         """The reason why the attack has ended: `course`, `exact` where there was nothing to do, or None."""

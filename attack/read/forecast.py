@@ -66,13 +66,14 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
 
 
 def _row(layer: Layer, step: Step, batch_size: int) -> dict:
+    is_readable = not kind_of(layer.module).why_not(layer.module, layer.input_shape, layer.output_shape)
     return {
         "layer": layer.name,
         "input_shape": layer.input_shape,
         "positions": layer.positions,
         "rank_bound": batch_size * layer.positions,
         "rank_room": min(layer.channels_out, layer.patch),
-        "spanned": is_spanned(batch_size, layer.positions, layer.channels_out, layer.patch),
+        "spanned": is_readable and is_spanned(batch_size, layer.positions, layer.channels_out, layer.patch),
         "equations": step.equations,
         "unknowns": step.unknowns,
         "determined": step.is_determined,
@@ -127,8 +128,8 @@ class _Forecast:
         found = body | shortcut
         lowest = [next(parametrised(branch)).name for branch in (module.body, module.shortcut) if has_layers(branch)]
         reason = next((found[name].reason for name in found if found[name].reason), "")
-        if reason or not lowest or lowest[0] not in body:
-            return {name: step._replace(reason=step.reason or reason) for name, step in found.items()}
+        if reason or not lowest or lowest[0] not in body:  # the walk ends inside the block, above its lowest layers
+            return found | {name: found[name]._replace(reason=found[name].reason or reason) for name in lowest}
         last = [stage.name for stage in parametrised(module.body)][-1]
         outputs = int(told.share * self.batch_size * math.prod(self.layers[last].output_shape))
         unknowns = found[lowest[0]].unknowns

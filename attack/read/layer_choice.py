@@ -36,7 +36,8 @@ class CandidateLayer:
         tail: the network behind it.
         bias_gradient: of what is added to its outputs, (c_out,), or None.
         behind: the kind of activation that its outputs go through; unknown behind the head.
-        followers: the fully connected layers behind it that a ReLU each and nothing else stands in front of.
+        followers: the fully connected layers behind a fully connected one that an activation each, z above zero and s z
+            below, and nothing else stands in front of: names and s.
     """
 
     name: str
@@ -47,7 +48,7 @@ class CandidateLayer:
     tail: Tail
     bias_gradient: Tensor | None
     behind: Kind
-    followers: tuple[str, ...] = ()
+    followers: tuple[tuple[str, float], ...] = ()
 
     def sees_everything(self, like: Tensor) -> bool:
         """Whether every entry of an input lies in some patch."""
@@ -105,7 +106,7 @@ def order(candidates: list[CandidateLayer], batch_size: int, like: Tensor) -> li
 
     def promise(layer: CandidateLayer) -> tuple:
         ratio = layer.geometry.bound(like) / (batch_size * layer.geometry.positions)
-        guessed = not (layer.inputs.is_sparse or layer.inputs.is_smooth) and layer.behind.has_kink
+        guessed = not layer.inputs.is_activation and layer.behind.has_kink  # neither zeros nor smoothness help
         return guessed, ratio < ROOMY, not layer.geometry.overlaps, layer.index
 
     useful = [c for c in candidates if c.geometry.is_spanned(batch_size, like) and c.sees_everything(like)]
@@ -158,14 +159,13 @@ def _activation_behind(chain: Chain) -> Kind:
     return next((kind for kind in kinds if kind.is_activation), UNKNOWN)
 
 
-def _followers(chain: Chain, index: int) -> tuple[str, ...]:
-    found, linear = [], nn.Linear
-    while (
-        index + 2 < len(chain)
-        and isinstance(chain[index].module, linear)
-        and kind_of(chain[index + 1].module) is kind_of(nn.ReLU())
-        and isinstance(chain[index + 2].module, linear)
-    ):
+def _followers(chain: Chain, index: int) -> tuple[tuple[str, float], ...]:
+    found = []
+    while index + 2 < len(chain) and all(isinstance(chain[i].module, nn.Linear) for i in (index, index + 2)):
+        between = chain[index + 1].module
+        slope = kind_of(between).slope_below_zero(between)
+        if slope is None:
+            break
         index += 2
-        found.append(chain[index].name)
+        found.append((chain[index].name, slope))
     return tuple(found)

@@ -33,7 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attack.read.candidates import WITNESSES, ImageEquations, along_ones, by_position, nobody
 from attack.read.rays import extreme_rays, linked_programme, pinned, single_programme, zeros_of
@@ -54,11 +54,15 @@ BLURRED = 5.0  # or below so many times what is expected of their errors
 
 @dataclass(frozen=True)
 class Above:
-    """A layer above: the span of its gradient, the layer itself, and the network behind it."""
+    """A layer above: the span of its gradient, the layer itself, and the network behind it.
+
+    `slope` is s of the activation in front of it, which is z above zero and s z below.
+    """
 
     span: Span
     layer: Callable[[Tensor], Tensor]
     tail: Tail
+    slope: float = 0.0
 
 
 def _linkable(above: Span, span: Span) -> bool:
@@ -85,9 +89,9 @@ def unmix(
             linear programmes.
         generator: what programmes and starts are drawn from (on the CPU).
         budget: images that are not found before its work or its time is spent are omitted.
-        above: the layers that follow, each taking relu of the outputs of the one before, as in a fully connected net:
-            with them far more images are told apart, see `linked_programme`. From the first on that is not determined,
-            they are left out.
+        above: the layers that follow in a fully connected net, each behind an activation that is z above zero and s z
+            below: with them far more images are told apart, see `linked_programme`. From the first on that is not
+            determined, they are left out.
 
     Raises:
         ValueError: the layer does not determine its inputs.
@@ -96,11 +100,12 @@ def unmix(
         raise ValueError(
             f"the layer does not determine its inputs: rank {span.rank}, dim A {span.dimension}, gap {span.gap:.1f}"
         )
-    layers = [ImageEquations(span, layer, tail)]
-    if is_sparse and span.ones is not None:
-        useful = itertools.takewhile(lambda each: _linkable(each.span, span), above)
+    layers, slopes = [ImageEquations(span, layer, tail)], []
+    if span.ones is not None:
+        useful = list(itertools.takewhile(lambda each: _linkable(each.span, span), above))
         layers += [ImageEquations(each.span, each.layer, each.tail) for each in useful]
-    search = _Search(layers, is_sparse, generator, budget)
+        slopes = [each.slope for each in useful]
+    search = _Search(layers, is_sparse, generator, budget, slopes=slopes)
     with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
         search.run()
     found = unlike(search.found.surest_first(), nobody(span))  # the surest of several, if they are one
@@ -133,8 +138,8 @@ def first_images(
 class _Search:
     """One search.
 
-    `rests` is what the images found so far leave of the spans, of this layer and of the layers above. `found` are the
-    images of all passes.
+    `rests` is what the images found so far leave of the spans, of this layer and of the layers above, and `slopes` are
+    those of the activations between these layers. `found` are the images of all passes.
     """
 
     layers: list[ImageEquations]
@@ -142,6 +147,7 @@ class _Search:
     generator: torch.Generator
     budget: WorkBudget
     rests: list[Span] = field(default_factory=list)
+    slopes: Sequence[float] = ()
     linked: bool = False
 
     def __post_init__(self) -> None:
@@ -150,6 +156,11 @@ class _Search:
     @property
     def whole(self) -> ImageEquations:
         return self.layers[0]
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether programmes propose images, rather than places to start from."""
+        return self.is_sparse or bool(self.slopes)
 
     @property
     def rest(self) -> Span:
@@ -179,8 +190,8 @@ class _Search:
         """What the found images leave of each span: they are run forward to the layers above, and back."""
         rests = [without(self.whole.span, found.values, found.deltas)]
         values = found.values
-        for below, layer in itertools.pairwise(self.layers):
-            values = torch.relu(below.layer(values)).detach()
+        for (below, layer), slope in zip(itertools.pairwise(self.layers), self.slopes, strict=True):
+            values = nn.functional.leaky_relu(below.layer(values), slope).detach()
             deltas = layer.deltas(values.flatten(1) @ layer.span.basis.T, found.labels)
             rests.append(without(layer.span, values, deltas))
         return rests
@@ -188,7 +199,7 @@ class _Search:
     def round(self, fruitless: int) -> Signals:
         """The new images among one batch of proposals."""
         c, zeros = self._proposals(fruitless)
-        guided = self.is_sparse or self.rest.dimension == 1  # proposals are images already, not places to start
+        guided = self.is_guided or self.rest.dimension == 1  # proposals are images already, not places to start
         equations = self.whole.of(self.rest)
         c, zeros, labels, mismatch = equations.scaled_and_labelled(c, zeros, self.generator, explore=not guided)
         if guided:
@@ -215,12 +226,13 @@ class _Search:
             c = _upright(self.rest)
             if self.is_sparse:
                 return c, torch.stack([zeros_of(ray @ self.rest.basis) for ray in c])
-        elif self.is_sparse:
-            linked = self.linked and len(self.layers) > 1
+        elif self.is_guided:
+            linked = self.slopes and (self.linked or not self.is_sparse)
             rests = [layer.of(rest) for layer, rest in zip(self.layers, self.rests, strict=True)] if linked else []
-            programme = linked_programme(rests) if linked else single_programme(self.rest)
+            sparse = {"is_sparse": self.is_sparse}
+            programme = linked_programme(rests, self.slopes, **sparse) if linked else single_programme(self.rest)
             count = (LINKED if linked else min(BATCH, max(4, self.rest.dimension))) * (1 + fruitless)
-            return extreme_rays(self.rest, programme, count, self.generator, self.budget)
+            return extreme_rays(self.rest, programme, count, self.generator, self.budget, **sparse)
         else:
             c = starts(self.rest, BATCH, self.generator)
         return c, torch.zeros(len(c), self.rest.basis.shape[1], dtype=torch.bool, device=c.device)

@@ -4,6 +4,8 @@ The inputs of a layer are non-negative and about half zero, and lie in a space o
 has as many zeros as it has unknowns; re-weighted, it has many more, and then it is an image.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,12 +37,17 @@ def single_programme(rest: Span) -> Programme:
     return Programme(rows[used], np.zeros(len(used)), rows[used].mean(0, keepdims=True), slack)
 
 
-def linked_programme(layers: list[ImageEquations]) -> Programme:
-    """Inputs of several layers, each relu of the outputs of the one below, as one programme.
+def linked_programme(layers: list[ImageEquations], slopes: Sequence[float], *, is_sparse: bool) -> Programme:
+    """Inputs of several layers as one programme, each the activation of the outputs of the layer below.
 
-    For z = W a + b, both relu(z) and relu(z) - z are non-negative, and of each pair one is zero. Both are linear in the
-    coordinates of the two layers' inputs. Every layer adds B unknowns and as many zeros as it has units, twice as
-    many as its inputs have by themselves.
+    The activation f is z above zero and s z below. For z = W a + b, both f(z) - s z and f(z) - z are non-negative, and
+    of each pair one is zero. Both are linear in the coordinates of the two layers' inputs. Every layer adds B unknowns
+    and as many zeros as it has units, twice as many as its inputs have by themselves behind a ReLU.
+
+    Args:
+        layers: from below.
+        slopes: s of the activation in front of each layer but the first.
+        is_sparse: whether the first layer's own inputs come out of a ReLU.
     """
     size, blocks, bounds, equalities, slack = layers[0].span.dimension, [], [], [], 0.0
     for k, layer in enumerate(layers):
@@ -51,24 +58,32 @@ def linked_programme(layers: list[ImageEquations]) -> Programme:
         slack = max(slack, SLACK * _entry_noise(layer.span) * np.linalg.norm(centre) / unit)
         place = np.zeros((1, len(layers)))
         place[0, k] = 1
-        blocks.append(np.kron(place, rows[used] / unit))
-        bounds.append(np.zeros(len(used)))
         equalities.append(np.kron(place, along[None]))
+        if not k and is_sparse:
+            blocks.append(np.kron(place, rows[used] / unit))
+            bounds.append(np.zeros(len(used)))
         if k:
-            below = layers[k - 1]
-            link = np.kron(place, rows)
-            link[:, (k - 1) * size : k * size] -= below.outputs.T.cpu().numpy()
-            blocks.append(link / unit)
-            bounds.append(below.offset.detach().cpu().numpy() / unit)
+            below, offset = layers[k - 1].outputs.T.cpu().numpy(), layers[k - 1].offset.detach().cpu().numpy()
+            for slope, some in ((slopes[k - 1], used), (1.0, slice(None))):
+                link = np.kron(place, rows[some])
+                link[:, (k - 1) * size : k * size] -= slope * below[some]
+                blocks.append(link / unit)
+                bounds.append(slope * offset[some] / unit)
     return Programme(np.concatenate(blocks), np.concatenate(bounds), np.concatenate(equalities), slack)
 
 
 def extreme_rays(
-    rest: Span, programme: Programme, count: int, generator: torch.Generator, budget: WorkBudget
+    rest: Span,
+    programme: Programme,
+    count: int,
+    generator: torch.Generator,
+    budget: WorkBudget,
+    *,
+    is_sparse: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Up to `count` different sparse non-negative inputs: coordinates (N, dim A), and where they are zero (N, n).
+    """Up to `count` different inputs: coordinates (N, dim A), and where they are zero (N, n).
 
-    Fewer where the budget's work is spent before.
+    Fewer where the budget's work is spent before. Inputs that are not sparse have no zeros.
     """
     rows, used = _used(rest.basis)
     unknowns, found = programme.constraints.shape[1], []
@@ -80,7 +95,9 @@ def extreme_rays(
         solution = programme.part(chosen).sparse_point(slack, generator, budget)
         if solution is None:
             continue
-        ray, silent = direction_by_zeros(rows[used], solution[: rest.dimension])
+        ray, silent = solution[: rest.dimension] / np.linalg.norm(solution[: rest.dimension]), np.zeros(0, dtype=int)
+        if is_sparse:
+            ray, silent = direction_by_zeros(rows[used], ray)
         if unknowns == rest.dimension and silent.sum() < rest.dimension + SPARE_ZEROS:
             continue
         zeros = np.zeros(len(rows), dtype=bool)

@@ -176,18 +176,17 @@ class _Reader:
             budget.tick()
             return layer.tail(inputs, outputs)
 
-        above = [self._above(name) for name in self._linked(layer)]
+        above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
         return unmix(span, layer.layer, tail, above=above, **how)
 
-    def _linked(self, layer: CandidateLayer) -> Iterator[str]:
-        """The layers behind a fully connected one after a ReLU that help with it, as far as the update has them."""
-        names = layer.followers if layer.inputs.is_sparse else ()
-        return itertools.takewhile(lambda name: f"{name}.weight" in self.update.gradients, names)
+    def _linked(self, layer: CandidateLayer) -> Iterator[tuple[str, float]]:
+        """The layers behind a fully connected one that help with it, as far as the update has them."""
+        return itertools.takewhile(lambda each: f"{each[0]}.weight" in self.update.gradients, layer.followers)
 
-    def _above(self, name: str) -> Above:
+    def _above(self, name: str, slope: float) -> Above:
         layer = self.candidates[name]
-        return Above(self._span(layer), layer.layer, layer.tail)
+        return Above(self._span(layer), layer.layer, layer.tail, slope)
 
     def _smooth_head(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
         """All images of a head after a smooth activation at once: the likelier method first, then the other."""

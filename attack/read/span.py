@@ -26,14 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attack.solve.eigen import leading_eigenvectors
 from attack.solve.rounding import precision_of
 from network.kinds.affine import Geometry, is_spanned
 
 GUARD = 6  # vectors iterated beyond the B that are expected: they show the gap, and speed the others up
-DEGREE = 14  # of one Chebyshev filter: a factor of 300 a round for neighbours at 0.96, the closest measured on ResNets
-ROUNDS = 30  # of filter and Rayleigh-Ritz, at most; layers that are determined take 3 to 8
-CROWDED = 0.9999  # an eigenvalue beyond the B-th that comes this close to 1: patches overlap too little, A is larger
-SETTLED = 0.05  # relative change of the angles between two rounds at which they count as settled
 CLEAR = 5.0  # a gap below this certifies nothing: noise has closed it
 INSIDE = 0.25  # an input with a larger share of its patches outside R is not in A, whatever the gap
 # An m x n matrix of rank r tells the noise of each row if (m - r)^2 > m + r (Ledermann 1937), well if by this factor.
@@ -223,7 +220,7 @@ def consistent_inputs(right: Tensor, geometry: Geometry, most: int) -> tuple[Ten
     size = min(most + GUARD, int((coverage > 0).sum()), geometry.positions * len(right))
     generator = torch.Generator().manual_seed(0)  # any start will do: what is found does not depend on it
     block = torch.randn(size, *geometry.input_shape, generator=generator, dtype=torch.float64).to(right) * (root > 0)
-    block, angles = _filtered(_Consistency(right, geometry, root), block, most)
+    block, angles = leading_eigenvectors(_Consistency(right, geometry, root), block, most)
     dimension, gap = _largest_gap(angles, most)
     basis = (block[:dimension] * root).flatten(1)
     if dimension:
@@ -247,6 +244,7 @@ class _Consistency:
     root: Tensor  # diag(D)^(-1/2), (*input_shape)
 
     def __call__(self, block: Tensor) -> Tensor:
+        """T of each input of a block."""
         patches = self.geometry.patches(block * self.root)
         return self.geometry.assemble((patches @ self.right.T) @ self.right) * self.root
 
@@ -254,42 +252,6 @@ class _Consistency:
         """sqrt(1 - Rayleigh quotient), (N,), of unit vectors: computed without cancellation."""
         patches = self.geometry.patches(block * self.root)
         return (patches - (patches @ self.right.T) @ self.right).flatten(1).norm(dim=1)
-
-
-def _filtered(operator: _Consistency, block: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal eigenvectors of T, as many as the block (N, *input_shape) has, and their angles, smallest first."""
-    angles, edge = None, 0.9
-    for _ in range(ROUNDS):
-        block, values = _rayleigh_ritz(operator, _chebyshev(operator, block, edge))
-        before, angles = angles, operator.outside(block)
-        largest_unwanted = float(values[min(most, len(values) - 1)])
-        edge = min(0.999, max(0.3, largest_unwanted))
-        wanted = angles[:most]
-        if largest_unwanted > CROWDED:
-            break
-        if before is not None and ((wanted - before[:most]).abs() <= SETTLED * wanted + 1e-14).all():
-            break
-    order = angles.argsort()
-    return block[order], angles[order]
-
-
-def _chebyshev(operator: _Consistency, block: Tensor, edge: float) -> Tensor:
-    """T_DEGREE mapped to be small on [0, edge] and to grow beyond, applied to the block; scaled to stay finite."""
-    half = edge / 2
-    before, now = block, (operator(block) - half * block) / half
-    for _ in range(DEGREE - 1):
-        before, now = now, 2 * (operator(now) - half * now) / half - before
-        scale = now.abs().max()
-        before, now = before / scale, now / scale
-    return now
-
-
-def _rayleigh_ritz(operator: _Consistency, block: Tensor) -> tuple[Tensor, Tensor]:
-    """The block's best approximations to eigenvectors of T, and their values (N,), largest first."""
-    flat = torch.linalg.qr(block.flatten(1).T)[0]
-    image = operator(flat.T.reshape(block.shape)).flatten(1)
-    values, vectors = torch.linalg.eigh((image @ flat + (image @ flat).T) / 2)
-    return (flat @ vectors.flip(1)).T.reshape(block.shape), values.flip(0)
 
 
 def _largest_gap(angles: Tensor, most: int) -> tuple[int, float]:

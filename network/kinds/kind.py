@@ -69,6 +69,10 @@ class Kind:
         """Of an activation: inputs of these outputs, finite, and the slope there; None where they are not told."""
         return None
 
+    def slope_below_zero(self, module: nn.Module) -> float | None:
+        """s of an activation that is z above zero and s z below; None of any other."""
+        return None
+
     def softened(self, module: nn.Module, beta: float) -> nn.Module:
         """The layer with its kink rounded off at the scale 1 / beta; the layer itself where it has none."""
         return module

@@ -47,6 +47,10 @@ class LeakyReLU(Kind):
         margin = outputs.values.abs() / outputs.noise
         return replace(outputs.scaled(values, slope), masked_delta=outputs.delta * other, margin=margin, is_gated=False)
 
+    def slope_below_zero(self, module: nn.LeakyReLU) -> float | None:
+        """As the module has it."""
+        return module.negative_slope
+
     def softened(self, module: nn.LeakyReLU, beta: float) -> nn.Module:
         """Its kink rounded off as a ReLU's."""
         return SoftLeakyReLU(module.negative_slope, beta)

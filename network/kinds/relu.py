@@ -38,6 +38,10 @@ class ReLU(Kind):
             is_gated=True,
         )
 
+    def slope_below_zero(self, module: nn.Module) -> float | None:
+        """0."""
+        return 0.0
+
     def softened(self, module: nn.Module, beta: float) -> nn.Module:
         """Softplus."""
         return nn.Softplus(beta)

@@ -44,6 +44,10 @@ class ReLU6(ReLU):
             margin=inside / outputs.noise,
         )
 
+    def slope_below_zero(self, module: nn.Module) -> float | None:
+        """It is no such activation above six."""
+        return None
+
     def softened(self, module: nn.Module, beta: float) -> nn.Module:
         """Both kinks rounded off."""
         return SoftReLU6(beta)

@@ -166,6 +166,43 @@ def test_examples_have_gradients_of_their_own_in_any_model(cli, net_file):
     cli("--model", f"{net_file}:Deciding", "--defence", "dpsgd:1:0.1")
 
 
+def test_a_torchvision_model_of_grouped_convolutions_is_explained(cli, capsys):
+    flags = ["--model", "torchvision:mobilenet_v2", "--image_size", "64", "--batch_size", "1", "--num_classes", "1000"]
+    assert magia.main(["--explain", *flags, "--save_dir", str(cli.folder)]) == 0
+    out = capsys.readouterr().out
+    assert "in 960 groups" in out
+    assert "the deepest inputs to be expected exactly: the inputs of classifier.1" in out
+
+
+def test_explain_knows_the_mode_of_batchnorm(cli, capsys):
+    said = {}
+    for mode in ("eval", "train"):
+        flags = ["--model", "resnet18_cifar", "--num_classes", "10", "--batch_size", "4", "--bn", mode]
+        assert magia.main(["--explain", *flags, "--save_dir", str(cli.folder)]) == 0
+        said[mode] = capsys.readouterr().out
+    assert "the inputs of head" in said["train"]
+    assert "the inputs of head" not in said["eval"]
+    assert (cli.folder / "explain_resnet18_cifar_B4_32_bn_train.csv").is_file()
+
+
+def test_of_a_model_that_cannot_be_taken_apart_the_loop_is_said_to_be_left(cli, capsys, tmp_path):
+    text = (
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.head = torch.nn.Linear(3072, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(x.flatten(1)).log_softmax(1)\n"
+    )
+    (tmp_path / "net.py").write_text(text)
+    flags = ["--model", f"{tmp_path / 'net.py'}:Net", "--num_classes", "10", "--save_dir", str(cli.folder)]
+    assert magia.main(["--explain", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "log_softmax cannot be walked" in out
+    assert "only the attack loop is left" in out
+
+
 def test_a_torchvision_model_is_explained(cli, capsys):
     flags = ["--model", "torchvision:resnet18", "--num_classes", "20", "--image_size", "64", "--batch_size", "2"]
     assert magia.main(["--explain", *flags, "--channels", "3", "--save_dir", str(cli.folder)]) == 0

@@ -1,15 +1,27 @@
 import pytest
 import torch
+from torch import nn
 
 from attack.read.forecast import explain
+from attack.read.reader import read_layers
+from client.victim import share_update
+from data import load_batch, open_source
 from network.tracing import stages
 from network.zoo import MODELS, build_model
+from update.training import LocalTraining, use_batch_statistics
+
+
+def built(name, side=32, num_classes=10):
+    generator = torch.Generator().manual_seed(0)
+    return build_model(name, image_shape=(3, side, side), num_classes=num_classes, generator=generator)
+
+
+def explained(net, batch_size, side):
+    return {row["layer"]: row for row in explain(stages(net), (3, side, side), batch_size)}
 
 
 def rows(name, batch_size, side=32, num_classes=10):
-    generator = torch.Generator().manual_seed(0)
-    net = build_model(name, image_shape=(3, side, side), num_classes=num_classes, generator=generator)
-    return {row["layer"]: row for row in explain(stages(net), (3, side, side), batch_size)}
+    return explained(built(name, side, num_classes), batch_size, side)
 
 
 def test_small_maps_of_wide_layers_are_spanned():
@@ -60,3 +72,78 @@ def test_every_layer_has_a_row_and_one_is_the_deepest(name):
     for row in table.values():
         assert row["known"] or not row["deepest"]
         assert row["rank_bound"] == 2 * row["positions"]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The forecast promises nothing that the walk refuses
+
+
+def sequential(*layers):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(*layers).eval()
+
+
+def grouped():
+    """A convolution in groups between a layer that is spanned and the images."""
+    entry = nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.ReLU()
+    middle = nn.Conv2d(32, 128, 3, stride=4, padding=1, groups=32), nn.ReLU()
+    return sequential(*entry, *middle, nn.Conv2d(128, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+
+
+def read(net, count, **training):
+    found = load_batch(
+        open_source("sample", None),
+        range(count),
+        labels="dataset",
+        num_classes=10,
+        generator=torch.Generator().manual_seed(0),
+        image_size=16,
+    )
+    update = share_update(net, "net", found.images, found.labels, 10, training=LocalTraining(**training))
+    return read_layers(update, net, generator=torch.Generator().manual_seed(1))
+
+
+def test_inputs_of_a_grouped_convolution_are_not_promised():
+    table, reading = explained(grouped(), 2, 16), read(grouped(), 2)
+    assert not table["2"]["known"]
+    assert not table["2"]["spanned"]
+    assert "32 groups" in table["2"]["reason"]
+    assert any("32 groups" in row["note"] for row in reading.layers)
+    assert "2" not in reading.recovered
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.Hardswish, nn.ELU], ids=lambda kind: kind.__name__)
+def test_a_body_with_any_activation_is_explained(activation):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.activation = activation()
+
+        def forward(self, x):
+            return x + self.second(self.activation(self.first(x)))
+
+    net = sequential(nn.Conv2d(3, 8, 3, stride=4, padding=1), Block(), nn.Flatten(), nn.Linear(128, 10))
+    table = explained(net, 1, 16)
+    assert table["1.second"]["reason"] == ""
+    assert (activation.__name__ in table["1.first"]["reason"]) == (activation is not nn.ReLU6)
+
+
+def test_batchnorm_in_training_mode_promises_less():
+    """The walk down ends at the topmost BatchNorm in training mode, and no layer below it is asked."""
+    trained, evaluated = built("vgg11", 16), explained(built("vgg11", 16), 2, 16)
+    use_batch_statistics(trained)
+    table, reading = explained(trained, 2, 16), read(built("vgg11", 16), 2, batchnorm="train")
+    known = {name for name, row in table.items() if row["known"]}
+    assert known == {"hidden1", "hidden2", "head"}
+    assert known < {name for name, row in evaluated.items() if row["known"]}
+    assert "mixes the images" in table["conv8"]["reason"]
+    assert set(reading.recovered) <= known
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "resnet18_cifar"])
+def test_the_deepest_layer_that_is_promised_is_read(name):
+    table, reading = rows(name, 2, side=16), read(built(name, 16), 2)
+    deepest = next(layer for layer, row in table.items() if row["deepest"])
+    assert deepest in reading.recovered or f"{deepest.rpartition('.')[0]}.add" in reading.recovered

@@ -152,7 +152,8 @@ def right_rays(programme, span, truth):
 def test_layers_above_make_rays_of_inputs_that_one_layer_leaves_hidden():
     case = mlp([60, 60, 60, 60], torch.relu, 11)
     stages = [case.stage(k) for k in (1, 2, 3)]
-    linked = linked_programme([ImageEquations(s.span, s.layer, s.tail) for s in stages])
+    layers = [ImageEquations(s.span, s.layer, s.tail) for s in stages]
+    linked = linked_programme(layers, [0.0, 0.0], is_sparse=True)
     span, truth = stages[0].span, case.inputs[1]
     assert right_rays(single_programme(span), span, truth) < right_rays(linked, span, truth)
 

@@ -269,6 +269,58 @@ def test_of_what_noise_drowns_nothing_is_claimed(net):
     assert "0 of 4 images told apart" in reason
 
 
+class ResidualBlock(nn.Module):
+    """BatchNorm, a skip, and an activation of the test's choice."""
+
+    def __init__(self, activation, width):
+        super().__init__()
+        self.a, self.na = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.b, self.nb = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.inner, self.outer = activation(), activation()
+
+    def forward(self, x):
+        return self.outer(self.nb(self.b(self.inner(self.na(self.a(x))))) + x)
+
+
+def fully_connected(activation):
+    widths = [(768, 96), (96, 96), (96, 96)]
+    layers = [layer for a, b in widths for layer in (nn.Linear(a, b), activation())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(96, 10))
+
+
+def residual(activation):
+    stem = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(64), activation()
+    down = nn.Conv2d(64, 64, 3, stride=4, padding=1), activation()
+    return nn.Sequential(*stem, *down, ResidualBlock(activation, 64), nn.Flatten(), nn.Linear(256, 10))
+
+
+def leaky():
+    return nn.LeakyReLU(0.1)
+
+
+@pytest.mark.parametrize(
+    ("network", "activation", "count", "start"),
+    [
+        (fully_connected, leaky, 5, 0),
+        (fully_connected, nn.SiLU, 5, 0),
+        (fully_connected, nn.ReLU6, 4, 0),
+        (residual, leaky, 1, 5),
+        (residual, nn.SiLU, 2, 5),
+        (residual, nn.GELU, 2, 5),
+    ],
+)
+def test_networks_of_other_activations_are_read(network, activation, count, start):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = network(activation).eval()
+    scene = Scene("mlp", count)
+    scene.net = net
+    scene.update = share_update(net, "net", scene.batch.images, scene.batch.labels, 10)
+    reading = scene.read()
+    assert_all_read(scene, reading)
+    assert reading.start <= start
+
+
 # ----------------------------------------------------------------------------------------------------
 # Bounds
 
