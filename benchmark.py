@@ -2,10 +2,10 @@
 
     python benchmark.py grid --presets magia,paper --batch_sizes 4,8 --seeds 0,1 --max_evals 300 --out results/grid
     python benchmark.py signals --out results/signals      # images read from the head's gradient, against batch size
-    python benchmark.py defences --out results/defences    # what defences leave of signals and images
+    python benchmark.py defences --out results/defences    # signals and images under defences
     python benchmark.py schedules --out results/schedules  # S(t) with and without the subset term, each to its end
-    python benchmark.py tune --out results/tune            # settings, on images that none of the others shows
-    python benchmark.py speed --out results/speed          # time and memory of an evaluation, and what it is spent on
+    python benchmark.py tune --out results/tune            # settings, on images that no other command shows
+    python benchmark.py speed --out results/speed          # time and memory of an evaluation, and their parts
 
 Every measurement is a grid of cells. A finished cell lies in OUT/cells as one JSON file and is not run again, so an
 interrupted grid goes on where it stopped. A model or a preset may bring flags of its own, as in
@@ -66,12 +66,12 @@ OWN = (
     "resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "explain",
     "quiet", "preset", "model", "batch_size", "indices", "seed",
 )  # fmt: skip
-TAKEN = ("model", "seed")  # of these by `speed`, which has one network and no cells
-ATTACKS = ("magia --signals auto", "magia --signals off")  # of `defences`
-ALPHAS = (0.999, 1.0)  # of `schedules`: with the subset term and without
-BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # of a cell: what is attacked
+TAKEN = ("model", "seed")  # flags of OWN that `speed` takes, which has one network and no cells
+ATTACKS = ("magia --signals auto", "magia --signals off")  # attacks of `defences`
+ALPHAS = (0.999, 1.0)  # values of alpha in `schedules`: with the subset term and without
+BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # entries of a cell that name its update
 BUDGETS = ("max_evals", "max_seconds")
-# of the victim: who brings one attacks another update. Of the script's flags these are the groups before the attack's
+# Flags that change the attacked update: the groups of the script's flags that stand before those of the attack.
 VICTIMS = ("data (the client's batch)", "model and update (what the server has)")
 OF_VICTIM = (*(flag.name for flag in magia.FLAGS if flag.group in VICTIMS), "dtype")
 
@@ -80,7 +80,7 @@ OF_VICTIM = (*(flag.name for flag in magia.FLAGS if flag.group in VICTIMS), "dty
 
 
 def listed(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callable[[str], list]:
-    """An argparse type: values between commas, each once, of the kind or of the choices."""
+    """An argparse type: values between commas, each once, of this kind or among the choices."""
 
     def parse(text: str) -> list:
         values = list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
@@ -93,7 +93,7 @@ def listed(kind: Callable[[str], object], choices: Sequence[str] = ()) -> Callab
 
 
 def defence_words(text: str) -> list[str]:
-    """An argparse type: what stands between blanks, each once."""
+    """An argparse type: words between blanks, each once."""
     if not text.split():
         raise argparse.ArgumentTypeError(f"no defence is named: {NONE!r} is the update as it is")
     return list(dict.fromkeys(text.split()))
@@ -198,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def refuse_own(flags: Sequence[str], taken: Collection[str] = ()) -> None:
-    """Refuse further flags that a cell of a benchmark sets itself, or cannot have; those in `taken` it may have.
+    """Refuse further flags that a cell of a benchmark sets itself or cannot have, except those in `taken`.
 
     Raises:
-        ValueError: there is one.
+        ValueError: there is such a flag.
     """
     for flag in flags:
         name = flag.split("=")[0].removeprefix("--")
@@ -212,10 +212,10 @@ def refuse_own(flags: Sequence[str], taken: Collection[str] = ()) -> None:
 
 
 def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Refuse at once, as the attack's own command line does, flags that no cell could run with.
+    """Refuse at once, as the attack's own command line does, flags with which no cell could run.
 
     Raises:
-        ValueError: a flag that cells set themselves, or one of an attack that would change what is attacked.
+        ValueError: a flag that cells set themselves, or an attack's flag that would change the update.
     """
     for text in getattr(asked, "presets", ()):
         for name in own_flags(text):
@@ -227,7 +227,7 @@ def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
 
 
 def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:
-    """The flags that each network, attack and defence brings of its own."""
+    """The flags that each network, attack and defence brings."""
     for text in (*asked.models, *getattr(asked, "presets", ())):
         yield shlex.split(text)[1:]
     for text in getattr(asked, "defences", ()):
@@ -235,11 +235,11 @@ def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What is compared
+# The comparisons
 
 
 def victims(asked: argparse.Namespace, flags: Sequence[str], *, tuning: bool = False) -> list[Cell]:
-    """Every network with every batch of every size, by every seed: images, weights and labels differ."""
+    """A cell for every network, batch size, batch and seed: images, weights and labels differ."""
     settings, _ = resolve(flags, magia.FLAGS)
     count = len(open_source(settings.dataset, settings.data_path))
     cells = []
@@ -252,15 +252,15 @@ def victims(asked: argparse.Namespace, flags: Sequence[str], *, tuning: bool = F
 
 
 def budgets(asked: argparse.Namespace) -> tuple[str, list]:
-    """The name of the budget that runs are given, and its values."""
+    """The name of the runs' budget, and its values."""
     return ("max_seconds", asked.max_seconds) if asked.max_seconds else ("max_evals", asked.max_evals)
 
 
 def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `grid`: rows, means over batches and seeds, an overview, plots, and walls of pictures.
+    """The rows of `grid`; it also writes means over batches and seeds, an overview, plots, and walls of pictures.
 
     Raises:
-        ValueError: a peer that is not installed or has no such attack, or a peer under a budget of seconds.
+        ValueError: a peer is not installed or has no such attack, or a peer has a budget of seconds.
     """
     budget, values = budgets(asked)
     attacks = [*asked.presets, *peer_attacks(asked)]
@@ -280,7 +280,7 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 def compared(
     cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace, names: Sequence[str]
 ) -> tuple[list[Cell], list[Cell]]:
-    """Rows of attacks, and their means over all that agree in `names`, written to summary.csv and .md as well."""
+    """The rows of attacks, and their means over all rows that agree in `names`, also written to summary.csv and .md."""
     figures = (*FIGURES, "status")
     measured = _measured(partial(measure, flags=flags, out=asked.out), figures, cells, flags, asked)
     front = [name for name in names if name not in BUDGETS]
@@ -293,19 +293,19 @@ def compared(
 
 
 def worth(row: Cell, cell: Cell, flags: Sequence[str]) -> Cell:
-    """What a row counts as in a mean: a run that failed or diverged as somebody's who then guesses the mean image."""
+    """A row's part in a mean: a run that failed or diverged counts with the figures of the mean image."""
     if not (has_failed(row) or row["status"] == DIVERGED):
         return {"lost": False}
     try:
         return {"lost": True} | mean_image_scores(cell, flags)
-    except (ValueError, OSError):  # not even the images are there
+    except (ValueError, OSError):  # the images are missing too
         return {"lost": True, "psnr_mean": None, "ssim_mean": None}
 
 
 def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path, suffix: str) -> None:
-    """A network's wall of pictures, of the first labels, batch, seed and budget, at the size that best fills a row.
+    """Write a network's picture wall, of the first labels, batch, seed and budget, at the size that best fills a row.
 
-    `suffix` tells its file from other networks'.
+    `suffix` is the ending of the file's name.
     """
     alike = [cell for cell in cells if cell.items() >= {k: cells[0][k] for k in ("labels", "batch", "seed")}.items()]
     ran = [cell for cell in alike if (run_folder(cell, flags, out) / "metrics.json").is_file()]
@@ -318,7 +318,7 @@ def write_wall(cells: Sequence[Cell], flags: Sequence[str], out: Path, suffix: s
 
 
 def peer_attacks(asked: argparse.Namespace) -> list[str]:
-    """The attacks of the peer that are asked for, each with the package's name before it."""
+    """The names of the peer's attacks that were asked for, each behind the package's name."""
     if not asked.peer:
         if asked.peer_attacks:
             raise ValueError("--peer_attacks: whose? give --peer")
@@ -334,7 +334,7 @@ def peer_attacks(asked: argparse.Namespace) -> list[str]:
 
 
 def signals(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `signals`: rows, and a plot in signals.png."""
+    """The rows of `signals`; it also writes a plot, signals.png."""
     cells = []
     for victim in victims(asked, flags):
         own = own_flags(str(victim["model"])).get("num_classes")
@@ -347,7 +347,7 @@ def signals(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 def read_signals(
     cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace, names: Sequence[str]
 ) -> list[Cell]:
-    """Rows of searches for signals, what tells them apart in front."""
+    """Rows of searches for signals, the columns of `names` in front."""
     rows = _measured(partial(measure_signals, flags=flags), READ, cells, flags, asked)
     front = (*names, "batch", "seed")
     return [
@@ -357,7 +357,7 @@ def read_signals(
 
 
 def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `defences`: signals alone, or whole attacks beside the mean image, means, and what stops them."""
+    """The rows of `defences`: signals alone, or whole attacks beside the mean image; it also writes means and plots."""
     each = list(itertools.product(asked.defences, victims(asked, flags)))
     if asked.signals_only:
         cells = [victim | {"defence": defence} for defence, victim in each]
@@ -374,7 +374,7 @@ def defences(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 
 
 def schedules(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `schedules`: every S(t) with the subset term and without, for all its steps."""
+    """The rows of `schedules`: every S(t) with the subset term and without, for all its steps."""
     each = itertools.product(asked.schedules, ALPHAS, victims(asked, flags))
     cells = [
         victim | {"preset": "magia --signals off", "sel_mode": mode, "alpha": alpha} for mode, alpha, victim in each
@@ -383,7 +383,7 @@ def schedules(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 
 
 def tune(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """The grid of `tune`: each attack with each value of each setting of its search, best first in the summary."""
+    """The rows of `tune`: each attack with each value of each searched setting; the summary has the best first."""
     budget, values = budgets(asked)
     tried = []
     for preset in asked.presets:
@@ -398,7 +398,7 @@ def tune(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 
 
 def _searched(line: Cell, presets: Sequence[str]) -> str:
-    """The longest of the presets that a line's is a variant of."""
+    """The longest of the presets of which a line's preset is a variant."""
     return max((preset for preset in presets if str(line["preset"]).startswith(preset)), key=len)
 
 
@@ -409,7 +409,7 @@ def _measured(
     flags: Sequence[str],
     asked: argparse.Namespace,
 ) -> list[Cell]:
-    """The cells with the figures that were measured, networks by short names; what made them is in origin.json."""
+    """The cells with their measured figures, networks by short names; origin.json has their origin."""
     how = {"figures": figures, "jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     made_by = origin(files_read(asked, flags))
     rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, loaded=loaded, **how)
@@ -419,7 +419,7 @@ def _measured(
 
 
 def files_read(asked: argparse.Namespace, flags: Sequence[str]) -> Iterator[Path]:
-    """Checkpoints, and files and folders of images, that the cells read: others make other cells."""
+    """The checkpoints, and the files and folders of images, that the cells read; they are part of a cell's origin."""
     for words in flags_behind(asked):
         settings, _ = resolve([*words, *flags], magia.FLAGS)
         images = settings.data_path if settings.dataset in ("folder", "npz") else None

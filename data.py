@@ -1,4 +1,4 @@
-"""Image batches of the victim: bundled samples, torchvision sets, a folder of images, an .npz of arrays.
+"""The client's image batches: bundled samples, torchvision sets, a folder of images, an .npz of arrays.
 
 Every source follows torchvision's dataset protocol, `len(source)` and `source[i] -> (PIL image, class index)`;
 `load_batch` turns chosen entries of one into a tensor batch.
@@ -31,12 +31,12 @@ LABEL_MODES = ("dataset", "random", "unique")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
-MOST_TEXT, MOST_INDICES = 100_000, 10**6  # of --indices: what could be meant, not what memory could hold
-MOST_PIXELS = 5 * 10**7  # of an image file, before it is decoded
+MOST_TEXT, MOST_INDICES = 100_000, 10**6  # characters and images of --indices: beyond, the text is a mistake
+MOST_PIXELS = 5 * 10**7  # pixels of an image file, checked before the file is decoded
 
 
 class DataError(ValueError):
-    """A source, an index or a label that cannot be used; the message names it and says what would be right."""
+    """A source, an index or a label cannot be used; the message names it and says which value would be right."""
 
 
 class ImageSource(Protocol):
@@ -106,7 +106,7 @@ class FolderImages:
 
     @property
     def files(self) -> list[Path]:
-        """Where the images lie, in their order."""
+        """The image files, in their order."""
         return [file for file, _ in self._labelled]
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class FolderImages:
         file, label = self._labelled[index]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is too large is refused below
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are refused below
                 image = Image.open(file)
             with image:
                 if image.width * image.height > MOST_PIXELS:
@@ -130,10 +130,10 @@ class FolderImages:
 
 
 def open_source(dataset: str, data_path: str | Path | None, *, train: bool = False) -> ImageSource:
-    """The images behind `--dataset` and `--data_path`; of torchvision's sets the test images, or those for training.
+    """The images behind `--dataset` and `--data_path`; of torchvision's sets the test images, or the training images.
 
     Raises:
-        DataError: unknown dataset, missing path, no network and no copy.
+        DataError: unknown dataset, missing path, or a set that has no copy here and cannot be downloaded.
     """
     if dataset not in DATASETS:
         raise DataError(f"unknown dataset {dataset!r}: choose one of {', '.join(DATASETS)}")
@@ -158,7 +158,7 @@ def parse_indices(text: str) -> list[int]:
     """Indices from text such as "0,3,8-11" (ranges include both ends).
 
     Raises:
-        DataError: anything else.
+        DataError: the text has another form.
     """
     indices: list[int] = []
     if len(text) > MOST_TEXT:
@@ -185,12 +185,12 @@ def load_batch(
     """The images at `indices` with their labels.
 
     Args:
-        source: where they come from, see `open_source`.
+        source: the source of the images, see `open_source`.
         indices: 0-based positions in the source.
-        labels: `dataset` for the true ones; `random`, drawn uniformly from the classes; `unique`, without repetition.
-        num_classes: K, the classes of the victim's head; None, for `dataset` alone, takes any label.
-        generator: what `random` and `unique` draw from.
-        image_size: side in pixels to crop and resize to; None keeps the images' own, which must then all agree.
+        labels: `dataset`: the images' own; `random`: drawn uniformly from the classes; `unique`: without repetition.
+        num_classes: K, the classes of the model's head; None, for `dataset` alone, takes any label.
+        generator: the source of random labels.
+        image_size: side in pixels to crop and resize to; None keeps the images' sizes, which must then all agree.
 
     Raises:
         DataError: an index out of range, sizes that differ, a label that the head has no class for.
@@ -223,7 +223,7 @@ def _labels(mode: str, own: list[int], num_classes: int | None, generator: torch
 
 
 def _to_tensor(images: list[Image.Image], image_size: int | None) -> Tensor:
-    """One (B, C, H, W) tensor; grey if every image is, RGB otherwise."""
+    """One (B, C, H, W) tensor: grey if every image is grey, RGB otherwise."""
     mode = "L" if all(image.mode in ("1", "L") for image in images) else "RGB"
     images = [image.convert(mode) for image in images]
     if image_size is not None:

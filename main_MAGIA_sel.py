@@ -64,33 +64,33 @@ DATASET = "sample"  # source of the images: sample (bundled), cifar10, cifar100,
 DATA_PATH = None  # the folder or .npz to read, or where torchvision sets lie (None: ./data)
 BATCH_SIZE = 16  # images averaged over, B
 INDICES = None  # which images, e.g. 0,3,8-11 (0-based; None: the first B)
-LABELS = "random"  # dataset: the true ones; random: uniform over the classes; unique: random without repetition
-IMAGE_SIZE = None  # side in pixels to crop and resize to (None: as they are)
-CHANNELS = 3  # of an image where none is at hand: with --explain, and with an update from outside
-SAVE_BATCH = None  # .npz to write the images and their own labels to, for --dataset npz, and stop
+LABELS = "random"  # dataset: the images' own; random: uniform over the classes; unique: random without repetition
+IMAGE_SIZE = None  # side in pixels to crop and resize to (None: images keep their size)
+CHANNELS = 3  # channels of an image, where no image is at hand: with --explain, and with an update from outside
+SAVE_BATCH = None  # write the images and their own labels to this .npz, for --dataset npz, and stop
 
 # model and update (what the server has)
 MODEL = "lenet"  # lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5, or from
-# outside: torchvision:NAME, FILE.py:FACTORY (a file, which is then run, and what in it is called to make the model)
+# outside: torchvision:NAME, FILE.py:FACTORY (the file is run, and FACTORY in it is called to make the model)
 ACTIVATION = None  # of mlp: relu, sigmoid, tanh, gelu (None: sigmoid)
 DEPTH = None  # hidden layers of mlp (None: 2)
 WIDTH = None  # units in a hidden layer of mlp (None: 256)
 NUM_CLASSES = 100  # outputs of the head, K (the paper's: 100)
-MEAN = None  # of the pixels that the model takes, e.g. 0.485,0.456,0.406, where it takes normalised ones (None: 0)
-STD = None  # their standard deviation (None: 1); images stay in [0, 1], normalisation is the model's first layer
+MEAN = None  # mean of the pixels by which images are normalised for the model, e.g. 0.485,0.456,0.406 (None: 0)
+STD = None  # standard deviation of the same pixels (None: 1); images stay in [0, 1], the model's first layer normalises
 WEIGHTS = None  # checkpoint to load, .safetensors, .npz or .pt (None: random weights from the seed)
-EXPLAIN = False  # say what this model gives away at this batch size before there is any data, and stop
-FROZEN = None  # parameters that are not trained, by the beginnings of their names, e.g. head.bias,conv1
-DEFENCE = "none"  # what the client does to its update, in this order, e.g. clip:1.0,noise:0.01: clip:NORM, noise:STD,
+EXPLAIN = False  # forecast without any data which layers give this batch size away, and stop
+FROZEN = None  # beginnings of the names of parameters that are not trained, e.g. head.bias,conv1
+DEFENCE = "none"  # defences that the client applies in this order, e.g. clip:1.0,noise:0.01; from clip:NORM, noise:STD,
 # topk:SHARE, quantise:BITS, sign, float16, bfloat16, secure_sum:CLIENTS, dpsgd:CLIP:SIGMA (docs/defences.md)
-DP_DELTA = 1e-5  # delta of the epsilon that dpsgd buys
+DP_DELTA = 1e-5  # delta of the (epsilon, delta)-differential privacy of dpsgd
 DP_RATE = 0.01  # share of all examples that is sampled for a round of dpsgd
 DP_ROUNDS = 1  # rounds of dpsgd that an example may be sampled for
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
-UPDATE = None  # file of a shared update to attack instead, see docs/update-format.md; the truth is then not at hand
-UPDATE_KIND = "gradient"  # what an update from outside holds: gradient, difference (new - old weights), weights (new)
-LOCAL_LR = None  # the client's learning rate, where it makes several steps, or sent weights or their difference
-LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; what it shares is divided by rate and steps
+UPDATE = None  # attack the update in this file, see docs/update-format.md; there is then no truth to compare with
+UPDATE_KIND = "gradient"  # content of an update from outside: gradient, difference (new - old weights), weights (new)
+LOCAL_LR = None  # the client's learning rate; needed for several steps, and where the update is of weights
+LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; the weights' difference is divided by rate and steps
 LOCAL_BATCHES = 1  # equal minibatches of the batch that these steps go through in turn, M
 BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
 
@@ -104,18 +104,18 @@ RESAMPLE = "step"  # step: T is fixed within a step's line search; closure: redr
 SHOW_SCHEDULE = False  # print S(t), save a plot of it, and stop
 
 # objective: rho [alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g)] + tv_weight prior(x)
-DISTANCE = None  # of the full-batch term: l2 (squared), relative (by tensors' sizes), cosine (Geiping et al. 2020),
-# relative_cosine (None: relative where kinks are softened, else l2, of what a defence leaves known of the entries;
-# relative_cosine where clipping hides the scale)
+DISTANCE = None  # of the full-batch term: l2 (squared), relative (each tensor's squares over their mean), cosine
+# (Geiping et al. 2020), relative_cosine (None: relative where kinks are softened, else l2; after topk, sign and
+# quantise the distance of attack/match/entries.py; relative_cosine where nothing tells the clip factor)
 SOFTEN = "auto"  # kinks of ReLUs and max-pools: auto (soft at first, hardened over tv_evals; measured), off
 ALPHA = 0.999  # weight of the full-batch term in [0, 1] (published); 1 leaves the subset term out
-SUBSET_LOSS = "published"  # D_sub, see attack/objective.py: published, mean, partial
-RESCALE = "inclusion"  # rho: inclusion (S/B, derived in attack/objective.py), none (1)
+SUBSET_LOSS = "published"  # D_sub, see attack/match/gradients.py: published, mean, partial
+RESCALE = "inclusion"  # rho: inclusion (S/B, derived in attack/match/gradients.py), none (1)
 PRIOR = "opponent"  # opponent (luma and chroma apart), rgb (isotropic), anisotropic (published mean form)
 TV_WEIGHT = 4e-3  # weight of the prior at the start (measured; published 5e-3)
 TV_FINAL = 1e-3  # share of tv_weight left at the end of the annealing, 1: constant weight (measured)
 TV_EVALS = 2500  # closure evaluations that the annealing takes, and the hardening of kinks (measured)
-NOISE_WEIGHT = 240.0  # the prior's weight stays above this times noise times root mean square of the update's
+NOISE_WEIGHT = 240.0  # lower bound on the prior's weight: this times noise times root mean square of the update's
 # entries, 0: off (measured)
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma in the opponent prior (measured)
 CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first in opponent and rgb (measured)
@@ -124,39 +124,39 @@ PRIOR_POWER = 0.8  # power that lengths of differences are raised to in opponent
 L2_WEIGHT = 0.0  # weight of the mean squared distance from mid-grey (Yin et al. 2021)
 BN_WEIGHT = 0.0  # weight of the distance from BatchNorm's running statistics (Yin et al. 2021); 0 in models without
 
-# signals: labels and features read from the head's gradient before the attack
-SIGNALS = "auto"  # auto: where model and noise allow; on: or fail; off: label-inference-free; ica: features by ICA
-# (Kariyappa et al. 2023)
+# signals: labels and inputs of layers, image by image, read from the update before the attack
+SIGNALS = "auto"  # auto: read where model and noise allow; on: read or fail; off: read nothing, label-inference-free;
+# ica: features by ICA (Kariyappa et al. 2023)
 FEATURE_WEIGHT = 1.0  # weight of |phi(x_i) - h_i|^2, mean over the batch, for images whose features h_i were read
 FEATURE_DISTANCE = None  # of features: l2, relative (over |h_i|^2), cosine (Kariyappa et al. 2023) (None: as DISTANCE)
 
 # labels
-LABEL_STRATEGY = "optimise"  # labels that no signals tell: optimise (moved beside the images), known (granted, without
-# their order), or read as published: idlg, yin, ilrg
+LABEL_STRATEGY = "optimise"  # labels of images without a signal: optimise (moved beside the images), known (granted,
+# without their order), or read as published: idlg, yin, ilrg
 
-# variables: what the optimiser moves, and where it starts
+# variables of the optimiser, and their start
 INIT = "grey"  # grey (0.5 and a little noise), normal (clamped; published), uniform, randn (normal, not clamped: DLG),
 # standardised (normal about CIFAR-10's mean colour: Geiping et al. 2020), or a folder or .npz of images
-BOX = "sigmoid"  # what keeps pixels in [0, 1]: sigmoid (x = sigmoid(u)), clamp (projected after steps), none
+BOX = "sigmoid"  # way to keep pixels in [0, 1]: sigmoid (x = sigmoid(u)), clamp (projected after steps), none
 SPECTRAL_POWER = None  # p of the 1/(1+f)^p scaling of image frequencies, 0: plain pixels (None: 1 where gradients are
-# matched, by network where activations are; measured)
-CHROMA_GAIN = 0.5  # scaling of chroma relative to luma in the same map, 1: none (measured)
+# matched; where activations are matched the network decides; measured)
+CHROMA_GAIN = 0.5  # scaling of chroma relative to luma among these frequencies, 1: none (measured)
 LABEL_GAIN = 2.0  # label logits per unit of their variables (measured)
 LABEL_STD = 1.0  # standard deviation of the label logits at the start: far enough apart to settle on different classes
 RESTARTS = 1  # starts attacked side by side, R; the best match is the result; R evaluations a closure call
 GROUP_WEIGHT = 0.0  # weight of the squared distance of the R copies from their mean
 
 # optimiser
-OPTIMIZER = "lbfgs"  # what moves images and labels: lbfgs, adam
+OPTIMIZER = "lbfgs"  # optimiser of images and labels: lbfgs, adam
 N_ITER = 300  # optimiser steps (paper: 300)
 LR = None  # step size (None: 1 for lbfgs, 0.05 for adam)
 LR_SCHEDULE = "constant"  # constant, step (a tenth at 3/8, 5/8, 7/8 of the run), cosine (to zero)
 SIGNED = False  # move the images by the signs of their gradient (Geiping et al. 2020)
-INNER_ITER = 20  # L-BFGS iterations in a step, which takes at most 5/4 of them plus 1 closure evaluations
+INNER_ITER = 20  # L-BFGS iterations in a step; a step takes at most 5/4 as many closure evaluations, plus 1
 HISTORY = 100  # curvature pairs that L-BFGS keeps
 LINE_SEARCH = "strong_wolfe"  # of L-BFGS: strong_wolfe, none (published)
 MAX_EVALS = None  # closure evaluations never exceeded (None: no limit but n_iter)
-MAX_SECONDS = None  # wall time, signals included, after which no further step begins (None: no limit)
+MAX_SECONDS = None  # wall time after which no further step begins; a reading is aborted after half of it (None: none)
 
 # run
 SEED = 0  # one seed for labels, weights, start and subsets
@@ -165,10 +165,10 @@ DTYPE = "float32"  # of the client's gradient and the attack: float32, float64
 SAVE_DIR = "results"  # where run directories go
 RUN_NAME = None  # name of the run directory (None: <dataset>_B<batch>_<sel_mode>_seed<seed>_<timestamp>)
 OVERWRITE = False  # replace the run in a run directory that exists
-RESUME = None  # go on from the checkpoint of a run: of this directory, or, without one, of run_name in save_dir
+RESUME = None  # go on from the checkpoint in this run directory, or without a value in that of run_name in save_dir
 CHECKPOINT_EVERY = 50  # steps between checkpoints, 0: only at the end
 LOG_EVERY = 1  # steps between rows of trace.csv
-AUDIT = False  # attack once more under each of the nearest defences, and report what would stop the attack
+AUDIT = False  # attack once more under each of the nearest defences, and report which would stop the attack
 QUIET = False  # print the last line only
 
 # ----------------------------------------------------------------------------------------------------
@@ -179,10 +179,11 @@ FLAGS = read_flags(Path(__file__), globals())
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised:  matching + tv_weight prior(x) + sum_j weight_j penalty_j(x).
+    """The objective:  matching + tv_weight prior(x) + sum_j weight_j penalty_j(x).
 
-    It is the mean over the copies of the batch that --restarts asks for, with group_weight |x - mean over copies|^2 on
-    top of it. `annealing` says how tv_weight falls; it ends at what the noise in the update asks for.
+    Its value is the mean over the copies of the batch that --restarts asks for, plus
+    group_weight |x - mean over copies|^2. `annealing` says how tv_weight falls, down to a bound that the update's noise
+    sets.
     """
 
     matching: MatchingLoss | SoftenedMatching | ForwardMatching
@@ -254,7 +255,7 @@ def attack(
     """MAGIA: step after step, a subset of scheduled size, until steps, evaluations or seconds are spent.
 
     Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
-    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns what ended the attack:
+    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns the reason of the end:
     n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
     """
     while not (ended := objective.annealing.ended(state.evaluations / state.copies) or state.ended(budget)):
@@ -278,10 +279,10 @@ def prepare(
     granted: Tensor | None = None,
     began: dict | None = None,
 ) -> tuple[AttackState, Objective, Known]:
-    """All that `attack` moves and minimises, made from what the server has and the settings.
+    """The state that `attack` moves and the objective that it minimises, from the server's knowledge and the settings.
 
-    Nothing of the truth goes in but `granted`, the true labels (B,), where --label_strategy known asks for them. A
-    resumed run passes the checkpoint it `began` with, whose signals it keeps.
+    Of the truth only `granted` goes in, the true labels (B,), where --label_strategy known asks for them. A resumed run
+    passes the checkpoint that it `began` with, and keeps its signals.
     """
     started = time.perf_counter()
     known = known_ahead(update, model, settings, granted, began)
@@ -296,8 +297,8 @@ def build_objective(
 ) -> Objective:
     """The objective of the settings, with the penalties that have a weight and something to weigh.
 
-    Where activations of all images are known, these are what is matched, with the gradients of the layers below them.
-    Gradients of a network with kinks are matched through softened ones.
+    Where activations of all images are known, the objective matches these activations, with the gradients of the layers
+    below. Gradients of a network with kinks are matched through softened kinks.
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
@@ -374,7 +375,7 @@ def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) 
     """The victim's side, then the attacker's, in a directory of its own. Returns the exit status."""
     update, model, truth = victim(settings, place_named(settings))
     adopt(settings, given, facts_of(update, settings), "the update")
-    words = words_of(settings, FLAGS) if settings.resume else words  # what makes a resumed run anew
+    words = words_of(settings, FLAGS) if settings.resume else words  # the command of a resumed run, from its start
     with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:
         if settings.save_update:
             update.save(settings.save_update)

@@ -1,8 +1,8 @@
-"""Image priors: what natural images look like, without any training data.
+"""Image priors: measures of how unlike natural images are, without any training data.
 
-Every prior maps images (B, C, H, W) in [0, 1] to one non-negative scalar, the mean over images and pixels, so that
-its weight means the same at every batch and image size. The repr of a `Prior` says what it is, so that a run
-describes itself.
+Every prior maps images (B, C, H, W) in [0, 1] to one non-negative scalar, the mean over images and pixels, so the
+prior's weight means the same at every batch and image size. The repr of a `Prior` names it, so that a run describes
+itself.
 """
 
 import math
@@ -16,16 +16,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 PRIORS = ("opponent", "rgb", "anisotropic")
 
-# (q + SMOOTHING)^(power/2) keeps the prior differentiable on flat regions; 1e-3 of the range is below one grey level.
+# (q + SMOOTHING)^(power/2) keeps the prior differentiable on flat regions; its root, 1e-3, is below one grey level.
 SMOOTHING = 1e-6
 
 
-@cache  # asked for in every evaluation of the prior
+@cache  # every evaluation of the prior needs the basis
 def opponent_basis(channels: int, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Tensor:
-    """Orthonormal axes (C, C) whose rows are luma, red-green and yellow-blue; the identity for anything but RGB.
+    """Orthonormal axes (C, C) whose rows are luma, red-green and yellow-blue; the identity for images other than RGB.
 
-    Natural images vary most along luma, and their edges along the chroma axes are few: a prior that sees the three
-    apart, and holds chroma tighter, is worth several dB (docs/results.md, "What is each part worth?").
+    Natural images vary most along luma, and their edges along the chroma axes are few. A prior that treats the three
+    axes separately, and chroma more strictly, is worth several dB (docs/results.md, "What is each part worth?").
     """
     if channels != 3:
         return torch.eye(channels, dtype=dtype, device=device)
@@ -41,9 +41,9 @@ def rotate_colours(images: Tensor, basis: Tensor) -> Tensor:
 class Roughness(torch.autograd.Function):
     """sum_n weight_n sum_g weight_g  mean over images and pixels of |n-th differences of channels g|^power.
 
-    The length at a pixel is that of the whole tensor of n-th differences, over the channels of the group; differences
-    that would reach over an edge are left out. The gradient is written out: of some sixty small operations autograd
-    would build a graph that costs more than the rest of an evaluation on a small net.
+    The length at a pixel is that of the whole tensor of n-th differences, over the channels of the group. Differences
+    that would reach over an edge are left out. The gradient is written out by hand: autograd would build a graph of
+    some sixty small operations, which costs more than the rest of an evaluation on a small net.
     """
 
     @staticmethod
@@ -62,7 +62,7 @@ class Roughness(torch.autograd.Function):
                 place.addcmul_(component, component, value=math.comb(order, k))
             value += powers_of_lengths_(squares, groups, weight, power)
             for component, place in zip(levels[order], places, strict=True):
-                component.mul_(place)  # from here on it is the derivative by the component, over comb(order, k)
+                component.mul_(place)  # the component now holds its derivative, over comb(order, k)
         levels[0] = [squares.zero_()]
         for order in range(len(orders), 0, -1):
             above, below = levels[order], levels[order - 1]
@@ -75,16 +75,16 @@ class Roughness(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, slope: Tensor) -> tuple[Tensor, None, None, None]:
-        """The derivative by the images, which `forward` has taken along."""
+        """The derivative by the images, which `forward` has computed."""
         (gradient,) = ctx.saved_tensors
         return slope * gradient, None, None, None
 
 
 def powers_of_lengths_(squares: Tensor, groups: Sequence[tuple[int, float]], weight: float, power: float) -> Tensor:
-    """weight sum_g weight_g mean (sum of the group's squares)^(power/2); squares become twice its derivative."""
+    """weight sum_g weight_g mean (sum of the group's squares)^(power/2); `squares` becomes twice the derivative."""
     parts = squares.split([size for size, _ in groups], 1)
     squared = torch.stack([part.sum(1) for part in parts], 1).add_(SMOOTHING)  # (B, G, H, W)
-    slopes = squared.log().mul_(power / 2 - 1).exp_()  # through the logarithm a power takes less than half as long
+    slopes = squared.log().mul_(power / 2 - 1).exp_()  # a power, in less than half its time
     slopes *= group_weights(tuple(own for _, own in groups), dtype=squares.dtype, device=squares.device)
     share = weight * len(parts) / squared.numel()
     value = share * torch.dot(slopes.flatten(), squared.flatten())
@@ -95,12 +95,12 @@ def powers_of_lengths_(squares: Tensor, groups: Sequence[tuple[int, float]], wei
 
 @cache
 def group_weights(weights: Sequence[float], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """They as a tensor (G, 1, 1)."""
+    """The weights, shape (G, 1, 1)."""
     return torch.tensor(weights, dtype=dtype, device=device)[:, None, None]
 
 
 def at_pixels(images: Tensor, order: int, k: int, component: Tensor) -> Tensor:
-    """The part of images (B, C, H, W) that the entries of a component stand for: straight second differences are
+    """The part of images (B, C, H, W) whose pixels belong to a component's entries: straight second differences are
     centred, all others begin at their pixel."""
     top, left = {(2, 0): (1, 0), (2, 2): (0, 1)}.get((order, k), (0, 0))
     height, width = component.shape[-2:]
@@ -108,7 +108,7 @@ def at_pixels(images: Tensor, order: int, k: int, component: Tensor) -> Tensor:
 
 
 def add_transposed(images: Tensor, differences: Tensor, dim: int, times: float = 1.0) -> None:
-    """Add to `images`, in place, what the transpose of taking differences along `dim` makes of `differences`."""
+    """Add to `images`, in place, the transpose of the difference along `dim`, applied to `differences`."""
     images.narrow(dim, 1, differences.shape[dim]).add_(differences, alpha=times)
     images.narrow(dim, 0, differences.shape[dim]).sub_(differences, alpha=times)
 
@@ -117,7 +117,7 @@ def total_variation(images: Tensor, power: float = 1.0) -> Tensor:
     """Isotropic vectorial total variation: mean length of the (2C)-dimensional forward difference at each pixel.
 
     Source: Rudin, Osher, Fatemi 1992; coupled over channels as in Bresson, Chan 2008; powers below 1 as in Krishnan,
-    Fergus 2009: the differences of natural images have heavier tails than power 1 speaks for.
+    Fergus 2009: the differences of natural images have heavier tails than power 1 implies.
     """
     return Roughness.apply(images, (1.0,), ((images.shape[1], 1.0),), power)
 

@@ -1,6 +1,6 @@
 """Selection schedules: how many images, S(t), the random subset of step t holds.
 
-The seven modes are those of the MAGIA paper's appendix (arXiv 2509.18170). Pure Python, no project imports.
+The seven modes are those of the MAGIA paper's appendix (arXiv 2509.18170). Pure Python, without project imports.
 
     const1            S = 1
     constk            S = k
@@ -23,7 +23,7 @@ MODES = ("const1", "constk", "linear_inc_l", "linear_inc_total", "linear_dec_l",
 def sigmoid_decay(step: float, a: float, b: float) -> float:
     """The logistic curve 1 / (1 + exp(-a (step - b))): falling for a < 0, rising for a > 0, one half at step b.
 
-    Only exp of a non-positive number is ever taken, so no a, b or step overflows.
+    The code takes exp of non-positive numbers only, so no a, b or step overflows.
     """
     z = a * (step - b)
     e = math.exp(-abs(z))
@@ -38,8 +38,8 @@ def subset_size(mode: str, step: int, *, batch_size: int, n_iter: int, k: int, l
         step: 0-based step.
         batch_size: B, the number of images that the shared gradient averages.
         n_iter: total number of steps, the horizon of the `_total` modes.
-        k: subset size of `constk`; any integer, it is clamped.
-        l_iter: length in steps of the `_l` modes' ramp; 0 means that the ramp is already over.
+        k: subset size of `constk`; any integer, clamped to the batch.
+        l_iter: length in steps of the `_l` modes' ramp; with 0 the ramp is already over.
         a, b: slope (per step) and midpoint (step) of `sigmoid`.
 
     Raises:
@@ -87,7 +87,7 @@ class Schedule:
     """S(t) of a run, and when the subset is drawn: once a step, or (closure) in every evaluation, as published.
 
     Raises:
-        ValueError: what `subset_size` refuses, when it is made.
+        ValueError: as in `subset_size`, at construction.
     """
 
     mode: str

@@ -1,4 +1,4 @@
-"""Train a model to attack: leakage changes with training, and a checkpoint for --weights shows how.
+"""Train a model to attack: leakage changes with training, and --weights attacks the trained model.
 
     python train_victim.py --model convnet --dataset cifar10 --num_classes 10 --epochs 2 --out convnet.safetensors
     python main_MAGIA_sel.py --model convnet --weights convnet.safetensors --num_classes 10 --labels dataset
@@ -28,24 +28,24 @@ from update.storage import checked_name, write_tensors
 # data
 DATASET = "sample"  # source of the images: sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
 DATA_PATH = None  # the folder or .npz to read, or where torchvision sets lie (None: ./data)
-IMAGE_SIZE = None  # side in pixels to crop and resize to (None: as they are)
-HOLD_OUT = 0.1  # share of the images that accuracy is measured on and nothing is learned from
+IMAGE_SIZE = None  # side in pixels to crop and resize to (None: images keep their size)
+HOLD_OUT = 0.1  # share of the images on which accuracy is measured; the model is not trained on them
 
 # model
 MODEL = "lenet"  # lenet (of DLG, arXiv 1906.08935), mlp, convnet, resnet18, resnet18_cifar, vgg11, lenet5, or from
-# outside: torchvision:NAME, FILE.py:FACTORY (a file, which is then run, and what in it is called to make the model)
+# outside: torchvision:NAME, FILE.py:FACTORY (the file is run, and FACTORY in it is called to make the model)
 ACTIVATION = None  # of mlp: relu, sigmoid, tanh, gelu (None: sigmoid)
 DEPTH = None  # hidden layers of mlp (None: 2)
 WIDTH = None  # units in a hidden layer of mlp (None: 256)
 NUM_CLASSES = 10  # outputs of the head, K
-MEAN = None  # of the pixels that the model takes, e.g. 0.485,0.456,0.406, where it takes normalised ones (None: 0)
-STD = None  # their standard deviation (None: 1)
+MEAN = None  # mean of the pixels by which images are normalised for the model, e.g. 0.485,0.456,0.406 (None: 0)
+STD = None  # standard deviation of the same pixels (None: 1)
 
 # training
 EPOCHS = 1  # passes over the images
 TRAIN_BATCH = 128  # images in a step of Adam
-LR = 1e-3  # its step size
-FLIP = True  # mirror every other image, as it comes
+LR = 1e-3  # step size of Adam
+FLIP = True  # mirror each image with a chance of one half
 SEED = 0  # one seed for weights, order and flips
 DEVICE = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda where there is one
 OUT = "victim.safetensors"  # where the checkpoint goes, .safetensors or .npz
@@ -64,7 +64,7 @@ def train(
     settings: argparse.Namespace,
     epoch: int,
 ) -> float:
-    """One epoch of Adam on images (N, C, H, W) in [0, 1] with labels (N,); the mean loss."""
+    """Train one epoch by Adam on images (N, C, H, W) in [0, 1] with labels (N,); return the mean loss."""
     generator = stream(settings.seed, f"epoch {epoch}")
     total = 0.0
     model.train()
@@ -84,7 +84,7 @@ def train(
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> float:
-    """Share of images (N, C, H, W) whose largest logit is that of their label (N,)."""
+    """The share of images (N, C, H, W) whose largest logit is that of their label (N,)."""
     with torch.no_grad():
         logits = torch.cat([model(part) for part in images.split(size)])
     return float((logits.argmax(1) == labels).double().mean())

@@ -1,1 +1,1 @@
-"""Many runs side by side: cells, what is measured in them, tables and plots, other packages' attacks."""
+"""Many runs side by side: cells and their measures, tables and plots, other packages' attacks."""

@@ -1,7 +1,7 @@
-"""Which images a benchmark shows, and which it chooses settings on: never the same.
+"""The images that a benchmark shows, and the images on which it tunes settings: no image is in both.
 
 The last quarter of a source's first 256 images is for tuning: images 192 to 255 of a large set, 96 to 127 of the
-bundled sample. Tables show disjoint batches of the others, from the first on.
+bundled sample. Tables show disjoint batches of all other images, from the first on.
 """
 
 import itertools
@@ -11,22 +11,22 @@ FIRST = 256  # images of a source, of which a quarter is for tuning
 
 
 def tuning_images(count: int) -> range:
-    """Indices of the images that no table shows, in a source of so many."""
+    """Indices of the images that no table shows, in a source of `count` images."""
     size = min(count, FIRST)
     return range(size - size // 4, size)
 
 
 def shown_images(count: int) -> Iterator[int]:
-    """Indices of all others, in order."""
+    """Indices of the images that tables show, in order."""
     tuning = tuning_images(count)
     return (index for index in range(count) if index not in tuning)
 
 
 def batch_indices(batch: int, batch_size: int, count: int, *, tuning: bool = False) -> str:
-    """The value of --indices for a batch: number `batch` of the disjoint ones of its size, in a source of so many.
+    """The value of --indices for number `batch` of the disjoint batches of this size, in a source of `count` images.
 
     Raises:
-        ValueError: so many images are not there to be shown, or for tuning.
+        ValueError: the source has too few images to show, or too few for tuning.
     """
     images = iter(tuning_images(count)) if tuning else shown_images(count)
     chosen = list(itertools.islice(images, batch * batch_size, (batch + 1) * batch_size))

@@ -1,9 +1,9 @@
-"""The cells of a benchmark: each is measured once, by some process somewhere, and then lies in OUT/cells as JSON.
+"""The cells of a benchmark: one process measures a cell once, and the cell then lies in OUT/cells as JSON.
 
-A finished cell is not run again, so an interrupted benchmark goes on where it stopped, and a process that dies costs
-the cells it was at: they are started anew. A cell that failed is no finished one, nor is one that another version of
-the program or its libraries made: what they would be mixed with is not of their kind. Processes that share OUT, on one
-machine or many, leave a cell to the one that has its lock.
+A finished cell is not run again, so an interrupted benchmark goes on where it stopped. A process that dies costs the
+cells that it was at, which are started again. A failed cell is not finished. A cell of another version of the program
+or of its libraries is not finished either: rows of two versions are not comparable. Of the processes that share OUT, on
+one machine or many, the process that has a cell's lock runs the cell.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 from update.storage import replace_atomically
 
-ATTEMPTS = 3  # times that the cells of a local process that died are started, in all; a Dask scheduler counts its own
+ATTEMPTS = 3  # starts, in all, of the cells of a local process that died; a Dask scheduler counts its own
 STALE = "worker runs another program: restart it"
-FAILED = "failed: "  # what the status of a cell begins with that could not be measured
+FAILED = "failed: "  # the beginning of the status of a cell that could not be measured
 
-# Held while a cell is measured: what it prints, what another package draws and configures, and the number of threads
-# are the whole process's, and a worker of a cluster may be given several cells at a time.
+# Held while a cell is measured. Output, another package's random draws and settings, and the number of threads belong
+# to the whole process, and a cluster may give a worker several cells at a time.
 ALONE = Lock()
 
 Cell = dict[str, object]
@@ -47,28 +47,28 @@ def run_cells(
     threads: int | None = None,
     scheduler: str | None = None,
 ) -> list[Cell]:
-    """All cells with what was measured, in their order; those that are finished are read back, not run again.
+    """All cells with their measured figures, in their order; finished cells are read back, not run again.
 
-    A cell whose measurement raises an exception has it in its `status`, and costs itself only.
+    A cell whose measurement raises an exception has the exception in its `status`; other cells are not affected.
 
     Args:
-        measure: maps a cell to its figures. It runs in other processes where there are several.
-        flags: further flags that all cells share; they are part of a cell's name.
+        measure: maps a cell to its figures, in other processes where there are several.
+        flags: further flags that all cells share, and a part of each cell's name.
         out: the folder that holds `cells`; with a scheduler all machines must see it.
-        origin: what the figures depend on beside cell and flags, see `bench.origin`. It is kept with each cell, and one
-            of another origin is measured anew.
-        loaded: asks the process that is to measure a cell for its own part of the origin. Where that is another, the
-            cell has failed, and is kept as what that process would have made.
-        figures: names of what is measured: a file without one of them holds no finished cell.
-        jobs: local processes.
-        threads: of each process; None shares the machine's cores out among them, and leaves a cluster's workers as
-            they were started.
+        origin: what the figures depend on beside cell and flags, see `bench.origin`. Each cell keeps its origin, and a
+            cell of another origin is measured again.
+        loaded: returns the origin that the measuring process has loaded. Where it differs from `origin`, the cell has
+            failed, and is kept with the process's own origin.
+        figures: names of the measured figures: a file without one of these holds no finished cell.
+        jobs: number of local processes.
+        threads: of each process; None divides the machine's cores among local processes, and leaves a cluster's workers
+            unchanged.
         scheduler: address of a Dask scheduler that runs the cells instead.
 
     Raises:
         ValueError: a scheduler is asked for and Dask is not installed, or local processes keep dying.
-        OSError: it does not answer.
-        KeyboardInterrupt: Ctrl-C; the cells that were under way are not finished.
+        OSError: the scheduler does not answer.
+        KeyboardInterrupt: Ctrl-C; the cells that were being measured are not finished.
     """
     folder, locks = out.resolve() / "cells", out.resolve() / ".locks"
     for path in (folder, locks):
@@ -79,7 +79,7 @@ def run_cells(
         threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def finish(cell: Cell, file: Path, wait: bool) -> Path | None:
-        """Measure the cell, unless somebody has by now; None: somebody is at it, and was not waited for."""
+        """Measure the cell unless it is finished by now; None: another process is measuring it, and nobody waited."""
         try:
             with FileLock(locks / file.stem, timeout=-1 if wait else 0):
                 if not is_finished(cell, file):
@@ -93,15 +93,15 @@ def run_cells(
         return file
 
     def is_finished(cell: Cell, file: Path) -> bool:
-        """Whether the file holds this very cell, measured by this very program."""
+        """Whether the file holds this cell, measured by this version of the program."""
         row = _read(file)
         whole = cell.items() <= row.items() and row.keys() >= set(figures) and not has_failed(row)
         return whole and _deciding(row.get("made_by")) == _deciding(made_by)
 
-    over: set[Path] = set()  # in this call, be it with a failure
+    over: set[Path] = set()  # cells that ended in this call, failures included
 
     def missing() -> list[tuple[Cell, Path]]:
-        # the last first: batch sizes mostly ascend, and a long cell at the end would leave the other processes idle
+        # the last cell first: batch sizes mostly ascend, and a long cell at the end would leave other processes idle
         pairs = zip(cells, files, strict=True)
         return [(c, f) for c, f in pairs if f not in over and not is_finished(c, f)][::-1]
 
@@ -113,7 +113,7 @@ def run_cells(
                     if file:
                         over.add(file)
                         bar.update()
-                wait = True  # what is left now is under way in another process
+                wait = True  # another process is measuring the cells that are left
             except TerminatedWorkerError:
                 deaths += 1
                 if deaths == ATTEMPTS:
@@ -128,18 +128,18 @@ def has_failed(row: Cell) -> bool:
 
 
 def _outcome(measure: Callable[[Cell], Cell], cell: Cell, threads: int | None) -> Cell:
-    """What was measured, alone in this process and on so many threads, or how it failed."""
+    """The figures of a cell, measured alone in this process and on `threads` threads, or the reason of a failure."""
     with ALONE:
         if threads:
             torch.set_num_threads(threads)
         try:
             return measure(cell)
-        except (Exception, SystemExit) as error:  # whatever it is, it costs this cell only
+        except (Exception, SystemExit) as error:  # any error fails this cell only
             return {"status": FAILED + " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
 def _read(file: Path) -> Cell:
-    """What the file holds; nothing where it is not there, or holds no cell of any kind."""
+    """The cell in the file; empty where the file is missing or holds no cell."""
     try:
         row = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -148,7 +148,7 @@ def _read(file: Path) -> Cell:
 
 
 def _deciding(made_by: object) -> dict[str, object] | None:
-    """What must agree: the commit is there for a person, digests of what it holds decide. None of what is no origin."""
+    """The parts of an origin that must agree: all but the commit, which is for a person. None for no origin."""
     if not isinstance(made_by, Mapping):
         return None
     return {name: value for name, value in made_by.items() if name != "commit"}
@@ -156,7 +156,7 @@ def _deciding(made_by: object) -> dict[str, object] | None:
 
 @contextmanager
 def processes(jobs: int, scheduler: str | None) -> Iterator[None]:
-    """Let joblib run on so many local processes, or on the Dask cluster whose scheduler has this address."""
+    """Let joblib run on `jobs` local processes, or on the Dask cluster whose scheduler has this address."""
     if scheduler is None:
         with parallel_config(n_jobs=jobs):
             yield
@@ -167,13 +167,13 @@ def processes(jobs: int, scheduler: str | None) -> Iterator[None]:
         raise ValueError("--scheduler needs Dask: pip install -r requirements-cluster.txt") from None
     with Client(scheduler) as client, parallel_config(backend="dask"):
         home = str(Path(__file__).parent.parent)
-        client.run_on_scheduler(site.addsitedir, home)  # it reads what it hands on, and waits for ever if it cannot
+        client.run_on_scheduler(site.addsitedir, home)  # the scheduler must be able to read tasks
         client.run(site.addsitedir, home)  # workers that join later need a PYTHONPATH
         yield
 
 
 def cell_name(cell: Cell, flags: Sequence[str]) -> str:
-    """A file name of its own for each cell and set of further flags, readable as far as it goes."""
+    """A file name for a cell and its further flags: a readable part, and a digest that makes it unique."""
     words = "_".join(str(value).strip("-") for value in cell.values())[:60]
     readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in words)
     return f"{readable}_{hashlib.sha256(json.dumps([cell, list(flags)]).encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""Writes docs/results.md, and the tables of results in other pages: python -m bench.docs."""
+"""Write docs/results.md, and the tables of results in other pages: python -m bench.docs."""
 
 from pathlib import Path
 

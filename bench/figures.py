@@ -1,4 +1,4 @@
-"""What a benchmark shows: tables in CSV and markdown, plots, and a wall of pictures."""
+"""The output of a benchmark: tables in CSV and markdown, plots, and a wall of pictures."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from bench.guesses import GUESSES
 from judge.tables import markdown, write_csv
 
 WALL = 8  # images in a row of the picture wall
-LEAST = {"evaluations": 1, "seconds": 0.1}  # what the tables resolve: less has its place on a logarithmic axis too
+LEAST = {"evaluations": 1, "seconds": 0.1}  # resolution of the tables, and lower bound on a logarithmic axis
 MEANS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found", "evaluations", "seconds")
 OVERVIEW = {
     "psnr_mean": "PSNR (dB)",
@@ -28,7 +28,7 @@ OVERVIEW = {
 }
 MEASURES = {"psnr": "mean PSNR (dB)", "ssim": "mean SSIM"}
 PANEL = {"batch_size": "B = {}", "max_evals": "{} evaluations", "max_seconds": "{} seconds"}
-MARKERS = "os^v"  # the next for every ten lines
+MARKERS = "os^v"  # one for every ten lines
 DECADE = 10
 PANELS = 3  # in a row
 
@@ -40,10 +40,10 @@ def write_table(rows: Sequence[Cell], stem: Path) -> None:
 
 
 def summarise(rows: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
-    """Means over all rows that agree in `names`, those over batches and seeds say, with their number and PSNR's spread.
+    """Means over all rows that agree in `names`, such as over batches and seeds, with their number and PSNR's spread.
 
-    `failed` is the share of runs whose column `lost` says that they came to nothing. What such a run is worth, the
-    caller has put in place of its PSNR and SSIM, so that it counts; where there was nothing to put, it does not.
+    `failed` is the share of runs whose column `lost` is true. The caller has given such a run the PSNR and SSIM of the
+    mean image, which count in the means. A run without these figures does not count.
     """
     groups: dict[tuple, list[Cell]] = {}
     for row in rows:
@@ -78,7 +78,7 @@ def write_overview(lines: Sequence[Cell], budget: str, path: Path) -> None:
 
 
 def in_a_word(line: Cell, name: str) -> str:
-    """A mean as a table of the overview shows it, PSNR with its spread and the share of failures."""
+    """A mean as the overview's tables show it, PSNR with its spread and the share of failures."""
     if line[name] is None:
         return ""
     text = f"{line[name]:.2f}" if name in ("ssim_mean", "label_accuracy") else f"{line[name]:.1f}"
@@ -109,10 +109,10 @@ def plot_signals(rows: Sequence[Cell], path: Path) -> None:
 def plot_grid(lines: Sequence[Cell], budget: str, out: Path) -> None:
     """psnr_vs_batch.png, psnr_vs_evaluations.png, psnr_vs_seconds.png, and the same three of SSIM, for each network.
 
-    `lines` are a grid's means over batches and seeds, `budget` the column that names what each run was given: max_evals
-    or max_seconds. Over the batch size each budget has a panel; over evaluations and seconds each batch size has one,
-    and each budget is a point. Guesses spend nothing, so they are in the first only; an attack that was done before its
-    first step has its place at one evaluation.
+    `lines` are a grid's means over batches and seeds, `budget` the column of each run's budget: max_evals or
+    max_seconds. Over the batch size each budget has a panel. Over evaluations and seconds each batch size has a panel,
+    and each budget is a point. Guesses spend nothing, so only the plots over the batch size show guesses. An attack
+    that ended before its first step is shown at one evaluation.
     """
     lines = [line for line in lines if line["psnr_mean"] is not None]
     for model in dict.fromkeys(line["model"] for line in lines):
@@ -130,7 +130,7 @@ def plot_grid(lines: Sequence[Cell], budget: str, out: Path) -> None:
 
 
 def file_suffix(model: str, among: Sequence[Cell]) -> str:
-    """What tells a network's files apart from those of the others; nothing where there are no others."""
+    """The ending of a network's file names; empty where there is one network only."""
     return "" if len({line["model"] for line in among}) == 1 else "_" + re.sub(r"\W+", "-", model).strip("-")
 
 
@@ -158,7 +158,7 @@ def plot_lines(lines: Sequence[Cell], path: Path, measure: str, *, x: str, panel
             )
         axis.set(xlabel="batch size B" if x == "batch_size" else x, ylabel=MEASURES[measure])
         reach = [line[x] for line in lines if line[panel] == value]
-        if max(reach) > DECADE * min(reach):  # on less, a logarithmic axis has no place for its labels
+        if max(reach) > DECADE * min(reach):  # on a shorter reach, a logarithmic axis has no place for its labels
             axis.set_xscale("log")
         else:
             axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -174,7 +174,7 @@ def plot_lines(lines: Sequence[Cell], path: Path, measure: str, *, x: str, panel
 
 
 def picture_wall(truth: Tensor, runs: Mapping[str, Path], path: Path) -> None:
-    """The leading true images (B, C, H, W), and below them a row from each named run directory, in the same order."""
+    """The leading true images (B, C, H, W), and below a row from each named run directory, in the same order."""
     rows = {"truth": list(truth[:WALL].permute(0, 2, 3, 1).numpy())}
     for name, run in runs.items():
         order = json.loads((run / "metrics.json").read_text())["assignment"][:WALL]

@@ -1,4 +1,4 @@
-"""What somebody scores who looks at no gradient: a grey image, and the mean of images that no table shows."""
+"""Guesses without a gradient: a grey image, and the mean of images that no table shows."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ GUESSES = (GREY, MEAN)
 def guess(name: str, source: ImageSource, like: Tensor) -> Tensor:
     """Images (B, C, H, W), all alike: 0.5 everywhere, or the mean of the source's tuning images.
 
-    Where the source has none, both are grey.
+    Where the source has no tuning images, both guesses are grey.
     """
     indices = tuning_images(len(source))
     if name == GREY or not indices:

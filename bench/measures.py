@@ -1,4 +1,4 @@
-"""What is measured in a cell of a benchmark: an attack, a peer's attack, a guess, or one search for signals."""
+"""The measures of a benchmark's cell: an attack, a peer's attack, a guess, or one search for signals."""
 
 import argparse
 import io
@@ -31,16 +31,17 @@ from network.head import features_of
 from update.shared import SharedUpdate
 
 CLOSE = 0.01  # features count as read when their relative error is below this
-MANY_STEPS = 100_000  # so that seconds end a run, where they are its budget
+MANY_STEPS = 100_000  # steps of a run whose budget is seconds, so that seconds end the run
 QUALITY = ("psnr_mean", "ssim_mean", "label_accuracy")
 FIGURES = (*QUALITY, "signals_found", "evaluations", "seconds")
 READ = ("found", "labels_right", "within_1_percent", "worst_error", "signal_seconds", "note")  # figures of signals
 
-# A run has diverged if its loss was not finite, or if so much larger a share of its pixels than of the truth's ended at
-# the edges of [0, 1]. Plain L-BFGS leaves the box when it is lost, and noise that was never moved lies there as well.
+# A run has diverged if its loss was not finite, or if the share of its pixels at the edges of [0, 1] exceeds the
+# truth's share by this much. Plain L-BFGS leaves the box when it is lost, and noise that was never moved lies there as
+# well.
 SATURATED = 0.5
 DIVERGED = "diverged"
-PER_CELL = ("batch",)  # of a cell: names, not flags
+PER_CELL = ("batch",)  # entries of a cell that are no flags
 
 
 def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
@@ -78,32 +79,32 @@ def truth_of(cell: Cell, flags: Sequence[str]) -> Batch:
 
 
 def settings_of(cell: Cell, flags: Sequence[str]) -> argparse.Namespace:
-    """What the flags of a cell, or of an attack on the same batch, come to."""
+    """The settings from the flags of a cell, or of an attack on the same batch."""
     known = str(cell.get("preset", "")).split(maxsplit=1)[:1]
     if known and known[0] not in PRESETS:
-        cell = cell | {"preset": "magia"}  # a guess's or peer's victim is the program's
+        cell = cell | {"preset": "magia"}  # guesses and peers have the program's update
     return resolve([*flags_of(cell), *flags], magia.FLAGS)[0]
 
 
 def measure(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """The figures of one attack, whosever it is, on the update that the cell names, and how it ended.
+    """The figures of one attack, of a preset, a peer or a guess, on the cell's update, and how the attack ended.
 
     Raises:
-        Exception: whatever kept it from being run; it is the cell's that failed.
+        Exception: any error of the attack; the cell has then failed.
     """
     name = str(cell["preset"]).split()[0]
-    shutil.rmtree(run_folder(cell, flags, out), ignore_errors=True)  # what another program has left, or a dead process
+    shutil.rmtree(run_folder(cell, flags, out), ignore_errors=True)  # left by another program or a dead process
     if name in GUESSES:
         return measure_guess(cell, flags, out)
     return (measure_attack if name in PRESETS else measure_peer)(cell, flags, out)
 
 
 def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """One run of the command line, and what its metrics.json says.
+    """One run of the command line, with the figures of its metrics.json.
 
     Raises:
-        RuntimeError: it ended with an error, which the message repeats.
-        KeyboardInterrupt: it was interrupted.
+        RuntimeError: the run ended with an error, which the message repeats.
+        KeyboardInterrupt: the run was interrupted.
     """
     path = run_folder(cell, flags, out)
     argv = [*flags_of(cell), *flags, "--quiet", "--save_dir", str(path.parent), "--run_name", path.name]
@@ -120,10 +121,10 @@ def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
 
 
 def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """One run of another package's attack on the update that the presets get, judged and pictured like theirs.
+    """One run of another package's attack on the presets' update, judged and pictured as the presets are.
 
     Raises:
-        Exception: whatever the other package raises.
+        Exception: any error of the other package.
     """
     update, model, truth, settings = victim_of(cell, flags)
     attack = str(cell["preset"]).split()[1]
@@ -137,14 +138,14 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
 
 
 def measure_guess(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
-    """What a guess scores on the batch that a cell names; it names no labels."""
+    """The figures of a guess on the batch of a cell; a guess names no labels."""
     images, figures = _guessed(str(cell["preset"]), cell, flags)
     figures |= {"label_accuracy": None, "signals_found": 0, "evaluations": 0, "seconds": 0.0, "status": "guess"}
     return _recorded(cell, flags, out, images, figures)
 
 
 def mean_image_scores(cell: Cell, flags: Sequence[str]) -> Cell:
-    """PSNR and SSIM of the mean image on the batch of a cell: what an attack is worth that came to nothing."""
+    """PSNR and SSIM of the mean image on the batch of a cell: the figures of an attack that failed or diverged."""
     _, figures = _guessed(MEAN, cell, flags)
     return {name: figures[name] for name in ("psnr_mean", "ssim_mean")}
 
@@ -157,7 +158,7 @@ def _guessed(name: str, cell: Cell, flags: Sequence[str]) -> tuple[Tensor, Cell]
 
 
 def _recorded(cell: Cell, flags: Sequence[str], out: Path, images: Tensor, figures: Cell) -> Cell:
-    """Save pictures (B, C, H, W) and figures as a run of the program does; returns the cell's figures."""
+    """Save pictures (B, C, H, W) and figures as a run of the program does; return the cell's figures."""
     path = run_folder(cell, flags, out)
     with RunDirectory(path) as run:
         (path / "images").mkdir(parents=True)
@@ -185,8 +186,9 @@ def run_folder(cell: Cell, flags: Sequence[str], out: Path) -> Path:
 def flags_of(cell: Cell) -> list[str]:
     """The cell as flags of main_MAGIA_sel.py.
 
-    A value may bring flags of its own, such as the model "convnet --weights FILE"; one that is a flag itself stands as
-    it is. Steps are as many as a budget of evaluations or seconds could ever take, so that it is what ends the run.
+    A value may bring flags of its own, such as the model "convnet --weights FILE". A value that is a flag itself stays
+    unchanged. The number of steps is as large as a budget of evaluations or seconds could need, so that the budget ends
+    the run.
     """
     if "max_evals" in cell or "max_seconds" in cell:
         cell = {"n_iter": cell.get("max_evals", MANY_STEPS)} | cell

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def one_with_flags(choices: Collection[str]) -> Callable[[str], str]:
-    """An argparse type: one of the choices, and whatever flags of main_MAGIA_sel.py behind it; blanks do not count."""
+    """An argparse type: one of the choices, followed by flags of main_MAGIA_sel.py; blanks do not count."""
 
     def parse(text: str) -> str:
         try:
@@ -35,20 +35,20 @@ def own_flags(text: str) -> dict[str, str]:
 
 
 def short_names(texts: Collection[str]) -> dict[str, str]:
-    """Each network as tables show it: of a checkpoint its name, and no labels, which have a column of their own.
+    """Each network's name in tables: with the name of its checkpoint, and without labels, which have a column.
 
-    Two networks never share a name: of the ways to checkpoints of one name there is as much as tells them apart.
+    Two networks never share a name: paths of checkpoints are as long as is needed to tell the networks apart.
     """
     return {text: _telling_name(text, [other for other in texts if not _is_same(text, other)]) for text in texts}
 
 
 def _is_same(text: str, other: str) -> bool:
-    """Whether two are one network, with other labels perhaps."""
+    """Whether two texts name one network, perhaps with other labels."""
     return _name(text, None) == _name(other, None)
 
 
 def _telling_name(text: str, others: Collection[str]) -> str:
-    """The shortest name of a network that is none of the others'."""
+    """The shortest name of a network that no other network has."""
     for parts in range(1, len(Path(own_flags(text).get("weights", "")).parts) + 1):
         name = _name(text, parts)
         if all(name != _name(other, parts) for other in others):
@@ -57,7 +57,7 @@ def _telling_name(text: str, others: Collection[str]) -> str:
 
 
 def _name(text: str, parts: int | None) -> str:
-    """A network's name with the last so many parts of the way to its checkpoint; None: the way as it is spelt."""
+    """A network's name with the last `parts` parts of its checkpoint's path; None: the path as it is spelt."""
     words = shlex.split(text)[:1]
     for name, value in own_flags(text).items():
         if name == "weights":

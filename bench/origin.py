@@ -1,4 +1,4 @@
-"""What made a cell: the program's sources, its libraries, the files that it read."""
+"""The origin of a cell: the program's sources, its libraries, the files that it read."""
 
 import hashlib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from cli.provenance import program, version_of, versions
 from data import FolderImages
 
 ROOT = Path(__file__).parent.parent
-# What a figure can depend on: all that a cell runs, and nothing that only shows what was measured.
+# The sources that a figure can depend on: all that a cell runs, without those that only show figures.
 SOURCES = (
     "*.py",
     "attack/**/*.py",
@@ -21,14 +21,14 @@ SOURCES = (
 )
 MEASURING = ("bench/measures.py", "bench/peers.py", "bench/guesses.py", "bench/batches.py", "samples/*.npz")
 LEFT_OUT = ("benchmark.py", "train_victim.py", "cli/docs.py", "cli/console.py")
-PEERS = ("breaching", "joblib")  # packages beside those of every run
+PEERS = ("breaching", "joblib")  # packages of benchmarks, beside those of every run
 
 
 def origin(files: Iterable[Path] = ()) -> dict[str, object]:
-    """The commit for a person, and for the program what must agree: digests of sources and files, and versions.
+    """The commit, for a person, and the digests of sources and files and the versions, which must agree.
 
-    Sources rather than the commit decide, so that a working tree with changes is told from one without. Of a
-    folder its images count, and their names.
+    Sources rather than the commit decide, so that a working tree with changes differs from one without. The digest of a
+    folder is of its images and their names.
 
     Raises:
         ValueError: a folder holds no images.
@@ -40,7 +40,7 @@ def origin(files: Iterable[Path] = ()) -> dict[str, object]:
 
 
 def loaded() -> dict[str, object]:
-    """The sources and versions that this process runs, whatever has become of the files since it imported them."""
+    """The sources and versions that this process has imported; the files may have changed since."""
     return dict(_LOADED)
 
 
@@ -51,12 +51,12 @@ def sources() -> list[Path]:
 
 
 def _parts(path: Path) -> tuple[list[Path], Path | None]:
-    """The files that are read where this one is named, and the folder that they are named in."""
+    """The files behind a path, and the folder that holds them: all images of a folder, or the file itself."""
     return (FolderImages(path).files, path) if path.is_dir() else ([path], None)
 
 
 def _digest(paths: Iterable[Path], folder: Path | None = None) -> str:
-    """Of the contents, and of names within a folder; 12 hexadecimal digits."""
+    """The digest of the contents, and of names within a folder; 12 hexadecimal digits."""
     digest = hashlib.sha256()
     for path in paths:
         if folder:
@@ -65,7 +65,7 @@ def _digest(paths: Iterable[Path], folder: Path | None = None) -> str:
     return digest.hexdigest()[:12]
 
 
-# With the import, as the other modules of a process are: a cluster's worker keeps them when their files change.
+# Read at import, like the other modules of a process: a cluster's worker keeps its modules when their files change.
 _LOADED = {
     "sources": _digest(sources()),
     "versions": versions() | {name: version_of(name) for name in PEERS},

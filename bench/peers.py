@@ -1,9 +1,10 @@
 """Attacks of other packages, run on this project's updates through their public interfaces.
 
-breaching (Geiping et al., MIT licence, `requirements-benchmark.txt`) is handed the model, the averaged gradient and,
-where the attack's paper grants them, the labels: just what a server has. Its settings are its own but for the number
-of iterations, by which its step sizes decay, and a stop once the budget of gradient evaluations is spent. Its attacks
-expect a model of normalised images, by which their starts, steps and priors are scaled, so that is what they get.
+breaching (Geiping et al., MIT licence, `requirements-benchmark.txt`) gets the model, the averaged gradient and, where
+the attack's paper grants them, the labels: just what a server has. Two of its settings are not its own: the number of
+iterations, by which its step sizes decay, and a stop once the budget of gradient evaluations is spent. Its attacks
+expect a model of normalised images, and their starts, steps and priors have that scale. So the attacks get such a
+model.
 """
 
 import contextlib
@@ -26,8 +27,8 @@ from update.shared import SharedUpdate
 BREACHING = {
     "invertinggradients": True,  # Geiping et al. 2020 (arXiv 2003.14053)
     "modern": True,  # the same with the package's later improvements
-    "seethroughgradients": False,  # Yin et al. 2021 (arXiv 2104.07586): reads them from the head's gradient
-    "deepleakage": False,  # Zhu et al. 2019 (arXiv 1906.08935): optimises them beside the images
+    "seethroughgradients": False,  # Yin et al. 2021 (arXiv 2104.07586): reads labels from the head's gradient
+    "deepleakage": False,  # Zhu et al. 2019 (arXiv 1906.08935): optimises labels beside the images
 }
 PEERS = {"breaching": BREACHING}
 
@@ -43,7 +44,7 @@ class Result:
 
 
 class NormalisedInput(nn.Module):
-    """A model of images in [0, 1] as one of normalised images, (x - mean) / std; its parameters are the model's."""
+    """A model of images in [0, 1], wrapped to take normalised images (x - mean) / std; it shares all parameters."""
 
     def __init__(self, model: nn.Module, mean: Tensor, std: Tensor) -> None:
         super().__init__()
@@ -61,9 +62,9 @@ class NormalisedInput(nn.Module):
 
 
 class _CountedLoss(nn.CrossEntropyLoss):
-    """Cross-entropy that counts its calls, one for each gradient evaluation, and ends an attack that has spent them.
+    """Cross-entropy that counts its calls, one for each gradient evaluation, and ends an attack at its budget.
 
-    Ctrl-C ends the attack in the same way, which is breaching's own: it keeps the best images so far.
+    Ctrl-C ends the attack in the same way. breaching then keeps the best images so far.
     """
 
     def __init__(self, budget: int, interrupted: Callable[[], bool]) -> None:
@@ -71,11 +72,11 @@ class _CountedLoss(nn.CrossEntropyLoss):
         self.calls, self.budget, self.interrupted = 0, budget, interrupted
 
     def __deepcopy__(self, memo: dict) -> "_CountedLoss":
-        return self  # the attack copies its loss; there is one counter all the same
+        return self  # the attack copies its loss; all copies share one counter
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.calls == self.budget or (self.budget > 0 and self.interrupted()):
-            self.budget = -1  # once: the attack then scores what it has, which is not counted
+            self.budget = -1  # the attack then scores its images, which is not counted
             raise KeyboardInterrupt
         self.calls += self.budget > 0
         return super().forward(logits, labels)
@@ -84,18 +85,18 @@ class _CountedLoss(nn.CrossEntropyLoss):
 def breaching_attack(
     name: str, update: SharedUpdate, model: nn.Module, granted: Tensor, *, max_evals: int, seed: int
 ) -> Result:
-    """What attack `name` of breaching makes of an update; the clock starts when it is imported and configured.
+    """The result of attack `name` of breaching on an update; the clock starts after import and configuration.
 
     Args:
-        granted: true labels (B,), passed on only where `BREACHING` says that the paper grants them; sorted, since their
-            order is not known.
+        granted: true labels (B,), passed on only where `BREACHING` says that the paper grants labels; sorted, since
+            their order is not known.
 
     Raises:
         ImportError: breaching is not installed.
-        ValueError: parameters are frozen, which it does not provide for.
-        KeyboardInterrupt: it was interrupted.
+        ValueError: parameters are frozen; breaching does not support this.
+        KeyboardInterrupt: the attack was interrupted.
     """
-    torchvision()  # lets the package import it where its compiled operators are missing
+    torchvision()  # lets breaching import torchvision where its compiled operators are missing
     import breaching
     from omegaconf import OmegaConf
 
@@ -119,7 +120,7 @@ def breaching_attack(
         loss, started = _CountedLoss(max_evals, interrupted), time.perf_counter()
         attacker = breaching.attacks.prepare_attack(model, loss, config, place)
         result, _ = attacker.reconstruct([payload | {"metadata": OmegaConf.create(about)}], [shared], {})
-        images = model.images(result["data"].detach()).clamp(0, 1).cpu()  # waits for a GPU to be done
+        images = model.images(result["data"].detach()).clamp(0, 1).cpu()  # waits for the GPU
         seconds = time.perf_counter() - started
         if interrupted():
             raise KeyboardInterrupt
@@ -128,7 +129,7 @@ def breaching_attack(
 
 @contextlib.contextmanager
 def _quietly(seed: int) -> Iterator[None]:
-    """Keep a package's prints and warnings to itself, and its draws from the global generators, which `seed` sets."""
+    """Suppress a package's output and warnings, and undo its draws from the global generators, which `seed` sets."""
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)

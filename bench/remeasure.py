@@ -1,12 +1,12 @@
-"""Measures rows of results/data again, and puts their new figures, commit, date, device and seconds into the file.
+"""Measure rows of results/data again, and put their new figures, commit, date, device and seconds into the file.
 
     python -m bench.remeasure parts --data_path cifar10_test.npz
     python -m bench.remeasure networks --rows "--model convnet" --data_path cifar10_test.npz --weights_dir checkpoints
     make docs
 
-The commands of the rows run one after the other, each in a temporary folder. Commands of main_MAGIA_sel.py, which
-leaves metrics.json, and of `benchmark.py grid` and `defences`, which leave summary.csv, can be run so. A row whose
-command fails stays as it was.
+The commands of the rows run one after the other, each in a temporary folder. Two kinds of commands can be run so: those
+of main_MAGIA_sel.py, which leaves metrics.json, and those of `benchmark.py grid` and `defences`, which leave
+summary.csv. A row whose command fails stays unchanged.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import torch
 from bench.results_page import DATA, Row, read_rows, write_rows
 
 ROOT = Path(__file__).parent.parent
-# Columns of results/data that a run measures: its own name for the figure, and the digits that are kept.
+# Columns of results/data that a run measures: the run's own name for the figure, and the digits that are kept.
 MEASURED = {
     "psnr": ("psnr_mean", 1),
     "psnr_spread": ("psnr_spread", 1),
@@ -80,7 +80,7 @@ def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> d
     """The figures of one command, run in a folder of its own, with these data and checkpoints.
 
     Raises:
-        ValueError: the command is of no kind that can be measured here, or it failed.
+        ValueError: the command cannot be measured here, or it failed.
     """
     words = with_paths(shlex.split(command), data_path, weights_dir)
     if words[1:2] == ["main_MAGIA_sel.py"]:
@@ -118,13 +118,13 @@ def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path |
 
 
 def attack_of(words: Sequence[str]) -> str:
-    """The attack that a grid's command is about, as its summary names it: the peer's, where there is one."""
+    """The attack of a grid's command, as the grid's summary names it: the peer's attack, where there is a peer."""
     value = dict(pairwise(words))
     return f"{value['--peer']} {value['--peer_attacks']}" if "--peer" in value else value["--presets"]
 
 
 def renewed(row: Row, figures: Mapping[str, object]) -> Row:
-    """The row with what was measured in the columns that it has; what a run has no figure for becomes empty."""
+    """The row with the measured figures in its columns; a column without a measured figure becomes empty."""
     new = {name: rounded(figures.get(key), digits) for name, (key, digits) in MEASURED.items() if name in row}
     if "labels_right" in row:
         new["labels_right"] = rounded(figures["label_accuracy"], 0, times=int(row["batch_size"]))
@@ -134,16 +134,16 @@ def renewed(row: Row, figures: Mapping[str, object]) -> Row:
 
 
 def rounded(value: object, digits: int, times: int = 1) -> str:
-    """A figure as its file keeps it; empty where there is none."""
+    """A figure as the file keeps it; empty where there is no figure."""
     return "" if value in (None, "") else f"{times * float(value):.{digits}f}"
 
 
 def program() -> Row:
-    """Commit and date (UTC) of the program; a commit that the sources differ from ends in -dirty.
+    """Commit and date (UTC) of the program; where the sources differ from the commit, the commit ends in -dirty.
 
     Raises:
-        OSError: git is not there.
-        subprocess.CalledProcessError: this is no checkout.
+        OSError: git is not installed.
+        subprocess.CalledProcessError: the project is no git checkout.
     """
 
     def git(*words: str) -> str:
@@ -156,7 +156,7 @@ def program() -> Row:
 
 
 def device_of(command: str) -> str:
-    """What a command runs on: the name of the GPU that it asks for, or the number of threads and the processor."""
+    """The device of a command: the name of the GPU that it asks for, or the number of threads and the processor."""
     if "--device cuda" in command:
         return torch.cuda.get_device_name()
     file = Path("/proc/cpuinfo")

@@ -1,10 +1,9 @@
-"""Tables of results, made of the rows in results/data: `make docs` writes docs/results.md and those of other pages.
+"""Tables of results, made of the rows in results/data: `make docs` writes docs/results.md and the other pages' tables.
 
-Each CSV file is one table, each of its rows one measurement: what was measured, its figures, and how the row came
-about. `command` repeats the row, `commit` is the version of the program that measured it, `date` the time of that
-version (UTC), `device` what it ran on, and `seconds` how long it took. `bench.results_tables` says which columns a
-table shows. A row that came about in another way than the table's usual one gets a letter, which is explained beneath
-the table.
+Each CSV file is one table. Each row is one measurement: its subject, its figures, and its origin. `command` repeats the
+row, `commit` is the version of the program that measured the row, `date` the time of that version (UTC), `device` the
+machine, and `seconds` the duration. `bench.results_tables` says which columns a table shows. A row of another origin
+than the table's usual one gets a letter, which is explained beneath the table.
 """
 
 import csv
@@ -21,10 +20,10 @@ from bench.results_tables import AHEAD, ALONE, COMPARED, OTHER_TABLES, OTHERS_EX
 Row = dict[str, str]
 
 DATA = Path(__file__).parent.parent / "results" / "data"
-# How a row came about: the columns that are told beneath a table, and their words.
+# The columns of a row's origin that are told beneath a table, and their words.
 TOLD = {"commit": "commit `{commit}` of {date:.10}", "device": "{device}", "note": "{note}"}
 WIDTH = 112  # characters of a line, which a command's indent and backslash still lengthen
-# Where another page has a table: `README` is the README's, the others are those of OTHER_TABLES.
+# A table's place in another page: `README` is the README's table, all others are those of OTHER_TABLES.
 PLACE = re.compile(r"(<!-- `make docs` makes (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 HEADER = "| network | B | this program | its loop alone | MAGIA | best other | mean image | seconds |"
 
@@ -40,7 +39,7 @@ def read_rows(folder: Path, name: str) -> list[Row]:
 
 
 def write_rows(folder: Path, name: str, rows: Sequence[Row]) -> None:
-    """Put the rows into results/data/NAME.csv, whose columns are those of the first row; all of it or nothing."""
+    """Put the rows into results/data/NAME.csv, all of them or none; the columns are those of the first row."""
     path = folder / f"{name}.csv"
     partial = path.with_suffix(".partial")
     with partial.open("w", newline="", encoding="utf-8") as file:
@@ -66,7 +65,7 @@ def results_page(folder: Path = DATA) -> str:
 
 
 def table_text(table: Table, rows: Sequence[Row]) -> str:
-    """The rows as a markdown table: a line for each, or, across a column, a line for each of what is left.
+    """The rows as a markdown table: a line for each row, or, with `across`, a line for each text of `lines`.
 
     Raises:
         ValueError: two rows claim the same cell.
@@ -108,36 +107,37 @@ def filled(parts: str | Iterable[str], row: Mapping[str, str]) -> str:
 
 
 def how(row: Mapping[str, str]) -> tuple[str, ...]:
-    """How a row came about: the columns of TOLD, in words, empty where the row says nothing."""
+    """A row's origin: the columns of TOLD, in words, empty where the row says nothing."""
     return tuple(filled(words, {"note": ""} | dict(row)) for words in TOLD.values())
 
 
 def usual(rows: Sequence[Row]) -> tuple[str, ...]:
-    """How a table's rows came about unless they are marked: the newest commit, the commonest device, no note."""
+    """The origin of a table's rows without a letter: the newest commit, the commonest device, no note."""
     newest = max(rows, key=lambda row: row["date"])
     device = Counter(row["device"] for row in rows).most_common(1)[0][0]
     return how(newest | {"device": device, "note": ""})
 
 
 def marks(rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
-    """A letter for each way in which rows came about other than the usual one, in the order of the rows."""
+    """A letter for each origin other than the usual one, in the order of the rows."""
     others = [way for way in dict.fromkeys(map(how, rows)) if way != usual(rows)]
     return {way: LETTERS[i % len(LETTERS)] * (i // len(LETTERS) + 1) for i, way in enumerate(others)}
 
 
 def beneath(table: Table, rows: Sequence[Row]) -> str:
-    """What stands beneath a table: how its rows came about, what the letters mean, and a command that repeats a row."""
+    """The text beneath a table: the rows' usual origin, the letters' meanings, and a command that repeats a row."""
     common = usual(rows)
     text = f"[{table.name}.csv](../results/data/{table.name}.csv): {', '.join(filter(None, common))}."
     parts = [refilled(text + (f" Each cell: {', '.join(table.cells)}." if table.across else ""))]
     if letters := marks(rows):
-        parts.append("\n".join(f"- *{letter}*: {differing(way, common)}" for way, letter in letters.items()))
+        lines = (refilled(f"- *{letter}*: {differing(way, common)}") for way, letter in letters.items())
+        parts.append("\n".join(line.replace("\n", "\n  ") for line in lines))
     command = refilled(rows[0]["command"]).replace("\n", " \\\n      ")
     return "\n\n".join([*parts, "The first row again:", f"    {command}"])
 
 
 def differing(way: Sequence[str], common: Sequence[str]) -> str:
-    """In what a way of coming about differs from the usual one, in words."""
+    """The parts of an origin that differ from the usual one, in words."""
     return ", ".join(own for own, same in zip(way, common, strict=True) if own != same)
 
 
@@ -149,7 +149,7 @@ def refilled(text: str) -> str:
 def readme_table(folder: Path = DATA) -> str:
     """The README's table: PSNR in dB of this program, of others on the same updates, and of a guess.
 
-    Rows with a note had another budget than their neighbours, and are left out.
+    Rows with a note had another budget than their neighbours and are left out.
 
     Raises:
         OSError: a table's file is not there.
@@ -178,10 +178,10 @@ def is_lost(row: Mapping[str, str]) -> bool:
 
 
 def with_tables(page: str, folder: Path = DATA) -> str:
-    """The text of a page, with tables of today's rows in the places that it names.
+    """The text of a page, with tables of today's rows in the places that the page names.
 
     Raises:
-        ValueError: it names none, or a table that there is not.
+        ValueError: the page names no place, or a table that does not exist.
     """
     others = {table.name: table for table in OTHER_TABLES}
 

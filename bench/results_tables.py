@@ -1,47 +1,47 @@
-"""Which tables docs/results.md and the README show, from which files of results/data, and what they say."""
+"""The tables of docs/results.md and the README: their files in results/data, their columns, the words above them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-Parts = str | tuple[str, ...]  # templates of a row's columns; one that names an empty column is left out
+Parts = str | tuple[str, ...]  # templates of a row's columns; a template that names an empty column is left out
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the page: results/data/NAME.csv, under the question that it answers."""
+    """One table of the page: results/data/NAME.csv, under the question that the table answers."""
 
     name: str
     title: str
     says: str  # a paragraph, filled anew
-    lines: Mapping[str, Parts]  # head -> what names a line
+    lines: Mapping[str, Parts]  # head -> the name of a line
     cells: Mapping[str, Parts]  # head -> a figure; with `across` the one cell, its head said beneath the table
     across: str = ""  # template: each of its texts has a column of its own
-    pictures: str = ""  # what follows, as it is
+    pictures: str = ""  # markdown behind the table, as it is
 
 
 AHEAD = """
 # How sharp are the images, against what, and which part earns it?
 
 `make docs` makes this page from `results/data/*.csv`. To change the page, change those files, or measure rows again:
-`python -m bench.remeasure -h` says how. Each row has the command that repeats it, the commit of the program that
-measured it (of rows older than the files: the commit that brought the figure in), the device and the seconds. Beneath
-each table stand its newest commit and its commonest device. A row that came about in another way has a letter, which
-is explained there. An empty cell was not measured, or could not be. [labbook.md](labbook.md) says why the figures are
-as they are.
+`python -m bench.remeasure -h` says how. Each row has the command that repeats the row, the commit of the program that
+measured the row (of rows older than the files: the commit that brought the figure in), the device and the seconds.
+Beneath each table stand its newest commit and its commonest device. A row of another origin has a letter, which is
+explained there. An empty cell was not measured, or could not be. [labbook.md](labbook.md) says why the figures are as
+they are, and the [glossary](architecture.md#glossary) explains the words.
 
 **PSNR and SSIM** are means over a batch, after the best one-to-one assignment of reconstructions to true images,
 since the order of a batch cannot be known. PSNR is in dB and cut off at 100. PSNR varies by about 2 dB from batch to
 batch, so compare figures of the same batch and the same number of evaluations: a longer attack on the same network
-has more dB.
+reaches more dB.
 
 **Data.** Commands name `cifar10_test.npz`, the first 256 images of the CIFAR-10 test set
 ([reproducibility.md](reproducibility.md#set-up) makes the file). Unless a command says otherwise, the update is one
-averaged float32 gradient of the first B of them with seed 0, the network is the untrained LeNet with 100 classes, and
-labels are random. Trained networks were trained with Adam, batches of 128 and horizontal flips; `train_victim.py`
-makes their like. The brackets behind a network have its accuracy on 2,000 test images.
+averaged float32 gradient of the first B of these images with seed 0, the network is the untrained LeNet with 100
+classes, and labels are random. Trained networks were trained with Adam, batches of 128 and horizontal flips;
+`train_victim.py` makes networks of this sort. The brackets behind a network have its accuracy on 2,000 test images.
 
 **Seconds** are wall time on the device and include the search for signals. Two programs at a time ran on two cores,
-and up to four on the H100. All was measured with torch 2.13.0.
+and up to four on the H100. All rows were measured with torch 2.13.0.
 """
 
 RIVAL = ("{psnr}", " ± {psnr_spread}", ", {ssim}", ", {seconds} s", " (diverged: {diverged} of {runs})")
@@ -71,13 +71,13 @@ TABLES = (
 
 ![Four photographs from the gradient of a ResNet-18 of 1,000 classes](../results/figures/comparison_photos_224.png)
 
-*Above the photographs `astronaut`, `chelsea`, `coffee` and `rocket` of scikit-image, in a folder `photos`; below what
-one averaged gradient of `torchvision:resnet18` gives away of them.*""",
+*Upper row: the photographs `astronaut`, `chelsea`, `coffee` and `rocket` of scikit-image, in a folder `photos`. Lower
+row: their reconstructions from one averaged gradient of `torchvision:resnet18`.*""",
     ),
     Table(
         "training",
         "Does a network give away less when it is trained?",
-        "The same attack on the same four images and three stages of one ConvNet: training makes the images no safer.",
+        "The same attack on the same four images and three stages of one ConvNet. Training makes the images no safer.",
         {"ConvNet": "{weights}", "B": "{batch_size}"},
         {"told apart": "{told_apart}", "labels right": "{labels_right}", "PSNR (dB)": "{psnr}"},
     ),
@@ -92,8 +92,8 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
     Table(
         "head",
         "What does the head give away?",
-        """Images whose inputs of the head are read off its gradient: all of them, up to two fewer than there are
-        classes. Seconds are those of the search for images and of the walk down the layers.""",
+        """The number of images whose inputs of the head are read off the head's gradient. With K classes, all images
+        are read up to B = K - 2. Seconds are those of the search for images and of the walk down the layers.""",
         {"network": "{network}", "classes": "{num_classes}", "labels": "{labels}", "seed": "{seed}"},
         {"images read, seconds": ("{read}", ", {seconds} s")},
         BY_SIZE,
@@ -122,7 +122,7 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
     Table(
         "labels_lenet",
         "Which labels do the attacks find on the untrained LeNet?",
-        "The first batch of the table above. `magia` tells all images apart at every size, no other method any.",
+        "The first batch of the table above. At every size `magia` tells all images apart, and no other method any.",
         {"method": "`{method}`"},
         {SHARE: "{label_accuracy}"},
         BY_SIZE,
@@ -144,7 +144,7 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
     Table(
         "labels_convnet",
         "Which labels do the attacks find on the trained ConvNet?",
-        "The first batch of the table above. `magia` tells all images apart, no other method any.",
+        "The first batch of the table above. `magia` tells all images apart; no other method tells any apart.",
         {"method": "`{method}`"},
         {SHARE: "{label_accuracy}"},
         BY_SIZE,
@@ -165,10 +165,10 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
     Table(
         "speed",
         "What does one evaluation cost?",
-        """An evaluation is objective and gradient: of the closure in the published script, of this program's loop
-        without signals, and of the distance from known activations (`forward`), which also matches gradients where
-        the activations are too few. The ratio is the median over turns in one process; above 1 is faster than
-        published.""",
+        """An evaluation computes an objective and its gradient. Compared are the published script's closure, this
+        program's loop without signals, and the distance from known activations (`forward`), which also matches
+        gradients where the activations are too few. The ratio is the median over turns in one process; above 1 is
+        faster than published.""",
         {"network": "{network}", "matched by `forward`": "{matched}", "on": "{chip}", "B": "{batch_size}"},
         {"milliseconds (how many times as fast as published)": ("{milliseconds}", " ({ratio})")},
         "{variant}",
@@ -176,9 +176,9 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
     Table(
         "courses",
         "How soon are the images sharp?",
-        """Whole attacks on LeNet, 16 images, 2,500 evaluations unless said: what it takes to 20, 25 and 30 dB, with the
-        search for signals in the seconds. An attack with an empty cell never got there, or was not asked. The last
-        column has the seconds to within 0.1 dB of the best.""",
+        """Whole attacks on LeNet, 16 images, 2,500 evaluations unless said: evaluations and seconds to 20, 25 and 30
+        dB. Seconds include the search for signals. An attack with an empty cell never got there, or was not measured.
+        The last column has the seconds to within 0.1 dB of the best.""",
         {"attack": "{attack}"},
         {
             "to 20 dB": ("{evaluations_to_20} evaluations, ", "{seconds_to_20} s"),
@@ -192,7 +192,7 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
         "kinks",
         "What is softening kinks worth without signals?",
         """ConvNet, trained (58 %), ten classes, true labels, labels optimised, 2,000 evaluations. ReLUs and max-pools
-        stay as they are, or are soft at first (`--soften auto`, the default). The distance is relative to the size of
+        stay hard, or are soft at first (`--soften auto`, the default). The distance is relative to the size of
         each tensor, or has one scale for the whole gradient.""",
         {"B": "{batch_size}", "seed": "{seed}"},
         {
@@ -216,8 +216,8 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
         "schedules",
         "What is the subset term worth?",
         """LeNet, the first eight images, without signals, each schedule for all of its 300 steps (some 7,200
-        evaluations): with the subset term (alpha 0.999) and without it (alpha 1, where a schedule acts through the
-        weight of the matching loss alone).""",
+        evaluations). Alpha 0.999 has the subset term. Alpha 1 has none, and a schedule then acts through the weight of
+        the matching loss alone.""",
         {"`--sel_mode`": "{sel_mode}"},
         {"PSNR (dB)": "{psnr}"},
         "`--alpha {alpha}`",
@@ -231,7 +231,7 @@ one averaged gradient of `torchvision:resnet18` gives away of them.*""",
     ),
 )
 
-# Tables of other pages, which have the words around them.
+# Tables of other pages. Those pages have the words around the tables.
 LEFT = ("{psnr}", " ({ssim})", ", {told_apart} of {images}", ", {label_accuracy}")
 OTHER_TABLES = tuple(
     Table(
@@ -245,8 +245,8 @@ OTHER_TABLES = tuple(
     for name in ("defences_lenet", "defences_convnet", "defences_resnet18_cifar")
 )
 
-# The README's table: networks that several attacks were run on (name, file, batch sizes), and networks that this
-# program alone was run on (name, name in networks.csv, batch sizes).
+# The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
+# name in networks.csv, batch sizes).
 COMPARED = (
     ("LeNet, 100 classes, untrained", "rivals_lenet", (1, 4, 16)),
     ("ConvNet, trained to 58 %", "rivals_convnet", (1, 4, 8)),
@@ -261,4 +261,4 @@ ALONE = (
         (4,),
     ),
 )
-OTHERS_EXCEPT = ("magia", "paper", "mean_image", "grey_image")  # what the names of the others do not begin with
+OTHERS_EXCEPT = ("magia", "paper", "mean_image", "grey_image")  # beginnings of names that are no other attack's

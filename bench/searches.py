@@ -1,8 +1,8 @@
-"""What `benchmark.py tune` tries for each attack: values of one setting at a time, around its preset.
+"""The settings that `benchmark.py tune` tries for each attack: values of one setting at a time, around its preset.
 
-These are the settings that a preset does not take from its source, or that its source would have chosen for the data at
-hand: weights of priors, where the images start, and how far Adam moves them. Sources whose images are normalised mean
-steps in units of a standard deviation, a quarter of the range of pixels.
+A preset does not take these settings from its source, or its source would have chosen them for the data at hand:
+weights of priors, the start of the images, and the step size of Adam. Sources whose images are normalised have steps in
+units of a standard deviation, a quarter of the range of pixels.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SEARCHES: dict[str, dict[str, tuple[object, ...]]] = {
 
 
 def variants(preset: str, settings: argparse.Namespace) -> list[str]:
-    """The preset itself, and it with each other value of each setting of its search, as `--presets` takes them.
+    """The preset itself, and the preset with each other value of each searched setting, as `--presets` takes them.
 
     `settings` are the preset's own.
     """

@@ -1,17 +1,18 @@
-"""How fast one evaluation is, how soon images are sharp, and where a reading's time goes: `benchmark.py speed`.
+"""The time of one evaluation, the time to sharp images, and the parts of a reading's time: `benchmark.py speed`.
 
 Variants of one attack are timed side by side:
 
 - published: the closure of MAGIA's script: the batch's gradient and the subset's each by a pass of its own, and both
   differentiated twice.
-- loop: the program's own, `--signals off`: one pass there and back for both gradients.
-- forward: what the program does once the activations of one layer are read (`attack.match.activations`): it matches
-  them, and where these are too few the gradients below the layer, which have to be differentiated twice.
-- activations: the same without those gradients.
+- loop: the program's own, `--signals off`: one pass forward and backward for both gradients.
+- forward: the program once the activations of one layer are known (`attack.match.activations`). It matches the
+  activations and, where these are too few, the gradients below the layer, which have to be differentiated twice.
+- activations: as `forward`, without gradients.
 
-They take turns, evaluation by evaluation, and the ratio is the median over turns: a machine that is slow for a while is
-slow for all. Times of evaluations do not depend on what the images show, so these are noise, and the last two are given
-what a reading would have found; whole attacks are run on real images, and read for themselves.
+The variants take turns, evaluation by evaluation, and the ratio is the median over turns: a machine that is slow for a
+while is slow for all. Times of evaluations do not depend on the images' content, so evaluations are timed on noise, and
+`forward` and `activations` get the activations that a reading would have found. Whole attacks are run on real images,
+and read their own activations.
 """
 
 import argparse
@@ -57,13 +58,13 @@ from update.shared import SharedUpdate
 
 SIDE = 32  # pixels of the images that evaluations are timed on
 TURNS = 15  # of each variant, at most
-SECONDS = 20.0  # that the turns of one batch size take, about; three there are in any case
-WARM = 3  # evaluations before any is timed
-FULL = 6  # optimiser steps after which L-BFGS has all the pairs it keeps
-LONGEST = 0.15  # seconds of an evaluation beyond which L-BFGS's own share is not measured: it takes 150 of them
+SECONDS = 20.0  # of the turns of one batch size, about; there are at least three turns
+WARM = 3  # evaluations before the first that is timed
+FULL = 6  # optimiser steps after which L-BFGS holds all its pairs
+LONGEST = 0.15  # seconds of an evaluation beyond which L-BFGS's own share is not measured: that takes 150 evaluations
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is the arithmetic limit
 MARKS = (20, 25, 30)  # dB
-BEST = 0.1  # dB below the best that count as having reached it
+BEST = 0.1  # dB below the best from which on the best counts as reached
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class PublishedMatching:
     alpha: float
 
     def enter(self, phase: int, images: Tensor) -> None:
-        """It has one phase."""
+        """Nothing changes in the only phase."""
 
     def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
         """Evaluate at images (B, C, H, W), label logits (B, K) and the indices (S,) of the subset T."""
@@ -102,7 +103,7 @@ class Variant:
         return loss
 
     def ready(self) -> "Variant":
-        """With a subset drawn and the first phase entered."""
+        """The variant, with a subset drawn and the first phase entered."""
         self.objective.matching.enter(0, self.objective.pixels.decode(self.state.anchor))
         self.state.draw_subset(schedule_of(self.settings).size(0))
         return self
@@ -138,7 +139,7 @@ def program(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Var
 
 
 def forward(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Variant:
-    """Activations matched even where they give the images themselves away.
+    """The defaults, with activations matched even where the images themselves are known.
 
     Raises:
         ValueError: not every image was told apart.
@@ -154,7 +155,7 @@ def forward(update: SharedUpdate, model: nn.Module, flags: Sequence[str]) -> Var
 
 
 def from_known(update: SharedUpdate, model: nn.Module, known: Known, settings: argparse.Namespace) -> Variant:
-    """What the program does with what is known."""
+    """The program's attack from `known`."""
     pixels = magia.pixel_map(update, model, known, settings)
     objective = magia.build_objective(update, model, known, pixels, settings)
     return Variant(magia.first_state(update, known, pixels, settings), objective, settings)
@@ -164,7 +165,7 @@ ATTACKS = {"published": published, "loop": loop, "program": program, "forward": 
 
 
 def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
-    """The variants on one update of noise images; `forward` and `activations` are given activations and labels."""
+    """The variants on one update of noise images; `forward` and `activations` get activations and labels."""
     settings, _ = resolve(flags, magia.FLAGS)
     place = place_named(settings)
     generator, shape = stream(settings.seed, "speed"), (3, settings.image_size or SIDE, settings.image_size or SIDE)
@@ -191,11 +192,11 @@ def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
 
 
 # ----------------------------------------------------------------------------------------------------
-# What is measured
+# The measures
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of wall time, to the end of whatever was queued on the device."""
+    """Seconds of wall time, to the end of all work that was queued on the device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     wait(device)
     began = time.perf_counter()
@@ -205,7 +206,7 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each, turn by turn."""
+    """Seconds of each work, turn by turn."""
     for work in works.values():
         for _ in range(WARM):
             work()
@@ -220,7 +221,7 @@ def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device) ->
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> float:
-    """MiB of tensors that `work` holds at its peak, beyond what was there before."""
+    """MiB of tensors that `work` holds at its peak, beyond those held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -253,7 +254,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def outside_share(variant: Variant, device: torch.device) -> float:
-    """Share of an optimiser step that is not its closure's, once L-BFGS has all its pairs."""
+    """The share of an optimiser step outside its closure, once L-BFGS has all its pairs."""
     inside = 0.0
 
     def closure() -> Tensor:
@@ -270,9 +271,9 @@ def outside_share(variant: Variant, device: torch.device) -> float:
 
 
 def evaluations(batch_size: int, flags: Sequence[str]) -> tuple[list[Cell], list[Cell]]:
-    """A row for each variant: its time and memory; and its arithmetic and L-BFGS's share of a step.
+    """For each variant a row of its time and memory, and a row of its arithmetic and L-BFGS's share of a step.
 
-    Evaluations take as many threads as those of a run do, the matrix product that is their limit all that there are.
+    Evaluations take as many threads as a run does; the matrix product, which is their limit, takes all threads.
     """
     variants = on_noise(batch_size, flags)
     pixels, model = variants["loop"].objective.pixels, variants["published"].objective.matching.model
@@ -299,7 +300,7 @@ def _evaluated(
 
 
 def course(name: str, batch_size: int, flags: Sequence[str], max_evals: int) -> Cell:
-    """Evaluations and seconds, the reading's included, after which a whole attack has so many dB."""
+    """Evaluations and seconds, the reading included, after which a whole attack reaches each of MARKS."""
     update, model, truth, _ = victim_of({"batch_size": batch_size}, flags)
     where = {"batch_size": batch_size, "device": str(place_of(model)["device"]), "variant": name}
     with enough_threads(model, update.batch_size, update.image_shape):
@@ -330,7 +331,7 @@ def attacked(variant: Variant, truth: Tensor, max_evals: int) -> list[tuple[floa
 
 
 def first_at(points: Iterable[tuple[float, int, float]], level: float) -> tuple:
-    """The first of the points that reaches the level; Nones where none does."""
+    """The first point that reaches the level; Nones where no point does."""
     return next((point for point in points if point[0] >= level), (None, None, None))
 
 
@@ -355,7 +356,7 @@ def _stage_seconds(update: SharedUpdate, model: nn.Module, settings: argparse.Na
 
 
 def _span_seconds(update: SharedUpdate, model: nn.Module, reading: Reading) -> dict[str, float]:
-    """Those of the layers that were asked, measured once more on their own."""
+    """Seconds of the spans of the layers that were asked, measured again by themselves."""
     chain = stages(copy.deepcopy(model).double())
     asked = {row["layer"] for row in reading.layers if row["dimension"] is not None}
     device, seconds = place_of(model)["device"], {}
@@ -368,9 +369,9 @@ def _span_seconds(update: SharedUpdate, model: nn.Module, reading: Reading) -> d
 
 
 def growth(rows: Mapping[int, Mapping[str, float]]) -> list[Cell]:
-    """By stage, seconds at each batch size, and the power of B that they grow with from the first to the last.
+    """By stage, seconds at each batch size, and the power of B with which they grow from the first to the last.
 
-    A stage that takes no time, or less as the difference of two clocks, grows with no power.
+    A stage of no time, or of a negative difference of two clocks, has no power.
     """
     table = []
     for name in dict.fromkeys(name for stages_ in rows.values() for name in stages_):
@@ -393,7 +394,7 @@ def devices() -> list[str]:
 
 
 def speed(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
-    """Measure it all, write speed.csv and speed.md with its parts beside them, and return the rows of speed.csv."""
+    """Measure all variants, write speed.csv, speed.md and the tables of its parts, and return the rows of speed.csv."""
     asked.out.mkdir(parents=True, exist_ok=True)
     rows, limits, courses, stage_tables = [], [], [], {}
     for device in asked.device:

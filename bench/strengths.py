@@ -1,4 +1,4 @@
-"""What defences leave of an attack, against their strength: tables, a plot, and from where on nothing is left."""
+"""The figures of an attack against the strength of defences: tables, a plot, and the strength that stops the attack."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,17 @@ DEFENCES = (
     "clip:1", "clip:0.1", "secure_sum:2", "secure_sum:4", "secure_sum:8",
     "dpsgd:1:1e-4", "dpsgd:1:1e-3", "dpsgd:1:1e-2", "dpsgd:1:1e-1", "dpsgd:1:1",
 )  # fmt: skip
-STRONGER_BELOW = ("topk", "quantise", "clip")  # the smaller their number, the more they take away
-LEAKS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # of OVERVIEW, that are drawn
-WORTH = {"psnr_mean": "from PSNR", "ssim_mean": "from SSIM"}  # what the mean image has too
+STRONGER_BELOW = ("topk", "quantise", "clip")  # defences that are stronger the smaller their number is
+LEAKS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # figures of OVERVIEW that are drawn
+WORTH = {"psnr_mean": "from PSNR", "ssim_mean": "from SSIM"}  # figures that the mean image has too
 WIDTH, HEIGHT = 3.0, 2.2  # of a panel, inches
 
 
 def kind_and_strength(defence: str) -> tuple[str, float]:
-    """What a defence is measured with, such as ("noise", 0.01): those of one kind differ in strength alone.
+    """A defence's kind and strength, such as ("noise", 0.01): defences of one kind differ in strength alone.
 
-    Strengths of a kind ascend with what it takes away. Of DP-SGD it is SIGMA, and CLIP is part of the kind. What has no
-    number, a flag, and a composition are kinds of their own.
+    A stronger defence has the larger strength. The strength of DP-SGD is SIGMA, and CLIP is part of the kind. A defence
+    without a number, a flag, and a composition of defences are kinds of their own.
     """
     steps = () if defence.startswith("--") else Defences.parse(defence).steps
     if len(steps) != 1 or not steps[0].amounts:
@@ -58,7 +58,7 @@ def by_kind(lines: Sequence[Cell]) -> dict[str, list[str]]:
 
 
 def write_strengths(lines: Sequence[Cell], path: Path) -> None:
-    """A markdown page of the means under defences: for each network and batch size, what each leaves to each attack."""
+    """A markdown page of the means: for each network and batch size, a table of defences against attacks."""
     page: list[str] = []
     for (model, labels, size), own in panels(lines).items():
         rows: dict[str, Cell] = {}
@@ -73,8 +73,8 @@ def write_strengths(lines: Sequence[Cell], path: Path) -> None:
 def weakest(lines: Sequence[Cell]) -> list[Cell]:
     """For each attack and kind of defence, the weakest strength at which it is no better than the mean image.
 
-    It must be no better at all stronger ones that were measured either; `none measured` where it is better at the
-    strongest.
+    The attack must be no better at every stronger strength that was measured. `none measured` stands where the attack
+    is better at the strongest.
     """
     rows = []
     for key, own in panels(lines).items():
@@ -104,7 +104,7 @@ def _last_stand(members: Sequence[tuple[str, Cell | None, Cell | None]], name: s
 def plot_strengths(lines: Sequence[Cell], out: Path) -> None:
     """leakage_B<size>.png for each network: a column for each kind with several strengths, a row for each measure.
 
-    The leftmost point is the update as it is, where that was measured; dashes are the mean image.
+    The leftmost point is the undefended update, where it was measured; the dashed line is the mean image.
     """
     for (model, labels, size), own in panels(lines).items():
         kinds = {kind: members for kind, members in by_kind(own).items() if len(members) > 1}

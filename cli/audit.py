@@ -1,4 +1,4 @@
-"""--audit: the attack on the update as it is, then under each of the nearest defences, and what would stop it."""
+"""--audit: the attack on the undefended update, then under each of the nearest defences, and which would stop it."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from judge.run_directory import DEFENDED, RunDirectory
 from judge.tables import aligned
 from update.shared import SharedUpdate
 
-# What a client can do to any update without changing how it trains, each kind from weak to strong.
+# Defences of any update that leave the client's training unchanged, each kind from weak to strong.
 NEAREST = ("float16", "quantise:8", "noise:1e-3", "noise:1e-2", "noise:1e-1", "topk:0.1", "topk:0.01", "sign")
 
 SHOWN = ("defence", "level", "psnr_mean", "ssim_mean", "likeness", "signals_found", "change", "note")
@@ -28,16 +28,17 @@ RunOne = Callable[[argparse.Namespace, Mapping, Sequence[str]], int]
 def audit(
     run_one: RunOne, settings: argparse.Namespace, given: Mapping, words: Sequence[str], flags: Sequence[Flag]
 ) -> int:
-    """Run the attack as it is, then under each defence in a run of its own below the first one's directory.
+    """Run the undefended attack, then the attack under each defence in a run of its own below the first directory.
 
-    The page is written anew after each, so that an audit that is interrupted shows what it has; a resumed one goes on,
-    in the first run and in each of the others. A defence that cannot be applied has the reason in its row.
+    The page is written again after each run, so an interrupted audit shows the defences tried so far. A resumed audit
+    goes on, in the first run and in each of the others. A defence that cannot be applied has the reason in its row.
 
     Args:
-        run_one: runs settings, given those by hand and the words of the command line; returns an exit status.
+        run_one: runs an attack from settings, flags given by hand, and the words of the command line; returns an exit
+            status.
 
     Returns the exit status: the first run's, or that of an interruption. An attack that breaks down on a defended
-        update is a result, no failure.
+        update is a result, not a failure.
 
     Raises:
         ValueError: the settings hold a defence already, or the first run is refused.
@@ -46,7 +47,7 @@ def audit(
         raise ValueError(f"--audit tries defences itself: it goes without --defence {settings.defence}")
     path = run_path(settings)
     if not settings.resume:
-        settings.run_name = path.name  # the default one holds the time
+        settings.run_name = path.name  # the default name holds the time
     status = run_one(settings, given, words)
     if status == INTERRUPTED:
         return status
@@ -80,7 +81,7 @@ def audit(
 
 
 def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Namespace:
-    """The settings of the run under a defence, in its directory below that of the first run, `path`."""
+    """The settings of the run under a defence, whose directory lies below that of the first run, `path`."""
     folder, name = path / DEFENDED, defence.replace(":", "_").replace(",", "+")
     own = {
         "defence": defence,
@@ -94,6 +95,6 @@ def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Na
 
 
 def relative_change(plain: SharedUpdate, defended: SharedUpdate) -> float:
-    """|g' - g| / |g|: how far the defence moves the update, of its length."""
+    """|g' - g| / |g|: how far the defence moves the update, relative to the update's length."""
     before, after = ([u.gradients[name].double() for name in plain.gradients] for u in (plain, defended))
     return float((squared_distance(after, before) / sum(g.square().sum() for g in before)).sqrt())

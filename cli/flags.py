@@ -1,7 +1,7 @@
 """Flags, made from the script's block of defaults: the comment beside a default is its flag's help and documentation.
 
-The block holds assignments, each with a comment. A comment line after a blank line heads a group; one that follows an
-assignment continues its comment. What is added here is each flag's type.
+The block holds assignments, each with a comment. A comment line after a blank line heads a group; a comment line after
+an assignment continues that assignment's comment. This module adds each flag's type.
 """
 
 import argparse
@@ -37,7 +37,7 @@ NEGATIVE = re.compile(r"-\d+(\.\d*)?e[+-]?\d+", re.IGNORECASE)  # a number that 
 
 @dataclass(frozen=True)
 class Flag:
-    """One setting: its name, the default that stands in the script, the text beside it, the heading above it."""
+    """One setting: its name, its default in the script, the text beside the default, the heading above it."""
 
     name: str
     default: object
@@ -51,7 +51,7 @@ class Flag:
 
 
 def read_flags(script: Path, values: Mapping[str, object]) -> list[Flag]:
-    """The flags of the script's block of defaults; `values` are the running module's globals, which hold them.
+    """The flags of the script's block of defaults; `values` are the running module's globals, with the defaults.
 
     Raises:
         ValueError: a line of the block is neither assignment nor comment.
@@ -90,7 +90,7 @@ def number(kind: type, least: float, most: float = math.inf, *, above: bool = Fa
 
 
 def one_of(choices: Collection[str]) -> Callable[[str], str]:
-    """An argparse type: one of the choices, which the flag's own text names."""
+    """An argparse type: one of the choices. The flag's own text names the choices."""
 
     def parse(text: str) -> str:
         if text not in choices:
@@ -102,7 +102,7 @@ def one_of(choices: Collection[str]) -> Callable[[str], str]:
 
 
 def model_name(text: str) -> str:
-    """An argparse type: a model that is stated here, or one from outside."""
+    """An argparse type: a model of this project, or a model from outside."""
     if text not in MODELS and not is_outside(text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(MODELS)}, {OUTSIDE}")
     return text
@@ -112,7 +112,7 @@ model_name.choices = tuple(MODELS)
 
 
 def defence(text: str) -> str:
-    """An argparse type: what a client may do to its update."""
+    """An argparse type: defences that a client may apply to its update."""
     try:
         Defences.parse(text)
     except ValueError as error:
@@ -227,10 +227,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def build_parser(flags: Sequence[Flag], description: str, prog: str = "main_MAGIA_sel.py") -> OneLineParser:
-    """The parser of the flags, in their groups. It has no defaults of its own: it returns what was given by hand.
+    """The parser of the flags, in their groups. It has no defaults: it returns only the flags given by hand.
 
     Raises:
-        ValueError: a default, as it stands in the script, is not of its flag's type.
+        ValueError: a default in the script is not of its flag's type.
     """
     parser = OneLineParser(
         prog=prog,
@@ -249,7 +249,7 @@ def build_parser(flags: Sequence[Flag], description: str, prog: str = "main_MAGI
 
 
 def _how(flag: Flag) -> dict[str, object]:
-    """How argparse is to read a flag; its default is checked on the way."""
+    """The keywords by which argparse reads a flag; the flag's default is checked too."""
     if flag.default is False or flag.default is True:
         return {"action": argparse.BooleanOptionalAction} if flag.default else {"action": "store_true"}
     parse = TYPES.get(flag.name, str)
@@ -263,7 +263,7 @@ def _how(flag: Flag) -> dict[str, object]:
 
 
 def flags_page(flags: Sequence[Flag]) -> str:
-    """docs/flags.md: every group a table of its flags."""
+    """docs/flags.md: a table of flags for every group."""
     lines = [
         "# Which flag does what, and what is its default?",
         "",

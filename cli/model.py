@@ -11,14 +11,14 @@ from update.weights import load_checkpoint
 
 
 def model_options(settings: argparse.Namespace) -> dict[str, object]:
-    """What the flags tell the model beside its shapes; what they leave open is left to the model."""
+    """The model's settings that flags give, beside its shapes; the model decides on all others."""
     return {name: getattr(settings, name) for name in ALL_OPTIONS if getattr(settings, name) is not None}
 
 
 def server_model(
     settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int, options: dict
 ) -> nn.Module:
-    """The model that the server sent out: weights from --weights, or drawn from the seed."""
+    """The model that the server sent out, with weights from --weights or drawn from the seed."""
     generator = stream(settings.seed, "model")
     model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator, **options)
     if settings.weights:
@@ -35,7 +35,7 @@ def parse_names(text: str | None) -> list[str]:
     """The names in a list such as "head.bias, conv1"; none in None.
 
     Raises:
-        ValueError: one of them is empty, and would fit every parameter.
+        ValueError: a name is empty, and would fit every parameter.
     """
     names = [name.strip() for name in text.split(",")] if text is not None else []
     if "" in names:

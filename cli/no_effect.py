@@ -1,4 +1,4 @@
-"""Flags that were given by hand and change nothing in this run, and why: nothing is ignored without a word."""
+"""Flags that were given by hand and change nothing in this run, and the reason: no flag is ignored silently."""
 
 import argparse
 from collections.abc import Callable, Mapping
@@ -24,13 +24,13 @@ OPTIMISER = ("optimizer", "n_iter", "lr", "lr_schedule", "signed", "inner_iter",
 
 @dataclass(frozen=True)
 class Situation:
-    """What decides which flags matter.
+    """The facts that decide which flags matter.
 
     Attributes:
         settings: of the run.
-        known: before the first step.
+        known: the signals and labels known before the first step.
         has_kinks, has_batchnorm: of the model.
-        noise_decides: whether the noise in the update asks for more of the prior than its weight.
+        noise_decides: whether the update's noise sets a lower bound above the prior's weight.
     """
 
     settings: argparse.Namespace

@@ -1,4 +1,4 @@
-"""Where a run comes from: the command that repeats it, the commit, the versions."""
+"""The origin of a run: the command that repeats the run, the commit, the versions."""
 
 import importlib.metadata
 import platform
@@ -16,14 +16,14 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "pillow", 
 def provenance(argv: Sequence[str]) -> dict:
     """The command with these words, the git commit (None outside a checkout), and the versions that figures depend on.
 
-    The words come from the caller: in a process that serves many runs, such as a benchmark's, `sys.argv` is another's.
+    The words come from the caller: a process that serves many runs, such as a benchmark's, has another `sys.argv`.
     """
     return {"command": shlex.join(["python", "main_MAGIA_sel.py", *argv])} | program()
 
 
 @cache
 def program() -> dict:
-    """Commit and versions of what this process runs: it was loaded once, so it is asked for once."""
+    """Commit and versions of the program that this process runs. The program was loaded once, so both are read once."""
 
     def git(*arguments: str) -> str | None:
         command = ["git", "-C", str(Path(__file__).parent.parent), *arguments]
@@ -41,13 +41,13 @@ def program() -> dict:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that figures depend on."""
-    packages = {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build, +cpu say
+    """The versions of Python and of the packages that figures depend on."""
+    packages = {name: version_of(name) for name in PACKAGES} | {"torch": torch.__version__}  # with its build
     return {"python": platform.python_version()} | packages
 
 
 def version_of(package: str) -> str | None:
-    """The version that is installed; None where the package is not."""
+    """The installed version; None where the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

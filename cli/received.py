@@ -17,21 +17,22 @@ from update.weights import load_weights
 
 
 def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
-    """The update and the model that it was computed on, at the `place` of the attack.
+    """The update and the model behind it, at the `place` of the attack.
 
     Raises:
-        ValueError: the file cannot be read, or does not fit the model; the message names the first that does not.
+        ValueError: the file cannot be read, or a tensor does not fit the model; the message names the first such
+            tensor.
     """
     tensors, text = read_tensors(settings.update)
     update, model = _own(tensors, text, settings) if FACTS in text else _foreign(tensors, settings)
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
-        update.batch_statistics(model)  # refuses statistics that do not fit
+        update.batch_statistics(model)  # raises on statistics that do not fit
     return update, model.to(**place)
 
 
 def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Namespace) -> tuple:
-    """A file of --save_update, which says all that is to be known; parameters that it says nothing of are frozen."""
+    """A file of --save_update, which brings its facts; parameters without a gradient in the file are frozen."""
     update = SharedUpdate.of(tensors, text, settings.update)
     if settings.frozen or settings.update_kind != "gradient":
         raise ValueError(f"--update {settings.update} says itself which gradients it holds: no --frozen, --update_kind")
@@ -45,13 +46,13 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
     if update.weights and not settings.weights:
         load_weights(model, update.weights, settings.update)
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
-    update.targets(model)  # refuses an update that does not fit
-    in_order = {name: update.gradients[name] for name in trainable(model)}  # the client's; files keep another
+    update.targets(model)  # raises on an update that does not fit
+    in_order = {name: update.gradients[name] for name in trainable(model)}  # the client's order; files keep another
     return replace(update, gradients=in_order), model
 
 
 def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
-    """A file that holds tensors alone; flags say what they are of."""
+    """A file that holds tensors alone; flags give the facts."""
     source = settings.update
     if settings.image_size is None:
         raise ValueError(f"{source} does not say how large its images are: set --image_size, and --channels if not 3")
@@ -85,17 +86,17 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
 
 
 def _check_count(update: SharedUpdate, model: nn.Module) -> None:
-    """Fewer images than given may show in ranks, where some leave no gradient; more cannot."""
+    """Refuse a batch size below the ranks of the update. Ranks may be lower: some images leave no gradient."""
     try:
         counted = count_images(update.gradients, model, update.image_shape)
-    except ValueError:  # the ranks do not tell
+    except ValueError:  # the ranks do not tell a batch size
         return
     if counted > update.batch_size:
         raise ValueError(f"--batch_size {update.batch_size}: the update's ranks are those of {counted} images")
 
 
 def _rate(settings: argparse.Namespace) -> float:
-    """The learning rate times the local steps; 1 for gradients, which have none."""
+    """The learning rate times the local steps; 1 for gradients, which have no learning rate."""
     if settings.update_kind == "gradient":
         if settings.local_lr is not None or settings.local_steps > 1:
             raise ValueError("--local_lr and --local_steps belong to --update_kind difference or weights")

@@ -1,4 +1,4 @@
-"""What surrounds a run: the seed's streams, the device, Ctrl-C."""
+"""The surroundings of a run: the seed's streams, the device, Ctrl-C."""
 
 import argparse
 import hashlib
@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from network.zoo import place_of
 
 INTERRUPTED = 130  # exit status
-PAIR = 2  # images that work is counted on: BatchNorm in training mode refuses one alone
-FLOPS_PER_THREAD = 2e8  # of a batch's forward pass (measured): with less to do, threads mostly wait for each other
+PAIR = 2  # images in the pass that counts work: BatchNorm in training mode refuses a single image
+FLOPS_PER_THREAD = 2e8  # least share of a batch's forward pass (measured): with less, threads mostly wait
 
 
 def stream(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for each use of the seed, so that drawing more for one leaves the others as they were."""
+    """A generator of its own for each use of the seed, so that more draws in one use leave the others unchanged."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # torch heeds no more than 32 bits
 
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
     """The device of --device, set to exact and repeatable arithmetic.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the device is not available.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
@@ -45,7 +45,7 @@ def place_named(settings: argparse.Namespace) -> dict[str, torch.dtype | torch.d
     """Dtype and device that --dtype and --device name.
 
     Raises:
-        ValueError: as `choose_device`.
+        ValueError: as in `choose_device`.
     """
     return {"device": choose_device(settings.device), "dtype": getattr(torch, settings.dtype)}
 
@@ -54,9 +54,9 @@ def place_named(settings: argparse.Namespace) -> dict[str, torch.dtype | torch.d
 def enough_threads(model: nn.Module, batch_size: int, image_shape: tuple[int, ...]) -> Iterator[None]:
     """As many threads as batches of images (C, H, W) keep busy on the CPU, never more than before.
 
-    Two threads for a small net gain nothing on idle cores, and beside another program each of its thousand short
-    operations waits until both have had their turn. The work decides and not a clock: rounding depends on the threads,
-    and a seed has to repeat a run.
+    Two threads for a small net gain nothing on idle cores. Beside another program, each of the net's thousand short
+    operations waits until both threads have had their turn. The work decides and not a clock: rounding depends on the
+    number of threads, and a seed has to repeat a run.
     """
     before = torch.get_num_threads()
     if place_of(model)["device"].type == "cpu":
@@ -72,9 +72,9 @@ def enough_threads(model: nn.Module, batch_size: int, image_shape: tuple[int, ..
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C (or SIGTERM) was asked for: the first lets the step finish, a second stops at once.
+    """Yield a function that says whether Ctrl-C (or SIGTERM) has come. A second Ctrl-C stops at once.
 
-    Only the main thread gets signals; in another, a cluster's worker say, nothing is ever asked.
+    Only the main thread gets such signals. In another thread, such as a cluster's worker, none ever comes.
     """
     asked = False
     if threading.current_thread() is not threading.main_thread():

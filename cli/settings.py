@@ -1,4 +1,4 @@
-"""From a command line to settings: flags by hand beat the preset, which beats the defaults; contradictions end it."""
+"""From a command line to settings: flags by hand beat the preset, which beats the defaults; contradictions raise."""
 
 import argparse
 import json
@@ -17,13 +17,13 @@ from schedules import Schedule
 from update.defences import Defences
 from update.shared import SharedUpdate
 
-# What the client did is not known of an update that comes from a file. A defence can be put on top of it.
+# Settings of the client, which are not known for an update from a file.
 CLIENT = ("dataset", "data_path", "indices", "labels", "save_update", "save_batch")
 
-# What is only to be said of such an update.
+# Settings that only an update from a file has.
 RECEIVED = ("update_kind",)
 
-# What a resumed run may set anew; everything else must be as the run began.
+# Settings that a resumed run may change; all others stay as the run began.
 RESUMABLE = (
     "n_iter", "max_evals", "max_seconds", "device", "save_dir", "run_name", "resume", "overwrite", "quiet", "log_every",
     "checkpoint_every", "show_schedule", "save_update", "audit",
@@ -33,9 +33,9 @@ RESUMABLE = (
 def resolve(
     argv: Sequence[str] | None, flags: Sequence[Flag], description: str = ""
 ) -> tuple[argparse.Namespace, dict[str, object]]:
-    """All settings, and those given by hand.
+    """All settings, and the settings given by hand.
 
-    A resumed run takes what it began with in place of preset and defaults.
+    A resumed run takes the settings that it began with in place of preset and defaults.
 
     Raises:
         ValueError: flags that contradict each other or the run that is resumed.
@@ -70,7 +70,7 @@ def resolve(
 
 
 def words_of(settings: argparse.Namespace, flags: Sequence[Flag]) -> list[str]:
-    """The command line that makes a new run of these settings: all that preset and defaults do not say."""
+    """The command line of a new run with these settings: every setting that differs from preset and defaults."""
     usual = {flag.name: flag.default for flag in flags} | PRESETS[settings.preset]
     usual["preset"] = None
     words = []
@@ -85,7 +85,7 @@ def words_of(settings: argparse.Namespace, flags: Sequence[Flag]) -> list[str]:
 
 
 def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) -> argparse.Namespace:
-    """The settings that the run in the run directory began with, and what may be set anew."""
+    """The settings that the run in the run directory began with, and the changes that a resumed run may make."""
     path = run_path(settings)
     restore(path)
     began = read_config(path)
@@ -100,10 +100,10 @@ def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) ->
 
 
 def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: str) -> None:
-    """Set what `source` settles, unless a flag given by hand says otherwise.
+    """Set the facts that `source` settles.
 
     Raises:
-        ValueError: it does.
+        ValueError: a flag given by hand contradicts a fact.
     """
     for name, value in facts.items():
         if given.get(name, value) != value:
@@ -112,12 +112,12 @@ def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: 
 
 
 def clients_of(settings: argparse.Namespace) -> int:
-    """How many clients with batches of --batch_size are in the update; 1 for one from a file, whose size is of all."""
+    """The number of clients with batches of --batch_size in the update; 1 for an update from a file."""
     return 1 if settings.update else Defences.parse(settings.defence).clients
 
 
 def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, object]:
-    """What an update says of itself, by the names of the flags that say the same."""
+    """The facts of an update, by the names of their flags."""
     channels, height, width = update.image_shape
     facts = {
         "batch_size": update.batch_size // clients_of(settings),
@@ -146,7 +146,7 @@ def schedule_of(settings: argparse.Namespace) -> Schedule:
 
 
 def optimiser_of(settings: argparse.Namespace) -> Optimiser:
-    """What moves images and labels under --optimizer, --lr, --lr_schedule, --signed and the flags of L-BFGS."""
+    """The optimiser under --optimizer, --lr, --lr_schedule, --signed and the flags of L-BFGS."""
     return Optimiser(
         settings.optimizer,
         lr=settings.lr,
@@ -159,9 +159,9 @@ def optimiser_of(settings: argparse.Namespace) -> Optimiser:
 
 
 def privacy_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, float | None]:
-    """The epsilon that DP-SGD buys under --dp_delta, --dp_rate and --dp_rounds; empty of another update.
+    """The epsilon of DP-SGD under --dp_delta, --dp_rate and --dp_rounds; empty for an update without DP-SGD.
 
-    None where there is no Opacus to compute it.
+    Epsilon is None where Opacus is not installed.
     """
     private = Defences.parse(update.defence).private
     if private is None:
@@ -189,7 +189,7 @@ def read_config(path: Path) -> dict:
     """The config.json of a run directory.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))

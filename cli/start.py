@@ -1,4 +1,4 @@
-"""What an attack starts from, as the settings say: the map from variables to pixels, first images, first labels."""
+"""The start of an attack by the settings: the map from variables to pixels, first images, first labels."""
 
 import argparse
 
@@ -16,11 +16,11 @@ from network.tracing import stages
 from network.zoo import place_of
 from update.shared import SharedUpdate
 
-PLAIN_PIXELS = {"box": "none", "spectral_power": 0.0, "chroma_gain": 1.0}  # where the images are known already
+PLAIN_PIXELS = {"box": "none", "spectral_power": 0.0, "chroma_gain": 1.0}  # for images that are known exactly
 
 
 def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: argparse.Namespace) -> PixelMap:
-    """What the optimiser moves, as the settings say or as what is matched asks for."""
+    """The map from variables to pixels, as the settings say, or as known activations ask for."""
     power = settings.spectral_power
     if power is None:
         power = spectral_power_for(stages(model)[: known.start]) if known.is_followed else 1.0
@@ -29,7 +29,7 @@ def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: ar
 
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
-    """Start images and label logits, the optimiser that moves them, and the generator that subsets are drawn from."""
+    """The first state: images and label logits, their optimiser, and the generator of subsets."""
     generator, copies, shape = stream(settings.seed, "attack"), settings.restarts, update.image_shape
     named = (settings.init, update.batch_size, shape[-1], stream(settings.seed, "init"))
     given = images_named(*named) if copies == 1 else None

@@ -1,4 +1,4 @@
-"""What the flags name: the victim's batch, the model the server sent out, the update that is shared."""
+"""The client's batch, the model that the server sent out, and the shared update, all as the flags name them."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from update.storage import replace_atomically
 
 
 def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module, Batch | None]:
-    """The shared update, the model it was computed on, and the truth if it is at hand (not so with --update).
+    """The shared update, the model behind it, and the truth (None with --update).
 
     `place` is the device and dtype of the model, and with it of the whole attack.
 
@@ -76,7 +76,7 @@ def _save_npz(path: Path, **arrays: np.ndarray) -> None:
 def client_batch(settings: argparse.Namespace, labels: str, num_classes: int | None) -> Batch:
     """The images that the flags name, with labels as in `data.load_batch`.
 
-    Where --defence sums over several clients, these are the images of all, the others' behind the first's.
+    Where --defence sums over several clients, the batch holds the images of all clients, the first client's first.
     """
     source = open_source(settings.dataset, settings.data_path)
     indices = parse_indices(settings.indices) if settings.indices else range(settings.batch_size)
@@ -91,7 +91,7 @@ def client_batch(settings: argparse.Namespace, labels: str, num_classes: int | N
 
 
 def _of_other_clients(indices: Sequence[int], defences: Defences, count: int) -> range:
-    """The images of the other clients of a sum: behind the first client's last one, as many for each as it has itself.
+    """The images of the other clients of a sum: the next images behind the first client's, as many for each client.
 
     Raises:
         DataError: the source's `count` images are too few.

@@ -1,1 +1,1 @@
-"""What the client does: the batch's update, and its defences. Nothing here is ever imported by the attack."""
+"""The client: its batch's update, and its defences. The attack never imports this folder."""

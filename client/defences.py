@@ -1,4 +1,4 @@
-"""What a client may do to its update before it shares it, so that what it gives away can be measured."""
+"""The defences that a client may apply to its update before it shares the update."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ Gradients = dict[str, Tensor]  # by parameter name
 def defend(
     clients: Sequence[SharedUpdate], defences: Defences, *, generator: torch.Generator | None = None
 ) -> SharedUpdate:
-    """What the server sees of the clients' updates: defended one by one, in the order of the defences, until summed.
+    """The update that the server sees: the clients' updates, defended one by one, in order, until they are summed.
 
     clip:NORM           the whole update scaled to L2 norm NORM where it is longer
     noise:STD           Gaussian noise of this standard deviation added to every entry
@@ -26,16 +26,16 @@ def defend(
     sign                each tensor's signs times its mean magnitude (signSGD, Bernstein et al. 2018, arXiv 1802.04434,
                         with the scale of Karimireddy et al. 2019, arXiv 1901.09847); zeros stay zero
     float16, bfloat16   rounded to half precision
-    secure_sum:CLIENTS  the sum over the clients, divided by their number; what follows is done to it, once
-    dpsgd:CLIP:SIGMA    nothing more: it is in the clients' gradients, see `client.privacy`
+    secure_sum:CLIENTS  the sum over the clients, divided by their number; later defences are applied once, to the sum
+    dpsgd:CLIP:SIGMA    nothing more: DP-SGD is in the clients' gradients, see `client.privacy`
 
     Args:
-        clients: as many as the defences speak of, of one batch size, before any of these.
+        clients: undefended updates of one batch size, as many as the defences have clients.
         defences: in their order.
-        generator: what noise and rounding are drawn from, on the CPU.
+        generator: the source of noise and rounding, on the CPU.
 
     Raises:
-        ValueError: numbers that a defence takes beyond what floats can hold, or nothing but zeros left.
+        ValueError: a defence makes numbers too large for floats, or leaves only zeros.
     """
     if len(clients) != defences.clients:
         raise ValueError(f"--defence {defences} is of {defences.clients} clients, not {len(clients)}")
@@ -55,10 +55,10 @@ def defend(
 
 
 def defend_received(update: SharedUpdate, defence: str, *, generator: torch.Generator | None = None) -> SharedUpdate:
-    """A received update with a defence on top of what its client did, as the client could have added it.
+    """A received update with a further defence on top, as the client could have applied it.
 
     Raises:
-        ValueError: as `defend`, or a defence that takes the clients' images.
+        ValueError: as in `defend`, or a defence that needs the clients' images.
     """
     defences = Defences.parse(defence)
     if not list(defences):
@@ -70,7 +70,7 @@ def defend_received(update: SharedUpdate, defence: str, *, generator: torch.Gene
 
 
 def _summed(updates: Sequence[SharedUpdate]) -> SharedUpdate:
-    """The mean of the clients' updates: as the batches are of one size, the average over the images of all of them."""
+    """The mean of the clients' updates: all batches have one size, so the mean is the average over all images."""
     gradients = {
         name: torch.stack([update.gradients[name] for update in updates]).mean(0) for name in updates[0].gradients
     }
@@ -78,13 +78,13 @@ def _summed(updates: Sequence[SharedUpdate]) -> SharedUpdate:
 
 
 def clipped(gradients: Gradients, norm: float, *, generator: torch.Generator | None = None) -> Gradients:
-    """Scaled, all tensors alike, so that their L2 norm as one long vector is at most `norm`."""
+    """All tensors scaled by one factor, so that their L2 norm as one long vector is at most `norm`."""
     length = float(torch.stack([gradient.double().norm() for gradient in gradients.values()]).norm())
     return {name: gradient * min(1.0, norm / length) for name, gradient in gradients.items()} if length else gradients
 
 
 def noisy(gradients: Gradients, std: float, *, generator: torch.Generator | None = None) -> Gradients:
-    """With Gaussian noise of this standard deviation in every entry."""
+    """The gradients plus Gaussian noise of this standard deviation in every entry."""
     return {name: gradient + std * noise_like(gradient, generator) for name, gradient in gradients.items()}
 
 
@@ -101,7 +101,7 @@ def largest(gradients: Gradients, share: float, *, generator: torch.Generator | 
 
 
 def quantised(gradients: Gradients, bits: int, *, generator: torch.Generator | None = None) -> Gradients:
-    """Magnitudes at 2^bits - 1 equal steps of each tensor's largest, by stochastic rounding; signs as they are."""
+    """Magnitudes at 2^bits - 1 equal steps of each tensor's largest, by stochastic rounding; signs are kept."""
     steps = 2**bits - 1
 
     def rounded(gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DP-SGD: each example's gradient clipped, Gaussian noise on their sum, and the privacy that this buys.
+"""DP-SGD: each example's gradient is clipped, their sum gets Gaussian noise; and the privacy that this gives.
 
 Source: Abadi et al. 2016, Deep Learning with Differential Privacy (arXiv 1607.00133), algorithm 1; epsilon by Renyi
 accounting (Mironov, Talwar, Zhang 2019, arXiv 1908.10530), as Opacus computes it.
@@ -26,12 +26,12 @@ def private_gradient(
     g_i is the gradient of example i's cross-entropy, |g_i| its L2 norm over all trainable parameters.
 
     Args:
-        model: in eval mode: per-example gradients are not defined where a batch's statistics mix its examples.
+        model: in eval mode: batch statistics mix the examples, which then have no gradients of their own.
         images: (B, C, H, W).
         labels: class indices (B,).
         clip: the norm that an example's gradient has at most.
         sigma: the noise multiplier: the standard deviation of the sum's noise in units of `clip`.
-        generator: what the noise is drawn from, on the CPU.
+        generator: the source of the noise, on the CPU.
 
     Raises:
         ValueError: a BatchNorm layer in training mode.
@@ -62,7 +62,7 @@ def example_gradients(
 
     try:
         return vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
-    except RuntimeError:  # a model from outside may do what vmap cannot: one example after the other
+    except RuntimeError:  # vmap cannot run every model from outside: one example after the other
         own = [grad(loss)(weights, image, label) for image, label in zip(images, labels, strict=True)]
         return {name: torch.stack([gradients[name] for gradients in own]) for name in weights}
 
@@ -81,5 +81,5 @@ def epsilon(sigma: float, *, rate: float, rounds: int, delta: float) -> float:
     accountant = RDPAccountant()
     accountant.history = [(sigma, rate, rounds)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of orders at the range's end: the bound holds, if not the best
+        warnings.simplefilter("ignore", UserWarning)  # on orders at the range's end: the bound still holds
         return float(accountant.get_epsilon(delta=delta))

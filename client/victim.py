@@ -1,4 +1,4 @@
-"""One client's round: it trains on its batch, defends the update as it sees fit, and shares it; or several, summed."""
+"""A round of one client, which trains on its batch, defends the update and shares it; or of several clients, summed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,20 +26,21 @@ def share_update(
     defence: str = "none",
     generator: torch.Generator | None = None,
 ) -> SharedUpdate:
-    """What the server sees after training on images (B, C, H, W) with labels (B,).
+    """The update that the server sees after training on images (B, C, H, W) with labels (B,).
 
     Args:
-        model: what the server sent out. The parameters that start with one of `frozen` are frozen in it, and BatchNorm
-            is put into the mode of the training; its weights and statistics stay.
-        images: of one client, or, in equal parts, of as many as `defence` sums over.
-        name: of its architecture, as in `network.zoo.MODELS`.
-        options: what else it was told.
+        model: the model that the server sent out. Its parameters that start with one of `frozen` are frozen, and its
+            BatchNorm layers are put into the mode of the training; weights and statistics stay.
+        images: of one client, or, in equal parts, of the clients that `defence` sums over.
+        name: of the model's architecture, as in `network.zoo.MODELS`.
+        options: further settings of the architecture.
         training: one step of FedSGD, or local training.
-        defence: as `update.defences` reads it and `client.defences.defend` does it; both draw from `generator`.
+        defence: defences as `update.defences` reads them.
+        generator: the source of random numbers of the defences, on the CPU.
 
     Raises:
-        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, an unknown defence, one that is
-            not of such a training, or a training that does not suit the batch or the model.
+        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, the defence is unknown or does not
+            go with the training, or the training does not suit the batch or the model.
     """
     freeze(model, named_by(model, frozen))
     training.check(len(images))
@@ -76,10 +77,10 @@ def share_update(
 def trained_update(
     model: nn.Module, images: Tensor, labels: Tensor, training: LocalTraining
 ) -> tuple[Sequence[Tensor], dict[str, Tensor]]:
-    """The averaged update of local training, one tensor per trainable parameter, and the statistics that go with it."""
+    """The averaged update of local training, one tensor per trainable parameter, and its BatchNorm statistics."""
     old, trained = trainable(model), train_locally(model, images, labels, training)
     gradients = trained.average
-    if not training.is_one_step:  # weights are what such a client has, with their rounding
+    if not training.is_one_step:  # such a client has only weights, with their rounding
         moved = zip(old.values(), trained.weights, strict=True)
         gradients = [(weight - new) / training.reach for weight, new in moved]
     shares_statistics = training.batchnorm == "train"

@@ -7,7 +7,7 @@ OPTIMISED = "optimise"
 
 
 def assumptions(config: Mapping) -> list[dict[str, str]]:
-    """Each `topic` and how it was `here`, from a run's settings; what a received update does not say is not known."""
+    """Each `topic` and its state `here`, from a run's settings; facts missing in a received update are unknown."""
     return [{"topic": topic, "here": here(config)} for topic, here in ROWS.items()]
 
 
@@ -51,7 +51,7 @@ def _labels(config: Mapping) -> str:
 
 
 def _training(config: Mapping) -> str:
-    """Settings that a simulated client does not have, or a received update does not tell, are left out."""
+    """How the client trained; settings that the client does not have, or the update does not say, are left out."""
     steps, batches = config.get("local_steps") or 1, config.get("local_batches") or 1
     done = "One step" if steps == 1 else f"{steps} steps"
     rate = f" at rate {config['local_lr']:g}" if config.get("local_lr") else ""

@@ -1,4 +1,4 @@
-"""What would stop the attack: a row of audit.json for each defence that was tried, and a sentence on them all."""
+"""Which defences would stop the attack: a row of audit.json for each one tried, and a sentence on all of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from judge.pictures import read_images
 from judge.report import STRIP, first_pictures, read_facts
 from judge.run_directory import DEFENDED
 
-FIGURES = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # those of a row, None where not known
+FIGURES = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # figures of a row, None where not known
 WHY = {
     "interrupt": "interrupted: resume the audit",
     "abort": "interrupted: resume the audit",
@@ -27,11 +27,11 @@ def undefended_row(facts: Mapping) -> dict:
 def defended_row(defence: str, change: float, folder: Path, first: Path) -> dict:
     """The row of a run under a defence.
 
-    Without the truth the run is judged by what it still tells apart, and by how alike its images are to those of the
-    first run, one to one.
+    Without the truth the run is judged by the images that it still tells apart, and by how alike its images are to
+    those of the first run, one to one.
 
     Args:
-        change: how far the defence moves the update, relative to its length.
+        change: how far the defence moves the update, relative to the update's length.
         folder, first: the run's directory, and that of the first run, above it.
 
     Raises:
@@ -73,7 +73,7 @@ def _row(defence: str, facts: Mapping, change: float) -> dict:
 
 
 def _likeness(first: Path, second: Path, count: int) -> tuple[dict, list[float]]:
-    """How alike the images of two runs are, by the figures of `metrics.evaluate`, and a guess those of the first."""
+    """How alike the images of two runs are: figures of `metrics.evaluate`, and a guess's PSNR of the first."""
     pictures = [read_images(path / f"images/rec_{i:03d}.png" for i in range(count)) for path in (first, second)]
     nothing = torch.zeros(count, dtype=torch.long)
     return metrics.evaluate(pictures[0], nothing, pictures[1], nothing), metrics.guess_psnr(pictures[0])

@@ -19,10 +19,10 @@ MARK = f'<meta name="generator" content="{GENERATOR}">'
 
 
 def write_gallery(folder: Path) -> None:
-    """Write index.html of the runs in the folder, unless there is a page by that name that is not ours.
+    """Write index.html of the runs in the folder, unless another program has made a page of that name.
 
-    Runs that end at the same time take turns: each has written its own facts before it looks for all, so the last one
-    lists them all. A page that cannot be written costs a run nothing.
+    Runs that end at the same time take turns. Each run has written its own facts before it looks for those of all runs,
+    so the last run lists them all. A page that cannot be written costs a run nothing.
     """
     page = folder / PAGE
     with suppress(OSError, Timeout), FileLock(folder / ".locks" / PAGE, timeout=PATIENCE):
@@ -32,7 +32,7 @@ def write_gallery(folder: Path) -> None:
 
 
 def gallery_page(folder: Path) -> str:
-    """The page, with relative links, of whatever in the folder holds the facts and the report of a run."""
+    """The page, with relative links, of all folders in the folder that hold the facts and the report of a run."""
     cards = [card for path in folder.iterdir() if (card := _card(path))]
     cards.sort(key=lambda card: card["finished"], reverse=True)
     return TEMPLATES.get_template("gallery.html").render(
@@ -41,7 +41,7 @@ def gallery_page(folder: Path) -> str:
 
 
 def _card(path: Path) -> Mapping | None:
-    """What the gallery shows of a run; None of a folder that holds no run, or a damaged one."""
+    """The gallery's entry of a run; None for a folder that holds no run, or a damaged one."""
     try:
         facts = read_facts(path)
         if facts["verdict"]["level"] not in NAMES or not (path / "report.html").is_file():

@@ -1,4 +1,4 @@
-"""How right each layer's recovered inputs are, where the truth is known: a column of layers.csv."""
+"""The true error of each layer's recovered inputs, where the truth is known: a column of layers.csv."""
 
 import copy
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ from network.tracing import stages
 
 
 def measured(known: Known, model: nn.Module, truth: Batch | None) -> Known:
-    """What was read, each layer's row with its `relative_error`, None where that cannot be known.
+    """`known`, each layer's row with its `relative_error`, None where the error cannot be known.
 
-    The recovered inputs have served their purpose then and are left out: they are as large as all activations.
+    The recovered inputs have then served their purpose and are left out: they are as large as all activations.
     """
     errors = relative_errors(known.recovered, model, truth.images) if truth and known.recovered else {}
     rows = [_beside_uncertainty(row, errors.get(row["layer"])) for row in known.layers]
@@ -29,11 +29,11 @@ def relative_errors(recovered: Mapping[str, Tensor], model: nn.Module, images: T
 
     Args:
         recovered: inputs (N, ...) by the name of the layer or residual stage that takes them, in any order.
-        model: that takes the images.
+        model: the model that takes the images.
         images: the truth (B, C, H, W), B >= N. True inputs are computed in float64, and matched one to one.
 
     Returns:
-        errors by the name of a layer; a residual stage's under that of its first one, as in layers.csv.
+        errors by the name of a layer; a residual stage has the name of its first layer, as in layers.csv.
     """
     chain = stages(copy.deepcopy(model).double())
     taken = inputs_along(chain, images.to(next(model.parameters()).device).double())
@@ -48,8 +48,8 @@ def matched(found: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The one-to-one assignment of found (N, ...) to truth (B, ...) of least relative distance.
 
     Returns:
-        found, true: indices (N,) of what belongs together, on the CPU.
-        error: (N,) its relative distance |found - true| / |true|.
+        found, true: indices (N,) of the pairs, on the CPU.
+        error: (N,) relative distance |found - true| / |true| of each pair.
     """
     found, truth = found.flatten(1).to(truth), truth.flatten(1)
     distance = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist") / truth.norm(dim=1)  # (N, B)

@@ -14,7 +14,7 @@ from torch import Tensor
 LEAST_MSE = 1e-10
 MOST_PSNR = -10 * math.log10(LEAST_MSE)
 
-# An image counts as recovered from this structural similarity on: what it shows is then recognisable at a glance.
+# An image counts as recovered from this structural similarity on: its content is then recognisable at a glance.
 RECOVERED_SSIM = 0.6
 
 
@@ -44,26 +44,26 @@ def ssim(truth: Tensor, reconstruction: Tensor) -> float:
 
 
 def label_accuracy(labels: Tensor, predicted: Tensor) -> float:
-    """The share of the labels (B,) that are among the predicted ones (B,), each as often as it is there.
+    """The share of the labels (B,) that are among the predicted labels (B,), each as often as it occurs there.
 
-    Multisets are compared, not images: which reconstruction is whose is decided by pixels, and where these are poor it
-    would be chance.
+    Multisets are compared, not images: pixels decide which reconstruction belongs to which image, and where pixels are
+    poor, the answer would be chance.
     """
     return (Counter(labels.tolist()) & Counter(predicted.tolist())).total() / len(labels)
 
 
 def guessed_label_accuracy(labels: Tensor, num_classes: int) -> float:
-    """`label_accuracy` that a guess has on average which names all classes equally often, what is over at random."""
+    """The mean `label_accuracy` of a guess that names all classes equally often and the remaining labels at random."""
     each, over = divmod(len(labels), num_classes)
     counts = Counter(labels.tolist()).values()
     return sum(min(count, each) + (count > each) * over / num_classes for count in counts) / len(labels)
 
 
 def guess_psnr(truth: Tensor) -> list[float]:
-    """PSNR in dB that each of the images (B, C, H, W) has without any update: that of the better of two guesses.
+    """PSNR in dB of a guess of each of the images (B, C, H, W), made without any update: the better of two guesses.
 
-    They are a flat picture in the image's own mean colour, which no guess of one colour can beat, and the mean of the
-    batch's other images. Images that are the same as this one are no others.
+    The first guess is a flat picture in the image's own mean colour, which no guess of one colour can beat. The second
+    is the mean of the batch's other images, without copies of this image.
     """
     between, best = psnr_matrix(truth, truth), []
     for image, likeness in zip(truth, between, strict=True):
@@ -83,8 +83,8 @@ def evaluate(truth: Tensor, labels: Tensor, reconstruction: Tensor, predicted: T
         labels, predicted: class indices (B,).
 
     Returns:
-        `assignment[i]` is the reconstruction matched to truth i; `psnr` and `ssim` are listed by truth. SSIM is over
-        that assignment. `psnr_mean_best_match` lets several truths share a reconstruction.
+        `assignment[i]` is the reconstruction matched to truth i; `psnr` and `ssim` are lists by truth, over this
+        assignment. `psnr_mean_best_match` lets several truths share a reconstruction.
     """
     psnr = psnr_matrix(truth, reconstruction)
     assignment = assign(psnr)

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids, truth beside reconstruction, the film of how they came to be, curves."""
+"""Pictures of a run: grids, truth beside reconstruction, the film of the reconstructions, curves."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ PACE = 12  # 50 frames of 300 steps, 100 of 25,000
 class Film:
     """The frames of history.gif: the start, then every step, ever fewer as the run goes on.
 
-    Most happens early: after `PACE` steps the next frame is a share 1/PACE of the steps so far later.
+    Most changes come early: after `PACE` steps, each next frame comes 1/PACE of the steps so far later.
     """
 
     def __init__(self, state: Mapping | None = None) -> None:
@@ -31,18 +31,18 @@ class Film:
         self.frames: list[Tensor] = list(state["frames"]) if state else []  # uint8 (B, C, H, W)
 
     def shoot(self, taken: int, images: Tensor) -> None:
-        """Keep a frame of images (B, C, H, W) in [0, 1] after so many steps, if the film's pace asks for one."""
+        """Keep a frame of images (B, C, H, W) in [0, 1] after `taken` steps, if the film's pace asks for a frame."""
         if taken < self.next:
             return
         self.frames.append((images.detach().clamp(0, 1) * 255).round().byte().cpu())
         self.next = taken + 1 + taken // PACE
 
     def state(self) -> dict:
-        """What a checkpoint keeps of the film."""
+        """The film as a checkpoint keeps it."""
         return {"next": self.next, "frames": self.frames}
 
     def save(self, path: Path, last: Tensor) -> None:
-        """Write the GIF; it ends on the images `last`, which stand longest."""
+        """Write the GIF, whose last and longest frame is the images `last`."""
         final = (last * 255).round().byte()
         frames = self.frames if self.frames and torch.equal(self.frames[-1], final) else [*self.frames, final]
         pictures = [grid(frame / 255) for frame in frames]
@@ -71,7 +71,7 @@ def read_images(files: Iterable[Path]) -> Tensor:
 
 
 def save_png(picture: Image.Image) -> Callable[[Path], None]:
-    """What writes the picture to a path of any name."""
+    """A function that writes the picture to a path of any name."""
     return lambda path: picture.save(path, format="PNG")
 
 
@@ -123,8 +123,8 @@ def _write_upwards(sheet: Image.Image, text: str, left: int, middle: int) -> Non
 def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Losses, subset size and, where truth is known, PSNR against closure evaluations.
 
-    Every run ends with this picture: margins are fixed and losses drawn by their logarithms, because layout engines and
-    logarithmic axes take longer over it than a small attack takes.
+    Every run ends with this picture. Margins are fixed and losses drawn by their logarithms, because layout engines and
+    logarithmic axes take longer than a small attack.
     """
     x = [int(row["evaluations"]) for row in rows]
     known = [row["psnr_mean"] != "" for row in rows]
@@ -149,7 +149,7 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def save_leaks(path: Path, rows: Sequence[Mapping], title: str) -> None:
-    """Of each layer the rank that its gradient has room for and the rank that the batch fills it with."""
+    """For each layer the batch's rank over the rank that the layer's gradient has room for."""
     figure = Figure(figsize=(7, 1.2 + 0.24 * len(rows)), layout="constrained")
     axis = figure.subplots()
     places = range(len(rows))

@@ -22,14 +22,14 @@ NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
 
 
 class Recorder:
-    """Keeps the record of one run: a trace row and a frame per step, checkpoints, and at the end everything else.
+    """Keeps the record of one run: a trace row and a frame per step, checkpoints, and at the end all other files.
 
     Args:
-        run: where it goes.
-        truth: the client's batch, or None when there is none to compare with.
-        known: what was read before the first step; it stays in the checkpoint, so that a resumed run has the same.
+        run: the directory of the record.
+        truth: the client's batch, or None where there is no truth.
+        known: the signals and labels known before the first step; the checkpoint keeps them for a resumed run.
         log_every, checkpoint_every: steps between rows and between checkpoints (0: only at the end).
-        checkpoint: what a resumed run continues from.
+        checkpoint: the checkpoint from which a resumed run goes on.
 
     `show`, once set, is called with the row of every logged step.
     """
@@ -59,7 +59,7 @@ class Recorder:
 
     def __call__(self, state: AttackState, size: int, terms: Terms, images: Tensor) -> None:
         """Record the step that `state` has just ended, its subset size, terms and images (B, C, H, W) in [0, 1]."""
-        step = state.step - 1  # 0-based, as the schedules count
+        step = state.step - 1  # counted from 0, as in the schedules
         self.final_loss = float(terms.loss)
         self.sizes.append(size)
         self.film.shoot(state.step, images)
@@ -82,7 +82,7 @@ class Recorder:
             self.checkpoint(state)
 
     def checkpoint(self, state: AttackState) -> None:
-        """Write all that --resume needs."""
+        """Write the checkpoint for --resume."""
         self.run.write_checkpoint(
             resumable(state, self.known)
             | {
@@ -96,7 +96,7 @@ class Recorder:
     def finish(self, state: AttackState, images: Tensor, ended_by: str, config: Mapping) -> dict:
         """Write the checkpoint, the pictures, config.json with the schedule as it was run, metrics.json and the report.
 
-        Returns what metrics.json holds.
+        Returns the content of metrics.json.
         """
         run = self.run
         if ended_by != "abort":
@@ -162,9 +162,9 @@ def open_record(
     truth: Batch | None,
     began: Mapping | None,
 ) -> Known:
-    """Let the run take its directory, anew or where the checkpoint that it `began` with left off.
+    """Let the run take its directory, anew or from the checkpoint that the run `began` with.
 
-    Returns what was read, judged layer by layer where the truth is known.
+    Returns `known`, judged layer by layer where the truth is known.
 
     Raises:
         ValueError: the directory cannot be written, or the checkpoint is damaged or of another run.
@@ -182,7 +182,7 @@ def open_record(
 
 
 def resumable(state: AttackState, known: Known) -> dict:
-    """What a run can be resumed from: the attack's state, and what was read, by which its slots mean these images."""
+    """The content of a checkpoint: the attack's state, and the signals, which say which slot is which image."""
     read = {
         "signals": None if known.signals is None else vars(known.signals),
         "signals_seconds": known.seconds,
@@ -223,12 +223,12 @@ def in_words(signals: Signals, index: int) -> list[str]:
 
 
 def _in_json(row: Mapping) -> dict:
-    """A row of layers.csv; JSON knows no infinity, which a gap is where nothing bounds it."""
+    """A row of layers.csv for JSON, which knows no infinity: an infinite gap becomes None."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _training_figures(known: Known) -> dict:
-    """What metrics.json says of local training; empty for a single step."""
+    """The keys of metrics.json for local training; empty for a single step."""
     if known.drift is None and known.local_labels is None:
         return {}
     distance = None if known.local_labels is None else known.local_labels.distance
@@ -236,7 +236,7 @@ def _training_figures(known: Known) -> dict:
 
 
 def _signal_figures(known: Known) -> dict:
-    """What metrics.json says of the signals; image j of the list is rec_j."""
+    """The keys of metrics.json for the signals; entry j of the list is image rec_j."""
     signals, said = known.signals, {"signals_aborted": True} if known.is_aborted else {}
     if signals is None:
         return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said

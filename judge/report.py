@@ -1,8 +1,8 @@
-"""audit.json and report.html: what came of a run, what was assumed, and what it means for the client.
+"""audit.json and report.html: the results of a run, the assumptions, and their meaning for the client.
 
-The facts come from what config.json and metrics.json hold; the page from the facts and the pictures that lie in the run
-directory, so that it can be written again when defences have been tried. The page is one file: pictures are in it as
-data, and it needs no script and no network.
+The facts come from config.json and metrics.json. The page comes from the facts and the pictures in the run directory,
+so the page can be written again when defences have been tried. The page is one file: it holds the pictures as data, and
+needs no script and no network.
 """
 
 import base64
@@ -20,11 +20,11 @@ from judge.assumptions import assumptions
 from judge.run_directory import RunDirectory
 
 SCHEMA = "magia-audit-1"
-GENERATOR = "MAGIA"  # the name by which our own pages are known
-PLAIN = 96  # pixels a side up to which pictures are embedded as they are: beyond, JPEG shows no less and is far smaller
+GENERATOR = "MAGIA"  # the mark of this program's pages
+PLAIN = 96  # pixels a side up to which pictures are embedded as PNG: beyond, JPEG shows no less and is far smaller
 QUALITY = 88  # of that JPEG
-FOLDERS = ("images", "truth")  # that single images lie in
-STRIP = 4  # pictures that stand for a run under a defence
+FOLDERS = ("images", "truth")  # folders of single images
+STRIP = 4  # pictures shown of a run under a defence
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -37,7 +37,7 @@ TEMPLATES = Environment(
 
 
 def brief(number: float | None) -> str:
-    """An error as a person reads it, to one digit; nothing where it is not known."""
+    """An error for a person, to one digit; empty where the error is not known."""
     return "" if number is None else f"{number:.0e}".replace("e-0", "e-") if number < 0.001 else f"{number:.2g}"
 
 
@@ -45,10 +45,10 @@ TEMPLATES.filters |= {"brief": brief, "percent": verdict.percent}
 
 
 def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
-    """What audit.json holds of the run `name`, see results/README.md.
+    """The content of audit.json for the run `name`, see results/README.md.
 
     Args:
-        config, figures: what config.json and metrics.json hold.
+        config, figures: the contents of config.json and metrics.json.
     """
     images = _judged(figures) if "psnr" in figures else _believed(figures)
     counts = verdict.counts_of([image["level"] for image in images])
@@ -106,7 +106,7 @@ def _believed(figures: Mapping) -> list[dict]:
 
 
 def _reconstruction(figures: Mapping, index: int) -> dict:
-    """What the attack says of its image `index`; leading ones have a signal."""
+    """The attack's facts on its image `index`; leading images have a signal."""
     signals = figures["signals"]
     signal = signals[index] if index < len(signals) else {"confidence": None, "uncertainty": None}
     return {
@@ -128,7 +128,7 @@ def read_facts(folder: Path) -> dict:
     """The facts in the audit.json of a run directory.
 
     Raises:
-        ValueError, OSError: it is missing, damaged, or of another kind.
+        ValueError, OSError: the file is missing, damaged, or of another schema.
     """
     facts = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
     if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:

@@ -1,4 +1,4 @@
-"""The run directory: which files a run writes, who may write there, and how nothing in it is ever lost."""
+"""The run directory: which files a run writes, which process may write there, and how no file is ever lost."""
 
 import csv
 import json
@@ -17,13 +17,13 @@ from torch import Tensor
 from update.storage import replace_atomically
 
 DEFENDED = "defences"  # the folder in a run directory that holds its runs under defences
-# All that a run writes; --overwrite removes these and nothing else.
+# All files that a run writes; --overwrite removes these files and no others.
 FILES = (
     "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png", "comparison.png",
     "history.gif", "curves.png", "audit.json", "report.html",
     "layers.csv", "images/rec_*.png", "truth/true_*.png", f"{DEFENDED}/index.html",
 )  # fmt: skip
-OWN_KEYS = {"sel_mode", "tv_weight", "versions"}  # a config.json with these is one of ours: no model's has them
+OWN_KEYS = {"sel_mode", "tv_weight", "versions"}  # a config.json with these keys is of this program
 CHECKPOINT_KEYS = {
     "variables",
     "optimizer",
@@ -43,17 +43,18 @@ TRACE = ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations"
 class RunDirectory:
     """`save_dir/run_name`, held by one process at a time, until `close`.
 
-    A new run is built beside the directory and takes its place, whole, in `begin`: a process that dies before has
-    changed nothing. What cannot be written later is noted in `failures` and costs nothing but itself.
+    A new run is built beside the directory and takes the directory's place, whole, in `begin`: a process that dies
+    before `begin` has changed nothing. A file that cannot be written later is noted in `failures`, and only that file
+    is missing.
 
     Args:
         path: the directory.
-        resume: it must exist with a checkpoint, and is continued.
-        overwrite: an earlier run in it is replaced.
+        resume: the directory must hold a checkpoint, and its run is continued.
+        overwrite: an earlier run in the directory is replaced.
 
     Raises:
-        ValueError: the directory exists and neither was asked for, is no run directory, is held by another process, or
-            cannot be written.
+        ValueError: the directory exists without `resume` or `overwrite`, is no run directory, is held by another
+            process, or cannot be written.
     """
 
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -79,7 +80,7 @@ class RunDirectory:
         return self.path / name
 
     def begin(self, config: Mapping, checkpoint: Mapping) -> None:
-        """Let a new run take the directory: what it is, and a state that it can be resumed from.
+        """Let a new run take the directory, with its settings and a first checkpoint.
 
         Raises:
             ValueError: the directory cannot be written.
@@ -92,7 +93,7 @@ class RunDirectory:
             try:
                 torch.save(dict(checkpoint), self._staging / "checkpoint.pt")
             except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-                if replaced:  # the old run is worth more than one that cannot be kept
+                if replaced:  # the old run is worth more than a run that cannot be kept
                     raise
                 self.fail("checkpoint.pt", error)
             if replaced:
@@ -107,13 +108,13 @@ class RunDirectory:
             raise ValueError(f"cannot write the run directory {self.path}: {reason}") from None
 
     def close(self) -> None:
-        """Wait for what is still being written, and let others have the directory."""
+        """Wait for the checkpoint that is being written, and release the directory."""
         self._wait()
         self._writer.shutdown()
         self._lock.release()
 
     def write(self, name: str, write: Callable[[Path], None]) -> None:
-        """Replace the file `name` by what `write` makes of a temporary path; a failure is noted, and told once."""
+        """Replace the file `name` by the one that `write` makes at a temporary path; a failure is told once."""
         try:
             (self / name).parent.mkdir(exist_ok=True)
             replace_atomically(self / name, write)
@@ -131,10 +132,10 @@ class RunDirectory:
         self.write(name, lambda temporary: temporary.write_text(_json(content), encoding="utf-8"))
 
     def write_checkpoint(self, state: Mapping) -> None:
-        """Replace checkpoint.pt, in the background; a crash in the middle leaves the one before.
+        """Replace checkpoint.pt, in the background; a crash in the middle leaves the last checkpoint.
 
-        It holds all of L-BFGS's curvature pairs, by far most of its size: without them a resumed run would take another
-        way than one that never stopped. They are copied here, so the run goes on while they are written.
+        The file holds all of L-BFGS's curvature pairs, by far most of its size: without the pairs a resumed run would
+        take another way than a run that never stopped. The state is copied, so the run goes on during the writing.
         """
         copy = _copied(state)
         self._wait()
@@ -142,7 +143,7 @@ class RunDirectory:
         self._writing = self._writer.submit(self.write, "checkpoint.pt", save)
 
     def read_checkpoint(self) -> dict:
-        """What checkpoint.pt holds; tensors and numbers only, nothing else is unpickled.
+        """The content of checkpoint.pt: tensors and numbers only, nothing else is unpickled.
 
         Raises:
             ValueError: the file is damaged, or not of a run.
@@ -217,7 +218,7 @@ def restore(path: Path) -> None:
 
 
 def _lock(path: Path) -> FileLock:
-    """The lock of a run directory, an empty file that stays in `.locks`; that of a process that died does not hold."""
+    """The lock of a run directory, an empty file that stays in `.locks`; the lock of a dead process does not hold."""
     folder = path.parent / ".locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +268,7 @@ def _remove_run(path: Path) -> None:
 
 
 def _move_rest(old: Path, new: Path) -> None:
-    """Whatever else lay in the old directory lies in the new one."""
+    """Move all other files of the old directory into the new one."""
     for entry in old.iterdir() if old.is_dir() else ():
         if entry.is_dir() and (new / entry.name).is_dir():
             _move_rest(entry, new / entry.name)

@@ -27,7 +27,7 @@ def columns_of(rows: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def in_short(value: object) -> str:
-    """A cell as a person reads it."""
+    """A cell's text for a person."""
     if value is None:
         return ""
     if isinstance(value, bool):

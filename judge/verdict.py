@@ -1,4 +1,4 @@
-"""What the figures of a run mean for the client, in words. Every threshold of a verdict stands here, with its reason.
+"""The meaning of a run's figures for the client, in words. Every threshold of a verdict stands here, with its reason.
 
 With the truth at hand each image gets the first of these levels that it reaches:
 
@@ -8,19 +8,20 @@ traces        closer to the truth than a guess, by at least MARGIN
 none          no closer than that: a guess is a flat picture in the image's own mean colour, or the mean of the batch's
               other images, whichever is better
 
-Without it the attack's own evidence is all there is:
+Without the truth only the attack's own evidence decides:
 
-read          its pixels were read from the update in closed form, to an expected error of WITHIN, and it is `apart`
-apart         its features were, with a confidence of at least CERTAIN
+read          the image's pixels were read from the update in closed form, to an expected error of WITHIN, and the image
+              is `apart`
+apart         the image's features were read from the update in closed form, with a confidence of at least CERTAIN
 unknown       nothing vouches for the picture
 
-A run is what its worst image is. But traces of no more than BY_CHANCE of the images are none, and a run in which no
-step of the attack succeeded has `failed`: nothing follows from it.
+A run gets the level of its most exposed image. But traces of no more than BY_CHANCE of the images are none, and a run
+in which no step of the attack succeeded has `failed`: nothing follows from such a run.
 
-MARGIN and BY_CHANCE come from matching the images of a batch, one to one, with pictures of other images: CIFAR-10's, as
-they are, blurred, or drawn towards their mean, 1 to 64 at a time. In the worst of these cases 5 % of the images gain
-3 dB on a guess (20 % gain 1 dB), and of 2,600 images none becomes recognisable; SSIM alone would call some so that are
-flat.
+MARGIN and BY_CHANCE come from matching the images of a batch, one to one, with pictures of other images: CIFAR-10's,
+unchanged, blurred, or drawn towards their mean, 1 to 64 at a time. In the worst of these cases 5 % of the images gain
+3 dB on a guess (20 % gain 1 dB), and of 2,600 images none becomes recognisable. SSIM alone would call some flat images
+recognisable.
 """
 
 import math
@@ -32,7 +33,7 @@ from judge.metrics import RECOVERED_SSIM
 EXACT_PSNR = 20 * math.log10(255)  # 48.1 dB: the error's root mean square is one of the 255 steps of a pixel
 MARGIN = 3.0  # dB: half the squared error of a guess
 BY_CHANCE = 0.1  # share of images up to which traces are taken for chance: twice what was measured
-CERTAIN = 0.999  # the confidence from which on what was read is called certain
+CERTAIN = 0.999  # the confidence from which on a signal is called certain
 
 FAILED = "failed"
 JUDGED = ("exact", "recognisable", "traces", "none")  # with the truth, the worst for the client first
@@ -72,14 +73,14 @@ def level_of(psnr: float, ssim: float, guess: float) -> str:
 
 
 def belief_of(confidence: float | None, *, has_pixels: bool) -> str:
-    """The level of a reconstruction without the truth, from how sure its signal is (None: it has none)."""
+    """The level of a reconstruction without the truth, from the confidence of its signal (None: no signal)."""
     if confidence is None or confidence < CERTAIN:
         return "unknown"
     return "read" if has_pixels else "apart"
 
 
 def are_certain(layers: Sequence[Mapping]) -> bool:
-    """Whether the inputs of the first layer, the pixels, are known to WITHIN, by the rows of layers.csv."""
+    """Whether the pixels, the inputs of the first layer, are known to WITHIN, by the rows of layers.csv."""
     return bool(layers) and layers[0]["uncertainty"] is not None and layers[0]["uncertainty"] <= WITHIN
 
 
@@ -90,11 +91,11 @@ def counts_of(levels: Sequence[str]) -> dict[str, int]:
 
 
 def verdict(counts: Mapping[str, int], figures: Mapping, *, granted_labels: bool = False) -> dict:
-    """The verdict on a run: its level, a headline, and what it means, sentence by sentence.
+    """The verdict on a run: its level, a headline, and its meaning, sentence by sentence.
 
     Args:
         counts: images by level, see `counts_of`.
-        figures: those of metrics.json.
+        figures: the content of metrics.json.
         granted_labels: whether the attack was told the labels.
     """
     total = sum(counts.values())
@@ -116,7 +117,7 @@ def verdict(counts: Mapping[str, int], figures: Mapping, *, granted_labels: bool
 
 
 def _said(level: str, count: int, total: int) -> tuple[str, str]:
-    """Headline and first sentence on so many images of a level, of all."""
+    """Headline and first sentence on `count` of `total` images of a level."""
     these = _images(count, total)
     is_are, its_their = ("is", "its") if count == 1 else ("are", "their")
     return {
@@ -157,7 +158,7 @@ def _said(level: str, count: int, total: int) -> tuple[str, str]:
 
 
 def _rest(level: str, counts: Mapping[str, int]) -> list[str]:
-    """The images that are not of the run's level, counted."""
+    """A sentence that counts the images of other levels."""
     others = [f"{NAMES[name].lower()}: {count}" for name, count in counts.items() if count and name != level]
     return [f"The others are {'; '.join(others)}."] if others else []
 
@@ -191,15 +192,15 @@ def _images(count: int, total: int) -> str:
 
 
 def similarity_level(figures: Mapping, guesses: Sequence[float], told_apart: int) -> str | None:
-    """What came of an attack on a defended update without the truth: `apart`, `same` or `other`.
+    """The level of an attack on a defended update without the truth: `apart`, `same` or `other`.
 
-    None where the undefended reconstructions are so flat or so alike that nothing in them could be seen again: those of
-    an attack that has hardly begun come out with any defence.
+    None where the undefended reconstructions are so flat or so alike that nothing in them could be seen again: the
+    reconstructions of an attack that has hardly begun come out with any defence.
 
     Args:
         figures: lists `psnr` and `ssim` of each reconstruction from the undefended update and its match from the
-            defended one.
-        guesses: the PSNR that a guess has of the former, see `metrics.guess_psnr`.
+            defended update.
+        guesses: the PSNR of a guess of the undefended reconstructions, see `metrics.guess_psnr`.
         told_apart: images that the attack tells apart in the defended update.
     """
     if told_apart:
@@ -210,7 +211,7 @@ def similarity_level(figures: Mapping, guesses: Sequence[float], told_apart: int
     return "same" if {"exact", "recognisable"} & set(levels) else "other"
 
 
-SHOWS = 24.0  # dB that a guess has, up to which a picture shows something; of 128 CIFAR-10 images it has 9 to 23.5
+SHOWS = 24.0  # PSNR of a guess up to which a picture shows something; a guess of 128 CIFAR-10 images has 9 to 23.5 dB
 NOTHING_SHOWN = "not compared: the pictures that come out without a defence show nothing that could be seen again"
 SIMILARITIES = {"same": "Same pictures", "other": "Other pictures"}
 STOPPED = ("none", "other")  # levels at which a defence stopped this attack
@@ -221,7 +222,7 @@ def stops(rows: Sequence[Mapping], undefended: str) -> str:
 
     Args:
         rows: with `defence`, `level` and `change`, the relative distance that the defence moves the update.
-        undefended: the level of the run without any.
+        undefended: the level of the run without a defence.
     """
     if undefended in ("none", "unknown", FAILED):
         return "Without a defence the attack found nothing that is sure, so that there is nothing for one to stop."

@@ -1,1 +1,1 @@
-"""What both sides know: the shared update, the model it was computed on, and how a batch's gradient is averaged."""
+"""The message between client and server: the shared update, its files, and how a client trains."""

@@ -1,4 +1,4 @@
-"""What a client can do to its update, by name: the words of --defence. Both sides know them; the client does them."""
+"""Defences by name, the words of --defence. Both sides know the defences; the client applies them."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Amount:
-    """A number that a defence takes: a whole one or any, from `least`, or above it, to `most`."""
+    """A number that a defence takes: whole or not, from `least` to `most`; `above` excludes `least`."""
 
     name: str
     least: float = 0.0
@@ -19,7 +19,7 @@ class Amount:
         """The number in `text`.
 
         Raises:
-            ValueError: it is none, or out of range; the message names the `defence` that it stands in.
+            ValueError: the text is no number, or the number is out of range; the message names the `defence`.
         """
         try:
             value = (int if self.whole else float)(text)
@@ -47,7 +47,7 @@ AMOUNTS: Mapping[str, tuple[Amount, ...]] = {
     PRIVATE: (Amount("CLIP", above=True), Amount("SIGMA", least=1e-6)),
 }
 NAMES = ("none", *(":".join([name, *(amount.name for amount in own)]) for name, own in AMOUNTS.items()))
-RESCALING = ("clip", PRIVATE)  # these may shorten an update by a factor that they do not tell
+RESCALING = ("clip", PRIVATE)  # defences that may shorten an update by a factor that is not sent
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Defence:
 
 @dataclass(frozen=True)
 class Defences:
-    """Defences in the order in which the client applies them, as in "clip:1.0,noise:0.01"; none in "none".
+    """Defences in the order in which the client applies them, as in "clip:1.0,noise:0.01"; "none" holds none.
 
-    `text` is how they were written.
+    `text` is the defences as they were written.
     """
 
     text: str
@@ -73,7 +73,7 @@ class Defences:
         """The defences that `text` names, between commas.
 
         Raises:
-            ValueError: an unknown name, a number that is missing or wrong, `dpsgd` that is not the first, or a second
+            ValueError: an unknown name, a missing or wrong number, `dpsgd` that is not the first, or a second
                 `secure_sum`.
         """
         words = text.split(",")
@@ -93,23 +93,23 @@ class Defences:
 
     @property
     def clients(self) -> int:
-        """How many clients' updates are in what the server sees."""
+        """The number of clients whose updates are in the server's sum."""
         return next((int(step.amounts[0]) for step in self.steps if step.name == SUM), 1)
 
     @property
     def private(self) -> tuple[float, float] | None:
-        """CLIP and SIGMA of DP-SGD; None without."""
+        """CLIP and SIGMA of DP-SGD; None without DP-SGD."""
         return next((step.amounts for step in self.steps if step.name == PRIVATE), None)
 
     @property
     def uneven(self) -> bool:
-        """Whether what they shorten is each image or each client by itself, so that no one factor undoes it."""
+        """Whether each image or each client is shortened by itself, so that no single factor undoes the shortening."""
         names = [step.name for step in self.steps]
         return PRIVATE in names or (SUM in names and "clip" in names[: names.index(SUM)])
 
     @property
     def rescale(self) -> bool:
-        """Whether they may shorten the update by a factor that they do not tell."""
+        """Whether the defences may shorten the update by a factor that is not sent."""
         return any(step.name in RESCALING for step in self.steps)
 
 

@@ -11,7 +11,7 @@ def batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Per-image cross-entropy (B,) of logits (B, K), labels as class indices (B,) or as probabilities (B, K).
 
     Raises:
-        ValueError: other logits; a model that squeezes what it puts out has (K,) for one image.
+        ValueError: logits of another shape; a model that squeezes its output has (K,) for one image.
     """
     if logits.dim() != 2 or len(logits) != len(labels):
         raise ValueError(f"the model puts out {tuple(logits.shape)} for {len(labels)} images, not logits (B, K)")
@@ -26,7 +26,7 @@ def averaged_gradient(
     Args:
         images: (B, C, H, W).
         labels: class indices (B,) or class probabilities (B, K).
-        create_graph: keep the graph, so that the gradient can itself be differentiated by images and labels.
+        create_graph: keep the graph, so that the gradient can be differentiated by images and labels.
     """
     loss = batch_loss(model(images), labels).mean()
     return torch.autograd.grad(loss, tuple(trainable(model).values()), create_graph=create_graph)
@@ -37,9 +37,9 @@ def gradient_and_part(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The averaged gradient of the batch and that of a part of it, both differentiable by images and labels.
 
-    Each image goes through the model once, there and back: what the losses make of every layer's output is kept, and
-    from it and the layer's input the part's gradient is put together layer by layer, for its images alone. A model with
-    layers whose kind gives no gradients of its weights, or that changes outputs in place, takes a second pass instead.
+    Each image goes through the model once, forward and backward. The gradient of each layer's output is kept. Together
+    with the layer's input it gives the part's gradient, layer by layer, for the part's images alone. A model takes a
+    second pass instead if a layer's kind gives no gradients of its weights, or if the model changes outputs in place.
 
     Args:
         images: (B, C, H, W).
@@ -71,7 +71,7 @@ def gradient_and_part(
         part[layer.weight] = part.get(layer.weight, 0) + weight
         if layer.bias is not None:
             part[layer.bias] = part.get(layer.bias, 0) + bias
-    share = len(images) / len(subset)  # the deltas are those of the mean over the whole batch
+    share = len(images) / len(subset)  # deltas are of the mean over the whole batch
     return found[: len(parameters)], tuple(share * part[parameter] for parameter in parameters.values())
 
 

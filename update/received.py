@@ -1,11 +1,11 @@
-"""What a client of any framework sent, as tensors from a file, and the averaged gradient that it stands for.
+"""The tensors that a client of any framework sent, and the averaged gradient that they stand for.
 
 gradient     the averaged gradient itself
-difference   new weights - old weights, what most servers average
-weights      the new weights, what a Flower client returns
+difference   new weights - old weights, which most servers average
+weights      the new weights, which a Flower client returns
 
-The last two are -rate times the averaged gradient beside the old weights, with rate the learning rate times the local
-steps; of several steps it is the mean along the way, see `update.training`.
+A difference is -rate times the averaged gradient, with rate the learning rate times the local steps. After several
+steps the averaged gradient is the mean along the way, see `update.training`.
 """
 
 import re
@@ -21,7 +21,7 @@ KINDS = ("gradient", "difference", "weights")
 
 
 def named(tensors: dict[str, Tensor], names: Sequence[str], source: str) -> dict[str, Tensor]:
-    """The tensors by name; those that are only numbered take these names in turn.
+    """The tensors by name; numbered tensors take these names in turn.
 
     Raises:
         StorageError: a number is missing, or there are more or fewer numbers than names.
@@ -44,11 +44,11 @@ def averaged_gradients(
 
     Args:
         tensors: by the model's names, or numbered, in the order of its state dict or of its trainable parameters.
-            Buffers and frozen parameters may be among them, and are not looked at.
-        model: with the weights that the server sent out.
+            Buffers and frozen parameters may be among the tensors, and are ignored.
+        model: the model with the weights that the server sent out.
         kind: one of `KINDS`.
         rate: learning rate times local steps; without meaning for gradients.
-        source: what messages call the file.
+        source: the file's name in messages.
 
     Raises:
         StorageError: the tensors are not the model's; the message names the first parameter that does not fit.
@@ -69,13 +69,13 @@ def averaged_gradients(
 
 
 def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
-    """BatchNorm's running statistics after training, by buffer name, of a file that holds weights or their difference.
+    """BatchNorm's running statistics after training, by buffer name, from a file of weights or of their difference.
 
     Args:
         tensors, model, kind: as in `averaged_gradients`.
 
     Raises:
-        StorageError: the file holds none, or gradients, beside which there are no buffers.
+        StorageError: the file holds no statistics, or it holds gradients, beside which there are no buffers.
     """
     if kind == "gradient":
         raise StorageError("--bn train: gradients come without running statistics; --bn train_private if so")
@@ -95,7 +95,7 @@ def _check_fit(name: str, tensor: Tensor, parameter: Tensor, source: str) -> Non
 
 
 def _gradient(tensor: Tensor, parameter: Tensor, kind: str, rate: float) -> Tensor:
-    """In the tensor's own type: its rounding is what tells the attack how exact the numbers are."""
+    """In the tensor's own type: from its rounding the attack tells how exact the numbers are."""
     if kind == "gradient":
         return tensor
     moved = tensor.double() if kind == "difference" else tensor.double() - parameter.detach().cpu().double()

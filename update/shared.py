@@ -1,7 +1,7 @@
 """The one object between client and server.
 
-`SharedUpdate` holds what an honest-but-curious server has (the averaged gradient, the model it sent out, the batch
-size, the image shape) and nothing of the images or labels.
+`SharedUpdate` holds what an honest-but-curious server has (the averaged gradient, the model that the server sent out,
+the batch size, the image shape) and nothing of the images or labels.
 """
 
 import json
@@ -16,23 +16,23 @@ from update.storage import StorageError, read_tensors, write_tensors
 from update.training import FEDSGD, LocalTraining, before_averaging
 
 FORMAT = "magia-update-1"
-FACTS = "update"  # the name of the text that says what the tensors are
+FACTS = "update"  # the name of the text that describes the tensors
 
 
 @dataclass(frozen=True)
 class SharedUpdate:
-    """One averaged update as the server receives it, with the model that it was computed on.
+    """One averaged update as the server receives it, with the model behind the update.
 
     Attributes:
-        gradients: averaged gradient, by parameter name; frozen parameters have none. Of several local steps it is the
-            mean along the way, see `update.training`.
-        weights: state dict of the model that the server sent out; empty if the file did not bring it.
-        model: name of the architecture in `models.MODELS`, or of a model from outside.
+        gradients: averaged gradient, by parameter name; frozen parameters have none. After several local steps the
+            gradient is the mean along the way, see `update.training`.
+        weights: state dict of the model that the server sent out; empty if the file did not bring the weights.
+        model: name of the architecture in `network.zoo.MODELS`, or of a model from outside.
         batch_size: number of images averaged over, of all clients where several were summed.
         image_shape: (C, H, W) of one image.
         num_classes: K.
-        options: what else the architecture was told, as in `models.OPTIONS`, and its normalisation.
-        defence: what the clients did to it, as in `update.defences`; that they do so is public.
+        options: further settings of the architecture, as in `network.zoo.OPTIONS`, and its normalisation.
+        defence: the defences that the clients applied, as in `update.defences`; defences are public.
         training: how the client trained.
         statistics: BatchNorm's running statistics after training, by buffer name, where the client shares them.
     """
@@ -52,7 +52,7 @@ class SharedUpdate:
         """Write the update to a `.safetensors` or `.npz` file.
 
         Raises:
-            StorageError: the name's ending is neither, or the file cannot be written.
+            StorageError: the name has another ending, or the file cannot be written.
         """
         tensors = {f"gradient/{name}": tensor for name, tensor in self.gradients.items()}
         tensors |= {f"weight/{name}": tensor for name, tensor in self.weights.items()}
@@ -74,7 +74,7 @@ class SharedUpdate:
         """Read an update that `save` wrote.
 
         Raises:
-            StorageError: the file is missing, damaged, not an update, or holds what no client sends, see `check`.
+            StorageError: the file is missing, damaged, not an update, or refused by `check`.
         """
         return cls.of(*read_tensors(path), str(path))
 
@@ -83,7 +83,7 @@ class SharedUpdate:
         """The update in a file that `save` wrote, from the file's tensors and text.
 
         Raises:
-            StorageError: as `load` does; the message calls the file `source`.
+            StorageError: as in `load`; the message calls the file `source`.
         """
         try:
             facts = json.loads(text[FACTS])
@@ -114,7 +114,7 @@ class SharedUpdate:
         return update
 
     def check(self, source: str) -> None:
-        """Refuse what no client sends, whether it was computed or read from a file.
+        """Refuse tensors that no client sends, whether they were computed or read from a file.
 
         Raises:
             StorageError: a tensor that holds no real numbers, or NaN or infinity, or gradients that are all zero.
@@ -135,7 +135,7 @@ class SharedUpdate:
 
     @property
     def is_rescaled(self) -> bool:
-        """Whether the clients may have shortened it, so that it is not as long as an averaged gradient."""
+        """Whether the clients may have shortened the update below the length of an averaged gradient."""
         return Defences.parse(self.defence).rescale
 
     def strength(self) -> float:
@@ -144,10 +144,10 @@ class SharedUpdate:
         return (squares / sum(gradient.numel() for gradient in self.gradients.values())) ** 0.5
 
     def batch_statistics(self, model: nn.Module) -> tuple[Tensor, ...]:
-        """The minibatches' BatchNorm statistics, as in `update.training.Trained`; none where they are not shared.
+        """The minibatches' BatchNorm statistics, as in `update.training.Trained`; empty where they are not shared.
 
         Raises:
-            ValueError: they are not of the model's layers.
+            ValueError: the statistics are not of the model's layers.
         """
         return (
             before_averaging(model, self.statistics, self.training.steps) if self.training.batchnorm == "train" else ()

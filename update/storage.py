@@ -1,7 +1,7 @@
 """Named tensors on disk, `.safetensors` or `.npz`, with text metadata; nothing is ever unpickled.
 
-Files of other programs are read as well: `.npz` whose arrays have no names, and what `torch.save` wrote, loaded with
-`weights_only=True`.
+Files of other programs are read as well: `.npz` files whose arrays have no names, and files of `torch.save`, loaded
+with `weights_only=True`.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _COUNT = itertools.count()
-FORMATS = (".safetensors", ".npz")  # written and read
-TORCH = (".pt", ".pth")  # read only
-UNNAMED = "arr_"  # what numpy calls an array without a name, before its number
+FORMATS = (".safetensors", ".npz")  # endings of files that are written and read
+TORCH = (".pt", ".pth")  # endings of files that are only read
+UNNAMED = "arr_"  # numpy's name of an array without a name, before its number
 _METADATA = "metadata/"  # prefix of the text entries of an .npz
-# what numpy and safetensors raise on a damaged file; TypeError on a lone .npy array
+# errors of numpy and safetensors on a damaged file; TypeError on a lone .npy array
 DAMAGED = (SafetensorError, OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
@@ -87,14 +87,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _in_order(array: object) -> object:
-    """An array with its bytes in this machine's order; whatever else a file holds as it is."""
+    """An array with its bytes in this machine's order; other content of a file unchanged."""
     return array.astype(array.dtype.newbyteorder("="), copy=False) if isinstance(array, np.ndarray) else array
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are refused anyway
+            warnings.simplefilter("ignore")  # warnings of pickles that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
         reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
@@ -125,7 +125,7 @@ def checked_name(path: str | Path, formats: Sequence[str] = FORMATS) -> Path:
     """The path, if its ending names one of the formats.
 
     Raises:
-        StorageError: it does not.
+        StorageError: the ending names no format.
     """
     path = Path(path)
     if path.suffix not in formats:

@@ -1,13 +1,13 @@
-"""Local training: what a client does to the weights before it shares them, as it does it and as the server imitates it.
+"""Local training: the steps of a client before it shares its update. The client trains so, and the server imitates it.
 
-A client of FedSGD shares the gradient of its batch. One of FedAvg (McMahan et al. 2017, arXiv 1602.05629) makes N steps
-of plain SGD first, each on the next of M equal minibatches, and shares how far the weights went:
+A client of FedSGD shares the gradient of its batch. A client of FedAvg (McMahan et al. 2017, arXiv 1602.05629) first
+makes N steps of plain SGD, each on the next of M equal minibatches, and shares how far the weights went:
 
     w_t+1 = w_t - rate g(w_t; minibatch t mod M),        (w_0 - w_N) / (rate N) = (1/N) sum_t g(w_t; minibatch t mod M).
 
-The right side is the mean gradient along the way, and for N = M = 1 the gradient itself. It is differentiable by images
-and labels, through all steps. BatchNorm in training mode normalises by the minibatch's own mean and variance, and a
-client that shares its buffers gives these away: after N steps a running statistic is
+The right side is the mean gradient along the way, and for N = M = 1 the gradient itself. This mean is differentiable by
+images and labels, through all steps. BatchNorm in training mode normalises by the minibatch's own mean and variance. A
+client that shares its buffers gives these statistics away: after N steps a running statistic is
 
     (1 - m)^N old + m sum_t (1 - m)^(N-1-t) s_t        with m the layer's momentum and s_t the statistic at step t.
 """
@@ -34,12 +34,12 @@ class LocalTraining:
     Attributes:
         steps: of plain SGD, N.
         batches: equal minibatches that the steps go through in turn, M.
-        rate: the learning rate; None for a single step, on which it has no influence.
-        batchnorm: eval (running statistics), train (the minibatch's own, and the running ones are shared), or
-            train_private (they are not).
+        rate: the learning rate; None for a single step, on which the rate has no influence.
+        batchnorm: eval (running statistics), train (the minibatch's statistics; the running statistics are shared), or
+            train_private (the minibatch's statistics; the running statistics are not shared).
 
     Raises:
-        ValueError: numbers below 1, steps that are no whole passes, several steps without a rate above 0.
+        ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0.
     """
 
     steps: int = 1
@@ -62,12 +62,12 @@ class LocalTraining:
 
     @property
     def is_one_step(self) -> bool:
-        """Whether what is shared is the gradient itself."""
+        """Whether the client shares the gradient itself."""
         return self.steps == 1
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one step with BatchNorm in eval mode: then an image's gradient depends on no other image."""
+        """Whether the client makes one step with BatchNorm in eval mode: no image's gradient depends on another."""
         return self.is_one_step and not self.uses_batch_statistics
 
     @property
@@ -77,14 +77,14 @@ class LocalTraining:
 
     @property
     def reach(self) -> float:
-        """Steps times rate, what the weights' difference is divided by; 0 where gradients themselves are shared."""
+        """Steps times rate, the divisor of the weights' difference; 0 where gradients themselves are shared."""
         return 0.0 if self.is_one_step else self.steps * self.rate
 
     def check(self, batch_size: int) -> None:
         """Refuse a batch that does not fall into equal minibatches.
 
         Raises:
-            ValueError: it does not.
+            ValueError: the minibatches would be unequal.
         """
         if batch_size % self.batches:
             raise ValueError(f"--local_batches {self.batches} does not divide the batch of {batch_size} images")
@@ -95,12 +95,12 @@ FEDSGD = LocalTraining()  # one step on the whole batch
 
 @dataclass(frozen=True)
 class Trained:
-    """What local training comes to.
+    """The result of local training.
 
     Attributes:
         average: mean gradient along the way, one tensor per trainable parameter of the model, in their order.
         weights: the trained parameters, in the same order.
-        statistics: mean and variance (C,) of what went into each layer of `batchnorms`, one after the other, averaged
+        statistics: mean and variance (C,) of the inputs of each layer of `batchnorms`, one after the other, averaged
             over the steps as running statistics are; empty where BatchNorm is in eval mode.
     """
 
@@ -115,7 +115,7 @@ def train_locally(
     """Train a copy of the model's weights on the batch; the model itself stays as it is.
 
     Args:
-        model: with BatchNorm in the mode of this training, see `use_batch_statistics`.
+        model: has BatchNorm in the mode of this training, see `use_batch_statistics`.
         images: (B, C, H, W); minibatch j holds the j-th B / M of them.
         labels: class indices (B,) or class probabilities (B, K).
         create_graph: keep the graph of all steps, so that the result can be differentiated by images and labels.
@@ -157,7 +157,7 @@ def batch_statistics(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
 
 
 def batchnorms(model: nn.Module) -> dict[nn.Module, str]:
-    """The BatchNorm layers that keep running statistics, with their names; normalisation of pixels is none of them."""
+    """The BatchNorm layers that keep running statistics, with their names; normalisation of pixels is no such layer."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return {
         layer: name
@@ -170,7 +170,7 @@ def use_batch_statistics(model: nn.Module) -> None:
     """Put the model's BatchNorm layers into training mode; their running statistics stay as the server sent them.
 
     Raises:
-        ValueError: the model has no such layers, or one whose running statistics have no momentum.
+        ValueError: the model has no such layers, or a layer whose running statistics have no momentum.
     """
     if not batchnorms(model):
         raise ValueError("--bn train: the model has no BatchNorm layers with running statistics")
@@ -182,22 +182,22 @@ def use_batch_statistics(model: nn.Module) -> None:
 
 
 def statistic_names(model: nn.Module) -> list[str]:
-    """The buffers that `Trained.statistics` are of, in its order."""
+    """The names of the buffers behind `Trained.statistics`, in the same order."""
     return [f"{name}.{kind}" for name in batchnorms(model).values() for kind in ("running_mean", "running_var")]
 
 
 def after_training(model: nn.Module, statistics: Sequence[Tensor], steps: int) -> dict[str, Tensor]:
-    """Running statistics by name after so many steps, from the model's own and the minibatches' (`Trained`)."""
+    """Running statistics by name after `steps` steps, from the model's own and the minibatches' (`Trained`)."""
     old, kept = dict(model.named_buffers()), _kept(model, steps)
     named = zip(statistic_names(model), kept, statistics, strict=True)
     return {name: keep * old[name] + (1 - keep) * new for name, keep, new in named}
 
 
 def before_averaging(model: nn.Module, buffers: Mapping[str, Tensor], steps: int) -> tuple[Tensor, ...]:
-    """The minibatches' statistics from running ones by name: the inverse of `after_training`.
+    """The minibatches' statistics from running statistics by name: the inverse of `after_training`.
 
     Raises:
-        ValueError: one is missing, or has another shape.
+        ValueError: a running statistic is missing, or has another shape.
     """
     old, kept, found = dict(model.named_buffers()), _kept(model, steps), []
     for name, keep in zip(statistic_names(model), kept, strict=True):
@@ -208,12 +208,12 @@ def before_averaging(model: nn.Module, buffers: Mapping[str, Tensor], steps: int
 
 
 def _kept(model: nn.Module, steps: int) -> list[float]:
-    """(1 - m)^N for each shared statistic: what is left of the server's."""
+    """(1 - m)^N for each shared statistic: the share of the server's statistic that is left."""
     return [(1 - layer.momentum) ** steps for layer in batchnorms(model) for _ in range(2)]
 
 
 def _shares(layer: nn.Module, steps: int) -> list[float]:
-    """What each step's statistic weighs in the running one, less the server's part of it; they sum to 1."""
+    """The weight of each step's statistic in the running one, without the server's part; the weights sum to 1."""
     momentum = layer.momentum or 1.0
     weights = [momentum * (1 - momentum) ** (steps - 1 - step) for step in range(steps)]
     return [weight / sum(weights) for weight in weights]
@@ -221,7 +221,7 @@ def _shares(layer: nn.Module, steps: int) -> list[float]:
 
 @contextmanager
 def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect mean and variance of what goes into every BatchNorm layer, where it is in training mode."""
+    """Collect mean and variance of the inputs of every BatchNorm layer in training mode."""
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     collected: list[Tensor] = []
 

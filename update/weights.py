@@ -13,7 +13,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     """Copy named weights into `model`.
 
     Raises:
-        ValueError: a name is missing, unknown, of another shape or not finite; `source` says where they came from.
+        ValueError: a weight is missing, unknown, of another shape or not finite; `source` names their file.
     """
     own = model.state_dict()
     for name in [*own, *(name for name in weights if name not in own)]:

@@ -1,1 +1,1 @@
-"""What several local steps change for the attack."""
+"""Updates of several local steps: their drift from the gradient, and their labels."""

@@ -1,8 +1,8 @@
 """Drift: how far local training takes an update from the gradient at the server's weights.
 
-What reads images off a gradient in closed form takes the update for one. Of a client that made several steps it is the
-mean gradient along the way, and the difference is an error of the order of steps times rate times curvature. The server
-can tell its size before it knows any image, by training on random ones.
+A reading takes the update for a gradient. The update of a client that made several steps is the mean gradient along the
+way, and the difference is an error of the order of steps times rate times curvature. The server can measure the size of
+this error before it knows any image, by training on random images.
 """
 
 import torch
@@ -13,17 +13,17 @@ from attack.read.random_images import random_images
 from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally
 
-DRAWS = 4  # random batches; the largest drift of them counts
-EXACT = 1e-3  # drift up to which an update is read as a gradient, if it can be: docs/local-training.md
+DRAWS = 4  # random batches; their largest drift counts
+EXACT = 1e-3  # drift up to which an update is read as a gradient: docs/local-training.md
 
 
 def expected_drift(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float:
-    """The largest |u - g| / |g| over random batches, u what this client's training makes of one and g its gradient.
+    """The largest |u - g| / |g| over random batches, u the update of this client's training and g the gradient.
 
     Args:
-        update: says how the client trained, and of how many images.
-        model: that the server sent out.
-        generator: what images and labels are drawn from (on the CPU).
+        update: says how the client trained, and on how many images.
+        model: the model that the server sent out.
+        generator: the source of random images and labels (on the CPU).
     """
     like, count = next(model.parameters()), update.batch_size
     at_once = LocalTraining(batchnorm=update.training.batchnorm)

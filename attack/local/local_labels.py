@@ -1,12 +1,13 @@
-"""Labels of a client that trained for several steps, by trial: train the head's way on grey images, see what fits.
+"""Labels of a client that trained for several steps, by trial: train on grey images with some labels, and compare.
 
-After a few steps an update is no gradient, and what reads labels off gradients fails. But how the head moves depends on
-the labels first and on the images second: trained on grey images with the right labels in the right minibatches, the
-model shares nearly the update that was shared, and with one label wrong a far larger distance is left. So labels are
-tried, from those that the update shows most plainly, one change or swap at a time, until none brings it closer.
+After a few steps an update is no gradient, and its labels cannot be read as those of a gradient. But the head's
+movement depends on the labels first and on the images second. Trained on grey images with the right labels in the right
+minibatches, the model gives nearly the client's update; with one label wrong, a far larger distance is left. So labels
+are tried, one change or swap at a time, until no change comes closer. The search begins with the labels that the update
+shows most plainly.
 
-What the update shows: p_k - [y_i = k] averaged over images i and steps is the gradient of head bias k. It is negative
-for classes in the batch alone. The same of what is left unexplained says which class is missing.
+The gradient of head bias k is p_k - [y_i = k], averaged over images i and steps. This average is negative for classes
+in the batch alone. The same average, of the unexplained rest of the update, says which class is missing.
 """
 
 import math
@@ -23,16 +24,18 @@ from update.training import train_locally
 
 GREY = 0.5
 TRIALS = 4000  # trainings on grey images, at most: a minute and a half on LeNet at four steps and B = 8
-STARTS = 8  # labels that the search begins from, at most
-SHAKEN = 1 / 3  # of the best labels, drawn anew for another start; the order of all is
-NARROW = 4  # classes that a label may be changed to at first: those that are missed most
+STARTS = 8  # sets of labels that the search begins from, at most
+SHAKEN = 1 / 3  # share of the best labels drawn anew for another start; the order of all labels is drawn anew
+NARROW = 4  # classes that a label may be changed to at first: the most missing ones
 FITTING = 0.02  # relative squared distance that ends the search
-BELIEVED = 0.25  # and up to which its labels are used: right ones leave 0.02 to 0.18 on an untrained LeNet at rate 0.1
+# Relative squared distance up to which labels are used. Right labels leave 0.02 to 0.18 on an untrained LeNet at rate
+# 0.1.
+BELIEVED = 0.25
 
 
 @dataclass(frozen=True)
 class LocalLabels:
-    """Labels (B,), in the order of the minibatches, and the relative squared distance that they leave of the head's."""
+    """Labels (B,) in the order of the minibatches, and their relative squared distance from the head's update."""
 
     labels: Tensor
     distance: float
@@ -50,9 +53,9 @@ def labels_by_trial(
 
     Args:
         update: of a client that trained locally.
-        model: that the server sent out.
-        generator: what orders to begin from are drawn from (on the CPU).
-        given: labels (B,) that are known but for their order.
+        model: the model that the server sent out.
+        generator: the source of random starts (on the CPU).
+        given: known labels (B,), whose order is not known.
 
     Raises:
         ValueError: the model's last layer is not linear, or the update holds no gradient of it.
@@ -69,7 +72,7 @@ def labels_by_trial(
 
 @dataclass
 class _LabelSearch:
-    """The distance of labels from the update, remembered, and the way down from some to better ones."""
+    """The distance of labels from the update, remembered, and the descent from labels to better ones."""
 
     update: SharedUpdate
     model: nn.Module
@@ -90,23 +93,23 @@ class _LabelSearch:
 
     @property
     def is_spent(self) -> bool:
-        """Whether no more labels are tried."""
+        """Whether TRIALS sets of labels have been tried."""
         return len(self._found) >= TRIALS
 
     def shown(self) -> Tensor:
-        """Labels (B,) to begin with: the classes that the update pulls lowest."""
+        """Labels (B,) to begin with: the classes of lowest evidence in the update."""
         order = self._evidence(self._goal).argsort()
         return order[torch.arange(self.update.batch_size, device=order.device) % len(order)]
 
     def shaken(self, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Another start: the labels in another order, and a part of them any, unless they are known."""
+        """Another start: the labels in another order, and a random part of them drawn anew, unless they are given."""
         drawn = torch.randint(self.update.num_classes, labels.shape, generator=generator)
         is_new = (torch.rand(labels.shape, generator=generator) < SHAKEN) & (not self._is_fixed)
         order = torch.randperm(len(labels), generator=generator)
         return torch.where(is_new, drawn, labels.cpu()[order]).to(labels.device)
 
     def descended(self, labels: Tensor) -> LocalLabels:
-        """Down from these labels, one change at a time, the best of all; where none helps, among more classes."""
+        """Down from these labels, by the best change each time; where no change helps, among more classes."""
         width, (distance, missing) = NARROW, self._tried(labels)
         while not self.is_spent:
             best = min(
@@ -121,7 +124,7 @@ class _LabelSearch:
         return LocalLabels(labels, distance)
 
     def _neighbours(self, labels: Tensor, classes: Tensor) -> Iterator[Tensor]:
-        """The labels with one changed to one of the classes, or two of different minibatches swapped."""
+        """The labels with one label changed to one of the classes, or with two of different minibatches swapped."""
         if not self._is_fixed:
             for slot in range(len(labels)):
                 for label in classes[classes != labels[slot]]:
@@ -137,7 +140,7 @@ class _LabelSearch:
                     yield swapped
 
     def _tried(self, labels: Tensor) -> tuple[float, Tensor]:
-        """The relative squared distance that is left, and by class how much it is missed: the less, the more."""
+        """The relative squared distance that is left, and the evidence by class: the lowest class is missing most."""
         size = len(labels) // self.update.training.batches
         key = tuple(label for part in labels.split(size) for label in sorted(part.tolist()))  # grey images are alike
         if key not in self._found:
@@ -149,5 +152,5 @@ class _LabelSearch:
         return self._found[key]
 
     def _evidence(self, head: list[Tensor]) -> Tensor:
-        """By class (K,) what head gradients say of softmax error: along grey features, and the bias's own."""
+        """By class (K,) the softmax error that head gradients show: along grey features, plus that of the bias."""
         return torch.nan_to_num(head[0] @ self._direction + sum(head[1:]), nan=math.inf)

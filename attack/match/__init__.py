@@ -1,1 +1,1 @@
-"""What the attack loop lowers."""
+"""The losses that the attack loop lowers."""

@@ -1,23 +1,23 @@
-"""From the deepest exact layer to the pixels: activations that are known, and gradients below them with known delta.
+"""From the deepest known layer to the pixels: known activations, and the gradients below them with known delta.
 
-Of every image the inputs a of one layer are known, and delta, the derivative of its loss by them. Nothing above that
-layer is run any more, and nothing is mixed but the gradients of the layers below:
+For every image the inputs a of one layer are known, and delta, the derivative of the image's loss by these inputs. The
+layers above are not run any more, and only the gradients of the layers below mix the images:
 
     L(x) = |f(x)|^2 / |f(grey)|^2 + GRADIENTS sum_layers |G(x) - G|^2 / |G(grey) - G|^2 + weight prior(x)
 
-f compares what goes into the activation in front of a: behind a ReLU, z(x) - a where a is active and max(0, z(x))
-where it is not, which has no kink where images are right; behind a sigmoid or tanh, z(x) minus what it must have been,
-which is nearly linear in x. G(x) is the mean over images of what delta, taken backward through the stages below as they
-are at x, makes of their weights' gradients. Every term is measured by what grey images leave of it: most of the
+f compares the inputs z(x) of the activation in front of a. Behind a ReLU, f is z(x) - a where a is active and
+max(0, z(x)) where a is zero; it has no kink where images are right. Behind a sigmoid or tanh, f is z(x) minus the input
+that belongs to a, which is nearly linear in x. G(x) is the mean over images of the weights' gradients in the stages
+below, delta taken backward through these stages at x. Every term is divided by its value at grey images: most of the
 activations and gradients behind sigmoids is the same for all images and says nothing of them (1 % of it is left on an
 untrained LeNet).
 
-Kinks of ReLUs and max-pools stop L-BFGS at 20 to 30 dB. They are softened, softplus and logsumexp(beta z) / beta, and
-hardened as the prior's weight falls. The course of both is chosen by the stages below the known layer, see `phases`.
+Kinks of ReLUs and max-pools stop L-BFGS at 20 to 30 dB. The kinks are softened, softplus and logsumexp(beta z) / beta,
+and hardened as the prior's weight falls. The stages below the known layer choose the course of both, see `phases`.
 
-Gradients are added only where they are needed and right: where not many more activations are known than there are
-pixels, and no max-pool lies below, since what delta makes of a soft maximum is far from what the victim's made of it
-(ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the stem's gradient, 35.1 without).
+Gradients are added only where they are needed and right. They are needed where not many more activations are known
+than there are pixels. They are right where no max-pool lies below: the gradient that delta gives through a soft maximum
+is far from the client's (ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the stem's gradient, 35.1 without).
 """
 
 import math
@@ -36,7 +36,7 @@ from network.chain import first_layer, input_shapes, parametrised
 from network.kinds import kind_of
 from network.stage import Chain, run
 
-# The gradients' weight. They mix the images, which makes them slow to follow; ten times less than the activations was
+# The gradients' weight. Gradients mix the images, so they are slow to follow. A tenth of the activations' weight was
 # best of 0.03, 0.1 and 1 on a trained ConvNet: 58.5 dB at B=1, where 0.03 gave 54.9 and 1 gave 54.1.
 GRADIENTS = 0.1
 
@@ -51,31 +51,32 @@ PLENTY = 2.0
 # 224 pixels: the 512 features before `fc` (0.003) leave 9 dB of four images, the inputs of `layer3.1` (0.2) 21.7.
 SCARCE = 0.05
 
-# The prior's least weight, times the activations' expected term at the true images: what is known so well is matched so
-# well. With noise on an untrained LeNet 1 to 4 are alike and 10 costs 2 dB; on a trained ConvNet 3 to 30 are alike.
+# Lower bound on the prior's weight, over the activations' expected term at the true images: activations are matched no
+# better than they are known. With noise on an untrained LeNet 1 to 4 are alike and 10 costs 2 dB; on a trained ConvNet
+# 3 to 30 are alike.
 NOISE = 3.0
 
-# Times the expected error of an entry: what a ReLU let through exceeds it, what it stopped does not.
+# An entry counts as active from so many times its expected error on.
 DEAD = 10.0
 
-# A smooth activation with less slope than this, or than so many times the expected error of an entry, says little of
-# what went into it. That error is of what was read; walking down from there multiplies it, by up to 50 on a trained
-# LeNet, hence the first bound. The second is for noise: at 1e-4 an untrained LeNet, B=8, ends at 27.1, 29.2, 30.4 and
-# 30.8 dB for 10, 30, 100 and 200.
+# A smooth activation says little of its input where its slope is below FLAT, or below SATURATED times the expected
+# error of an entry. FLAT bounds the slope because the expected error is that of the reading, and the walk multiplies
+# the error by up to 50 on a trained LeNet. SATURATED is for noise: at 1e-4 an untrained LeNet, B=8, ends at 27.1, 29.2,
+# 30.4 and 30.8 dB for 10, 30, 100 and 200.
 FLAT = 1e-3
 SATURATED = 200.0
 
-# Each term is measured in units of its error at grey images, and of no less than this relative one.
+# Each term is divided by its error at images of this grey, or by LEAST where that error is smaller.
 GREY = 0.5
 LEAST = 1e-12
 
-# Phases whose activations' loss on grey images, through softened kinks, exceeds this are skipped: 4 is still of use to
-# a ResNet's stem, 4.4 drives images of 224 pixels to black.
+# Skip phases whose activations' loss on grey images, through softened kinks, exceeds this. A loss of 4 is still of use
+# to a ResNet's stem, 4.4 drives images of 224 pixels to black.
 DROWNED = 4.25
 
 
 def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor) -> bool:
-    """Whether inputs (N, ...) of what follows the stages of this chain can take the gradient's place."""
+    """Whether known outputs (N, ...) of this chain can take the gradient's place."""
     return not is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
 
 
@@ -86,16 +87,16 @@ class ForwardLoss:
         chain: the model's stages, with parameters in the images' dtype and place.
         image_shape: (C, H, W).
         start: the stage whose inputs are known.
-        inputs: they, (B, ...).
-        labels: (B,) class indices; with them delta follows.
+        inputs: the inputs of that stage, (B, ...).
+        labels: (B,) class indices, which give delta.
         gradients: of the update, by parameter name; layers that have none are left out.
-        uncertainty: relative error of the inputs. Behind a ReLU what is smaller is taken for zero.
-        uses_gradients: whether they are matched; None: where they are needed and right, see above.
-        observed: what the update's entries say of the gradient, if some were left out. Rounded ones are matched as they
-            were sent: with what is known of the rounding LeNet has 0.6 dB less, in evaluations that take twice as long.
+        uncertainty: relative error of the inputs. Behind a ReLU smaller entries are taken for zero.
+        uses_gradients: whether gradients are matched; None: where they are needed and right, see above.
+        observed: what the update's entries say of the gradient, if some were left out. Rounded entries are matched as
+            they were sent: by the likelihood of their rounding LeNet has 0.6 dB less, in evaluations of twice the time.
 
-    `uncertainty`, the attribute, is the root of the activations' term that the error of the inputs leaves at the truth;
-    `grey` are the images (B, C, H, W) that all terms are measured by.
+    The attribute `uncertainty` is the square root of the activations' term at the true images, which the error of the
+    inputs leaves. `grey` are the images (B, C, H, W) by whose errors all terms are divided.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class ForwardLoss:
         if before is not None:
             inputs, slope = before
             floor = (SATURATED * error).clamp(min=FLAT)
-            damped = slope / (slope.square() + floor.square())  # 1 / slope where that means something
+            damped = slope / (slope.square() + floor.square())  # 1 / slope, but near zero where the slope is flat
             delta, error, self.trust = slope * delta, damped * error, (slope * damped).reshape(shape)
         self.inputs, self.delta = inputs.reshape(shape), delta.reshape(shape)
         if self.is_rectified:
@@ -139,7 +140,7 @@ class ForwardLoss:
         matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
-        if not self.weights:  # theirs have to be differentiated twice
+        if not self.weights:  # gradients of weights would have to be differentiated twice
             self.chain = quickened(self.chain)
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
         self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
@@ -155,7 +156,7 @@ class ForwardLoss:
         return activations, sum(gradients, torch.zeros_like(activations))
 
     def _errors(self, images: Tensor, chain: Chain) -> list[Tensor]:
-        """Squared errors of the activations, relative to their size, and of each layer's gradient, relative to its."""
+        """Squared errors of the activations and of each layer's gradient, each relative to its own size."""
         z = run(chain, images)
         off = torch.where(self.active, z - self.inputs, z.relu()) if self.is_rectified else z - self.inputs
         errors = [(self.trust * off).square().sum() / self.inputs.square().sum()]
@@ -174,12 +175,12 @@ def _delta(tail: Chain, inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_AT) -> Course:
-    """The course for what lies between images and known activations, up to their relative error.
+    """The course for the stages between images and known activations, down to the activations' relative error.
 
-    Its weights of the prior are those that were measured, in the ratio of `prior_weight` to the weight then.
+    The course's weights of the prior are the measured weights times `prior_weight` / MEASURED_AT.
 
-    What soft kinks add to activations grows from layer to layer: eight of VGG's multiply the error of grey images by a
-    million. Phases in which it drowns what the images add are left out.
+    Soft kinks change the activations more from layer to layer: eight layers of VGG multiply the error of grey images by
+    a million. Phases in which this change drowns the images' own part are left out.
     """
 
     def is_heard(phase: Phase) -> bool:
@@ -191,7 +192,7 @@ def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_A
 
 
 def spectral_power_for(chain: Chain) -> float:
-    """The power of image frequencies' scaling (`attack.optimise.pixels`) for what lies below the known activations.
+    """The power of image frequencies' scaling (`attack.optimise.pixels`) for the stages below the known activations.
 
     Activations tell fine detail as well as coarse: with half the power that gradients want, a trained ConvNet at B=4
     ends at 49.7 dB and not at 42.6. Below a max-pool it is the gradients' power.
@@ -200,7 +201,7 @@ def spectral_power_for(chain: Chain) -> float:
 
 
 class ForwardMatching:
-    """The loss above as the attack loop takes it, in units of 1 / `UNITS`, its kinks softened phase by phase."""
+    """`ForwardLoss` as the attack loop takes it, in units of 1 / `UNITS`, its kinks softened phase by phase."""
 
     def __init__(self, loss: ForwardLoss, course: Course) -> None:
         self.loss, self.course = loss, course
@@ -211,12 +212,12 @@ class ForwardMatching:
         return f"forward matching ({known}, gradients of {len(self.loss.weights)} layers)"
 
     def enter(self, phase: int, images: Tensor) -> None:
-        """Soften the kinks as this phase asks, by what the images (B, C, H, W) that it began with bring to them."""
+        """Soften the kinks as this phase asks; the phase's first images (B, C, H, W) set the scale of each kink."""
         if phase != self._phase:
             self._phase, self._chain = phase, softened(self.loss.chain, self.course.phases[phase].hardness, images)
 
     def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
-        """Evaluate at images (B, C, H, W). Labels are known, so their logits stay out of it, and so does the subset."""
+        """Evaluate at images (B, C, H, W). Label logits and subset are not used: the labels are known."""
         activations, gradients = self.loss(images, self._chain)
         total = activations + GRADIENTS * gradients
         return Matching(UNITS * total, total, gradients)

@@ -1,8 +1,8 @@
-"""How far a gradient is from those that the client could have turned into what it sent.
+"""How far a gradient is from those that the client's defence could have turned into the update.
 
-A client that prunes, rounds or sends signs makes that public (`update.defences`), and what it sends then says something
-else of its gradient than the value of each entry: matched as they stand, entries that were left out would pull the
-gradient to zero. What they do say is matched here, each on the scale of a squared distance of entries.
+A client that prunes, rounds or sends signs makes its defence public (`update.defences`). An entry of its update then no
+longer has the gradient's value: matched by value, entries that were left out would pull the gradient to zero. This
+module compares what the entries still tell of the gradient, on the scale of a squared distance of entries.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ Gradient = tuple[Tensor, ...]
 WRONG_SIGN = 4.0  # weight of an entry of the wrong sign beside the mean magnitudes (measured)
 CORNER = 0.3  # of a step: below it the likelihood of a rounded entry is smooth, its kink would stop L-BFGS (measured)
 UNLIKELY = 0.9  # of a step: beyond it the likelihood, which ends at one, goes on as a parabola
-SILENT = 1e-6  # of the mean square of all entries: a tensor's is not taken for smaller
-FLOATS = ("float16", "bfloat16")  # defences after which entries say what they said before
+SILENT = 1e-6  # lower bound on a tensor's mean square, relative to the mean square of all entries
+FLOATS = ("float16", "bfloat16")  # defences that change no entry but by rounding to 16 bits
 
 
 def squared_distance(a: Gradient, b: Gradient) -> Tensor:
@@ -30,13 +30,13 @@ def squared_distance(a: Gradient, b: Gradient) -> Tensor:
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries that were sent as they are, but for noise.
+    """Entries that have the gradient's values, but for noise.
 
     Attributes:
         sent: the shared average, one tensor for each parameter.
-        relative: measure squares by the mean square of their tensor, and take their mean over all entries. Tensors of
-            a trained network differ a thousandfold in size, and the small ones say as much of the images.
-        is_whole: whether entries are the gradient's, but for noise.
+        relative: divide squares by the mean square of their tensor, and take the mean over all entries. Tensors of a
+            trained network differ a thousandfold in size, and small tensors say as much of the images as large ones.
+        is_whole: whether every entry has the gradient's value, but for noise.
     """
 
     sent: Gradient
@@ -45,7 +45,7 @@ class Entries:
 
     @cached_property
     def units(self) -> list[float]:
-        """What squares of each tensor's entries are divided by."""
+        """The divisors of the squares of each tensor's entries."""
         if not self.relative:
             return [1.0] * len(self.sent)
         count = sum(q.numel() for q in self.sent)
@@ -53,7 +53,7 @@ class Entries:
         return [count * max(float(q.square().mean()), least) or 1.0 for q in self.sent]
 
     def scaled(self, gradient: Gradient) -> Gradient:
-        """A gradient whose squares are in these units."""
+        """A gradient divided such that its squares are in these units."""
         return tuple(p / unit**0.5 for p, unit in zip(gradient, self.units, strict=True))
 
     def __call__(self, gradient: Gradient) -> Tensor:
@@ -61,7 +61,7 @@ class Entries:
         return sum(self.of_one(p, at) / unit for at, (p, unit) in enumerate(zip(gradient, self.units, strict=True)))
 
     def of_one(self, p: Tensor, at: int) -> Tensor:
-        """The distance of one parameter's gradient from what was sent of it, in no units."""
+        """The distance of one parameter's gradient from its part of the update, undivided."""
         return self._of_one(p, self.sent[at], at)
 
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
@@ -69,9 +69,9 @@ class Entries:
 
 
 class Pruned(Entries):
-    """Entries of which the largest were sent: one that was not is no larger than the least of those.
+    """Entries of which only the largest were sent: an entry that is missing is no larger than the least that was sent.
 
-    Where nothing was pruned the least one is close to zero, and this the distance of all.
+    Where nothing was pruned, the least entry is close to zero, and the distance is that of all entries.
     """
 
     is_whole = False
@@ -99,23 +99,23 @@ class Signs(Entries):
 class Rounded(Entries):
     """Entries rounded up or down at random to `steps` equal steps of each tensor's largest, right on average.
 
-    An entry r steps from what was sent was rounded to it with a chance of 1 - |r|. The negative logarithm, times twice
-    an entry's variance, is what squared distances are where that variance is the same for all entries. It is not:
-    small entries, which most are, vary least, and tell most.
+    A true entry that lies r steps from the sent entry was rounded to it with a chance of 1 - |r|. The distance is the
+    negative logarithm of that chance, times twice an entry's variance. A squared distance would be right if all
+    entries had one variance. But small entries, which are most, vary least and tell most.
     """
 
     steps: int
 
     @cached_property
     def sizes(self) -> list[float]:
-        """A step of each tensor; 0 of one of zeros, which was not rounded."""
+        """The step of each tensor; 0 for a tensor of zeros, which was not rounded."""
         return [float(q.abs().max()) / self.steps for q in self.sent]
 
     @cached_property
     def variances(self) -> list[float]:
-        """Of an entry's rounding: that of small ones, |q| times a step, or of any, step^2 / 6, as means over entries.
+        """The variance of an entry's rounding, as a mean over entries: |q| times a step, or step^2 / 6 if that is less.
 
-        They are each tensor's own if sizes are relative to it, else the mean over all.
+        Each tensor has its own variance if distances are relative, else all share the mean.
         """
         own = [min(float(q.abs().mean()) * step, step**2 / 6) for q, step in zip(self.sent, self.sizes, strict=True)]
         if self.relative:
@@ -133,9 +133,9 @@ class Rounded(Entries):
 
 
 def observed(update: SharedUpdate, model: nn.Module, *, relative: bool = False) -> Entries:
-    """What the entries of an update say of the gradient by the parameters of `model`.
+    """The entries of an update, and what they still tell of the gradient by the parameters of `model`.
 
-    The last defence decides; what those before it did is in there as noise is.
+    The last defence decides. The effects of earlier defences count as noise.
     """
     sent, defences = update.targets(model), Defences.parse(update.defence)
     last = next((step for step in reversed(defences.steps) if step.name not in FLOATS), None)

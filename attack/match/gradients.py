@@ -2,12 +2,12 @@
 
     L = rho(B, S) [ alpha |g_all - g|^2 + (1 - alpha) D_sub(g_T, g) ] + tv_weight * prior(x)
 
-g is the shared average, g_all and g_T are the mean gradients over all dummy images and over the subset T of S of
-them. Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
+g is the shared average. g_all is the mean gradient over all dummy images, g_T that over the subset T of S images.
+Labels are optimised beside the images as logits l: the dummy loss is the cross-entropy against softmax(l).
 
-Of a client that trained for several steps, or with BatchNorm in training mode, g_all is what the same training makes of
-the dummy images, step by step. A subset has no update of its own then, and D_sub is left out. So it is where entries of
-g were left out, which `attack.match.entries` compares by what is known of them.
+For a client that trained for several steps, or with BatchNorm in training mode, g_all is the update of the same
+training on the dummy images, step by step. A subset has no update of its own then, and D_sub is left out. D_sub is also
+left out where entries of g are missing. `attack.match.entries` says what such entries still tell of the gradient.
 
 Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
 """
@@ -29,13 +29,13 @@ from update.training import FEDSGD, LocalTraining, train_locally
 DISTANCES = ("l2", "relative", "cosine", "relative_cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
-STATISTICS_WEIGHT = 1.0  # of BatchNorm's shared statistics beside the relative distance of gradients
+STATISTICS_WEIGHT = 1.0  # weight of BatchNorm's shared statistics beside the relative distance of gradients
 
 
 def inclusion_probability(batch_size: int, subset_size: int) -> float:
     """rho(B, S) = S / B, the weight of the matching loss under `--rescale inclusion`.
 
-    The paper names a closed-form combinatorial rescaling; the helper that computes it was never published. This one
+    The paper names a closed-form combinatorial rescaling; the helper that computes it was never published. This form
     is derived here, not quoted. Of the C(B, S) subsets of size S, image i is in C(B-1, S-1): fix i, choose the rest.
     So over a uniform T each image is included with probability C(B-1, S-1) / C(B, S) = S / B, and the partial average
     that a subset contributes, (1/B) sum_{i in T} g_i, has the mean  E_T = rho g_all.  Multiplying the matching loss by
@@ -60,8 +60,8 @@ def subset_distance(kind: str, g_subset: Gradient, g: Gradient, *, batch_size: i
     mean        |g_T - g|^2
     partial     |(S/B) (g_T - g)|^2
 
-    In expectation over T, `mean` is |g_all - g|^2 + (B-S) / (S (B-1)) Var_i(g_i): it punishes the images for
-    differing. docs/results.md, "What the subset term is worth", has the measurements.
+    In expectation over T, `mean` is |g_all - g|^2 + (B-S) / (S (B-1)) Var_i(g_i): it punishes the images for being
+    different. docs/results.md, "What is the subset term worth?", has the measurements.
     """
     if kind == "published":
         return sum((p / subset_size - q / batch_size).square().mean() for p, q in zip(g_subset, g, strict=True))
@@ -93,11 +93,11 @@ class MatchingLoss:
         subset_loss: one of `SUBSET_LOSSES`.
         distance: of the full-batch term, one of `DISTANCES`; the relative ones divide each tensor's squares by their
             mean in the target, and `relative` the subset term by |g|^2.
-        observed: what the target's entries say of the gradient, in the place of their values, save for the cosine.
+        observed: what the target's entries tell of the gradient, in place of their values; the cosine ignores it.
         known: softmax errors (N, K) and features (N, d) of the leading images, if they were read.
-        network: what gradients are taken through, with the model's parameters; None: the model itself.
+        network: the network that gradients are taken through, with the model's parameters; None: the model itself.
         training: how the client trained.
-        statistics: of the minibatches, as in `update.training.Trained`; none where they were not shared.
+        statistics: of the minibatches, as in `update.training.Trained`; empty where the client does not share them.
 
     Raises:
         ValueError: alpha outside [0, 1], an unknown rescale or subset_loss.
@@ -127,7 +127,7 @@ class MatchingLoss:
 
     @cached_property
     def unit(self) -> float:
-        """What the subset term is measured in: |g|^2 if distances are relative."""
+        """The divisor of the subset term: |g|^2 if distances are relative."""
         return float(sum(g.square().sum() for g in self.target)) or 1.0 if self.distance == "relative" else 1.0
 
     def _distance(self, gradient: Gradient) -> Tensor:
@@ -146,9 +146,9 @@ class MatchingLoss:
         return self._compared.scaled(self.target)
 
     def noise_of(self, update: SharedUpdate) -> float:
-        """What noise in the update's entries is to this loss: times their root mean square, or by it if relative.
+        """Noise in the update's entries in units of this loss: times their root mean square, or over it if relative.
 
-        0 where entries were left out, which is no noise and would look like much.
+        0 where entries were left out: missing entries are no noise, and would look like much.
         """
         if not self._compared.is_whole:
             return 0.0
@@ -161,12 +161,12 @@ class MatchingLoss:
 
     @property
     def has_parts(self) -> bool:
-        """Whether there is a subset term: it has a weight, and the target is of the kind that a part's gradient is."""
+        """Whether there is a subset term: it has a weight, and the target can be compared with a part's gradient."""
         return self.alpha < 1 and self.training.is_plain and self._compared.is_whole
 
     @property
     def phases(self) -> int:
-        """A network as it is has one phase only; one that is softened has several, see `attack.match.softening`."""
+        """A hard network has one phase only; a softened network has several, see `attack.match.softening`."""
         return 1
 
     def enter(self, phase: int, images: Tensor) -> None:
@@ -196,10 +196,10 @@ class MatchingLoss:
         return Matching(rho * (self.alpha * full + (1 - self.alpha) * weak), full, weak)
 
     def _subset_target(self, subset: Tensor, batch_size: int) -> Gradient:
-        """What the subset's mean gradient is compared with: the shared average, which stands in for an unknown mean.
+        """The target of the subset's mean gradient: the shared average, which stands in for the unknown mean of T.
 
-        For the last layer the mean of T itself is used where every image in T was read. The published form divides
-        the average by B where it divides the subset's mean by S, so the exact mean is scaled to be divided alike.
+        For the last layer the mean of T itself is the target where every image in T was read. The published form
+        divides its target by B and the subset's mean by S, so the exact mean is scaled by B / S beforehand.
         """
         if self.known is None or int(subset.max()) >= len(self.known[0]):
             return self.target
@@ -213,9 +213,9 @@ class MatchingLoss:
     def _imitated(
         self, images: Tensor, labels: Tensor, subset: Tensor
     ) -> tuple[Gradient, Gradient | None, tuple[Tensor, ...]]:
-        """What the client's training makes of all images and of the subset, and BatchNorm's statistics on the way.
+        """The update of the client's training on all images, that on the subset, and BatchNorm's statistics.
 
-        The second is None where alpha = 1 has no use for it, or the training knows no update of a part.
+        The subset's is None where alpha = 1 has no use for it, or where a part of the batch has no update of its own.
         """
         network = self.network or self.model
         if self.has_parts and len(subset) < len(images):

@@ -1,4 +1,4 @@
-"""Terms beside matching and prior: features and BatchNorm statistics that are known, and copies that should agree."""
+"""Terms beside matching and prior: known features, known BatchNorm statistics, and copies that should agree."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ FEATURE_DISTANCES = ("l2", "relative", "cosine")
 
 @dataclass(frozen=True)
 class Penalty:
-    """A term beside matching and prior, by its name: weight times what `loss` makes of images (B, C, H, W)."""
+    """A term beside matching and prior, by its name: weight times `loss` at images (B, C, H, W)."""
 
     name: str
     weight: float
@@ -31,11 +31,11 @@ class Penalty:
 
 @dataclass(frozen=True)
 class FeatureLoss:
-    """How far the features of the leading images are from those that are known, h_i (N, d), as a mean over the batch.
+    """How far the features of the leading images are from the known features h_i (N, d), as a mean over the batch.
 
-    l2 takes |phi(x_i) - h_i|^2, relative the same over |h_i|^2, cosine 1 - cos (Kariyappa et al. 2023). Features that
-    were read with `errors`, relative and expected (N,), ask of the former two to be that near, and no nearer: beyond
-    it the pull would be towards the noise.
+    l2 takes |phi(x_i) - h_i|^2, relative divides that by |h_i|^2, cosine takes 1 - cos (Kariyappa et al. 2023). Read
+    features have expected relative `errors` (N,). From l2 and relative the square of the expected error is subtracted,
+    down to zero: a closer match would be a match to noise.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class FeatureLoss:
 
 @dataclass(frozen=True)
 class StatisticsLoss:
-    """How far BatchNorm's statistics of the images are from those that the client shared, `target`."""
+    """How far BatchNorm's statistics of the images are from the client's shared statistics, `target`."""
 
     model: nn.Module
     target: tuple[Tensor, ...]
@@ -70,9 +70,9 @@ class StatisticsLoss:
 
 @dataclass(frozen=True)
 class BatchNormLoss:
-    """How far the batch's statistics are from the running ones of the model's BatchNorm layers.
+    """How far the batch's statistics are from the running statistics of the model's BatchNorm layers.
 
-    Sum over layers of |mean(x) - running mean| + |var(x) - running variance|, of what goes into the layer.
+    Sum over layers of |mean(x) - running mean| + |var(x) - running variance|, x being the layer's input.
 
     Source: Yin et al. 2021 (arXiv 2104.07586), eq. 11.
     """
@@ -103,14 +103,14 @@ class BatchNormLoss:
 
 
 def statistics_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Mean over BatchNorm's statistics (C,) of their squared distance, relative to the size of those shared, b."""
+    """Mean over BatchNorm's statistics (C,) of the squared distance of a from the shared b, relative to b."""
     return torch.stack([(p - q).square().sum() / q.square().sum() for p, q in zip(a, b, strict=True)]).mean()
 
 
 def disagreement(copies: Tensor) -> Tensor:
     """Mean squared distance of copies (R, B, C, H, W) of a batch from their mean image, a scalar.
 
-    Source: group consistency, Yin et al. 2021 (arXiv 2104.07586), eq. 12, where copies are first registered to each
-    other; here the mean is that of the pixels as they are.
+    Source: group consistency, Yin et al. 2021 (arXiv 2104.07586), eq. 12. There copies are first registered to each
+    other; here the mean is that of the unregistered pixels.
     """
     return (copies - copies.mean(0)).square().mean()

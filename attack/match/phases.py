@@ -1,4 +1,4 @@
-"""The course of an attack from known activations: how hard kinks are, and what the prior weighs, phase after phase."""
+"""The course of an attack from known activations: hardness of the kinks and weight of the prior, phase by phase."""
 
 import itertools
 import math
@@ -9,11 +9,11 @@ from network.chain import modules
 from network.kinds import kind_of
 from network.stage import Chain
 
-# L-BFGS drops pairs whose curvature y.s is below 1e-10, whatever the loss is measured in. Exact activations bring the
-# relative loss down to 1e-8, and pairs with it, so it is measured in larger units.
+# L-BFGS drops pairs whose curvature y.s is below 1e-10. Exact activations bring the relative loss down to 1e-8, and the
+# curvature of pairs falls likewise. So the loss is multiplied by UNITS.
 UNITS = 1e5
 
-# The weight of the prior (--tv_weight) at which the phases' weights were measured; another one scales them.
+# The weight of the prior (--tv_weight) at which the phases' weights were measured. Another --tv_weight scales them.
 MEASURED_AT = 4e-3
 
 
@@ -24,7 +24,7 @@ class Phase:
     Attributes:
         evaluations: closure evaluations, at most.
         prior_weight: of the prior.
-        hardness: beta, in units of one over the root mean square of what goes into a kink; infinite: no softening.
+        hardness: beta times the root mean square of the values that enter a kink; infinite: no softening.
     """
 
     evaluations: int
@@ -32,7 +32,7 @@ class Phase:
     hardness: float = math.inf
 
 
-# ReLUs only. Measured on the trained ConvNet; softer at first and with ten times less of the prior, it ends 8 dB lower.
+# ReLUs only. Measured on the trained ConvNet. A start that is softer, with a tenth of the prior, ends 8 dB lower.
 RECTIFIED = (
     Phase(100, 2e-3, 20),
     Phase(200, 2e-4, 20),
@@ -41,8 +41,8 @@ RECTIFIED = (
     Phase(600, 2e-7, 800),
 )
 
-# A max-pool below: which entry is the largest must be found while the maximum is still nearly a mean, and under a prior
-# that holds everything else. Started as hard as above, the ResNet-18 stem ends at 20 dB.
+# A max-pool below the known layer. The largest entry of each window must be found while the maximum is still nearly a
+# mean, under a prior that holds everything else. From the hardness of RECTIFIED on, the ResNet-18 stem ends at 20 dB.
 POOLED = (
     Phase(60, 3.0, 0.7),
     Phase(80, 1.0, 1.5),
@@ -63,7 +63,7 @@ def is_pooled(chain: Chain) -> bool:
 
 
 def phases_for(chain: Chain) -> tuple[Phase, ...]:
-    """The course for what lies between images and the known activations."""
+    """The phases for the stages between images and the known activations."""
     if is_pooled(chain):
         return POOLED
     return RECTIFIED if any(kind_of(module).has_kink for module in modules(chain)) else SMOOTH
@@ -71,14 +71,14 @@ def phases_for(chain: Chain) -> tuple[Phase, ...]:
 
 @dataclass(frozen=True)
 class Course:
-    """How hard the kinks are and what the prior weighs, phase after phase, over an attack's closure evaluations.
+    """Hardness of the kinks and weight of the prior, phase by phase, over an attack's closure evaluations.
 
     A course without phases is over at once: the images are exact, nothing is left to be optimised.
 
     Attributes:
         phases: in their order.
-        least: the prior's weight is never less, which is what noise in the known activations asks for.
-        scale: what the prior's weights are multiplied by.
+        least: lower bound on the prior's weight, set by the noise in the known activations.
+        scale: factor of the phases' weights of the prior.
     """
 
     phases: Sequence[Phase]
@@ -100,7 +100,7 @@ class Course:
         return UNITS * max(self.least, self.scale * self.phases[self.phase(evaluations)].prior_weight)
 
     def ended(self, evaluations: float) -> str | None:
-        """What has ended the attack: course, exact where there was nothing to do, or None."""
+        """The reason why the attack has ended: `course`, `exact` where there was nothing to do, or None."""
         if not self.phases:
             return "exact"
         return "course" if evaluations >= sum(phase.evaluations for phase in self.phases) else None

@@ -1,10 +1,10 @@
 """Kinks made soft: ReLU and max-pool in the attacker's copy of the network, soft at first, harder phase by phase.
 
-A ReLU's second derivative is zero where it is defined, and its first jumps at 0. The gradient that an image leaves in
-a network of ReLUs therefore jumps wherever an activation changes sign, between jumps it says nothing of them, and a
-line search ends at the first. Softplus log(1 + exp(beta z)) / beta for the ReLU and logsumexp(beta z) / beta for the
-maximum have no kinks. They are what images are moved through; the shared gradient is that of the hard network, so beta
-must grow until the difference no longer matters.
+A ReLU's second derivative is zero where it is defined, and its first derivative jumps at 0. The gradient that an image
+leaves in a network of ReLUs therefore jumps wherever an activation changes sign. Between jumps the gradient says
+nothing of the jumps, and a line search ends at the first one. Softplus log(1 + exp(beta z)) / beta for the ReLU and
+logsumexp(beta z) / beta for the maximum have no kinks. Images are moved through this soft network. The shared gradient
+is that of the hard network, so beta must grow until the difference no longer matters.
 """
 
 import math
@@ -22,19 +22,19 @@ from network.tracing import stages_if_walked
 
 SOFTENINGS = ("auto", "off")
 
-# The kinks' hardness, in equal parts of the prior's annealing: beta times the root mean square of what goes into a
-# kink. Trained ConvNet, labels optimised, 2,000 evaluations, see docs/results.md, "Networks with kinks, without
-# signals".
+# The kinks' hardness, in equal parts of the prior's annealing: beta times the root mean square of the values that enter
+# a kink. Trained ConvNet, labels optimised, 2,000 evaluations, see docs/results.md, "What is softening kinks worth
+# without signals?".
 HARDNESSES = (5.0, 15.0, 50.0, 150.0, 500.0)
 
-SILENT = 1e-6  # root mean square below which a kink gets no larger beta
+SILENT = 1e-6  # lower bound on the root mean square of a kink's inputs, so an upper bound on beta
 
 
 @torch.no_grad()
 def softened(chain: Chain, hardness: float, images: Tensor) -> Chain:
     """The chain with its kinks rounded off, as their kinds say; the chain itself if hardness is infinite.
 
-    Each beta is the hardness over the root mean square of what `images` bring to that kink.
+    Each beta is the hardness over the root mean square of that kink's inputs at `images`.
     """
     if math.isinf(hardness):
         return chain
@@ -42,7 +42,7 @@ def softened(chain: Chain, hardness: float, images: Tensor) -> Chain:
 
 
 def _soften(chain: Chain, hardness: float, x: Tensor) -> tuple[list[Stage], Tensor]:
-    """The softened chain, and what the images have become behind it."""
+    """The softened chain, and its outputs at the images x."""
     soft = []
     for stage in chain:
         module = stage.module
@@ -74,8 +74,8 @@ class SoftenedMatching:
     """The matching loss through a copy of the network whose kinks harden from phase to phase.
 
     Args:
-        loss: the matching loss of the network as it is.
-        chain: that network's stages.
+        loss: the matching loss of the hard network.
+        chain: the stages of the hard network.
         hardnesses: one for each phase.
     """
 
@@ -92,7 +92,7 @@ class SoftenedMatching:
         return len(self.hardnesses)
 
     def enter(self, phase: int, images: Tensor) -> None:
-        """Soften the kinks as this phase asks, by what the images (B, C, H, W) that it began with bring to them."""
+        """Soften the kinks as this phase asks; the phase's first images (B, C, H, W) set the scale of each kink."""
         if phase != self._phase:
             network = SoftNetwork(self.loss.model, softened(self.chain, self.hardnesses[phase], images))
             self._phase, self._soft = phase, replace(self.loss, network=network)
@@ -103,6 +103,6 @@ class SoftenedMatching:
 
 
 def kinked_chain(model: nn.Module) -> Chain | None:
-    """The stages of a model that has kinks; None if it has none, or cannot be walked."""
+    """The stages of a model that has kinks; None if the model has no kinks, or no chain."""
     chain = stages_if_walked(model) or ()
     return chain if any(kind_of(module).has_kink for module in modules(chain)) else None

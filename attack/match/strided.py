@@ -1,13 +1,14 @@
 """Strided convolutions of few channels, with their derivative by the input as a convolution of stride 1.
 
-Of y = W * x with stride s the derivative by x scatters W^T delta over every s-th pixel. Pixels whose places agree
-modulo s have taps of W of their own, so x may be read as s^2 C channels on a grid s times as coarse, W cut up alike:
+For y = W * x with stride s the derivative by x scatters W^T delta over every s-th pixel. Pixels whose places agree
+modulo s have taps of W of their own. So x may be taken as s^2 C channels on a grid s times as coarse, and W is cut up
+in the same way:
 
     dL/dx = shuffle(flip(W_s)^T * delta),    W_s (c_out, s^2 C, k/s, k/s), k rounded up to a multiple of s.
 
-That is a plain convolution, which libraries for CPUs have a fast kernel for, and no scatter. Theirs for the scatter is
-made for blocks of 16 channels: for images, or LeNet's 12 channels, it takes about twice as long as this, which in turn
-takes twice to four times as long as theirs from 32 channels on.
+This is a plain convolution without a scatter, and libraries for CPUs have a fast kernel for it. Their kernel for the
+scatter is made for blocks of 16 channels. For images, or LeNet's 12 channels, the scatter takes about twice as long as
+the plain convolution. From 32 channels on the plain convolution takes two to four times as long as the scatter.
 """
 
 import torch
@@ -19,11 +20,11 @@ from network.chain import substituted
 from network.kinds.affine import AFFINE
 from network.stage import Chain, Stage
 
-FEW = 16  # channels, from which on the library's own derivative is as fast
+FEW = 16  # channels from which on the library's own derivative is as fast
 
 
 class _Convolution(torch.autograd.Function):
-    """The convolution of images x; its weights stay what they are."""
+    """The convolution of images x; its weights have no derivative."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, layer: nn.Conv2d, transposed: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _of_the_coarse_grid(stride: int, size: int, positions: int, taps: int, padding: int) -> tuple[int, int, int]:
-    """Along one side: what can be skipped at both ends, being padding, how far delta reaches, and where x begins."""
+    """Along one side: the padding to skip at both ends, how far delta reaches, and where x begins."""
     reach = taps - 1
     surplus = (positions + reach) * stride - padding - size  # beyond the end of x
     skipped = max(0, min(padding // stride, surplus // stride, reach))
@@ -57,7 +58,7 @@ def _of_the_coarse_grid(stride: int, size: int, positions: int, taps: int, paddi
 
 
 class Strided(nn.Module):
-    """A strided convolution whose derivative by its input is taken as above. It can be taken once only."""
+    """A strided convolution whose derivative by its input is a plain convolution. It is differentiable once only."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Strided(nn.Module):
 
 
 def quickened(chain: Chain) -> list[Stage]:
-    """The chain with `Strided` for each convolution that gains by it; its weights have no derivatives then."""
+    """The chain with `Strided` in place of each convolution that gains by it; its weights then have no derivatives."""
     return substituted(chain, lambda module: Strided(module) if _is_slow(module) else module)
 
 

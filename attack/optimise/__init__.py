@@ -1,1 +1,1 @@
-"""What moves, how far, and when it ends."""
+"""The variables of an attack, their optimiser, and the budget that ends the attack."""

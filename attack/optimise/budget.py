@@ -1,4 +1,4 @@
-"""What moves the variables and how far: optimiser, step sizes, the prior's annealing, the budget that ends it."""
+"""The optimiser, its step sizes, the prior's annealing, and the budget that ends an attack."""
 
 import math
 from dataclasses import dataclass
@@ -15,28 +15,28 @@ LR_SCHEDULES = ("constant", "step", "cosine")
 
 @dataclass(frozen=True)
 class Budget:
-    """What an attack may spend: optimiser steps, closure evaluations, seconds of wall time; None: without bound."""
+    """The bounds of an attack: optimiser steps, closure evaluations, seconds of wall time; None: without bound."""
 
     n_iter: int
     max_evals: int | None = None
     max_seconds: float | None = None
 
     def share(self, step: int, evaluations: int, seconds: float) -> float:
-        """How much of it is spent, in [0, 1] or a little more, by the bound that is nearest."""
+        """The share of the budget that is spent, in [0, 1] or a little more, by the bound that is nearest."""
         spent = ((step, self.n_iter), (evaluations, self.max_evals), (seconds, self.max_seconds))
         return max(done / bound for done, bound in spent if bound)
 
 
 @dataclass(frozen=True)
 class Optimiser:
-    """L-BFGS or Adam, and the size of their steps.
+    """L-BFGS or Adam, and the step size.
 
     Args:
         name: lbfgs or adam.
         lr: step size; None: 1 for lbfgs, 0.05 for adam.
         lr_schedule: one of `LR_SCHEDULES`, see `learning_rate`.
         signed: move the images by the signs of their gradient (Geiping et al. 2020).
-        inner_iter, history, line_search: of L-BFGS: iterations in a step, curvature pairs, strong_wolfe or none.
+        inner_iter, history, line_search: for L-BFGS: iterations in a step, curvature pairs, strong_wolfe or none.
     """
 
     name: str
@@ -74,7 +74,7 @@ def learning_rate(base: float, schedule: str, progress: float) -> float:
     """The step size after a share of the run, `progress` in [0, 1].
 
     constant  base
-    step      a tenth of what it was after 3/8, 5/8 and 7/8 of the run (Geiping et al. 2020)
+    step      divided by ten after 3/8, 5/8 and 7/8 of the run (Geiping et al. 2020)
     cosine    half a cosine from base to zero (Yin et al. 2021)
     """
     if schedule == "constant":
@@ -90,11 +90,11 @@ def learning_rate(base: float, schedule: str, progress: float) -> float:
 class Annealing:
     """The prior's weight over the run: from `weight` it falls geometrically to `final * weight`, never below `least`.
 
-    A strong prior first gives a smooth image that L-BFGS can move as a whole; as the weight falls, the gradient is
-    matched ever more exactly and the prior decides only what the gradient leaves open. The horizon is in evaluations of
-    its own, not a share of the run: where a run is stopped does not change the way it took. `least` is what noise asks
-    for: a gradient that is matched more closely than it is known is matched to noise. `phases` are equal parts of the
-    horizon; what changes from one to the next is the matching's, see `attack.match.softening`.
+    At first a strong prior gives a smooth image that L-BFGS can move as a whole. As the weight falls, the gradient is
+    matched ever more exactly, and the prior decides only what the gradient leaves open. The horizon is a number of
+    evaluations, not a share of the run: a run that is stopped earlier takes the same way. `least` is set by noise: a
+    gradient that is matched more closely than it is known is matched to noise. `phases` are equal parts of the horizon;
+    the matching loss changes from phase to phase, see `attack.match.softening`.
     """
 
     weight: float
@@ -108,7 +108,7 @@ class Annealing:
         return min(int(self.phases * evaluations / self.horizon), self.phases - 1)
 
     def ended(self, evaluations: float) -> None:
-        """It never ends an attack."""
+        """None: an annealing never ends an attack."""
 
     def at(self, evaluations: float) -> float:
         """The weight after so many closure evaluations."""

@@ -1,12 +1,12 @@
 """L-BFGS with a strong Wolfe line search: the method of torch.optim.LBFGS, its curvature pairs kept in one matrix.
 
 The two-loop recursion takes 4 m calls on vectors for m pairs, one after the other, and on a GPU the host waits for half
-of them. The compact form (Byrd, Nocedal, Schnabel 1994, eq. 3.1) of the same matrix
+of the calls. The compact form (Byrd, Nocedal, Schnabel 1994, eq. 3.1) of the same matrix
 
     H = gamma I + [S; gamma Y]^T M [S; gamma Y],      s = x' - x,  y = g' - g,  gamma = s.y / y.y of the newest pair
 
-takes one product with S and Y there and one back; M comes from S Y^T and Y Y^T, m x m and in float64. The line search
-is that of Nocedal and Wright, algorithms 3.5 and 3.6, with the safeguards of the library's.
+takes one product with S and Y and one with their transposes; M comes from S Y^T and Y Y^T, m x m and in float64. The
+line search is that of Nocedal and Wright, algorithms 3.5 and 3.6, with torch's safeguards.
 """
 
 import math
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 CURVED = 1e-10  # y.s up to which a pair is dropped
-DECREASE, CURVATURE = 1e-4, 0.9  # of the Wolfe conditions: c1, c2
-NARROW = 1e-9  # bracket, times the largest entry of the direction, that is searched no further
-NEAR = 0.1  # share of the bracket that a trial keeps from its ends, if it was near one before
-FARTHER = 0.01, 10.0  # while nothing is bracketed: least further step, relative to the last, and most, to all so far
+DECREASE, CURVATURE = 1e-4, 0.9  # constants of the Wolfe conditions: c1, c2
+NARROW = 1e-9  # a bracket below this, times the largest entry of the direction, is searched no further
+NEAR = 0.1  # share of the bracket that a trial keeps from its ends, if the last trial was near an end
+FARTHER = 0.01, 10.0  # before a bracket is found: least further step over the last step, and most over all so far
 
 
 PRODUCTS = ("sy", "yy", "seen")
@@ -29,9 +29,9 @@ PRODUCTS = ("sy", "yy", "seen")
 class Pairs:
     """The newest m curvature pairs of n variables, and the products among them that the compact form needs.
 
-    S and Y are by far the largest matrices in an attack, and reading them is what a direction costs. So S y and Y y of
-    a new pair are taken as differences of products with gradients, which are needed anyway; that rounds no worse than
-    the two-loop recursion's own products with vectors of the gradient's length.
+    S and Y are by far the largest matrices in an attack, and a direction costs as much as reading them. So S y and Y y
+    of a new pair are taken as differences of products with gradients, which are needed anyway. These differences round
+    no worse than the two-loop recursion's own products with vectors of the gradient's length.
     """
 
     def __init__(self, most: int, like: Tensor) -> None:
@@ -42,11 +42,11 @@ class Pairs:
 
     @property
     def held(self) -> int:
-        """How many there are."""
+        """The number of pairs."""
         return min(self.count, len(self.rows))
 
     def direction(self, g: Tensor, s: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """-H g, once the pair of s and y = g - (the gradient before) is taken in, for the oldest where all are held."""
+        """-H g, once the pair of s and y = g - (the gradient before) is stored; it replaces the oldest of m pairs."""
         at = self.count % len(self.rows)
         if s is not None:
             self.rows[at, 0], self.rows[at, 1] = s, y
@@ -75,7 +75,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Trial:
-    """A point of a line search: how far along, the loss, its slope along the direction, and its gradient (n,)."""
+    """A point of a line search: its distance along the direction, its loss, its slope there, and its gradient (n,)."""
 
     t: float
     f: float
@@ -84,12 +84,12 @@ class Trial:
 
 
 class LBFGS:
-    """Moves variables down a closure's loss, so many iterations in a step; a drop-in for torch.optim.LBFGS.
+    """Moves variables down a closure's loss, in steps of `max_iter` iterations; a drop-in for torch.optim.LBFGS.
 
     Args:
-        variables: tensors; together they are the x above.
-        lr: first step tried, and the only one without a line search.
-        max_iter, max_eval: iterations in a step, and closure calls after which it ends; a line search stops at it too.
+        variables: tensors; all their entries together are x.
+        lr: first step size tried; without a line search, the only one.
+        max_iter, max_eval: iterations in a step, and closure calls after which the step and its line search end.
         history: m.
         line_search: strong_wolfe or none.
     """
@@ -116,7 +116,7 @@ class LBFGS:
             lr = min(group["lr"] * (min(1.0, 1 / norm) if first else 1.0), torch.finfo(x.dtype).max)
 
             def along(t: float, x: Tensor = x, d: Tensor = d) -> Trial:
-                t = min(t, torch.finfo(x.dtype).max)  # what a search that finds no end comes to
+                t = min(t, torch.finfo(x.dtype).max)  # a search that finds no end would exceed it
                 self._place(torch.add(x, d, alpha=t))
                 return self._evaluate(closure, t, d)
 
@@ -132,7 +132,7 @@ class LBFGS:
                 break
 
     def _direction(self, g: Tensor) -> Tensor:
-        """Downwards from gradient g, with what the last iteration has shown."""
+        """Downwards from gradient g, with the curvature pair of the last iteration."""
         if self._pairs is None:
             self._pairs = Pairs(self.history, g)
         if self._last is not None:
@@ -165,10 +165,10 @@ class LBFGS:
         return held | {"last": list(self._last)}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """Go on from what `state_dict` returned, on the variables' own device.
+        """Go on from a dict of `state_dict`, on the variables' own device.
 
         Raises:
-            KeyError, ValueError: it is of another optimiser, or of other variables.
+            KeyError, ValueError: the state is of another optimiser, or of other variables.
         """
         count = state["count"]
         if "last" not in state:
@@ -186,7 +186,7 @@ class LBFGS:
 
 
 def strong_wolfe(at: Callable[[float], Trial], start: Trial, t: float, reach: float, most: int) -> tuple[Trial, int]:
-    """A point that lowers the loss and flattens its slope, or the lowest found; and how often `at` was called.
+    """A point that lowers the loss and flattens its slope, or the lowest point found; and the number of calls of `at`.
 
     Args:
         at: evaluates at a step size.
@@ -235,7 +235,7 @@ def strong_wolfe(at: Callable[[float], Trial], start: Trial, t: float, reach: fl
 
 
 def cubic_minimum(one: Trial, other: Trial, bounds: tuple[float, float]) -> float:
-    """Where the cubic with both points' losses and slopes is least, within bounds; their middle if there is none."""
+    """The minimum, within bounds, of the cubic with both points' losses and slopes; the bounds' middle without one."""
     a, b = (one, other) if one.t <= other.t else (other, one)
     least, most = bounds
     d1 = a.slope + b.slope - 3 * (a.f - b.f) / (a.t - b.t) if a.t != b.t else math.nan

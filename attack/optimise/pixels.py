@@ -4,8 +4,8 @@ The optimiser moves z (B, C, H, W). The image is  x = box(scale(z)):
 
 - scale: z holds DCT coefficients on opponent-colour axes, each multiplied by a fixed gain that falls with frequency
   f as 1 / (1 + f)^p. Natural images have amplitude spectra near 1/f, so with p = 1 all coefficients vary by about as
-  much and L-BFGS, whose first guess at the Hessian is a multiple of the identity, starts from a good one: coarse
-  shapes move first, fine detail last. p = 0 leaves the pixels themselves free.
+  much. The first guess of L-BFGS at the Hessian, a multiple of the identity, is then a good guess: coarse shapes move
+  first, fine detail last. p = 0 leaves the pixels themselves free.
 - box: `sigmoid` is smooth and cannot leave (0, 1); `clamp` projects z back after every step; `none` does nothing.
 """
 
@@ -19,7 +19,7 @@ from priors import opponent_basis, rotate_colours
 
 BOXES = ("sigmoid", "clamp", "none")
 
-# The sigmoid's inverse is taken no closer to black and white than this: half a grey level of an 8-bit image.
+# Least distance from black and white at which the sigmoid is inverted: half a grey level of an 8-bit image.
 MARGIN = 0.5 / 255
 
 
@@ -91,6 +91,6 @@ class PixelMap:
 
     @torch.no_grad()
     def project_(self, z: Tensor) -> None:
-        """Bring z back, in place, to where its images lie in [0, 1]; only the `clamp` box ever needs it."""
+        """Project z, in place, such that its images lie in [0, 1]; only the `clamp` box needs the projection."""
         if self.box == "clamp":
             z.copy_(self.encode(self.decode(z).clamp(0, 1)))

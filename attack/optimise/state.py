@@ -1,4 +1,4 @@
-"""What moves during an attack: images, labels, optimiser, subsets, counters. Its dict is what a checkpoint holds."""
+"""The state of an attack: images, labels, optimiser, subsets, counters. A checkpoint holds its `state_dict`."""
 
 import math
 import time
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attack.optimise.budget import Budget, Optimiser
 
-CERTAIN = 100.0  # a logit so far above the others that softmax is one-hot in float64 too
-MAX_SETBACKS = 3  # times that a non-finite loss is answered by going back to the best iterate
+CERTAIN = 100.0  # the logit of a known label, so far above the others that softmax is one-hot in float64 too
+MAX_SETBACKS = 3  # number of times that the attack returns to the best iterate after a non-finite loss
 
 
 class _BudgetSpentError(Exception):
@@ -34,7 +34,7 @@ class Terms:
 
     @property
     def leader(self) -> int:
-        """The copy of least full-batch loss."""
+        """The index of the copy with the least full-batch loss."""
         return int(self.full.argmin())
 
 
@@ -45,15 +45,15 @@ class AttackState:
     Args:
         z: free image variables (R B, C, H, W) of R copies of the batch, see `attack.optimise.pixels.PixelMap`.
         label_variables: (R B, K); the label logits are `label_gain` times these.
-        generator: what subsets are drawn from.
-        optimiser: what moves the two variables; built anew after a setback.
+        generator: the source of random subsets.
+        optimiser: the optimiser of both variables; built anew after a setback.
         label_gain: a scaling, so that L-BFGS moves labels and pixels at comparable rates.
         known_labels: class indices (N,) of the leading N images of each copy, which are then not optimised.
-        copies: R, starts that are attacked side by side. Each closure call then counts as R evaluations.
+        copies: R, the number of starts that are attacked side by side. Each closure call counts as R evaluations.
         seconds: wall time spent before the first step.
 
-    `leader` is the copy that matches the gradient best, the one that is shown and judged. `anchor` is z as it was when
-    the present phase of the objective began.
+    `leader` is the copy that matches the gradient best; pictures and figures are of the leader. `anchor` is the value
+    of z at the start of the present phase.
     """
 
     z: Tensor
@@ -85,7 +85,7 @@ class AttackState:
 
     @property
     def label_logits(self) -> Tensor:
-        """Label logits (R, B, K); those of known labels are certain."""
+        """Label logits (R, B, K); a known label has the logit CERTAIN."""
         logits = (self.label_gain * self.label_variables).unflatten(0, (self.copies, -1))
         if self.known_labels is None:
             return logits
@@ -94,7 +94,7 @@ class AttackState:
         return torch.cat([certain.expand(self.copies, -1, -1), logits[:, count:]], dim=1)
 
     def enter(self, phase: int) -> None:
-        """Begin a phase of the objective, unless it has begun: what was best and the curvature were another's."""
+        """Begin a phase of the objective, unless it has begun; best iterate and curvature start anew."""
         if phase != self.phase:
             self.phase, self.anchor = phase, self.z.detach().clone()
             self.optimizer = self.optimiser.build(self.variables)
@@ -106,10 +106,10 @@ class AttackState:
         self.subset = order[:size].to(self.z.device)
 
     def ended(self, budget: Budget) -> str | None:
-        """What has ended the attack, or None: n_iter, max_evals, max_seconds, or non-finite after too many setbacks.
+        """The reason why the attack ends, or None: n_iter, max_evals, max_seconds, or non-finite after many setbacks.
 
-        `max_evals` ends it before a step that could exceed it, so that every step is whole and a resumed run goes on
-        from the end of one. `max_seconds` ends it after the step that reached it.
+        The bound `max_evals` ends the attack before a step that could exceed it. So every step is whole, and a resumed
+        run goes on from the end of a step. The bound `max_seconds` ends the attack after the step that reached it.
         """
         if self.setbacks > MAX_SETBACKS:
             return "non-finite"
@@ -118,16 +118,17 @@ class AttackState:
         if budget.max_seconds is not None and self.seconds >= budget.max_seconds:
             return "max_seconds"
         bound = self._step_bound(budget.max_evals)
-        # L-BFGS calls its closure at least twice, and its line search may call it once more than its bound; Adam once.
+        # L-BFGS calls its closure at least twice, and its line search may exceed the bound by one call; Adam calls it
+        # once.
         most = 1 if bound is None else max(2, bound + 1)
         if budget.max_evals is not None and self.evaluations + most * self.copies > budget.max_evals:
             return "max_evals"
         return None
 
     def minimise(self, loss: Callable[[], Tensor], budget: Budget) -> None:
-        """Take one optimiser step down `loss`, of the size that the share of the budget spent so far asks for.
+        """Take one optimiser step down `loss`, with the step size for the share of the budget spent so far.
 
-        The very first step is cut to fit a `max_evals` that is smaller than a whole one.
+        Where `max_evals` is smaller than a whole step, the first step is cut to fit.
 
         The line search of older torch releases heeds no bound; a step that would exceed `max_evals` is then undone.
         """
@@ -158,8 +159,9 @@ class AttackState:
         return min(self._whole_step, max_evals // self.copies - 1)
 
     def backward(self, loss: Tensor) -> None:
-        """Put the gradient of `loss` where the optimiser looks for it; of the images' only the signs, if it so asks."""
-        gradients = torch.autograd.grad(loss, self.variables, materialize_grads=True)  # zeros of what is known already
+        """Put the gradient of `loss` into the variables' `grad`; a signed optimiser gets the images' signs alone."""
+        # zeros for known images and labels
+        gradients = torch.autograd.grad(loss, self.variables, materialize_grads=True)
         for variable, gradient in zip(self.variables, gradients, strict=True):
             variable.grad = gradient.contiguous()
         if self.optimiser.signed:
@@ -167,7 +169,7 @@ class AttackState:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Add the wall time of the block to `seconds`, with all that it set a GPU to do."""
+        """Add the wall time of the block to `seconds`, the work that it gave to a GPU included."""
         started = time.perf_counter()
         yield
         if self.z.is_cuda:
@@ -176,9 +178,10 @@ class AttackState:
 
     @torch.no_grad()
     def accept(self, terms: Terms) -> bool:
-        """Keep the iterate if its terms are finite; otherwise go back to the best one with a fresh optimiser.
+        """Keep the iterate if its terms are finite; otherwise return to the best iterate with a fresh optimiser.
 
-        Best is the iterate of least full-batch loss: unlike the total, it means the same at every S and prior weight.
+        The best iterate has the least full-batch loss, which means the same at every S and prior weight, unlike the
+        total.
         """
         if not (terms.is_finite() and all(bool(v.isfinite().all()) for v in self.variables)):
             self.setbacks += 1
@@ -192,7 +195,7 @@ class AttackState:
         return True
 
     def restore_best(self) -> None:
-        """Go back to the best iterate; the optimiser keeps what it knows."""
+        """Return to the best iterate; the optimiser keeps its curvature."""
         self.leader = self.best["leader"]
         self._restore(self.best["variables"])
 
@@ -206,7 +209,7 @@ class AttackState:
         self.best = {"full": full, "leader": self.leader, "variables": variables}
 
     def state_dict(self) -> dict:
-        """Tensors and numbers only, so that it can be read back without unpickling."""
+        """Tensors and numbers only, so that a file of them can be read without unpickling."""
         return {
             "variables": [variable.detach() for variable in self.variables],
             "generator": self.generator.get_state(),
@@ -218,10 +221,10 @@ class AttackState:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Go on from what `state_dict` returned, on this state's own device.
+        """Go on from a dict of `state_dict`, on this state's own device.
 
         Raises:
-            KeyError, RuntimeError, TypeError, ValueError: it is of another kind of run.
+            KeyError, RuntimeError, TypeError, ValueError: the state is of a run with other settings.
         """
         self._restore(state["variables"])
         self.generator.set_state(state["generator"])

@@ -1,1 +1,1 @@
-"""Published attacks: what they read from an update before they begin, and their settings of the one loop."""
+"""Published attacks: the labels and features that they read beforehand, and their settings of the one loop."""

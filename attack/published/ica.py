@@ -1,12 +1,12 @@
 """Features unmixed from the head's gradient by independent component analysis: the first half of Cocktail Party Attack.
 
 The averaged gradient of the last layer, G = (1/B) sum_i e_i h_i^T, mixes the features h_i with the softmax errors e_i.
-Taken as B sound tracks of d samples each, they can be told apart if they are independent and not Gaussian.
+The features are like B sound tracks of d samples each: tracks can be unmixed if they are independent and not Gaussian.
 
-Source: Kariyappa et al. 2023 (arXiv 2209.05578). What differs: the mean feature of random images is taken off first,
-without which the features of an untrained net are 0.99 correlated and nothing is unmixed; the unmixing is by FastICA's
-fixed point (Hyvarinen 1999), the source descends on the same contrast; and the sign and scale of a track, which ICA
-leaves open, come from its error, whose one large entry is softmax - 1.
+Source: Kariyappa et al. 2023 (arXiv 2209.05578). Three things differ. The mean feature of random images is subtracted
+first; otherwise the features of an untrained net are 0.99 correlated and nothing is unmixed. FastICA's fixed point
+(Hyvarinen 1999) unmixes, where the source descends on the same contrast. The sign and scale of a track, which ICA
+leaves open, come from the track's softmax error, whose one large entry is softmax - 1.
 """
 
 import torch
@@ -16,12 +16,12 @@ from attack.read.random_images import SAMPLE, random_features
 from network.head import Head
 from update.shared import SharedUpdate
 
-ITERATIONS = 500  # of the fixed point, at most
-SETTLED = 1e-8  # it has converged once every direction turns by less than this in one iteration
+ITERATIONS = 500  # iterations of the fixed point, at most
+SETTLED = 1e-8  # the fixed point has converged once every direction turns by less than this in one iteration
 
 
 def unmixed_features(update: SharedUpdate, model: nn.Module, *, generator: torch.Generator) -> Tensor:
-    """Features (B, d) in no particular order, float64. They are estimates, and say nothing of how good they are.
+    """Features (B, d) in no particular order, float64: estimates without error bars.
 
     Raises:
         ValueError: the model's last layer is not linear, its gradient is not in the update, or there are more images
@@ -47,7 +47,7 @@ def unmixed_features(update: SharedUpdate, model: nn.Module, *, generator: torch
 
 
 def fast_ica(mixed: Tensor, generator: torch.Generator) -> Tensor:
-    """The matrix (r, r) that unmixes tracks (r, d) into independent ones of unit variance: symmetric, log cosh.
+    """The matrix (r, r) that unmixes tracks (r, d) into independent tracks of unit variance: symmetric, log cosh.
 
     Source: Hyvarinen 1999, eqs. 20 and 38.
     """

@@ -1,4 +1,4 @@
-"""Labels read off the head's gradient, as published attacks do; MAGIA needs none of it, its baselines do.
+"""Labels read off the head's gradient, as published attacks do. MAGIA does not need these labels, its baselines do.
 
 Softmax errors are negative for an image's own class alone, so the rows of G = (1/B) sum_i e_i h_i^T and the entries of
 gamma = (1/B) sum_i e_i that belong to labels in the batch are pulled below zero.
@@ -18,7 +18,7 @@ def infer_labels(strategy: str, update: SharedUpdate, model: nn.Module, granted:
     """Class indices (B,) in ascending order, or None where labels are to be optimised beside the images.
 
     optimise  none (DLG, MAGIA)
-    known     the true ones, granted to the attacker without their order (Geiping et al. 2020)
+    known     the true labels, granted to the attacker without their order (Geiping et al. 2020)
     idlg      classes by their entry of gamma, most negative first (Zhao et al. 2020, for one image)
     yin       the B classes whose row of G reaches lowest, each once (Yin et al. 2021, eq. 7)
     ilrg      counts from a linear system: the class-wise mean features G_k / gamma_k give class-wise softmax

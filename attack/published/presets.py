@@ -1,6 +1,6 @@
-"""Published attacks as settings of the one loop: what differs from the defaults of main_MAGIA_sel.py."""
+"""Published attacks as settings of the one loop, where they differ from the defaults of main_MAGIA_sel.py."""
 
-# What published attacks share: whole batches, kinks as they are, plain pixels, nothing read beforehand, no annealing.
+# Settings that published attacks share: whole batches, hard kinks, plain pixels, no signals, no annealing.
 PLAIN = {
     "distance": "l2",
     "soften": "off",
@@ -19,8 +19,8 @@ PLAIN = {
     "lr": 1.0,
 }
 
-# Each attack as settings of the one loop; whatever is not named is as above. All start as their sources do; what
-# differs is said here in short and in docs/benchmark.md, "Presets", at length.
+# Each attack as settings of the one loop. All start as their sources do. The differences from the sources stand here in
+# short and in docs/benchmark.md, "Presets", at length.
 PRESETS = {
     "magia": {},
     # the published script of MAGIA (arXiv 2509.18170)
@@ -39,7 +39,7 @@ PRESETS = {
     # Zhu, Liu, Han 2019 (arXiv 1906.08935): L2, L-BFGS with step 1, labels beside the images, no prior
     "dlg": PLAIN | {"init": "randn", "optimizer": "lbfgs", "line_search": "none"},
     # Zhao, Mopuri, Bilen 2020 (arXiv 2001.02610): DLG with labels read from the signs of the head's gradient. Differs:
-    # they read one image's label, here as many as are negative
+    # the source reads one image's label, this preset one label for each negative entry
     "idlg": PLAIN | {"init": "randn", "optimizer": "lbfgs", "line_search": "none", "label_strategy": "idlg"},
     # Geiping et al. 2020 (arXiv 2003.14053): cosine distance, signed Adam with step decay, box, TV, labels granted.
     # Differs: one start, TV weight measured
@@ -74,7 +74,7 @@ PRESETS = {
         "label_strategy": "yin",
     },
     # Kariyappa et al. 2023 (arXiv 2209.05578): ICA on the head's gradient, then features and gradients by cosine, TV.
-    # Differs: the ICA, see ica.py; weights measured
+    # Differs: the ICA, see `attack.published.ica`; weights measured
     "cpa": PLAIN
     | {
         "init": "standardised",
@@ -91,6 +91,6 @@ PRESETS = {
     },
 }
 
-# A second row for attacks that another start, or fewer, serve better, as measured in docs/benchmark.md, "Tuned rows".
+# A second row for attacks that do better from another start, or from fewer: docs/benchmark.md, "Tuned rows".
 TUNED = {"paper": {"init": "grey"}, "dlg": {"init": "grey"}, "idlg": {"init": "grey"}, "gradinversion": {"restarts": 1}}
 PRESETS |= {f"{name}_tuned": PRESETS[name] | better for name, better in TUNED.items()}
