@@ -99,45 +99,50 @@ def defence_words(text: str) -> list[str]:
     return list(dict.fromkeys(text.split()))
 
 
+SIZE, SECONDS = number(int, 1), number(float, 0, above=True)
+Commands = argparse._SubParsersAction
+
+
+def add(commands: Commands, name: str, text: str, batch_sizes: list[int]) -> argparse.ArgumentParser:
+    """A subcommand with the flags that all subcommands of cells have."""
+    command = commands.add_parser(name, help=text)
+    command.add_argument("--batch_sizes", type=listed(SIZE), default=batch_sizes, metavar="LIST")
+    command.add_argument(
+        "--batches", type=listed(number(int, 0)), default=[0, 1, 2], metavar="LIST",
+        help="which of the disjoint batches of each size; default 0,1,2",
+    )  # fmt: skip
+    command.add_argument("--seeds", type=listed(number(int, 0)), default=[0, 1, 2], metavar="LIST")
+    command.add_argument("--labels", type=listed(str, LABEL_MODES), default=["random"], metavar="LIST")
+    command.add_argument(
+        "--models", type=listed(one_with_flags(MODELS)), default=["lenet"], metavar="LIST",
+        help="networks, each with flags of its own where needed; its --labels then stand alone",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, plots and cells go")
+    command.add_argument("--jobs", type=SIZE, default=1, metavar="N", help="cells at a time; default 1")
+    command.add_argument("--threads", type=SIZE, metavar="N", help="of each process; default the cores shared out")
+    command.add_argument("--scheduler", metavar="ADDRESS", help="run cells on this Dask cluster, tcp://host:8786 say")
+    return command
+
+
+def add_budget(command: argparse.ArgumentParser) -> None:
+    """The flags that bound each run."""
+    budget = command.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--max_evals", type=listed(SIZE), default=[2500], metavar="LIST",
+        help="closure evaluations that each run may take, one run for each number; default 2500",
+    )  # fmt: skip
+    budget.add_argument("--max_seconds", type=listed(SECONDS), metavar="LIST", help="wall time instead")
+
+
 def build_parser() -> OneLineParser:
     """The subcommands and their flags."""
     parser = OneLineParser(
         prog=Path(__file__).name, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, parser_class=OneLineParser)
-    size = number(int, 1)
-    seconds = number(float, 0, above=True)
-
-    def add(name: str, text: str, batch_sizes: list[int]) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--batch_sizes", type=listed(size), default=batch_sizes, metavar="LIST")
-        command.add_argument(
-            "--batches", type=listed(number(int, 0)), default=[0, 1, 2], metavar="LIST",
-            help="which of the disjoint batches of each size; default 0,1,2",
-        )  # fmt: skip
-        command.add_argument("--seeds", type=listed(number(int, 0)), default=[0, 1, 2], metavar="LIST")
-        command.add_argument("--labels", type=listed(str, LABEL_MODES), default=["random"], metavar="LIST")
-        command.add_argument(
-            "--models", type=listed(one_with_flags(MODELS)), default=["lenet"], metavar="LIST",
-            help="networks, each with flags of its own where needed; its --labels then stand alone",
-        )  # fmt: skip
-        command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, plots and cells go")
-        command.add_argument("--jobs", type=size, default=1, metavar="N", help="cells at a time; default 1")
-        command.add_argument("--threads", type=size, metavar="N", help="of each process; default the cores shared out")
-        command.add_argument(
-            "--scheduler", metavar="ADDRESS", help="run cells on this Dask cluster, tcp://host:8786 say"
-        )
-        return command
-
-    def add_budget(command: argparse.ArgumentParser) -> None:
-        budget = command.add_mutually_exclusive_group()
-        budget.add_argument(
-            "--max_evals", type=listed(size), default=[2500], metavar="LIST",
-            help="closure evaluations that each run may take, one run for each number; default 2500",
-        )  # fmt: skip
-        budget.add_argument("--max_seconds", type=listed(seconds), metavar="LIST", help="wall time instead")
-
-    command = add("grid", "attacks, peers and guesses against each other on the same updates", [1, 4, 8, 16, 32])
+    command = add(
+        commands, "grid", "attacks, peers and guesses against each other on the same updates", [1, 4, 8, 16, 32]
+    )
     rows = [*PRESETS, *GUESSES]
     command.add_argument("--presets", type=listed(one_with_flags(rows)), default=rows, metavar="LIST")
     command.add_argument("--peer", choices=PEERS, help="also run this package's attacks on the same updates")
@@ -145,27 +150,27 @@ def build_parser() -> OneLineParser:
         "--peer_attacks", type=listed(str), metavar="LIST", help="which of them; default all that are known"
     )
     add_budget(command)
-    command = add("signals", "images read from the head's gradient", [1, 2, 4, 8, 16, 24, 32])
-    command.add_argument("--num_classes", type=listed(size), default=[100, 10], metavar="LIST")
-    command = add("defences", "what defences leave of signals and images", [8])
+    command = add(commands, "signals", "images read from the head's gradient", [1, 2, 4, 8, 16, 24, 32])
+    command.add_argument("--num_classes", type=listed(SIZE), default=[100, 10], metavar="LIST")
+    command = add(commands, "defences", "what defences leave of signals and images", [8])
     command.add_argument(
         "--defences", type=defence_words, default=list(DEFENCES), metavar="'WORD WORD ...'",
         help="between blanks: each as --defence takes it, such as clip:1,noise:0.01, or a flag, such as --frozen=head",
     )  # fmt: skip
     command.add_argument("--presets", type=listed(one_with_flags(rows)), default=list(ATTACKS), metavar="LIST")
     command.add_argument("--signals_only", action="store_true", help="no images, signals alone: seconds, not minutes")
-    command = add("schedules", "S(t) with the subset term and without, each run to its end", [16])
+    command = add(commands, "schedules", "S(t) with the subset term and without, each run to its end", [16])
     command.add_argument("--schedules", type=listed(str, MODES), default=list(MODES), metavar="LIST")
-    command = add("tune", "settings of attacks, on images that no table shows", [8])
+    command = add(commands, "tune", "settings of attacks, on images that no table shows", [8])
     command.add_argument("--presets", type=listed(one_with_flags(SEARCHES)), default=list(SEARCHES), metavar="LIST")
     add_budget(command)
     command = commands.add_parser(
         "speed", help="time and memory of an evaluation, whole attacks, and a reading's stages"
     )
-    command.add_argument("--batch_sizes", type=listed(size), default=[4, 16, 64, 256], metavar="LIST")
-    command.add_argument("--course", type=listed(size), default=[16], metavar="LIST", help="B of whole attacks")
-    command.add_argument("--reading", type=listed(size), default=[4, 8, 16], metavar="LIST", help="B of readings")
-    command.add_argument("--max_evals", type=size, default=2500, metavar="N", help="of a whole attack; default 2500")
+    command.add_argument("--batch_sizes", type=listed(SIZE), default=[4, 16, 64, 256], metavar="LIST")
+    command.add_argument("--course", type=listed(SIZE), default=[16], metavar="LIST", help="B of whole attacks")
+    command.add_argument("--reading", type=listed(SIZE), default=[4, 8, 16], metavar="LIST", help="B of readings")
+    command.add_argument("--max_evals", type=SIZE, default=2500, metavar="N", help="of a whole attack; default 2500")
     command.add_argument("--device", type=listed(str), default=devices(), metavar="LIST", help="default: all there are")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tables go")
     return parser

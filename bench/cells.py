@@ -12,6 +12,7 @@ import os
 import site
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -70,56 +71,105 @@ def run_cells(
         OSError: the scheduler does not answer.
         KeyboardInterrupt: Ctrl-C; the cells that were being measured are not finished.
     """
-    folder, locks = out.resolve() / "cells", out.resolve() / ".locks"
-    for path in (folder, locks):
-        path.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{cell_name(cell, flags)}.json" for cell in cells]
-    made_by = dict(origin or {})
-    if threads is None and scheduler is None:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+    shared_out = max(1, (os.cpu_count() or 1) // jobs) if scheduler is None else None
+    folder = Folder(out.resolve(), flags, frozenset(figures), dict(origin or {}))
+    worker = Worker(folder, measure, loaded, threads or shared_out)
+    over: set[str] = set()  # names of cells that are over in this call, be it with a failure
 
-    def finish(cell: Cell, file: Path, wait: bool) -> Path | None:
-        """Measure the cell unless it is finished by now; None: another process is measuring it, and nobody waited."""
-        try:
-            with FileLock(locks / file.stem, timeout=-1 if wait else 0):
-                if not is_finished(cell, file):
-                    own = loaded()
-                    same = own.items() <= made_by.items()
-                    outcome = _outcome(measure, cell, threads) if same else {"status": FAILED + STALE}
-                    row = json.dumps(cell | outcome | {"made_by": made_by | own})
-                    replace_atomically(file, lambda temporary: temporary.write_text(row))
-        except Timeout:
-            return None
-        return file
-
-    def is_finished(cell: Cell, file: Path) -> bool:
-        """Whether the file holds this cell, measured by this version of the program."""
-        row = _read(file)
-        whole = cell.items() <= row.items() and row.keys() >= set(figures) and not has_failed(row)
-        return whole and _deciding(row.get("made_by")) == _deciding(made_by)
-
-    over: set[Path] = set()  # cells that ended in this call, failures included
-
-    def missing() -> list[tuple[Cell, Path]]:
-        # the last cell first: batch sizes mostly ascend, and a long cell at the end would leave other processes idle
-        pairs = zip(cells, files, strict=True)
-        return [(c, f) for c, f in pairs if f not in over and not is_finished(c, f)][::-1]
+    def missing() -> list[Cell]:
+        # the last first: batch sizes mostly ascend, and a long cell at the end would leave the other processes idle
+        return [cell for cell in cells if folder.name(cell) not in over and not folder.is_finished(cell)][::-1]
 
     deaths, wait = 0, False
     with processes(jobs, scheduler), tqdm(total=len(missing()), unit="cell", dynamic_ncols=True) as bar:
         while left := missing():
             try:
-                for file in Parallel(return_as="generator_unordered")(delayed(finish)(*one, wait) for one in left):
-                    if file:
-                        over.add(file)
+                for name in Parallel(return_as="generator_unordered")(
+                    delayed(worker.finish)(cell, wait) for cell in left
+                ):
+                    if name:
+                        over.add(name)
                         bar.update()
-                wait = True  # another process is measuring the cells that are left
+                wait = True  # the cells that are left now are under way in another process
             except TerminatedWorkerError:
-                deaths += 1
-                if deaths == ATTEMPTS:
+                if (deaths := deaths + 1) == ATTEMPTS:
                     raise ValueError(f"a process died {ATTEMPTS} times, out of memory say: try fewer --jobs") from None
-    rows = [json.loads(file.read_text()) for file in files]
-    return [{name: value for name, value in row.items() if name != "made_by"} for row in rows]
+    return [folder.row(cell) for cell in cells]
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, as a scheduler asks of what it runs
+class Folder:
+    """Cells on disk, one file each, and the locks of those that are under way.
+
+    Attributes:
+        out: the folder that holds `cells` and `.locks`.
+        flags: that all cells share.
+        figures: names that the file of a finished cell holds.
+        made_by: the origin of the cells.
+    """
+
+    out: Path
+    flags: Sequence[str]
+    figures: frozenset[str]
+    made_by: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        for name in ("cells", ".locks"):
+            (self.out / name).mkdir(parents=True, exist_ok=True)
+
+    def name(self, cell: Cell) -> str:
+        """The name of a cell's files."""
+        return cell_name(cell, self.flags)
+
+    def file(self, cell: Cell) -> Path:
+        """Where a cell's figures lie."""
+        return self.out / "cells" / f"{self.name(cell)}.json"
+
+    def lock(self, cell: Cell, *, wait: bool) -> FileLock:
+        """The lock of the process that measures a cell."""
+        return FileLock(self.out / ".locks" / self.name(cell), timeout=-1 if wait else 0)
+
+    def is_finished(self, cell: Cell) -> bool:
+        """Whether the file holds this very cell, measured by this very program."""
+        row = _read(self.file(cell))
+        whole = cell.items() <= row.items() and row.keys() >= self.figures and not has_failed(row)
+        return whole and _deciding(row.get("made_by")) == _deciding(self.made_by)
+
+    def write(self, cell: Cell, outcome: Mapping[str, object], made_by: Mapping[str, object]) -> None:
+        """Keep what came of a cell."""
+        row = json.dumps(cell | outcome | {"made_by": made_by})
+        replace_atomically(self.file(cell), lambda temporary: temporary.write_text(row))
+
+    def row(self, cell: Cell) -> Cell:
+        """A cell with its figures."""
+        row = json.loads(self.file(cell).read_text())
+        return {name: value for name, value in row.items() if name != "made_by"}
+
+
+@dataclass(frozen=True, eq=False)
+class Worker:
+    """Measures cells in the process that calls it, with so many threads."""
+
+    folder: Folder
+    measure: Callable[[Cell], Cell]
+    loaded: Callable[[], Mapping[str, object]]
+    threads: int | None
+
+    def finish(self, cell: Cell, wait: bool) -> str | None:
+        """Measure a cell, unless it is finished by now, and return its name.
+
+        None: another process is at it, and this one did not wait.
+        """
+        try:
+            with self.folder.lock(cell, wait=wait):
+                if not self.folder.is_finished(cell):
+                    own = self.loaded()
+                    is_same = own.items() <= self.folder.made_by.items()
+                    outcome = _outcome(self.measure, cell, self.threads) if is_same else {"status": FAILED + STALE}
+                    self.folder.write(cell, outcome, {**self.folder.made_by, **own})
+        except Timeout:
+            return None
+        return self.folder.name(cell)
 
 
 def has_failed(row: Cell) -> bool:
