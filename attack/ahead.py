@@ -13,7 +13,7 @@ from attack.prepare import Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
-from attack.read.reader import Reading, read_layers
+from attack.read.reader import Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from network.tracing import stages
 from network.zoo import place_of
@@ -63,7 +63,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     Raises:
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
-    drift, reading, features = None, None, torch.empty(0)
+    drift, reading, features, is_aborted = None, None, torch.empty(0), False
     if means.reads:
         if not update.training.is_one_step:
             drift = expected_drift(update, model, generator)
@@ -72,6 +72,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
         except ValueError as error:
             if means.signals == "on":
                 raise ValueError(f"--signals on: {error}") from None
+            is_aborted = isinstance(error, ReadingAbortedError)
     elif means.signals == "ica":
         try:
             features = unmixed_features(update, model, generator=generator)
@@ -82,7 +83,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     local_labels = None if signals else _local_labels(update, model, means, generator, labels)
     known = _known(update, model, signals, features, labels, local_labels)
     if reading is None:
-        return replace(known, drift=drift)
+        return replace(known, drift=drift, is_aborted=is_aborted)
     facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted")}
     return replace(_at_stage(known, update, model, reading.start, reading.inputs), drift=drift, **facts)
 

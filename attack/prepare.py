@@ -14,7 +14,7 @@ from attack.read.signals import Signals
 # dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
 # B = 4, 28.2 at 2e-2, and as its company 31.2.
 FOLLOWED = 1e-2
-NOISE = 0.02  # around the grey start: enough to tell images apart, too little to be seen in them
+START_NOISE = 0.02  # around the grey start: enough to tell images apart, too little to be seen in them
 
 # The same where known activations tell them apart. A course below a max-pool begins with a heavy prior, to which usual
 # noise is so rough that images turn black to be rid of it, where no slope reaches them: ResNet-18, 224 pixels, ends at
@@ -76,7 +76,7 @@ class Known:
     @property
     def noise(self) -> float:
         """Of the grey images to start from."""
-        return FAINT if self.is_followed else NOISE
+        return FAINT if self.is_followed else START_NOISE
 
     @property
     def uncertainty(self) -> float:
@@ -116,7 +116,7 @@ def start_images(
     generator: torch.Generator,
     given: Tensor | None = None,
     *,
-    noise: float = NOISE,
+    noise: float = START_NOISE,
 ) -> Tensor:
     """Images (R B, C, H, W) in [0, 1] that R copies of a batch of `shape` (B, C, H, W) start from.
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from attack.ahead import Means, known_again, read_ahead, with_scale
 from attack.prepare import Known
-from cli.console import Search
+from cli.console import ReadingBar
 from cli.runtime import stream
 from update.shared import SharedUpdate
 
@@ -37,7 +37,7 @@ def known_ahead(
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
     seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
-    with Search(quiet=settings.quiet) as bar:
+    with ReadingBar(quiet=settings.quiet) as bar:
         means = Means(settings.signals, settings.label_strategy, seconds, bar.update, granted)
         generator = stream(settings.seed, "signals")
         if began is not None:

@@ -43,7 +43,7 @@ class Progress(tqdm):
         self.set_postfix({"loss": f"{row['loss']:.2e}", "S": row["S"]} | psnr)
 
 
-class Search(tqdm):
+class ReadingBar(tqdm):
     """A counter of the iterations that the search for signals takes, shown where it takes longer than a second."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -63,6 +63,8 @@ def introduction(
             deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.seconds:.1f} s"
+    if known.is_aborted:
+        found += ", until --max_seconds stopped the reading: on another machine it may read more, or less"
     found += _how_trained(update, known)
     selection = "" if known.is_followed else f" | {settings.sel_mode}"
     return (

@@ -13,7 +13,7 @@ from judge.verdict import NAMES
 from update.storage import replace_atomically
 
 PAGE = "index.html"
-PATIENCE = 10.0  # seconds to wait for another run that is writing the page
+LOCK_SECONDS = 10.0  # seconds to wait for another run that is writing the page
 PICTURES = 8  # of a run, at most
 MARK = f'<meta name="generator" content="{GENERATOR}">'
 
@@ -25,7 +25,7 @@ def write_gallery(folder: Path) -> None:
     so the last run lists them all. A page that cannot be written costs a run nothing.
     """
     page = folder / PAGE
-    with suppress(OSError, Timeout), FileLock(folder / ".locks" / PAGE, timeout=PATIENCE):
+    with suppress(OSError, Timeout), FileLock(folder / ".locks" / PAGE, timeout=LOCK_SECONDS):
         if not page.exists() or MARK in page.read_text(encoding="utf-8", errors="replace"):
             text = gallery_page(folder)
             replace_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -71,7 +71,7 @@ def _chain_of(model: nn.Module) -> list[Stage]:
     except Exception as error:  # the model's own code runs here, on stand-ins for tensors
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{type(model).__name__} cannot be traced: {reason}") from None
-    chain = _Walk(model, graph, tracer.node_name_to_scope).chain()
+    chain = _GraphReader(model, graph, tracer.node_name_to_scope).chain()
     if not chain or not isinstance(chain[-1].module, nn.Linear):
         raise ValueError(
             "the last stage is not linear" if not chain else f"the last stage, {chain[-1].name}, is not linear"
@@ -89,7 +89,7 @@ def _defaults(model: nn.Module) -> dict[str, object]:
     return {p.name: p.default for p in taken if p.default is not p.empty}
 
 
-class _Walk:
+class _GraphReader:
     """The way through a graph, from its output back to the images.
 
     Args:

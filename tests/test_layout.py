@@ -18,6 +18,7 @@ OURS = {
     "main_MAGIA_sel",
     "priors",
     "schedules",
+    "network",
     "update",
 }
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from attack.match.activations import GREY
 from network.head import Head, features_of
 from network.parameters import trainable
 from update.shared import SharedUpdate
 from update.training import train_locally
 
-GREY = 0.5
 TRIALS = 4000  # trainings on grey images, at most: a minute and a half on LeNet at four steps and B = 8
 STARTS = 8  # sets of labels that the search begins from, at most
 SHAKEN = 1 / 3  # share of the best labels drawn anew for another start; the order of all labels is drawn anew

@@ -54,7 +54,7 @@ SCARCE = 0.05
 # Lower bound on the prior's weight, over the activations' expected term at the true images: activations are matched no
 # better than they are known. With noise on an untrained LeNet 1 to 4 are alike and 10 costs 2 dB; on a trained ConvNet
 # 3 to 30 are alike.
-NOISE = 3.0
+NOISE_FLOOR = 3.0
 
 # An entry counts as active from so many times its expected error on.
 DEAD = 10.0
@@ -188,7 +188,7 @@ def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_A
         return float(activations.detach()) < DROWNED
 
     scale = prior_weight / MEASURED_AT
-    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE * loss.uncertainty**2, scale=scale)
+    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE_FLOOR * loss.uncertainty**2, scale=scale)
 
 
 def spectral_power_for(chain: Chain) -> float:

@@ -27,7 +27,7 @@ SOFTENINGS = ("auto", "off")
 # without signals?".
 HARDNESSES = (5.0, 15.0, 50.0, 150.0, 500.0)
 
-SILENT = 1e-6  # lower bound on the root mean square of a kink's inputs, so an upper bound on beta
+FAINTEST = 1e-6  # lower bound on the root mean square of a kink's inputs, so an upper bound on beta
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def _soften(chain: Chain, hardness: float, x: Tensor) -> tuple[list[Stage], Tens
             shortcut, right = _soften(module.shortcut, hardness, x)
             module, x = Residual(body, shortcut), left + right
         else:
-            beta = hardness / max(float(x.square().mean().sqrt()), SILENT)
+            beta = hardness / max(float(x.square().mean().sqrt()), FAINTEST)
             module = kind_of(module).softened(module, beta)
             x = module(x)
         soft.append(Stage(stage.name, module))

@@ -74,7 +74,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Probe:
     """A point of a line search: its distance along the direction, its loss, its slope there, and its gradient (n,)."""
 
     t: float
@@ -115,7 +115,7 @@ class LBFGS:
             x = torch.cat([v.detach().flatten() for v in self.variables])
             lr = min(group["lr"] * (min(1.0, 1 / norm) if first else 1.0), torch.finfo(x.dtype).max)
 
-            def along(t: float, x: Tensor = x, d: Tensor = d) -> Trial:
+            def along(t: float, x: Tensor = x, d: Tensor = d) -> Probe:
                 t = min(t, torch.finfo(x.dtype).max)  # a search that finds no end would exceed it
                 self._place(torch.add(x, d, alpha=t))
                 return self._evaluate(closure, t, d)
@@ -123,9 +123,9 @@ class LBFGS:
             before, is_last = now.g, iteration == group["max_iter"]
             if self.line_search == "none":
                 self._place(torch.add(x, d, alpha=lr))
-                now, more = (Trial(lr, now.f, slope, now.g), 0) if is_last else (along(lr), 1)
+                now, more = (Probe(lr, now.f, slope, now.g), 0) if is_last else (along(lr), 1)
             else:
-                now, more = strong_wolfe(along, Trial(0.0, now.f, slope, now.g), lr, reach, group["max_eval"] - calls)
+                now, more = strong_wolfe(along, Probe(0.0, now.f, slope, now.g), lr, reach, group["max_eval"] - calls)
                 self._place(torch.add(x, d, alpha=now.t))
             self._last, calls = (d * now.t, before), calls + more
             if calls >= group["max_eval"]:
@@ -142,12 +142,12 @@ class LBFGS:
                 return self._pairs.direction(g, s, y)
         return self._pairs.direction(g)
 
-    def _evaluate(self, closure: Callable[[], Tensor], t: float = 0.0, d: Tensor | None = None) -> Trial:
+    def _evaluate(self, closure: Callable[[], Tensor], t: float = 0.0, d: Tensor | None = None) -> Probe:
         with torch.enable_grad():
             loss = closure().detach()
         g = torch.cat([v.grad.flatten() for v in self.variables])
         f, slope = torch.stack([loss, loss.new_zeros(()) if d is None else g.dot(d)]).tolist()  # one wait for both
-        return Trial(t, f, slope, g)
+        return Probe(t, f, slope, g)
 
     @torch.no_grad()
     def _place(self, x: Tensor) -> None:
@@ -185,7 +185,7 @@ class LBFGS:
         self._pairs, self._last = pairs, tuple(t.to(like) for t in state["last"])
 
 
-def strong_wolfe(at: Callable[[float], Trial], start: Trial, t: float, reach: float, most: int) -> tuple[Trial, int]:
+def strong_wolfe(at: Callable[[float], Probe], start: Probe, t: float, reach: float, most: int) -> tuple[Probe, int]:
     """A point that lowers the loss and flattens its slope, or the lowest point found; and the number of calls of `at`.
 
     Args:
@@ -196,10 +196,10 @@ def strong_wolfe(at: Callable[[float], Trial], start: Trial, t: float, reach: fl
         most: trials beyond the first, at most.
     """
 
-    def is_too_high(trial: Trial) -> bool:
+    def is_too_high(trial: Probe) -> bool:
         return trial.f > start.f + DECREASE * trial.t * start.slope
 
-    def is_flat(trial: Trial) -> bool:
+    def is_flat(trial: Probe) -> bool:
         return abs(trial.slope) <= -CURVATURE * start.slope
 
     previous, trial, tried = start, at(t), 0
@@ -234,7 +234,7 @@ def strong_wolfe(at: Callable[[float], Trial], start: Trial, t: float, reach: fl
     return low, tried + 1
 
 
-def cubic_minimum(one: Trial, other: Trial, bounds: tuple[float, float]) -> float:
+def cubic_minimum(one: Probe, other: Probe, bounds: tuple[float, float]) -> float:
     """The minimum, within bounds, of the cubic with both points' losses and slopes; the bounds' middle without one."""
     a, b = (one, other) if one.t <= other.t else (other, one)
     least, most = bounds

@@ -20,7 +20,7 @@ from priors import opponent_basis, rotate_colours
 BOXES = ("sigmoid", "clamp", "none")
 
 # Least distance from black and white at which the sigmoid is inverted: half a grey level of an 8-bit image.
-MARGIN = 0.5 / 255
+HALF_LEVEL = 0.5 / 255
 
 
 def dct_matrix(n: int, *, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu") -> Tensor:
@@ -82,9 +82,9 @@ class PixelMap:
     def encode(self, x: Tensor) -> Tensor:
         """Free variables z (B, C, H, W) of images x: the inverse of `decode`.
 
-        Under the sigmoid box, x is first moved inside [MARGIN, 1 - MARGIN].
+        Under the sigmoid box, x is first moved inside [HALF_LEVEL, 1 - HALF_LEVEL].
         """
-        u = torch.logit(x, eps=MARGIN) if self.box == "sigmoid" else x
+        u = torch.logit(x, eps=HALF_LEVEL) if self.box == "sigmoid" else x
         if self._is_spectral:
             u = self._rows @ rotate_colours(u, self._axes) @ self._columns.T / self._gain
         return u.contiguous()

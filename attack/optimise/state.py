@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attack.optimise.budget import Budget, Optimiser
 
-CERTAIN = 100.0  # the logit of a known label, so far above the others that softmax is one-hot in float64 too
+CERTAIN_LOGIT = 100.0  # the logit of a known label, so far above the others that softmax is one-hot in float64 too
 MAX_SETBACKS = 3  # number of times that the attack returns to the best iterate after a non-finite loss
 
 
@@ -85,12 +85,12 @@ class AttackState:
 
     @property
     def label_logits(self) -> Tensor:
-        """Label logits (R, B, K); a known label has the logit CERTAIN."""
+        """Label logits (R, B, K); a known label has the logit CERTAIN_LOGIT."""
         logits = (self.label_gain * self.label_variables).unflatten(0, (self.copies, -1))
         if self.known_labels is None:
             return logits
         count, classes = len(self.known_labels), logits.shape[2]
-        certain = CERTAIN * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
+        certain = CERTAIN_LOGIT * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
         return torch.cat([certain.expand(self.copies, -1, -1), logits[:, count:]], dim=1)
 
     def enter(self, phase: int) -> None:

@@ -1,6 +1,6 @@
 """The equations of a single image at one layer: scale, column space, pairing; their solution, and its judgement.
 
-Each of them holds for one image alone, whatever else is in the batch, and fails for mixtures, see `unmix`.
+Each of them holds for one image alone, whatever else is in the batch, and fails for mixtures, see `peel`.
 """
 
 import math

@@ -8,7 +8,7 @@ is the derivative of |f(s)|^2 / 2 by -s: the secant rule finds it, each solution
 from the bias: a class that no image has leaves gamma'_k = c mean_i softmax_k, and random images have nearly that mean
 where the network is untrained; noise that the equations do not bear leaves this one.
 
-Single images. Direction alone tells an input, its label and its error (see `unmix`, 1 and 2, the pairing left out); the
+Single images. Direction alone tells an input, its label and its error (see `peel`, 1 and 2, the pairing left out); the
 pairing then says how much of delta patch^T / B is in the gradient, c where the client has scaled it.
 """
 
@@ -31,12 +31,12 @@ from network.tracing import stages
 from update.defences import Defences
 from update.shared import SharedUpdate
 
-WORK = 1e9  # of programmes by which single images are sought, see `attack.solve.programmes`: half a minute, about
+SINGLES_WORK = 1e9  # of programmes by which single images are sought, half a minute about (`attack.solve.programmes`)
 LEAST = 0.9  # factor that is believed: clients make an update shorter, not longer
 SECANTS = 12  # steps of the secant rule, at most; four to six are usual
 NUDGE = 1e-3  # of s, for the second point of the secant
 STRIDE = 0.1  # largest change of s in one step, relative
-EXACT = 1e-9  # relative change of s that ends it
+CONVERGED = 1e-9  # relative change of s that ends it
 ROUGH = 0.1  # share of [G', gamma'] that a solution may leave and still tell about how large s is
 
 
@@ -95,7 +95,7 @@ def _by_head(update: SharedUpdate, model: nn.Module, generator: torch.Generator)
         slope = float((at.f * target).sum()) / size
         step = NUDGE if before is None else -slope * (s - before[0]) / ((slope - before[1]) or 1.0)
         before = (s, slope)
-        if abs(step) < EXACT * s:
+        if abs(step) < CONVERGED * s:
             break
         s += max(-STRIDE * s, min(STRIDE * s, step))
     freedom = max(1, at.f.numel() - at.q.numel())
@@ -127,7 +127,7 @@ def _by_single_images(update: SharedUpdate, model: nn.Module, generator: torch.G
     except ValueError:
         return None
     like = chain[-1].module.weight.new_zeros(1)
-    budget = WorkBudget(WORK)
+    budget = WorkBudget(SINGLES_WORK)
     for layer in order(candidate_layers(chain, update.image_shape, update.gradients), update.batch_size, like):
         if layer.bias_gradient is None or f"{layer.name}.weight" not in update.gradients:
             continue

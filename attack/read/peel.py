@@ -105,7 +105,7 @@ def unmix(
         useful = list(itertools.takewhile(lambda each: _linkable(each.span, span), above))
         layers += [ImageEquations(each.span, each.layer, each.tail) for each in useful]
         slopes = [each.slope for each in useful]
-    search = _Search(layers, is_sparse, generator, budget, slopes=slopes)
+    search = _Peeling(layers, is_sparse, generator, budget, slopes=slopes)
     with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
         search.run()
     found = unlike(search.found.surest_first(), nobody(span))  # the surest of several, if they are one
@@ -126,7 +126,7 @@ def first_images(
     None is taken out of the gradient before the next is sought, which would need the scale. Arguments as in `unmix`.
     """
     whole = ImageEquations(span, layer, tail, paired=False)
-    search = _Search([whole], is_sparse, generator, budget, [span])
+    search = _Peeling([whole], is_sparse, generator, budget, [span])
     for attempt in range(FRUITLESS):
         found = search.round(attempt)
         if len(found) or budget.is_spent:
@@ -135,7 +135,7 @@ def first_images(
 
 
 @dataclass
-class _Search:
+class _Peeling:
     """One search.
 
     `rests` is what the images found so far leave of the spans, of this layer and of the layers above, and `slopes` are

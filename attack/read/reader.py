@@ -37,7 +37,7 @@ from network.stage import Chain, Residual, Stage, run
 from network.tracing import stages
 from update.shared import SharedUpdate
 
-WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
+READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
 SHARE = 0.5  # of the work left that one layer may take while others wait
 OUT_OF_TIME = "the clock (--max_seconds) has stopped the reading"
 COLUMNS = (
@@ -45,6 +45,10 @@ COLUMNS = (
     "seconds", "note",
 )  # fmt: skip
 ROUNDED = 10.0  # units of rounding beyond which what the head's rows sum to is noise that was added
+
+
+class ReadingAbortedError(ValueError):
+    """The clock has ended a reading before any image was told apart; the message says which layers were asked."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,11 @@ def read_layers(
 
     Raises:
         ValueError: nothing can be read; the message says which layers were tried and why each was no use.
+        ReadingAbortedError: nothing was read before the clock ran out.
     """
     if update.is_rescaled:  # its images' errors have other lengths than the equations give them
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
-    budget = WorkBudget(WORK, deadline=time.perf_counter() + max_seconds, tick=tick)
+    budget = WorkBudget(READING_WORK, deadline=time.perf_counter() + max_seconds, tick=tick)
     return _Reader(update, model, generator, budget).read()
 
 
@@ -129,7 +134,8 @@ class _Reader:
             if self.is_aborted or (best is not None and best.complete):
                 break
         if best is None:
-            raise ValueError(f"no image can be told apart: {self._why_not()}")
+            kind = ReadingAbortedError if self.is_aborted else ValueError
+            raise kind(f"no image can be told apart: {self._why_not()}")
         return self._followed(best.surest_first(), at.index)
 
     # ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from attack.solve.cgls import Operator, Solution, cgls
 INNER, LAST = 60, 400  # iterations of CGLS in a step: while masks change anyway, and once the residual has settled
 STEPS = 60  # at most
 HALVINGS = 6  # of a step
-SLOW, PATIENCE = 0.8, 2  # a residual that so many steps in a row have not brought below this share of it has settled
+UNSETTLED, LOOK_BACK = 0.8, 2  # a residual has settled that so many steps in a row leave above this share of it
 
 
 class Tangent:
@@ -132,7 +132,7 @@ def gauss_newton(
     lengths, spent, stopped = [float(residual.norm())], 0, "iterations"
     inner, since = INNER, 0  # iterations of a step, and the steps that were made with fewer
     for taken in range(STEPS):
-        if taken - since >= PATIENCE and lengths[-1] > SLOW * lengths[-1 - PATIENCE]:
+        if taken - since >= LOOK_BACK and lengths[-1] > UNSETTLED * lengths[-1 - LOOK_BACK]:
             if inner == LAST or lengths[-1] > enough * equations.size:
                 stopped = "settled"
                 break

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import main_MAGIA_sel as magia
 from attack import ahead
-from attack.prepare import FOLLOWED, NOISE, Known, all_labels, start_images
+from attack.prepare import FOLLOWED, START_NOISE, Known, all_labels, start_images
 from attack.read.reader import read_layers
 from attack.read.signals import Signals
 from cli.victim import victim
@@ -58,7 +58,7 @@ def test_starts():
     grey = start_images("grey", shape, 3, generator())
     assert grey.shape == (6, 3, 4, 4)
     assert 0.01 < float((grey - 0.5).abs().mean()) < 0.03
-    faint = start_images("grey", shape, 3, generator(), noise=NOISE / 100)
+    faint = start_images("grey", shape, 3, generator(), noise=START_NOISE / 100)
     assert torch.allclose(100 * (faint - 0.5), grey - 0.5, atol=1e-5)
     normal = start_images("normal", shape, 1, generator())
     assert (normal == 0).float().mean() > 0.3
@@ -83,6 +83,6 @@ def test_activations_take_the_gradients_place_where_all_are_known_well(error, ba
     inputs = torch.zeros(2, 4)
     known = Known(batch_size, signals, inputs, signals.labels, 1, inputs, inputs if pixels else None)
     assert known.is_followed == followed
-    assert (known.noise < NOISE / 100) == followed
+    assert (known.noise < START_NOISE / 100) == followed
     assert not dataclasses.replace(known, says_enough=False, pixels=None).is_followed
     assert known.errors.tolist() == signals.uncertainty.tolist()

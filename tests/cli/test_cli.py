@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, ROOT, SMALL, config_of, metrics_of, pictures_of, resolved, trace_of, without_times
+from conftest import CPU, ROOT, SIGNALS, SMALL, config_of, metrics_of, pictures_of, resolved, trace_of, without_times
 from PIL import Image
 from processes import Child, forked, program
 
@@ -503,3 +503,12 @@ def test_an_error_in_the_real_process_has_no_traceback():
 def test_config_is_strict_json(cli):
     text = (cli() / "config.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in config.json"))
+
+
+def test_a_reading_that_the_clock_stops_is_said_to_be_stopped(cli):
+    run = cli("--max_seconds", 1e-6, *SIGNALS, name="short", expect=1)
+    assert "until --max_seconds stopped the reading" in cli.out
+    assert metrics_of(run)["signals_aborted"] is True
+    whole = cli("--max_seconds", 600, *SIGNALS, name="long")
+    assert "stopped the reading" not in cli.out
+    assert "signals_aborted" not in metrics_of(whole)

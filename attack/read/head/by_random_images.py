@@ -46,9 +46,9 @@ from update.shared import SharedUpdate
 SPREAD = 0.7  # starts lie this far from the mean feature, in units of the distance of random images
 ITERATIONS = 150  # Levenberg-Marquardt iterations of an attempt, at most
 ATTEMPTS = 8  # times that those who did not pass start anew, at most
-WORK = 3e13  # and no more than this many multiplications in all, about: some minutes
+SOLVER_WORK = 3e13  # and no more than this many multiplications in all, about: some minutes
 TRIAL = 6  # iterations that each plausible set of labels is tried for, where there are several
-FITTING = 2e-5  # a residual below this share of sigma_1 settles the choice of labels: wrong ones leave 1e-3
+SETTLED_LABELS = 2e-5  # a residual below this share of sigma_1 settles the choice of labels: wrong ones leave 1e-3
 UNEVEN = 2.0  # the noise varies by row: its estimate is doubled
 RESIDUAL = 5e-5  # largest |P e| of an image believed on its own: rounding leaves 1e-7, a stranger 1e-2
 CERTIFICATE = 1e-3  # largest |c B - 1| of an image believed on its own
@@ -85,7 +85,7 @@ def recover_signals(
         return head.nobody()
     q, labels = choose_labels(head, LabelCounts.of(head, sample), fresh(), budget)
     best, least = None, math.inf
-    attempts = min(ATTEMPTS, max(1, round(WORK / (ITERATIONS * q.numel() ** 3))))
+    attempts = min(ATTEMPTS, max(1, round(SOLVER_WORK / (ITERATIONS * q.numel() ** 3))))
     for _ in range(attempts):
         try:
             q = solve(head.equations(labels), q, ITERATIONS, budget)
@@ -125,7 +125,7 @@ def choose_labels(head: HeadGradient, counts: LabelCounts, q: Tensor, budget: Wo
         cost = equations.at(tried).cost
         if cost < least:
             best, least = (tried, labels), cost
-        if cost < (FITTING * head.span.sigma[0]) ** 2:
+        if cost < (SETTLED_LABELS * head.span.sigma[0]) ** 2:
             break
     return best
 

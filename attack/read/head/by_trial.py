@@ -1,7 +1,7 @@
 """All images of a smooth head at once, where its classes are too few to tell one image from the mixtures alone.
 
-`unmix.py` needs more outputs than images by far. A head of K = 10 classes behind a sigmoid leaves eight images only
-together: their labels, and the B x B mixing that solves the softmax's equations, are searched for here.
+`attack.read.peel` needs more outputs than images by far. A head of K = 10 classes behind a sigmoid leaves eight images
+only together: their labels, and the B x B mixing that solves the softmax's equations, are searched for here.
 
 Labels come from signs, counts from trial. Where features are non-negative, row k of G = (1/B) sum_i e_i h_i^T can be
 negative somewhere only if an image of class k is in the batch: no other softmax error is negative. In a trained network
@@ -28,7 +28,7 @@ from attack.read.span import Span
 from attack.solve.budget import WorkBudget
 
 ITERATIONS = 60  # of a trial, at most; those that converge take 10 to 30
-STARTS = 6  # per set of labels and sweep: one in four converges if the labels are right
+STARTS_PER_SET = 6  # per set of labels and sweep: one in four converges if the labels are right
 SWEEPS = 4  # over all sets of labels
 ENUMERABLE = 4000  # more sets than these are not listed but proposed from gamma
 SETS = 400  # tried, at most
@@ -74,7 +74,7 @@ def unmix_head(
     systems = [HeadEquations(factors, span.rows, weight, bias, gamma, labels) for labels in sets]
     for _ in range(SWEEPS):
         for equations, labels in zip(systems, sets, strict=True):
-            for _ in range(STARTS):
+            for _ in range(STARTS_PER_SET):
                 start = starts(span, span.batch_size, generator) @ span.basis @ span.right.T
                 at = equations.at(solve(equations, start, ITERATIONS, budget))
                 found = _judged(span, equations, at, labels, weight, generator)

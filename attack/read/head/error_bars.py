@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attack.read.head.equations import HeadEquations, HeadPoint
 
-DRAWS = 64  # of noise: they give the errors' size to a few percent, their degrees of freedom to a fifth
+NOISES = 64  # of noise: they give the errors' size to a few percent, their degrees of freedom to a fifth
 EXPLAINED = 3.0  # a residual below this multiple of what noise leaves means that the gradient is explained
 NEARLY_SINGULAR = 1e-15  # of the mean diagonal: what cannot be told apart is uncertain, not a failure
 
@@ -57,7 +57,7 @@ def error_per_noise(
     if failed or gram_failed:
         return ErrorPerNoise(at.q.new_full((size,), torch.inf), at.q.new_ones(size), torch.inf)
     squares, costs = [], []
-    for _ in range(DRAWS):
+    for _ in range(NOISES):
         noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(at.q)
         column = torch.randn(len(weight), 1, generator=generator, dtype=torch.float64).to(at.q)  # of D gamma
         inside = noise @ right.T  # (K, r)
@@ -68,4 +68,4 @@ def error_per_noise(
         squares.append(moved.view(size, rank).square().sum(1) + missing.square().sum(1))
         costs.append(float(f.square().sum() + (pull * moved).sum()))
     variance, mean = torch.var_mean(torch.stack(squares), 0)
-    return ErrorPerNoise(mean.sqrt(), (2 * mean.square() / variance).clamp(1, weight.shape[1]), sum(costs) / DRAWS)
+    return ErrorPerNoise(mean.sqrt(), (2 * mean.square() / variance).clamp(1, weight.shape[1]), sum(costs) / NOISES)

@@ -3,7 +3,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from attack.optimise.lbfgs import LBFGS, Pairs, Trial, cubic_minimum, strong_wolfe
+from attack.optimise.lbfgs import LBFGS, Pairs, Probe, cubic_minimum, strong_wolfe
 
 F64 = torch.float64
 
@@ -146,7 +146,7 @@ def test_the_cubic_of_a_parabola_is_the_parabola(first, second, curvature):
     assume(abs(first - second) >= 0.1)
 
     def at(t):
-        return Trial(t, curvature * t * t / 2, curvature * t, torch.zeros(1))
+        return Probe(t, curvature * t * t / 2, curvature * t, torch.zeros(1))
 
     assert cubic_minimum(at(first), at(second), (-5.0, 5.0)) == pytest.approx(0, abs=1e-6)
     assert cubic_minimum(at(first), at(second), (1.0, 5.0)) == pytest.approx(1.0)
@@ -156,7 +156,7 @@ def test_the_cubic_of_a_parabola_is_the_parabola(first, second, curvature):
 def test_a_line_search_ends_where_loss_and_slope_have_fallen(scale, t):
     def at(t):
         u = t / scale
-        return Trial(t, u**4 / 4 - u**2 + 0.3 * u**3 - u, (u**3 - 2 * u + 0.9 * u**2 - 1) / scale, torch.zeros(1))
+        return Probe(t, u**4 / 4 - u**2 + 0.3 * u**3 - u, (u**3 - 2 * u + 0.9 * u**2 - 1) / scale, torch.zeros(1))
 
     start = at(0.0)
     found, calls = strong_wolfe(at, start, t, 1.0, 25)

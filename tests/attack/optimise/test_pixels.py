@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attack.optimise.pixels import BOXES, MARGIN, PixelMap, dct_matrix
+from attack.optimise.pixels import BOXES, HALF_LEVEL, PixelMap, dct_matrix
 
 
 def images(shape, seed=0):
@@ -21,7 +21,7 @@ def images(shape, seed=0):
 )
 def test_decode_undoes_encode(box, channels, side, power, gain, seed):
     pixels = PixelMap((channels, side, side), box, power, gain, dtype=torch.float64)
-    x = images((channels, side, side), seed).clamp(MARGIN, 1 - MARGIN)
+    x = images((channels, side, side), seed).clamp(HALF_LEVEL, 1 - HALF_LEVEL)
     assert torch.allclose(pixels.decode(pixels.encode(x)), x, atol=1e-9)
 
 

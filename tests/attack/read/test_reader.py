@@ -331,7 +331,7 @@ def test_networks_of_other_activations_are_read(network, activation, count, star
 def test_a_search_that_ends_for_want_of_work_says_so(monkeypatch):
     """A layer that was not searched to the end is no layer in which nothing can be told apart."""
     scene = Scene("mlp", 4, activation="relu", depth=3, width=80)
-    monkeypatch.setattr("attack.read.reader.WORK", 0.0)
+    monkeypatch.setattr("attack.read.reader.READING_WORK", 0.0)
     reading, reason = attempt(scene)
     assert reading is None
     assert "0 of 4 images told apart, then no work was left" in reason
