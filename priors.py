@@ -113,28 +113,6 @@ def add_transposed(images: Tensor, differences: Tensor, dim: int, times: float =
     images.narrow(dim, 0, differences.shape[dim]).sub_(differences, alpha=times)
 
 
-def total_variation(images: Tensor, power: float = 1.0) -> Tensor:
-    """Isotropic vectorial total variation: mean length of the (2C)-dimensional forward difference at each pixel.
-
-    Source: Rudin, Osher, Fatemi 1992; coupled over channels as in Bresson, Chan 2008; powers below 1 as in Krishnan,
-    Fergus 2009: the differences of natural images have heavier tails than power 1 implies.
-    """
-    return Roughness.apply(images, (1.0,), ((images.shape[1], 1.0),), power)
-
-
-def curvature(images: Tensor, power: float = 1.0) -> Tensor:
-    """Mean Frobenius length of the discrete Hessian at each pixel: zero on linear shading, where TV builds steps.
-
-    Source: Lysaker, Lundervold, Tai 2003 (second-order total variation).
-    """
-    return Roughness.apply(images, (0.0, 1.0), ((images.shape[1], 1.0),), power)
-
-
-def third_variation(images: Tensor, power: float = 1.0) -> Tensor:
-    """Mean length of the tensor of third differences at each pixel: zero where shading is quadratic."""
-    return Roughness.apply(images, (0.0, 0.0, 1.0), ((images.shape[1], 1.0),), power)
-
-
 def anisotropic_variation(images: Tensor) -> Tensor:
     """The published form: mean absolute forward difference along rows plus the same along columns.
 
@@ -154,9 +132,13 @@ class Prior:
 
     `opponent` is  R(luma) + chroma_weight * R(chroma)  with
 
-        R = total_variation + curvature_weight * curvature + third_weight * third_variation,
+        R = first + curvature_weight * second + third_weight * third,
 
-    each of lengths to the `power`, luma one channel and chroma the two others taken together. `rgb` is R on the
+    the mean lengths of the tensors of first, second and third differences, each to the `power`: total variation (Rudin,
+    Osher, Fatemi 1992; coupled over channels as in Bresson, Chan 2008), curvature, which is zero on linear shading,
+    where total variation builds steps (Lysaker, Lundervold, Tai 2003), and third differences, zero where shading is
+    quadratic. Powers below 1 suit natural images, whose differences have heavier tails than power 1 implies (Krishnan,
+    Fergus 2009). Luma is one channel, chroma the two others taken together. `rgb` is R on the
     channels as they are, `anisotropic` the published mean form, which has no further weights. Without weights all three
     are plain: chroma as heavy as luma, first differences only.
     """

@@ -6,15 +6,26 @@ import torch
 from priors import (
     SMOOTHING,
     Prior,
+    Roughness,
     anisotropic_variation,
-    curvature,
     opponent_basis,
     rotate_colours,
-    third_variation,
-    total_variation,
 )
 
 FLAT = math.sqrt(SMOOTHING)
+
+
+def of_order(order):
+    """The mean length of differences of one order, all channels together."""
+
+    def roughness(images, power=1.0):
+        weights = (0.0,) * (order - 1) + (1.0,)
+        return Roughness.apply(images, weights, ((images.shape[1], 1.0),), power)
+
+    return roughness
+
+
+total_variation, curvature, third_variation = map(of_order, (1, 2, 3))
 
 
 def step_image(height=4, width=6, jump=0.5, channels=1):
