@@ -150,6 +150,16 @@ def test_annealing_ends_at_its_share_and_never_below_what_noise_asks(evaluations
         assert weight == pytest.approx(max(least, 0.1 * final))
 
 
+@given(st.floats(0, 1e4), st.floats(1e-6, 1), st.floats(1e-6, 1))
+def test_the_priors_weight_falls_by_the_same_factor_in_the_same_number_of_evaluations(weight, final, share):
+    assert Annealing(weight, final, 1000).at(1000 * share) == pytest.approx(weight * final**share)
+
+
+@given(st.floats(0, 1e4), st.integers(0, 10**6))
+def test_a_prior_that_is_not_annealed_weighs_the_same_throughout(weight, evaluations):
+    assert Annealing(weight).at(evaluations) == weight
+
+
 def test_phases_are_equal_parts_of_the_horizon_and_the_last_one_stays():
     annealing = Annealing(0.1, horizon=100, phases=4)
     assert [annealing.phase(evaluations) for evaluations in (0, 24, 25, 50, 99, 100, 10**6)] == [0, 0, 1, 2, 3, 3, 3]
