@@ -84,6 +84,14 @@ def test_it_goes_on_beyond_what_can_have_been_rounded():
     assert float(Rounded((torch.zeros(3),), steps=1)((torch.ones(3),))) == 3  # a tensor of zeros was not rounded
 
 
+def test_where_rounding_becomes_impossible_its_likelihood_has_no_kink():
+    likelihood = Rounded((torch.tensor([1.0, 0.0]).double(),), steps=1)
+    edge = math.sqrt((UNLIKELY + CORNER) ** 2 - CORNER**2)
+    at = [torch.tensor([1.0, edge + shift], dtype=torch.float64, requires_grad=True) for shift in (-1e-6, 1e-6)]
+    below, above = (torch.autograd.grad(likelihood((p,)), p)[0][1] for p in at)
+    assert float(above) == pytest.approx(float(below), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("defence", "kind"),
     [

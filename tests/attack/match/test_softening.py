@@ -11,6 +11,8 @@ import main_MAGIA_sel as magia
 from attack.match.gradients import MatchingLoss
 from attack.match.softening import HARDNESSES, SoftenedMatching, kinked_chain, softened
 from cli.victim import victim
+from network.chain import modules
+from network.kinds import kind_of
 from network.kinds.pool import SoftMaximum
 from network.stage import run
 from network.tracing import stages
@@ -39,6 +41,24 @@ def test_softening_is_in_units_of_what_goes_into_the_kink():
         for beta in (10, 100, 1000)
     ]
     assert off[0] > 5 * off[1] > 25 * off[2] > 0
+
+
+@pytest.mark.parametrize("name", ["convnet", "resnet18"])
+def test_every_kink_is_as_hard_as_asked_also_inside_a_residual_block_and_behind_it(name):
+    net = build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    x = torch.rand(2, 3, 16, 16, generator=generator())
+    soft, hardnesses = softened(stages(net), 7.0, x), []
+
+    def measure(module, inputs):
+        hardnesses.append(module.beta * float(inputs[0].square().mean().sqrt()))
+
+    for module in modules(soft):
+        if hasattr(module, "beta"):
+            module.register_forward_pre_hook(measure)
+    with torch.no_grad():
+        run(soft, x)
+    assert len(hardnesses) == sum(kind_of(module).has_kink for module in modules(stages(net)))
+    assert hardnesses == pytest.approx([7.0] * len(hardnesses), rel=1e-4)
 
 
 def objective_of(*words):

@@ -119,8 +119,8 @@ def valley(max_evals):
 
 
 def test_no_step_begins_that_the_budget_could_not_pay():
-    """A step's bound is 5 evaluations, its line search may take one more, and what is cut short is undone."""
-    runs = {max_evals: valley(max_evals) for max_evals in range(8, 40)}
+    """A step's bound is 5 evaluations, the first one's less where that is all there is; what is cut short is undone."""
+    runs = {max_evals: valley(max_evals) for max_evals in range(2, 40)}
     assert all(sum(taken for taken, _ in steps) <= max_evals for max_evals, steps in runs.items())
     assert all(has_moved for steps in runs.values() for _, has_moved in steps)
     assert max(taken for taken, _ in runs[39]) == 6
@@ -148,6 +148,16 @@ def test_annealing_ends_at_its_share_and_never_below_what_noise_asks(evaluations
     assert weight <= max(least, 0.1) * (1 + 1e-9)
     if evaluations >= 2500:
         assert weight == pytest.approx(max(least, 0.1 * final))
+
+
+@given(st.floats(0, 1e4), st.floats(1e-6, 1), st.floats(1e-6, 1))
+def test_the_priors_weight_falls_by_the_same_factor_in_the_same_number_of_evaluations(weight, final, share):
+    assert Annealing(weight, final, 1000).at(1000 * share) == pytest.approx(weight * final**share)
+
+
+@given(st.floats(0, 1e4), st.integers(0, 10**6))
+def test_a_prior_that_is_not_annealed_weighs_the_same_throughout(weight, evaluations):
+    assert Annealing(weight).at(evaluations) == weight
 
 
 def test_phases_are_equal_parts_of_the_horizon_and_the_last_one_stays():

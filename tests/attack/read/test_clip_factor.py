@@ -66,6 +66,15 @@ def test_factors_of_each_image_or_client_leave_the_length_but_no_signals(cli, de
     assert "is not known exactly" in cli.error("--defence", defence, "--signals", "on")
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_without_the_head_single_images_tell_the_scale(batch_size):
+    update, model, factor = clipped(*MLP, "--batch_size", batch_size)
+    headless = {name: g for name, g in update.gradients.items() if name.startswith("hidden")}
+    restored, found = unscaled(dataclasses.replace(update, gradients=headless), model, generator=generator())
+    assert found == pytest.approx(factor, rel=1e-5)
+    assert restored.defence == "none"
+
+
 def test_what_tells_no_scale_is_refused():
     update, _, _ = clipped(*LENET)
     headless = dataclasses.replace(update, gradients={"conv1.weight": update.gradients["conv1.weight"]})

@@ -8,6 +8,9 @@ from test_head import case, generator, match
 
 from attack.read.error_bars import WITHIN, confidence
 from attack.read.head.by_random_images import recover_signals
+from attack.read.head.equations import solve
+from attack.read.head.error_bars import error_per_noise
+from attack.read.head.gradient import HeadGradient
 from attack.solve.budget import unlimited
 
 
@@ -63,6 +66,22 @@ def test_of_signals_called_ninety_percent_sure_ninety_percent_are_within_one_per
         assert some.sum() > 40
         sampling = (called[some] * (1 - called[some])).mean().sqrt() / some.sum().sqrt()
         assert within[some].mean() == pytest.approx(called[some].mean().item(), abs=0.03 + 3 * sampling)
+
+
+def test_noise_leaves_the_residual_that_is_expected_of_it():
+    update, model, labels, features = case([3, 11, 0, 19, 5])
+    ratio = []
+    for draw in range(8):
+        noisy = {n: g + 1e-4 * torch.randn(g.shape, generator=generator(draw)) for n, g in update.gradients.items()}
+        head = HeadGradient.of(dataclasses.replace(update, gradients=noisy), model)
+        equations = head.equations(labels)
+        at = equations.at(solve(equations, features @ head.span.right.T, 50, unlimited()))
+        bars = error_per_noise(equations, at, head.weight, head.span.right, generator())
+        ratio.append(at.cost / (bars.cost * head.noise**2))
+        assert torch.equal(bars.expected(head.noise, at.cost), bars.length * head.noise)
+        shown = bars.expected(head.noise / 10, at.cost)  # a residual that is more than noise is what counts
+        assert torch.allclose(shown, bars.length * head.noise * ratio[-1] ** 0.5)
+    assert sum(ratio) / len(ratio) == pytest.approx(1, abs=0.3)
 
 
 def test_images_that_share_a_label_err_along_few_directions():

@@ -1,17 +1,19 @@
 import dataclasses
+import itertools
 import math
 
 import pytest
 import torch
 from conftest import SIGNALS, metrics_of, resolved
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attack.read.head.by_random_images import choose_labels, recover_signals
 from attack.read.head.equations import HeadEquations, HeadSpan, solve
 from attack.read.head.gradient import HeadGradient
 from attack.read.head.noise import additive_noise, noise_floor, row_weights
-from attack.read.label_counts import LabelCounts
+from attack.read.label_counts import PLAUSIBLE, RIVALS, LabelCounts
+from attack.read.random_images import SAMPLE, random_features
 from attack.solve.budget import OutOfTimeError, WorkBudget, unlimited
 from attack.solve.rounding import precision_of
 from client.victim import share_update
@@ -24,11 +26,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def case(labels, name="lenet", num_classes=20, dtype=torch.float32):
+def case(labels, name="lenet", num_classes=20, dtype=torch.float32, first=0):
     """An update of real images with the given labels, its model, and what the signals should be."""
-    source = open_source("sample", None)
+    source, indices = open_source("sample", None), range(first, first + len(labels))
     images = load_batch(
-        source, range(len(labels)), labels="dataset", num_classes=10, generator=generator(), image_size=16
+        source, indices, labels="dataset", num_classes=10, generator=generator(), image_size=16
     ).images.to(dtype)
     model = build_model(name, image_shape=(3, 16, 16), num_classes=num_classes, generator=generator(1)).to(dtype)
     labels = torch.tensor(labels)
@@ -176,6 +178,42 @@ def test_label_counts_are_whole_and_sum_to_the_batch(expected, batch_size):
             before, after = ((n - counts.expected).square().sum() for n in (likeliest, other))
             assert price == pytest.approx(float(after - before), abs=1e-9)
             assert price >= -1e-9
+
+
+def sets_of_labels(classes, batch_size):
+    """All counts (K,) of so many labels."""
+    for bars in itertools.combinations(range(batch_size + classes - 1), classes - 1):
+        edges = (-1, *bars, batch_size + classes - 1)
+        yield [after - before - 1 for before, after in itertools.pairwise(edges)]
+
+
+PRECISIONS = [0.113, 0.317, 0.917, 3.17]  # at none of them is a set of labels just as far off as is plausible
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(0.01, 1), min_size=2, max_size=6), st.integers(1, 6), st.sampled_from(PRECISIONS))
+def test_plausible_are_the_counts_nearest_to_what_is_expected_of_all_there_are(shares, batch_size, precision):
+    expected = torch.tensor(shares).double() * batch_size / sum(shares)
+    counts = LabelCounts(expected, precision * torch.eye(len(shares)).double(), batch_size)
+
+    def distance(tried):
+        return float(precision * (torch.as_tensor(tried).double() - expected).square().sum())
+
+    every = sorted(distance(tried) for tried in sets_of_labels(len(shares), batch_size))
+    near = [each for each in every[:RIVALS] if each < every[0] + PLAUSIBLE]
+    assert [distance(tried) for tried in counts.plausible()] == pytest.approx(near, abs=1e-9)
+
+
+def test_the_right_counts_of_real_images_are_plausible():
+    far = []
+    for seed in range(6):
+        labels = torch.randint(20, (16,), generator=generator(seed)).tolist()
+        update, model, truth, _ = case(labels, first=16 * seed)
+        sample = random_features(model, update.image_shape, SAMPLE, generator(seed)).double()
+        counts = LabelCounts.of(HeadGradient.of(update, model), sample)
+        off = torch.bincount(truth, minlength=20) - counts.expected
+        far.append(float(off @ counts.precision @ off))
+    assert max(far) < PLAUSIBLE
 
 
 def test_labels_that_the_bias_leaves_open_are_settled_by_the_fit():
