@@ -100,7 +100,6 @@ def descend(
     *,
     generator: torch.Generator,
     budget: WorkBudget,
-    uncertainty: Tensor | None = None,
 ) -> Descent:
     """Walk down from the inputs (B, ...) of stage `start`, with labels (B,), as far as the equations determine.
 
@@ -113,11 +112,10 @@ def descend(
         labels: class indices.
         generator: what recovery tests are drawn from, on the CPU.
         budget: whose clock is asked; when it has run out the walk ends, and its last record says so.
-        uncertainty: (B,) relative error of each image's inputs; None: rounding's.
     """
     walk = _Walk(gradients, generator, budget)
     shapes = input_shapes(chain, image_shape)
-    outputs = _first_outputs(chain, start, inputs, labels, uncertainty)
+    outputs = _first_outputs(chain, start, inputs, labels)
     known, walk.noises[chain[start].name] = {start: inputs}, outputs.noise
     for index in reversed(range(start)):
         stage, began = chain[index], time.perf_counter()
@@ -146,18 +144,14 @@ def _is_solved_for(stage: Stage) -> bool:
     return isinstance(stage.module, Residual) or kind_of(stage.module).is_affine
 
 
-def _first_outputs(
-    chain: Chain, start: int, inputs: Tensor, labels: Tensor, uncertainty: Tensor | None
-) -> KnownOutputs:
+def _first_outputs(chain: Chain, start: int, inputs: Tensor, labels: Tensor) -> KnownOutputs:
     """What is known of the outputs below `start`, by one backward pass of the stages above."""
     leaf = inputs.detach().clone().requires_grad_()
     with torch.enable_grad():
         loss = nn.functional.cross_entropy(run(chain[start:], leaf), labels, reduction="sum")
         (delta,) = torch.autograd.grad(loss, leaf)
-    is_rectified = is_after_relu(chain[:start])  # there, entries below zero measure the noise better
-    size = beside(size_of(inputs), inputs)
-    spread = torch.zeros_like(size) if is_rectified or uncertainty is None else uncertainty.view(size.shape) * size
-    return KnownOutputs.of(inputs, delta, noise_of(inputs, spread, is_after_relu=is_rectified))
+    nothing = torch.zeros_like(beside(size_of(inputs), inputs))  # beyond rounding, and what shows below zero
+    return KnownOutputs.of(inputs, delta, noise_of(inputs, nothing, is_after_relu=is_after_relu(chain[:start])))
 
 
 @dataclass(frozen=True)
