@@ -13,7 +13,7 @@ from conftest import SIGNALS, SMALL, config_of, metrics_of, without_times
 
 import main_MAGIA_sel as magia
 from judge.gallery import PAGE, write_gallery
-from judge.report import SCHEMA, audit_facts, embedded, read_facts, report_page
+from judge.report import SCHEMA, audit_facts, brief, embedded, read_facts, report_page
 
 LARGE = """from torch import nn
 def net():
@@ -49,6 +49,11 @@ class Page(HTMLParser):
 
     def links(self):
         return [value for _, attributes in self.tags for name, value in attributes.items() if name in LINKS]
+
+
+def test_errors_are_short():
+    errors = [None, 2.34e-12, 2.34e-4, 9.9e-4, 1e-3, 0.0234, 0.5, 1.0]
+    assert list(map(brief, errors)) == ["", "2e-12", "2e-4", "1e-3", "0.001", "0.023", "0.5", "1"]
 
 
 def page_of(run):

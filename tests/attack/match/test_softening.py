@@ -20,7 +20,10 @@ from network.zoo import build_model
 from update.gradients import averaged_gradient
 
 
-@pytest.mark.parametrize("settings", [(2, 2, 0, False), (2, 2, 0, True), (3, 2, 1, False), (3, 1, 1, False)])
+@pytest.mark.parametrize(
+    "settings",
+    [(2, 2, 0, False), (2, 2, 0, True), (3, 2, 1, False), (3, 1, 1, False), (4, 3, 1, True)],
+)
 def test_the_soft_maximum_hardens_into_the_pool(settings):
     kernel, stride, padding, ceil = settings
     pool = nn.MaxPool2d(kernel, stride, padding, ceil_mode=ceil)

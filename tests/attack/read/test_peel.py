@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from attack.read.candidates import ImageEquations
+from attack.read.candidates import ImageEquations, along_ones
 from attack.read.head.by_trial import label_sets, unmix_head
-from attack.read.peel import Above, unlike, unmix, without
+from attack.read.peel import Above, starts, unlike, unmix, without
 from attack.read.rays import extreme_rays, linked_programme, pinned, single_programme
 from attack.read.signals import Signals
 from attack.read.span import span_of
@@ -193,6 +193,17 @@ def test_saturated_units_do_not_hide_the_images():
     """Where a sigmoid is at 1 - 1e-6, float32 leaves one digit of its slope: such rows are not exact, however small."""
     case = mlp([96, 96], torch.sigmoid, 5, scale=6.0)
     assert_all_found(case, case.unmix(0, "sigmoid"), 0, error=1e-3)
+
+
+def test_starts_have_the_scale_of_an_image_and_lie_evenly_around_the_shortest_of_them():
+    span = mlp([96, 96], nn.functional.gelu, 12).stage(0).span
+    along = along_ones(span)[:, 0]
+    shortest = along / along.square().sum()
+    drawn = starts(span, 200, generator())
+    assert torch.allclose(drawn @ along, torch.ones(200).double())
+    away = (drawn - shortest) / shortest.norm()
+    assert away.norm(dim=1)[:50].mean() < 0.4 < 0.6 < away.norm(dim=1)[-50:].mean() < 1
+    assert away.mean(0).norm() < 0.1
 
 
 def test_one_image_needs_no_search():

@@ -162,6 +162,15 @@ def test_the_rank_follows_the_noise():
     assert outside(span_of(loud, geometry, 4), inputs)[:3].max() < 5e-2
 
 
+@pytest.mark.parametrize(("times", "rank"), [(0.5, 1), (2.5, 2)])
+def test_what_counts_is_above_the_largest_singular_value_of_the_noise(times, rank):
+    edge = 1e-4 * (100**0.5 + 200**0.5)
+    left, right = torch.linalg.qr(randn(100, 2))[0], torch.linalg.qr(randn(200, 2, seed=1))[0]
+    gradient = left @ torch.diag(torch.tensor([1.0, times * edge], dtype=F64)) @ right.T
+    noisy = gradient + 1e-4 * randn(100, 200, seed=2)
+    assert span_of(noisy, Geometry.of(nn.Linear(200, 100), (200,)), 2).rank == rank
+
+
 def test_the_measured_noise_is_the_noise():
     geometry = Geometry.of(nn.Linear(200, 100), (200,))
     _, gradient, _ = case(geometry, 4, dtype=F64)
