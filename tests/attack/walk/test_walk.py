@@ -175,6 +175,15 @@ def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it
     assert not flip_gain(mended, truth).any()
 
 
+def test_channels_that_are_left_out_weigh_nothing_unless_they_are_most():
+    source = with_a_wrong_mask(24, 1.0)[0]
+    whole, (few, most) = source.rows()[0].weight, (torch.arange(24) < count for count in (5, 20))
+    rows = source.without_outliers(few).rows()[0]
+    assert torch.equal(rows.weight, torch.where(few.view(-1, 1, 1, 1), 0.0, whole))
+    assert rows.count == whole.expand_as(rows.target)[5:].numel()
+    assert torch.equal(source.without_outliers(most).rows()[0].weight, whole)
+
+
 def test_a_faint_images_wrong_mask_is_mended_though_noise_might_have_left_as_much():
     source, truth, wrong, right = with_a_wrong_mask(48, 1e-5)
     solver = LayerSolver(unlimited(), too_weak=torch.zeros(2).bool(), needs_all=False)
