@@ -92,6 +92,8 @@ UPDATE_KIND = "gradient"  # content of an update from outside: gradient, differe
 LOCAL_LR = None  # the client's learning rate; needed for several steps, and where the update is of weights
 LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; the weights' difference is divided by rate and steps
 LOCAL_BATCHES = 1  # equal minibatches of the batch that these steps go through in turn, M
+LOSS = "cross_entropy"  # the client's loss: cross_entropy, bce (each class by itself; one logit: two classes), mse
+LABEL_SMOOTHING = 0.0  # eps of the cross-entropy's targets, (1 - eps) onehot + eps / K
 BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds
@@ -306,7 +308,8 @@ def build_objective(
     if known.is_followed:
         chain, place = stages(model), place_of(model)
         what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
-        loss = ForwardLoss(chain, update.image_shape, *what, known.uncertainty, observed=observed(update, model))
+        how = {"observed": observed(update, model), "client_loss": update.training.loss}
+        loss = ForwardLoss(chain, update.image_shape, *what, known.uncertainty, **how)
         course = Course(()) if known.is_exact else course_for(chain[: known.start], loss, settings.tv_weight)
         penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
         return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)

@@ -25,6 +25,7 @@ from network.zoo import ACTIVATIONS, MODELS
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
 from update.defences import Defences
+from update.loss import LOSSES
 from update.received import KINDS
 from update.training import BATCHNORMS
 
@@ -155,6 +156,8 @@ TYPES: dict[str, Callable[[str], object]] = {
     "local_lr": _positive,
     "local_steps": number(int, 1, 10_000),
     "local_batches": _size,
+    "loss": one_of(LOSSES),
+    "label_smoothing": number(float, 0, 0.99),
     "bn": one_of(BATCHNORMS),
     "sel_mode": one_of(MODES),
     "sel_k": _size,

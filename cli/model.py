@@ -6,6 +6,7 @@ from torch import nn
 
 from cli.runtime import stream
 from network.zoo import ALL_OPTIONS, build_model
+from update.loss import Loss
 from update.training import LocalTraining
 from update.weights import load_checkpoint
 
@@ -28,7 +29,8 @@ def server_model(
 
 def local_training(settings: argparse.Namespace) -> LocalTraining:
     """How the client trains: one step of FedSGD, unless the flags say otherwise."""
-    return LocalTraining(settings.local_steps, settings.local_batches, settings.local_lr, settings.bn)
+    loss = Loss(settings.loss, settings.label_smoothing)
+    return LocalTraining(settings.local_steps, settings.local_batches, settings.local_lr, settings.bn, loss)
 
 
 def parse_names(text: str | None) -> list[str]:

@@ -128,6 +128,7 @@ def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, ob
         facts["image_size"] = width
     training = update.training
     facts |= {"local_steps": training.steps, "local_batches": training.batches, "local_lr": training.rate}
+    facts |= {"loss": training.loss.name, "label_smoothing": training.loss.smoothing}
     return facts | {"bn": training.batchnorm, "channels": channels} | update.options
 
 

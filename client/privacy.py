@@ -13,17 +13,24 @@ from torch.func import functional_call, grad, vmap
 from client.defences import noise_like
 from network.chain import mixes_images
 from network.parameters import trainable
-from update.gradients import batch_loss
+from update.loss import CROSS_ENTROPY, Loss
 
 TOGETHER = 8  # examples whose gradients are held at a time
 
 
 def private_gradient(
-    model: nn.Module, images: Tensor, labels: Tensor, clip: float, sigma: float, generator: torch.Generator | None
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    clip: float,
+    sigma: float,
+    generator: torch.Generator | None,
+    *,
+    loss: Loss = CROSS_ENTROPY,
 ) -> tuple[Tensor, ...]:
     """(1/B) [sum_i g_i min(1, clip / |g_i|) + sigma clip N(0, 1)], one tensor per trainable parameter, in their order.
 
-    g_i is the gradient of example i's cross-entropy, |g_i| its L2 norm over all trainable parameters.
+    g_i is the gradient of example i's loss, |g_i| its L2 norm over all trainable parameters.
 
     Args:
         model: in eval mode: batch statistics mix the examples, which then have no gradients of their own.
@@ -32,6 +39,7 @@ def private_gradient(
         clip: the norm that an example's gradient has at most.
         sigma: the noise multiplier: the standard deviation of the sum's noise in units of `clip`.
         generator: the source of the noise, on the CPU.
+        loss: of each example.
 
     Raises:
         ValueError: a BatchNorm layer in training mode.
@@ -43,7 +51,7 @@ def private_gradient(
     weights = {name: weight.detach() for name, weight in trainable(model).items()}
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for some, own in zip(images.split(TOGETHER), labels.split(TOGETHER), strict=True):
-        gradients = example_gradients(model, weights, some, own)  # each (b, ...)
+        gradients = example_gradients(model, weights, some, own, loss)  # each (b, ...)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)  # (b,)
         share = (clip / norms).clamp(max=1)  # an example without gradient has an infinite ratio, and keeps its zeros
         for name, gradient in gradients.items():
@@ -53,17 +61,17 @@ def private_gradient(
 
 
 def example_gradients(
-    model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor
+    model: nn.Module, weights: dict[str, Tensor], images: Tensor, labels: Tensor, loss: Loss = CROSS_ENTROPY
 ) -> dict[str, Tensor]:
-    """The gradient of each example's cross-entropy, (B, ...) for each of the weights, by name."""
+    """The gradient of each example's loss, (B, ...) for each of the weights, by name."""
 
-    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return batch_loss(functional_call(model, weights, (image[None],)), label[None]).sum()
+    def of_one(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return loss.each(functional_call(model, weights, (image[None],)), label[None]).sum()
 
     try:
-        return vmap(grad(loss), in_dims=(None, 0, 0))(weights, images, labels)
+        return vmap(grad(of_one), in_dims=(None, 0, 0))(weights, images, labels)
     except RuntimeError:  # vmap cannot run every model from outside: one example after the other
-        own = [grad(loss)(weights, image, label) for image, label in zip(images, labels, strict=True)]
+        own = [grad(of_one)(weights, image, label) for image, label in zip(images, labels, strict=True)]
         return {name: torch.stack([gradients[name] for gradients in own]) for name in weights}
 
 

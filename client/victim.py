@@ -53,7 +53,7 @@ def share_update(
     def one_client(images: Tensor, labels: Tensor) -> SharedUpdate:
         statistics: dict[str, Tensor] = {}
         if defences.private:
-            gradients = private_gradient(model, images, labels, *defences.private, generator)
+            gradients = private_gradient(model, images, labels, *defences.private, generator, loss=training.loss)
         else:
             gradients, statistics = trained_update(model, images, labels, training)
         update = SharedUpdate(

@@ -5,35 +5,26 @@ from torch import Tensor, nn
 
 from network.kinds import kind_of
 from network.parameters import trainable
-
-
-def batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Per-image cross-entropy (B,) of logits (B, K), labels as class indices (B,) or as probabilities (B, K).
-
-    Raises:
-        ValueError: logits of another shape; a model that squeezes its output has (K,) for one image.
-    """
-    if logits.dim() != 2 or len(logits) != len(labels):
-        raise ValueError(f"the model puts out {tuple(logits.shape)} for {len(labels)} images, not logits (B, K)")
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
+from update.loss import CROSS_ENTROPY, Loss
 
 
 def averaged_gradient(
-    model: nn.Module, images: Tensor, labels: Tensor, *, create_graph: bool = False
+    model: nn.Module, images: Tensor, labels: Tensor, *, loss: Loss = CROSS_ENTROPY, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """Gradient of the mean cross-entropy over the batch, one tensor per trainable parameter of `model`, in their order.
+    """Gradient of the mean loss over the batch, one tensor per trainable parameter of `model`, in their order.
 
     Args:
         images: (B, C, H, W).
         labels: class indices (B,) or class probabilities (B, K).
+        loss: of each image.
         create_graph: keep the graph, so that the gradient can be differentiated by images and labels.
     """
-    loss = batch_loss(model(images), labels).mean()
-    return torch.autograd.grad(loss, tuple(trainable(model).values()), create_graph=create_graph)
+    mean = loss.each(model(images), labels).mean()
+    return torch.autograd.grad(mean, tuple(trainable(model).values()), create_graph=create_graph)
 
 
 def gradient_and_part(
-    model: nn.Module, images: Tensor, labels: Tensor, subset: Tensor
+    model: nn.Module, images: Tensor, labels: Tensor, subset: Tensor, loss: Loss = CROSS_ENTROPY
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The averaged gradient of the batch and that of a part of it, both differentiable by images and labels.
 
@@ -45,11 +36,12 @@ def gradient_and_part(
         images: (B, C, H, W).
         labels: class indices (B,) or class probabilities (B, K).
         subset: indices (S,) of the part's images.
+        loss: of each image.
     """
     parameters = trainable(model)
     layers = [layer for layer in model.modules() if any(p.requires_grad for p in layer.parameters(recurse=False))]
     if not all(kind_of(layer).gives_weight_gradients(layer) for layer in layers):
-        return _in_two_passes(model, images, labels, subset)
+        return _in_two_passes(model, images, labels, subset, loss)
     calls: list[tuple[nn.Module, Tensor, Tensor, object]] = []
 
     def keep(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -57,14 +49,14 @@ def gradient_and_part(
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        loss = batch_loss(model(images), labels).mean()
+        mean = loss.each(model(images), labels).mean()
     finally:
         for hook in hooks:
             hook.remove()
     if any(_is_spoilt(output, made_by) for _, _, output, made_by in calls):
-        return _in_two_passes(model, images, labels, subset)
+        return _in_two_passes(model, images, labels, subset, loss)
     outputs = [output for _, _, output, _ in calls]
-    found = torch.autograd.grad(loss, [*parameters.values(), *outputs], create_graph=True)
+    found = torch.autograd.grad(mean, [*parameters.values(), *outputs], create_graph=True)
     part: dict[nn.Parameter, Tensor] = {}
     for (layer, inputs, _, _), delta in zip(calls, found[len(parameters) :], strict=True):
         weight, bias = kind_of(layer).weight_gradients(layer, inputs[subset], delta[subset])
@@ -76,10 +68,10 @@ def gradient_and_part(
 
 
 def _in_two_passes(
-    model: nn.Module, images: Tensor, labels: Tensor, subset: Tensor
+    model: nn.Module, images: Tensor, labels: Tensor, subset: Tensor, loss: Loss
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    loss, parameters = batch_loss(model(images), labels), trainable(model)
-    return tuple(_gradient(values.mean(), parameters) for values in (loss, loss[subset]))
+    each, parameters = loss.each(model(images), labels), trainable(model)
+    return tuple(_gradient(values.mean(), parameters) for values in (each, each[subset]))
 
 
 def _is_spoilt(output: Tensor, made_by: object) -> bool:

@@ -98,7 +98,7 @@ class SharedUpdate:
                 num_classes=int(facts["num_classes"]),
                 options=dict(facts.get("options", {})),
                 defence=str(Defences.parse(facts.get("defence", "none"))),
-                training=LocalTraining(**facts.get("training", {})),
+                training=LocalTraining.of(facts.get("training", {})),
                 statistics=_section(tensors, "statistic/"),
             )
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from network.normalise import Normalise
 from network.parameters import trainable
-from update.gradients import batch_loss
+from update.loss import CROSS_ENTROPY, Loss
 
 BATCHNORMS = ("eval", "train", "train_private")  # modes of a client's BatchNorm layers
 
@@ -37,6 +37,7 @@ class LocalTraining:
         rate: the learning rate; None for a single step, on which the rate has no influence.
         batchnorm: eval (running statistics), train (the minibatch's statistics; the running statistics are shared), or
             train_private (the minibatch's statistics; the running statistics are not shared).
+        loss: of each image; a minibatch's is their mean.
 
     Raises:
         ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0.
@@ -46,6 +47,7 @@ class LocalTraining:
     batches: int = 1
     rate: float | None = None
     batchnorm: str = "eval"
+    loss: Loss = CROSS_ENTROPY
 
     def __post_init__(self) -> None:
         for name in ("steps", "batches"):
@@ -59,6 +61,16 @@ class LocalTraining:
             raise ValueError(f"--local_steps {self.steps} needs --local_lr, the client's learning rate")
         if self.batchnorm not in BATCHNORMS:
             raise ValueError(f"unknown bn {self.batchnorm!r}: choose one of {', '.join(BATCHNORMS)}")
+
+    @classmethod
+    def of(cls, facts: Mapping[str, object]) -> "LocalTraining":
+        """The training that `asdict` has taken apart.
+
+        Raises:
+            ValueError, TypeError: as the class itself, and of facts that are none of its.
+        """
+        loss = facts.get("loss")
+        return cls(**{**facts, "loss": CROSS_ENTROPY if loss is None else Loss(**loss)})
 
     @property
     def is_one_step(self) -> bool:
@@ -126,8 +138,8 @@ def train_locally(
         first = step % training.batches * size
         part = slice(first, first + size)
         with _watched(model) as seen:
-            loss = batch_loss(functional_call(model, weights, (images[part],)), labels[part]).mean()
-        gradients.append(torch.autograd.grad(loss, tuple(weights.values()), create_graph=create_graph))
+            mean = training.loss.each(functional_call(model, weights, (images[part],)), labels[part]).mean()
+        gradients.append(torch.autograd.grad(mean, tuple(weights.values()), create_graph=create_graph))
         statistics.append([statistic if create_graph else statistic.detach() for statistic in seen])
         if not training.is_one_step:
             moved = zip(weights.items(), gradients[-1], strict=True)

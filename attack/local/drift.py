@@ -26,7 +26,7 @@ def expected_drift(update: SharedUpdate, model: nn.Module, generator: torch.Gene
         generator: the source of random images and labels (on the CPU).
     """
     like, count = next(model.parameters()), update.batch_size
-    at_once = LocalTraining(batchnorm=update.training.batchnorm)
+    at_once = LocalTraining(batchnorm=update.training.batchnorm, loss=update.training.loss)
     drifts = []
     for _ in range(DRAWS):
         images = random_images(update.image_shape, count, generator).to(like)

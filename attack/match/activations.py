@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attack.match.entries import Entries
 from attack.match.gradients import Matching
@@ -35,6 +35,7 @@ from attack.match.strided import quickened
 from network.chain import first_layer, input_shapes, parametrised
 from network.kinds import kind_of
 from network.stage import Chain, run
+from update.loss import CROSS_ENTROPY, Loss
 
 # The gradients' weight. Gradients mix the images, so they are slow to follow. A tenth of the activations' weight was
 # best of 0.03, 0.1 and 1 on a trained ConvNet: 58.5 dB at B=1, where 0.03 gave 54.9 and 1 gave 54.1.
@@ -94,6 +95,7 @@ class ForwardLoss:
         uses_gradients: whether gradients are matched; None: where they are needed and right, see above.
         observed: what the update's entries say of the gradient, if some were left out. Rounded entries are matched as
             they were sent: by the likelihood of their rounding LeNet has 0.6 dB less, in evaluations of twice the time.
+        client_loss: of each image, by which delta is told.
 
     The attribute `uncertainty` is the square root of the activations' term at the true images, which the error of the
     inputs leaves. `grey` are the images (B, C, H, W) by whose errors all terms are divided.
@@ -111,6 +113,7 @@ class ForwardLoss:
         *,
         uses_gradients: bool | None = None,
         observed: Entries | None = None,
+        client_loss: Loss = CROSS_ENTROPY,
     ) -> None:
         self.name, end = first_layer(chain[start:]), start
         while end and kind_of(chain[end - 1].module).is_reshape:
@@ -122,7 +125,7 @@ class ForwardLoss:
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
             inputs = torch.where(inputs > DEAD * uncertainty * entry, inputs, 0.0)
-        delta = _delta(chain[start:], inputs, labels)
+        delta = _delta(chain[start:], inputs, labels, client_loss)
         end -= self.is_rectified or before is not None
         shape = (len(inputs), *input_shapes(chain, image_shape)[end])
         self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
@@ -168,10 +171,9 @@ class ForwardLoss:
         return errors
 
 
-def _delta(tail: Chain, inputs: Tensor, labels: Tensor) -> Tensor:
+def _delta(tail: Chain, inputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:
     leaf = inputs.detach().clone().requires_grad_()
-    loss = nn.functional.cross_entropy(run(tail, leaf), labels, reduction="sum")
-    return torch.autograd.grad(loss, leaf)[0]
+    return loss.delta(run(tail, leaf), labels, leaf)
 
 
 def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_AT) -> Course:

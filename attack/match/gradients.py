@@ -148,9 +148,10 @@ class MatchingLoss:
     def noise_of(self, update: SharedUpdate) -> float:
         """Noise in the update's entries in units of this loss: times their root mean square, or over it if relative.
 
-        0 where entries were left out: missing entries are no noise, and would look like much.
+        0 where entries were left out: missing entries are no noise, and would look like much. 0 of other losses than
+        cross-entropy, whose errors have no sum that would show it.
         """
-        if not self._compared.is_whole:
+        if not self._compared.is_whole or not self.training.loss.is_cross_entropy:
             return 0.0
         noise = measured_noise(update.gradients, self.model)
         if not self.distance.startswith("relative"):
@@ -219,7 +220,7 @@ class MatchingLoss:
         """
         network = self.network or self.model
         if self.has_parts and len(subset) < len(images):
-            return *gradient_and_part(network, images, labels, subset), ()
+            return *gradient_and_part(network, images, labels, subset, self.training.loss), ()
         trained = train_locally(network, images, labels, self.training, create_graph=True)
         own = trained.average if self.has_parts else None
         return trained.average, own, trained.statistics

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from attack.read.signals import Signals, Tail
 from attack.read.span import Span
 from attack.solve.budget import WorkBudget
 from attack.solve.levenberg import DampingRule, levenberg
+from update.loss import CROSS_ENTROPY, Loss
 
 STEPS = 60  # of a polish, at most; from an arbitrary start 20 to 40 are usual
 POLISH = DampingRule(
@@ -51,12 +52,22 @@ class ImageEquations:
         span: of the gradient, or of what is left of it.
         layer: inputs -> outputs.
         tail: the network behind the layer.
+        loss: the client's, of each image.
         paired: whether the gradient is B times smaller than the sum of the images', so that a true image's certificate
             is 1. A clipped gradient is smaller by a factor that nobody tells; the certificates then are that factor.
     """
 
-    def __init__(self, span: Span, layer: Callable[[Tensor], Tensor], tail: Tail, *, paired: bool = True) -> None:
-        self.span, self.layer, self.tail, self.paired, geometry = span, layer, tail, paired, span.geometry
+    def __init__(
+        self,
+        span: Span,
+        layer: Callable[[Tensor], Tensor],
+        tail: Tail,
+        loss: Loss = CROSS_ENTROPY,
+        *,
+        paired: bool = True,
+    ) -> None:
+        self.span, self.layer, self.tail, self.loss, self.paired = span, layer, tail, loss, paired
+        geometry = span.geometry
         units = span.inputs(torch.eye(span.dimension).to(span.basis))
         zero = layer(torch.zeros_like(units[:1])).detach()
         self.offset = zero[0]  # (*output_shape), the layer's bias
@@ -66,7 +77,9 @@ class ImageEquations:
 
     def of(self, span: Span) -> "ImageEquations":
         """The same for another span of the same layer."""
-        return self if span is self.span else ImageEquations(span, self.layer, self.tail, paired=self.paired)
+        if span is self.span:
+            return self
+        return ImageEquations(span, self.layer, self.tail, self.loss, paired=self.paired)
 
     def _outputs(self, c: Tensor) -> Tensor:
         return (c @ self.outputs).view(-1, *self.offset.shape) + self.offset
@@ -75,19 +88,23 @@ class ImageEquations:
         """Gradient of each candidate's loss by the layer's output, (N, *output_shape)."""
         values = self.span.inputs(c)
 
-        def loss(outputs: Tensor) -> Tensor:
-            return nn.functional.cross_entropy(self.tail(values, outputs), labels, reduction="sum")
+        def total(outputs: Tensor) -> Tensor:
+            return self.loss.each(self.tail(values, outputs), labels).sum()
 
-        return grad(loss)(self._outputs(c))
+        return grad(total)(self._outputs(c))
 
     def all_deltas(self, c: Tensor) -> Tensor:
         """The same for every label, (N, K, *output_shape)."""
         outputs = self._outputs(c).detach().requires_grad_()
         with torch.enable_grad():
             logits = self.tail(self.span.inputs(c), outputs)
-            mean = torch.autograd.grad(logits.logsumexp(1).sum(), outputs, retain_graph=True)[0]
+            classes, unlabelled = logits.shape[1], self.loss.unlabelled(logits.detach())
+            free = torch.autograd.grad((unlabelled * logits).sum(), outputs, retain_graph=True)[0]
             each = [torch.autograd.grad(logit.sum(), outputs, retain_graph=True)[0] for logit in logits.T]
-        return (mean[:, None] - torch.stack(each, 1)).detach()
+        own = torch.stack(each, 1)
+        if self.loss.smoothing:
+            own = torch.lerp(own, own.mean(1, keepdim=True), self.loss.smoothing)
+        return (free[:, None] - self.loss.pull(classes) * own).detach()
 
     def residual(self, c: Tensor, zeros: Tensor, deltas: Tensor) -> Tensor:
         """What does not fit, (N, P c_out + 1 [+ n] [+ P]).

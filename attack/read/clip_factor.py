@@ -134,6 +134,7 @@ def _by_single_images(update: SharedUpdate, model: nn.Module, generator: torch.G
         span = layer.span(update.gradients, update.batch_size, like)
         if span.determined and not budget.is_spent:
             how = {"is_sparse": layer.inputs.is_sparse, "generator": generator, "budget": budget}
+            how["loss"] = update.training.loss
             found = first_images(span, layer.layer, layer.tail, **how)
             if len(found):
                 sureness = found.uncertainty.clamp(min=torch.finfo(like.dtype).eps) ** -2

@@ -38,7 +38,9 @@ class LabelCounts:
             slack = max(slack, float((sample @ mean / mean.square().sum()).var()))
         size = head.batch_size
         covariance = size * (1 + UNLIKE * size) * torch.cov(p.T) + slack * torch.eye(len(share)).to(p)
-        return cls(size * (p.mean(0) - share), torch.linalg.inv(covariance), size)
+        smoothing = head.loss.smoothing
+        expected = size * (p.mean(0) - share - smoothing / len(share)) / (1 - smoothing)
+        return cls(expected, torch.linalg.inv(covariance), size)
 
     def likeliest(self) -> Tensor:
         """Counts (K,) that sum to B and lie nearest to what is expected: rounded, then mended exchange by exchange."""

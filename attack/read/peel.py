@@ -40,6 +40,7 @@ from attack.read.rays import extreme_rays, linked_programme, pinned, single_prog
 from attack.read.signals import Signals, Tail
 from attack.read.span import Span
 from attack.solve.budget import OutOfTimeError, WorkBudget
+from update.loss import CROSS_ENTROPY, Loss
 
 BATCH = 16  # proposals judged and polished at a time
 LINKED = 2  # rays of one linked programme: they are costly, right, and mostly the same until it is peeled
@@ -78,6 +79,7 @@ def unmix(
     generator: torch.Generator,
     budget: WorkBudget,
     above: Sequence[Above] = (),
+    loss: Loss = CROSS_ENTROPY,
 ) -> Signals:
     """Tell the images of a determined layer apart, as many as possible, surest first.
 
@@ -92,6 +94,7 @@ def unmix(
         above: the layers that follow in a fully connected net, each behind an activation that is z above zero and s z
             below: with them far more images are told apart, see `linked_programme`. From the first on that is not
             determined, they are left out.
+        loss: the client's, of each image.
 
     Raises:
         ValueError: the layer does not determine its inputs.
@@ -100,10 +103,10 @@ def unmix(
         raise ValueError(
             f"the layer does not determine its inputs: rank {span.rank}, dim A {span.dimension}, gap {span.gap:.1f}"
         )
-    layers, slopes = [ImageEquations(span, layer, tail)], []
+    layers, slopes = [ImageEquations(span, layer, tail, loss)], []
     if span.ones is not None:
         useful = list(itertools.takewhile(lambda each: _linkable(each.span, span), above))
-        layers += [ImageEquations(each.span, each.layer, each.tail) for each in useful]
+        layers += [ImageEquations(each.span, each.layer, each.tail, loss) for each in useful]
         slopes = [each.slope for each in useful]
     search = _Peeling(layers, is_sparse, generator, budget, slopes=slopes)
     with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
@@ -120,12 +123,13 @@ def first_images(
     is_sparse: bool,
     generator: torch.Generator,
     budget: WorkBudget,
+    loss: Loss = CROSS_ENTROPY,
 ) -> Signals:
     """Some images of a determined layer, if any, where the gradient's scale is not known: their certificates tell it.
 
     None is taken out of the gradient before the next is sought, which would need the scale. Arguments as in `unmix`.
     """
-    whole = ImageEquations(span, layer, tail, paired=False)
+    whole = ImageEquations(span, layer, tail, loss, paired=False)
     search = _Peeling([whole], is_sparse, generator, budget, [span])
     for attempt in range(FRUITLESS):
         found = search.round(attempt)

@@ -175,7 +175,7 @@ class _Reader:
 
     def _told_apart(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
         is_head = layer.index == len(self.chain) - 1
-        if is_head and span.batch_size > 1 and layer.inputs.is_smooth:
+        if is_head and span.batch_size > 1 and layer.inputs.is_smooth and self.update.training.loss.is_cross_entropy:
             return self._smooth_head(layer, span, budget)
 
         def tail(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class _Reader:
 
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
-        return unmix(span, layer.layer, tail, above=above, **how)
+        return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
 
     def _linked(self, layer: CandidateLayer) -> Iterator[tuple[str, float]]:
         """The layers behind a fully connected one that help with it, as far as the update has them."""
@@ -229,6 +229,7 @@ class _Reader:
             weight.new_zeros(len(weight)) if bias is None else bias,
             self.update.gradients[f"{layer.name}.weight"],
             layer.bias_gradient,
+            loss=self.update.training.loss,
             non_negative=layer.inputs.output_range[0] >= 0,
             generator=self.generator,
             budget=budget,
@@ -251,7 +252,7 @@ class _Reader:
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
         start, inputs = self._inverted(start, inputs)
         features = run(self.chain[index:-1], found.values)
-        errors = self.head(features).softmax(1) - nn.functional.one_hot(found.labels, self.update.num_classes)
+        errors = self.update.training.loss.errors(self.head(features), found.labels)
         signals = replace(found, values=features, deltas=errors)
         seconds, layers = time.perf_counter() - self.began, list(self.rows.values())
         is_aborted = self.is_aborted or self.budget.is_out_of_time
@@ -268,7 +269,8 @@ class _Reader:
         return start, inputs
 
     def _descended(self, found: Signals, index: int) -> Descent:
-        given = BatchGradients(self.update.gradients, self.update.batch_size, additive=self._additive())
+        loss = self.update.training.loss
+        given = BatchGradients(self.update.gradients, self.update.batch_size, self._additive(), loss)
         how = {"generator": self.generator, "budget": self.budget}
         try:
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
@@ -276,7 +278,9 @@ class _Reader:
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
 
     def _additive(self) -> float:
-        """Noise that was added to the gradients; 0 where no more than rounding shows."""
+        """Noise that was added to the gradients; 0 where no more than rounding shows, or no sum of errors shows it."""
+        if not self.update.training.loss.is_cross_entropy:
+            return 0.0
         gradient, _ = Head.of(self.model).among(self.update.gradients)
         noise = measured_noise(self.update.gradients, self.model)
         if gradient is None or noise < ROUNDED * precision_of(gradient) * float(

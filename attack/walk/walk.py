@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.rounding import precision_of
@@ -40,6 +40,7 @@ from network.kinds import kind_of, pulled_below
 from network.kinds.affine import LinearMap
 from network.known_outputs import FLOOR, KnownOutputs, UndeterminedError
 from network.stage import Chain, Residual, Stage, run
+from update.loss import CROSS_ENTROPY, Loss
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,13 @@ class BatchGradients:
         gradients: by parameter name.
         batch_size: B.
         additive: standard deviation of noise that was added to them, beside rounding.
+        loss: of each image.
     """
 
     gradients: Mapping[str, Tensor]
     batch_size: int
     additive: float = 0.0
+    loss: Loss = CROSS_ENTROPY
 
     def precision(self, name: str) -> float:
         """Relative rounding error of a layer's gradient."""
@@ -115,7 +118,7 @@ def descend(
     """
     walk = _Walk(gradients, generator, budget)
     shapes = input_shapes(chain, image_shape)
-    outputs = _first_outputs(chain, start, inputs, labels)
+    outputs = _first_outputs(chain, start, inputs, labels, gradients.loss)
     known, walk.noises[chain[start].name] = {start: inputs}, outputs.noise
     for index in reversed(range(start)):
         stage, began = chain[index], time.perf_counter()
@@ -144,12 +147,11 @@ def _is_solved_for(stage: Stage) -> bool:
     return isinstance(stage.module, Residual) or kind_of(stage.module).is_affine
 
 
-def _first_outputs(chain: Chain, start: int, inputs: Tensor, labels: Tensor) -> KnownOutputs:
+def _first_outputs(chain: Chain, start: int, inputs: Tensor, labels: Tensor, loss: Loss) -> KnownOutputs:
     """What is known of the outputs below `start`, by one backward pass of the stages above."""
     leaf = inputs.detach().clone().requires_grad_()
     with torch.enable_grad():
-        loss = nn.functional.cross_entropy(run(chain[start:], leaf), labels, reduction="sum")
-        (delta,) = torch.autograd.grad(loss, leaf)
+        delta = loss.delta(run(chain[start:], leaf), labels, leaf)
     nothing = torch.zeros_like(beside(size_of(inputs), inputs))  # beyond rounding, and what shows below zero
     return KnownOutputs.of(inputs, delta, noise_of(inputs, nothing, is_after_relu=is_after_relu(chain[:start])))
 

@@ -160,7 +160,7 @@ def _judge(
     signals = Signals(
         labels=labels[order],
         values=features[order],
-        deltas=(at.p - nn.functional.one_hot(labels, len(head.bias)))[order],
+        deltas=(at.p - equations.targets)[order],
         residuals=outside[order],
         certificates=share[order],
         uncertainty=uncertainty[order],

@@ -26,6 +26,7 @@ from attack.read.peel import starts
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.solve.budget import WorkBudget
+from update.loss import CROSS_ENTROPY, Loss
 
 ITERATIONS = 60  # of a trial, at most; those that converge take 10 to 30
 STARTS_PER_SET = 6  # per set of labels and sweep: one in four converges if the labels are right
@@ -43,6 +44,7 @@ def unmix_head(
     gradient: Tensor,
     bias_gradient: Tensor | None,
     *,
+    loss: Loss = CROSS_ENTROPY,
     non_negative: bool,
     generator: torch.Generator,
     budget: WorkBudget,
@@ -55,6 +57,7 @@ def unmix_head(
         bias: b (K,).
         gradient: G (K, d).
         bias_gradient: gamma (K,), or None where the update has none.
+        loss: the client's, a cross-entropy.
         non_negative: whether features are, as after a sigmoid or a ReLU: it narrows the labels down.
         generator: what starts are drawn from (on the CPU).
         budget: whose clock is asked.
@@ -67,11 +70,11 @@ def unmix_head(
         raise ValueError(f"the head's gradient does not determine {span.batch_size} images: rank {span.rank}")
     if span.rank < span.batch_size:
         return nobody(span)
-    sets = label_sets(span, gradient.to(span.basis), bias_gradient, non_negative)
+    sets = label_sets(span, gradient.to(span.basis), bias_gradient, non_negative, loss.smoothing)
     factors = HeadSpan(span.left, span.sigma, span.right)
     weight, bias = weight.detach().to(span.basis), bias.detach().to(span.basis)
     gamma = None if bias_gradient is None else bias_gradient.detach().to(span.basis)
-    systems = [HeadEquations(factors, span.rows, weight, bias, gamma, labels) for labels in sets]
+    systems = [HeadEquations(factors, span.rows, weight, bias, gamma, labels, loss) for labels in sets]
     for _ in range(SWEEPS):
         for equations, labels in zip(systems, sets, strict=True):
             for _ in range(STARTS_PER_SET):
@@ -83,15 +86,21 @@ def unmix_head(
     return nobody(span)
 
 
-def label_sets(span: Span, gradient: Tensor, bias_gradient: Tensor | None, non_negative: bool) -> list[Tensor]:
-    """Labels (B,) that the batch may have: of the classes that show themselves first, then of all, likeliest first."""
+def label_sets(
+    span: Span, gradient: Tensor, bias_gradient: Tensor | None, non_negative: bool, smoothing: float = 0.0
+) -> list[Tensor]:
+    """Labels (B,) that the batch may have: of the classes that show themselves first, then of all, likeliest first.
+
+    With label smoothing eps the errors of other classes are as low as -eps / K: their signs show nothing.
+    """
     size, classes = span.batch_size, len(gradient)
     share = gradient.sum(1) / gradient.sum(1).abs().sum() if bias_gradient is None else bias_gradient.to(gradient)
     least = gradient.new_zeros(classes)
     if bias_gradient is not None:
-        least = (-size * share - 1e-3).ceil().clamp(min=0)
+        least = -size * (share + smoothing / classes) / (1 - smoothing)  # the softmax is above zero
+        least = (least - 1e-3).ceil().clamp(min=0)
     everywhere = torch.ones_like(least, dtype=torch.bool)
-    if not non_negative:
+    if not non_negative or smoothing:
         return _ordered(least, everywhere, share, size)
     noise = torch.where(span.rows > 0, span.noise / span.rows, 0.0)
     shown = gradient.amin(1) < -NEGATIVE * noise
@@ -151,7 +160,7 @@ def _judged(
     found = Signals(
         values=(at.q @ span.right).view(-1, *span.geometry.input_shape),
         labels=labels,
-        deltas=at.p - equations.onehot,
+        deltas=at.p - equations.targets,
         residuals=outside,
         certificates=(at.q / span.sigma * (at.e @ span.left)).sum(1) / span.batch_size,
         uncertainty=uncertainty,

@@ -1,6 +1,6 @@
 """The equations that all images of a batch obey together in the head's gradient.
 
-    (1/B) sum_i D e(q_i) [q_i^T, 1] = [U diag(sigma), D gamma],      e(q) = softmax(W R^T q + b) - onehot(y)
+    (1/B) sum_i D e(q_i) [q_i^T, 1] = [U diag(sigma), D gamma],      e(q) = softmax(W R^T q + b) - t(y)
 
 with D G = U diag(sigma) R the span of the row-scaled gradient, see `attack.read.head.by_random_images`.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from attack.solve.budget import WorkBudget
 from attack.solve.levenberg import DampingRule, levenberg
+from update.loss import CROSS_ENTROPY, Loss
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class HeadEquations:
         bias: b (K,).
         bias_gradient: gamma (K,); None where the update has none, and the last column is left out.
         labels: (B,).
+        loss: the client's, a cross-entropy.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class HeadEquations:
         bias: Tensor,
         bias_gradient: Tensor | None,
         labels: Tensor,
+        loss: Loss = CROSS_ENTROPY,
     ) -> None:
         self.rows = rows
-        self.bias, self.onehot, self.batch_size = bias, nn.functional.one_hot(labels, len(bias)).to(weight), len(labels)
+        self.bias, self.targets, self.batch_size = bias, loss.targets(labels, weight.T), len(labels)
         self.logits = weight @ span.right.T  # of q, without the bias: (K, r)
         self.target = span.left * span.sigma
         self.has_bias = bias_gradient is not None
@@ -69,7 +72,7 @@ class HeadEquations:
     def at(self, q: Tensor) -> "HeadPoint":
         """Softmax, errors and residual at q."""
         p = (q @ self.logits.T + self.bias).softmax(1)
-        e = self.rows * (p - self.onehot)
+        e = self.rows * (p - self.targets)
         x = torch.cat([q, torch.ones_like(q[:, :1])], dim=1) if self.has_bias else q
         return HeadPoint(q, p, e, x, e.T @ x / self.batch_size - self.target)
 

@@ -10,6 +10,7 @@ from attack.read.head.noise import additive_noise, noise_floor, noise_level, row
 from attack.read.signals import Signals
 from attack.solve.rounding import precision_of
 from network.head import Head
+from update.loss import Loss
 from update.shared import SharedUpdate
 
 UNKNOWNS = 10_000  # more (100 images, say) would take too much memory: the normal matrix has their square
@@ -30,6 +31,7 @@ class HeadGradient:
     span: HeadSpan  # of D G, its rank no higher than B
     rank: int  # numerical rank of D G
     noise: float  # per entry of D G
+    loss: Loss  # the client's, a cross-entropy
     arithmetic: float  # |error| of D G from rounding in the victim's computation
 
     @classmethod
@@ -37,9 +39,11 @@ class HeadGradient:
         """What the update says of the model's head.
 
         Raises:
-            ValueError: the model's last layer is not linear, its gradient is not in the update, or the batch is larger
-                than K - 1 or than memory.
+            ValueError: the model's last layer is not linear, its gradient is not in the update, the batch is larger
+                than K - 1 or than memory, or the loss is no cross-entropy.
         """
+        if not update.training.loss.is_cross_entropy:
+            raise ValueError(f"the head's equations are those of cross-entropy, not of {update.training.loss}")
         head = Head.of(model)
         raw, bias_gradient = head.among(update.gradients)
         if raw is None:
@@ -70,13 +74,14 @@ class HeadGradient:
             rows=rows,
             span=span,
             rank=rank,
+            loss=update.training.loss,
             noise=noise_level(scaled, len(span.sigma), eps),
             arithmetic=ARITHMETIC * min(max(eps, 1e-14), torch.finfo(torch.float32).eps) * float(scaled.norm()),
         )
 
     def equations(self, labels: Tensor) -> HeadEquations:
         """What all images obey, if these are their labels (B,)."""
-        return HeadEquations(self.span, self.rows, self.weight, self.bias, self.bias_gradient, labels)
+        return HeadEquations(self.span, self.rows, self.weight, self.bias, self.bias_gradient, labels, self.loss)
 
     def nobody(self) -> Signals:
         """No image at all, in the shapes of the head."""
