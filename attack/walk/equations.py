@@ -157,7 +157,11 @@ class Scaling:
 
     @classmethod
     def of(cls, rows: list[Rows], shape: torch.Size) -> "Scaling":
-        """For unknowns u of that shape, (B, d) or (B, C, H, W)."""
+        """For unknowns u of that shape, (B, d) or (B, C, H, W).
+
+        Raises:
+            ArithmeticError: numbers that are not finite.
+        """
         positions = math.prod(shape[2:])
         size = shape[0] * positions
         like = rows[0].target
@@ -179,6 +183,10 @@ class Scaling:
             return cls((diagonal + RIDGE * diagonal.mean()).sqrt())
         normal.diagonal().add_(diagonal)
         ridge = RIDGE * normal.diagonal().mean()
+        if not ridge.isfinite():
+            raise ArithmeticError("the equations hold numbers that are not finite")
+        if not ridge:  # masks that set everything to zero leave no equations to scale
+            return cls(torch.ones_like(diagonal))
         while True:  # rounding may leave eigenvalues below zero
             factor, failed = torch.linalg.cholesky_ex(normal)
             if not failed:

@@ -17,7 +17,6 @@ from attack.walk.sources import Source
 from network.known_outputs import KnownOutputs
 
 DETERMINED = 1e-2  # relative error of the recovery test up to which a layer counts as determined
-CLEARLY = 0.1  # of that: so far below it, a few changed masks need no recovery test of their own
 TOO_WEAK = 0.1  # share of the images that may be too weak to be believed: their pictures suffer, all others gain
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which noise does not explain a residual
@@ -112,10 +111,10 @@ class LayerSolver:
             return SolvedLayer(ended(_comes_back(error)))
         u, solution, decided = self._solved(sources, method, SETTLED_NOISE * noise)
         flips = changes(sources, decided)
-        if error is not None:  # the equations are linear, and so are errors in noise
-            error = error * max(1.0, solution.residual / noise)
-        if error is None or (flips and not float(error.cpu()[~too_weak].max()) < DETERMINED * CLEARLY):
+        if error is None:
             error = method.recovery_test(decided, max(noise, solution.residual))
+        else:  # the equations are linear, and so are errors in noise
+            error = error * max(1.0, solution.residual / noise)
         spread = noise_of(u, method.spread(decided, u, solution, error), is_after_relu=is_after_relu)
         errors = (size_of(spread) / size_of(u)).cpu()
         facts = {"residual": solution.residual, "noise": errors, "flips": flips, "iterations": solution.iterations}

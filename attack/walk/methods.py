@@ -20,12 +20,11 @@ from attack.walk.equations import GradientRows, Rows, Scaling, stack
 from attack.walk.noise import beside, relative, size_of
 from network.known_outputs import FLOOR
 
-ITERATIONS = 300, 800  # of CGLS, least and most: determined layers take 1 to 120, barely determined ones 600
-EFFORT = 4e7  # unknowns times iterations: small layers may take more
-# Iterations where a known input is on its way back, and its relative error, from and to, when the usual ones are over.
-# That of `layer3.0` of a ResNet-18, 224 pixels, is 7e-2 after 300, 4e-2 after 600, 7e-4 after 2,000, 1e-5 after 3,000.
-PATIENT, ON_ITS_WAY = 2000, (1e-2, 0.2)
-BACK = 2e-3  # relative error up to which a known input has come back after PATIENT iterations
+# Iterations of CGLS until it shows whether a known input is on its way back, and until it must have come. Determined
+# layers take 1 to 120. The known input of `layer3.0` of a ResNet-18, 224 pixels, has a relative error of 7e-2 after
+# 300, 4e-2 after 600, 7e-4 after 2,000, 1e-5 after 3,000; that of a LeNet's `conv3`, B = 8, is done after 1,313.
+LOOK, PATIENT = 300, 2000
+HOPELESS = 0.2  # relative error after LOOK iterations beyond which a known input is not on its way
 EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
 
 
@@ -92,7 +91,7 @@ class Alone:
     def __init__(self, shape: Sequence[int], generator: torch.Generator, budget: WorkBudget) -> None:
         self.shape, self.unknowns = torch.Size(shape), math.prod(shape)
         self.generator, self.budget = generator, budget
-        self.iterations = _iterations(self.unknowns)
+        self.iterations = LOOK
         self._kept: tuple | None = None  # sources of the last system of equations, and the system
 
     def count(self, sources: Sequence[RowSource]) -> int:
@@ -117,15 +116,12 @@ class Alone:
         disturbed = system.rows.forward(play)
         disturbance = torch.randn(len(disturbed), **draw).to(disturbed) * (disturbed != 0)
         disturbed += disturbance * (noise * disturbed.norm() / disturbance.norm().clamp(min=1e-300))
-        usual, (least, most) = self.iterations, ON_ITS_WAY
         solution = self._solved(system, disturbed)
         error = relative(system.scaling.forward(solution.x) - play, play)
-        if solution.stopped == "iterations" and least < float(error.max()) < most:
+        if solution.stopped == "iterations" and self.iterations < PATIENT and float(error.max()) < HOPELESS:
             self.iterations = PATIENT
-            patient = relative(system.scaling.forward(self._solved(system, disturbed).x) - play, play)
-            if float(patient.max()) < BACK:
-                return patient
-            self.iterations = usual
+            solution = self._solved(system, disturbed, solution.x)
+            error = relative(system.scaling.forward(solution.x) - play, play)
         return error
 
     def spread(self, sources: Sequence[RowSource], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
@@ -140,9 +136,9 @@ class Alone:
         loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
         return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
 
-    def _solved(self, system: "_System", target: Tensor) -> Solution:
+    def _solved(self, system: "_System", target: Tensor, start: Tensor | None = None) -> Solution:
         """The scaled unknowns with which the rows come closest to a target."""
-        start = target.new_zeros(self.shape)
+        start = target.new_zeros(self.shape) if start is None else start
         how = {"iterations": self.iterations, "budget": self.budget}
         return refined(system.exact, system.rough, target, start, **how)
 
@@ -171,11 +167,6 @@ class _System:
         scaling = Scaling.of(rows, shape)
         rough, _ = stack([r.float() for r in rows])
         return cls(stacked, target, scaling, Product(stacked, scaling), Product(rough, scaling.float()))
-
-
-def _iterations(unknowns: int) -> int:
-    least, most = ITERATIONS
-    return min(most, max(least, int(EFFORT / unknowns)))
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows
 from network.kinds.affine import LinearMap
-from network.known_outputs import ZERO, KnownOutputs
+from network.known_outputs import KnownOutputs
 
-DOUBT = 20.0  # standard deviations up to which a mask is uncertain, beside those from ZERO / 2 on
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
 
 
@@ -25,7 +24,6 @@ class LayerSource:
         gradient: B G, the sum of the images' gradients; None where the update has none.
         precision: relative error of each entry of G.
         additive: absolute error of each entry of B G.
-        left_out: (c_out,) channels whose gradient rows are not used.
         mask_error: (B,) relative error of each image's delta by wrong masks, of the images that are too weak; zero for
             all others.
     """
@@ -37,7 +35,6 @@ class LayerSource:
     gradient: Tensor | None
     precision: float
     additive: float
-    left_out: Tensor
     mask_error: Tensor
 
     @property
@@ -64,7 +61,7 @@ class LayerSource:
         noise = (noise * self._rounding()).clamp(min=self.precision * CANCELLED * float(length.max()))
         if self.mask_error.any():
             noise = noise.hypot(self._wrong_by_masks(length))
-        weights = torch.where(self.left_out | (length == 0), 0.0, 1 / noise)
+        weights = torch.where(length == 0, 0.0, 1 / noise)
         return weights.view(-1, *(1,) * (self.gradient.dim() - 1))
 
     def _wrong_by_masks(self, length: Tensor) -> Tensor:
@@ -94,22 +91,6 @@ class LayerSource:
         weights = self.gradient_weights()
         size = float((weights * self.gradient).norm())
         return self.gradient[weights.flatten() > 0].numel() ** 0.5 / size if size else 0.0
-
-    def doubtful(self) -> Tensor:
-        """(c_out,) channels with an entry that may be on the wrong side of the kink."""
-        margin = self.above.margin
-        return by_channel((margin > ZERO / 2) & (margin < DOUBT)).any(1)
-
-    def cautious(self) -> "LayerSource":
-        """Without the channels that hold a doubtful entry, as long as they are fewer than half."""
-        return self._without(self.doubtful())
-
-    def without_outliers(self, outliers: Tensor) -> "LayerSource":
-        """Without these channels (c_out,), as long as they are fewer than half."""
-        return self._without(outliers)
-
-    def _without(self, channels: Tensor) -> "LayerSource":
-        return self if 2 * int(channels.sum()) > len(channels) else replace(self, left_out=channels)
 
     def coarser(self, factor: float) -> "LayerSource":
         """With masks for so many times the noise."""
@@ -145,10 +126,6 @@ class IdentitySource:
     def noise(self) -> float:
         """None: there are no gradient rows."""
         return 0.0
-
-    def cautious(self) -> "IdentitySource":
-        """The same: there is no channel to leave out."""
-        return self
 
     def coarser(self, factor: float) -> "IdentitySource":
         """With masks for so many times the noise."""

@@ -251,7 +251,6 @@ class _Walk:
             gradient=self.gradients.of(stage.name, outputs.values),
             precision=self.gradients.precision(stage.name),
             additive=self.gradients.additive * self.gradients.batch_size,
-            left_out=torch.zeros(width, dtype=torch.bool, device=outputs.values.device),
             mask_error=self._mask_error().to(outputs.values),
         )
 

@@ -93,6 +93,19 @@ def test_scaled_gradient_rows_are_solved_at_once():
     assert torch.allclose(scaling.forward(solution.x), u)
 
 
+def test_equations_that_say_nothing_are_left_as_they_are_and_wrong_numbers_are_refused():
+    conv = nn.Conv2d(2, 4, 3, padding=1, dtype=torch.float64)
+    linear, delta, u = LinearMap.of(conv, (2, 6, 6)), double(3, 4, 6, 6), double(3, 2, 6, 6)
+    for factor in (0.0, math.nan):
+        operator = GradientRows(linear, factor * delta)
+        rows = [Rows(operator, operator.forward(u), torch.ones(4, 1, 1, 1, dtype=torch.float64))]
+        if factor == 0.0:
+            assert torch.equal(Scaling.of(rows, u.shape).forward(u), u)
+        else:
+            with pytest.raises(ArithmeticError, match="not finite"):
+                Scaling.of(rows, u.shape)
+
+
 class Matrix:
     def __init__(self, matrix):
         self.forward, self.adjoint = matrix.__matmul__, matrix.T.__matmul__
@@ -157,8 +170,7 @@ def with_a_wrong_mask(width, loudness):
     masked[wrong], delta[wrong] = delta[wrong].item(), 0.0
     outputs = KnownOutputs.of(linear.outputs(truth), delta, torch.full_like(delta, 1e-9))
     above = replace(outputs, masked_delta=masked, margin=torch.ones_like(delta), is_gated=True)
-    whole = {"left_out": torch.zeros(width).bool(), "mask_error": 0 * double(2)}
-    source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, **whole)
+    source = LayerSource("conv", linear, conv.bias.detach(), above, gradient, 1e-7, 0.0, mask_error=0 * double(2))
     return source, truth, wrong, masked[wrong]
 
 
@@ -173,15 +185,6 @@ def test_a_wrong_mask_is_suspected_although_the_solution_has_taken_up_most_of_it
     operator, target = stack(mended.rows()[:1])
     assert torch.allclose(cgls(operator, target, torch.zeros_like(truth), iterations=200, budget=unlimited()).x, truth)
     assert not flip_gain(mended, truth).any()
-
-
-def test_channels_that_are_left_out_weigh_nothing_unless_they_are_most():
-    source = with_a_wrong_mask(24, 1.0)[0]
-    whole, (few, most) = source.rows()[0].weight, (torch.arange(24) < count for count in (5, 20))
-    rows = source.without_outliers(few).rows()[0]
-    assert torch.equal(rows.weight, torch.where(few.view(-1, 1, 1, 1), 0.0, whole))
-    assert rows.count == whole.expand_as(rows.target)[5:].numel()
-    assert torch.equal(source.without_outliers(most).rows()[0].weight, whole)
 
 
 def test_a_faint_images_wrong_mask_is_mended_though_noise_might_have_left_as_much():
@@ -264,7 +267,7 @@ def test_the_walk_goes_through_a_residual_block(activation):
 
 @pytest.mark.parametrize(("patient", "is_known"), [(2, False), (100, True)])
 def test_an_input_on_its_way_gets_more_iterations(monkeypatch, patient, is_known):
-    monkeypatch.setattr(methods, "ITERATIONS", (2, 2))
+    monkeypatch.setattr(methods, "LOOK", 2)
     monkeypatch.setattr(methods, "PATIENT", patient)
     descent, _, _ = walk(small_net(nn.Tanh), 2, "last")
     block = descent.records[1]
