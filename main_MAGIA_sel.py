@@ -88,6 +88,7 @@ DP_RATE = 0.01  # share of all examples that is sampled for a round of dpsgd
 DP_ROUNDS = 1  # rounds of dpsgd that an example may be sampled for
 SAVE_UPDATE = None  # file to write the shared update to before the attack, .safetensors or .npz
 UPDATE = None  # attack the update in this file, see docs/update-format.md; there is then no truth to compare with
+DEFENDED = None  # defences that the client applied already to an update from outside, in the words of --defence
 UPDATE_KIND = "gradient"  # content of an update from outside: gradient, difference (new - old weights), weights (new)
 LOCAL_LR = None  # the client's learning rate; needed for several steps, and where the update is of weights
 LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; the weights' difference is divided by rate and steps
@@ -376,7 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) -> int:
     """The victim's side, then the attacker's, in a directory of its own. Returns the exit status."""
-    update, model, truth = victim(settings, place_named(settings))
+    update, model, truth = victim(settings, place_named(settings), given)
+    given = {name: value for name, value in given.items() if name not in update.overruled}
     adopt(settings, given, facts_of(update, settings), "the update")
     words = words_of(settings, FLAGS) if settings.resume else words  # the command of a resumed run, from its start
     with RunDirectory(run_path(settings), resume=bool(settings.resume), overwrite=settings.overwrite) as run:

@@ -52,7 +52,7 @@ def audit(
     if status == INTERRUPTED:
         return status
     with RunDirectory(path, resume=True) as run:
-        facts, plain, rows = read_facts(path), victim(settings, place_named(settings))[0], []
+        facts, plain, rows = read_facts(path), victim(settings, place_named(settings), given)[0], []
         for defence in NEAREST:
             own = under(defence, settings, path)
             if not settings.quiet:

@@ -149,6 +149,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "mean": numbers(-1e6),
     "std": numbers(0, above=True),
     "defence": defence,
+    "defended": defence,
     "dp_delta": _chance,
     "dp_rate": _chance,
     "dp_rounds": _steps,

@@ -1,39 +1,77 @@
 """The update in the file of --update: this program's own, or tensors of any framework with the facts in flags."""
 
 import argparse
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor, nn
 
 from attack.read.batch_size import count_images
+from attack.read.origin import explained
+from cli.console import ReadingBar
 from cli.model import local_training, model_options, parse_names, server_model
+from cli.runtime import stream
+from network.chain import below_norms
 from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
+from network.tracing import stages_if_walked
+from update.evidence import Evidence, of_gradients, of_statistics
 from update.received import averaged_gradients, statistics
 from update.shared import FACTS, SharedUpdate
 from update.storage import read_tensors
 from update.training import use_batch_statistics
 from update.weights import load_weights
 
+READS = ("auto", "on")  # values of --signals with which single images are sought
 
-def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module]:
-    """The update and the model behind it, at the `place` of the attack.
+
+def received_update(
+    settings: argparse.Namespace, place: dict, given: Collection[str] = ()
+) -> tuple[SharedUpdate, nn.Module]:
+    """The update and the model behind it, at the `place` of the attack; `given` names the settings given by hand.
+
+    What the update says of how it was made is compared with the settings, see `update.evidence`, and where no image
+    fits the client as declared, others are supposed, see `attack.read.origin`.
 
     Raises:
         ValueError: the file cannot be read, or a tensor does not fit the model; the message names the first such
             tensor.
     """
     tensors, text = read_tensors(settings.update)
-    update, model = _own(tensors, text, settings) if FACTS in text else _foreign(tensors, settings)
+    is_own = FACTS in text
+    update, model = _own(tensors, text, settings) if is_own else _foreign(tensors, settings, given)
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
         update.batch_statistics(model)  # raises on statistics that do not fit
-    return update, model.to(**place)
+    update, model = _examined(update, model, settings), model.to(**place)
+    if not is_own and settings.signals in READS and update.training.is_plain and not update.is_rescaled:
+        with ReadingBar(quiet=settings.quiet) as bar:
+            how = {"nominal": settings.batch_size, "generator": stream(settings.seed, "origin"), "tick": bar.update}
+            update = explained(update, model, **how)
+    return update, model
+
+
+def _examined(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> SharedUpdate:
+    """The update as its own numbers say that it was made, with the evidence."""
+    if not update.training.is_one_step:
+        return update
+    gradients, evidence = of_gradients(
+        update.gradients,
+        model,
+        loss=update.training.loss,
+        below_norms=below_norms(stages_if_walked(model) or []),
+        uses_batch_statistics=update.training.uses_batch_statistics,
+        rate=None if settings.update_kind == "gradient" else settings.local_lr,
+        is_defended=update.defence != "none",
+    )
+    return replace(update, gradients=gradients, evidence=(*update.evidence, *evidence))
 
 
 def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Namespace) -> tuple:
     """A file of --save_update, which brings its facts; parameters without a gradient in the file are frozen."""
     update = SharedUpdate.of(tensors, text, settings.update)
+    if settings.defended:
+        raise ValueError(f"--update {settings.update} says itself how it was defended: no --defended")
     if settings.frozen or settings.update_kind != "gradient":
         raise ValueError(f"--update {settings.update} says itself which gradients it holds: no --frozen, --update_kind")
     if is_file(update.model):
@@ -51,7 +89,7 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
     return replace(update, gradients=in_order), model
 
 
-def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
+def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace, given: Collection[str]) -> tuple:
     """A file that holds tensors alone; flags give the facts."""
     source = settings.update
     if settings.image_size is None:
@@ -63,8 +101,14 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options)
     freeze(model, named_by(model, parse_names(settings.frozen)))
+    gradients = averaged_gradients(tensors, model, settings.update_kind, rate, source)
+    found, counted = statistics(tensors, model, settings.update_kind)
+    if training.batchnorm == "train" and settings.update_kind == "gradient":
+        raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
+    mode, evidence = of_statistics(found, counted, model, training, is_given="bn" in given)
+    training = replace(training, batchnorm=mode)
     update = SharedUpdate(
-        gradients=averaged_gradients(tensors, model, settings.update_kind, rate, source),
+        gradients=gradients,
         weights={},
         model=settings.model,
         batch_size=settings.batch_size or 1,
@@ -72,7 +116,9 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
         num_classes=settings.num_classes,
         options=options,
         training=training,
-        statistics=statistics(tensors, model, settings.update_kind) if training.batchnorm == "train" else {},
+        statistics=found if training.batchnorm == "train" else {},
+        defence=settings.defended or "none",
+        evidence=tuple(evidence),
     )
     update.check(source)
     if settings.batch_size is None:
@@ -80,19 +126,32 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
             raise ValueError("the batch size is read off one step with BatchNorm in eval mode: set --batch_size")
         update = replace(update, batch_size=count_images(update.gradients, model, shape))
     elif training.is_plain:
-        _check_count(update, model)
+        update = _counted(update, model, reads=settings.signals in READS)
     training.check(update.batch_size)
     return update, model
 
 
-def _check_count(update: SharedUpdate, model: nn.Module) -> None:
-    """Refuse a batch size below the ranks of the update. Ranks may be lower: some images leave no gradient."""
+def _counted(update: SharedUpdate, model: nn.Module, *, reads: bool) -> SharedUpdate:
+    """The update with the batch size that its ranks show, where that is smaller than the declared one.
+
+    Raises:
+        ValueError: the ranks are those of more images than were declared, and single images are to be read.
+    """
+    declared = update.batch_size
     try:
         counted = count_images(update.gradients, model, update.image_shape)
     except ValueError:  # the ranks do not tell a batch size
-        return
-    if counted > update.batch_size:
-        raise ValueError(f"--batch_size {update.batch_size}: the update's ranks are those of {counted} images")
+        return update
+    said = f"its ranks are those of {counted} images, --batch_size says {declared}"
+    if counted > declared and reads:
+        raise ValueError(f"--batch_size {declared}: the update's ranks are those of {counted} images")
+    if counted > declared:
+        evidence = Evidence("batch size", said, counted, contradicts=True)
+        return replace(update, evidence=(*update.evidence, evidence))
+    if counted == declared:
+        return update
+    evidence = Evidence("batch size", f"{said}: it is taken for {counted}", counted, overrules="batch_size")
+    return replace(update, batch_size=counted, evidence=(*update.evidence, evidence))
 
 
 def _rate(settings: argparse.Namespace) -> float:

@@ -21,7 +21,7 @@ from update.shared import SharedUpdate
 CLIENT = ("dataset", "data_path", "indices", "labels", "save_update", "save_batch")
 
 # Settings that only an update from a file has.
-RECEIVED = ("update_kind",)
+RECEIVED = ("update_kind", "defended")
 
 # Settings that a resumed run may change; all others stay as the run began.
 RESUMABLE = (

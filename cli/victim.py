@@ -1,7 +1,7 @@
 """The client's batch, the model that the server sent out, and the shared update, all as the flags name them."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +20,19 @@ from update.shared import SharedUpdate
 from update.storage import replace_atomically
 
 
-def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.Module, Batch | None]:
+def victim(
+    settings: argparse.Namespace, place: dict, given: Collection[str] = ()
+) -> tuple[SharedUpdate, nn.Module, Batch | None]:
     """The shared update, the model behind it, and the truth (None with --update).
 
-    `place` is the device and dtype of the model, and with it of the whole attack.
+    `place` is the device and dtype of the model, and with it of the whole attack; `given` are the names of the settings
+    that were given by hand.
 
     Raises:
         ValueError: data, model or update cannot be used as the flags say; the message names the value.
     """
     if settings.update:
-        update, model = received_update(settings, place)
+        update, model = received_update(settings, place, given)
         defence, generator = settings.defence or "none", stream(settings.seed, "defence")
         return defend_received(update, defence, generator=generator), model, None
     batch = client_batch(settings, settings.labels, settings.num_classes)

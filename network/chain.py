@@ -39,6 +39,17 @@ def parametrised(chain: Chain) -> Iterator[Stage]:
             yield stage
 
 
+def below_norms(chain: Chain) -> list[str]:
+    """The names of the linear and convolutional stages right below a BatchNorm, inside residual stages too."""
+    found = []
+    for index, stage in enumerate(chain):
+        if isinstance(stage.module, Residual):
+            found += below_norms(stage.module.body) + below_norms(stage.module.shortcut)
+        elif kind_of(stage.module).is_affine and chain[index + 1 :] and kind_of(chain[index + 1].module).is_norm:
+            found.append(stage.name)
+    return found
+
+
 def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
     """What the stages apply, those inside residual stages too, in the order in which they are applied."""
     for stage in chain:

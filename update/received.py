@@ -68,21 +68,23 @@ def averaged_gradients(
     return {name: _gradient(tensors[name], parameter, kind, rate) for name, parameter in parameters.items()}
 
 
-def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
-    """BatchNorm's running statistics after training, by buffer name, from a file of weights or of their difference.
+def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """BatchNorm's running statistics after training, and its counts of batches, by buffer name.
+
+    A file of weights or of their difference may hold them; beside gradients there are no buffers, and none are found.
 
     Args:
         tensors, model, kind: as in `averaged_gradients`.
-
-    Raises:
-        StorageError: the file holds no statistics, or it holds gradients, beside which there are no buffers.
     """
     if kind == "gradient":
-        raise StorageError("--bn train: gradients come without running statistics; --bn train_private if so")
+        return {}, {}
     state = model.state_dict()
     tensors = named(tensors, [*state] if len(tensors) == len(state) else [*trainable(model)], "the update")
-    found = {name: tensors[name] for name in statistic_names(model) if name in tensors}
-    return {name: state[name] + new if kind == "difference" else new for name, new in found.items()}
+    counts = [name for name in state if name.endswith(".num_batches_tracked")]
+    found, counted = ({n: tensors[n] for n in names if n in tensors} for names in (statistic_names(model), counts))
+    if kind == "difference":
+        found, counted = ({n: state[n] + moved for n, moved in each.items()} for each in (found, counted))
+    return found, counted
 
 
 def _check_fit(name: str, tensor: Tensor, parameter: Tensor, source: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from network.parameters import trainable
 from update.defences import Defences
+from update.evidence import Evidence
 from update.storage import StorageError, read_tensors, write_tensors
 from update.training import FEDSGD, LocalTraining, before_averaging
 
@@ -35,6 +36,7 @@ class SharedUpdate:
         defence: the defences that the clients applied, as in `update.defences`; defences are public.
         training: how the client trained.
         statistics: BatchNorm's running statistics after training, by buffer name, where the client shares them.
+        evidence: what the update says of how it was made, see `update.evidence`; not saved.
     """
 
     gradients: dict[str, Tensor]
@@ -47,6 +49,7 @@ class SharedUpdate:
     defence: str = "none"
     training: LocalTraining = FEDSGD
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    evidence: tuple[Evidence, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.
@@ -132,6 +135,11 @@ class SharedUpdate:
                 raise StorageError(f"{source}: the {name} is not finite")
         if not any(gradient.any() for gradient in self.gradients.values()):
             raise StorageError(f"{source}: all gradients are zero, nothing can be reconstructed from them")
+
+    @property
+    def overruled(self) -> set[str]:
+        """The names of the flags that the evidence has taken the place of."""
+        return {piece.overrules for piece in self.evidence}
 
     @property
     def is_rescaled(self) -> bool:

@@ -54,14 +54,26 @@ def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generat
     Raises:
         ValueError: neither the head nor any single image tells the factor.
     """
-    factor, is_exact = _by_head(update, model, generator)
-    if not is_exact and (told := _by_single_images(update, model, generator)):
-        factor, is_exact = told, True
-    if factor is None or factor < LEAST:
-        raise ValueError("neither the head nor any single image tells by how much the update was scaled")
+    factor, is_exact = scale_of(update, model, generator)
+    if factor < LEAST:
+        raise ValueError(f"the update would have been made {1 / factor:.3g} times as long, and clients make it shorter")
     restored = times(update, factor)
     is_exact &= not Defences.parse(update.defence).uneven
     return dataclasses.replace(restored, defence="none") if is_exact else restored, factor
+
+
+def scale_of(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[float, bool]:
+    """The factor that makes an averaged gradient of the update, and whether it is as exact as the update.
+
+    Raises:
+        ValueError: neither the head nor any single image tells the factor.
+    """
+    factor, is_exact = _by_head(update, model, generator)
+    if not is_exact and (told := by_single_images(update, model, generator)):
+        factor, is_exact = told, True
+    if not factor:
+        raise ValueError("neither the head nor any single image tells by how much the update was scaled")
+    return factor, is_exact
 
 
 def times(update: SharedUpdate, factor: float) -> SharedUpdate:
@@ -120,14 +132,16 @@ def _first_guess(head: HeadGradient, sample: Tensor) -> tuple[float, bool]:
     return 1 / float(ratio[middle]), not varies(p) and 2 * head.batch_size < len(head.bias)
 
 
-def _by_single_images(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float | None:
-    """s from single images' certificates at the first layer that tells any; the surer an image, the more it counts."""
+def by_single_images(
+    update: SharedUpdate, model: nn.Module, generator: torch.Generator, work: float = SINGLES_WORK
+) -> float | None:
+    """s, of either sign, from certificates at the first layer that tells images apart; the surer count more."""
     try:
         chain = stages(copy.deepcopy(model).double().requires_grad_(False))
     except ValueError:
         return None
     like = chain[-1].module.weight.new_zeros(1)
-    budget = WorkBudget(SINGLES_WORK)
+    budget = WorkBudget(work)
     for layer in order(candidate_layers(chain, update.image_shape, update.gradients), update.batch_size, like):
         if layer.bias_gradient is None or f"{layer.name}.weight" not in update.gradients:
             continue

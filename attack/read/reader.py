@@ -107,6 +107,27 @@ def read_layers(
     return _Reader(update, model, generator, budget).read()
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What a reading without the walk finds: images told apart, and whether any layer spans its inputs at all."""
+
+    told_apart: int
+    is_spanned: bool
+
+
+def glance(
+    update: SharedUpdate, model: nn.Module, *, generator: torch.Generator, work: float, tick: Callable[[], object]
+) -> Glance:
+    """How many images can be told apart with so much work, nothing followed any further.
+
+    Raises:
+        ValueError: the model cannot be taken apart.
+    """
+    reader = _Reader(update, model, generator, WorkBudget(work, tick=tick))
+    found, _ = reader.told_apart()
+    return Glance(0 if found is None else len(found), reader.is_spanned)
+
+
 class _Reader:
     """One reading: the network in float64, the budget, and the rows of the layers asked so far."""
 
@@ -125,6 +146,14 @@ class _Reader:
 
     def read(self) -> Reading:
         """Ask the layers in turn, then walk down from the best of them."""
+        best, at = self.told_apart()
+        if best is None:
+            kind = ReadingAbortedError if self.is_aborted else ValueError
+            raise kind(f"no image can be told apart: {self._why_not()}")
+        return self._followed(best.surest_first(), at.index)
+
+    def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
+        """The most images that one of the layers tells apart, and the layer; None where none tells any."""
         best, at = None, None
         waiting = order(list(self.candidates.values()), self.update.batch_size, self.like)
         for layer in waiting:
@@ -133,10 +162,12 @@ class _Reader:
                 best, at = found, layer
             if self.is_aborted or (best is not None and best.complete):
                 break
-        if best is None:
-            kind = ReadingAbortedError if self.is_aborted else ValueError
-            raise kind(f"no image can be told apart: {self._why_not()}")
-        return self._followed(best.surest_first(), at.index)
+        return best, at
+
+    @property
+    def is_spanned(self) -> bool:
+        """Whether the gradient of a layer that was asked determines the space of its inputs."""
+        return any(row["determined"] for row in self.rows.values())
 
     # ------------------------------------------------------------------------------------------------
     # One layer's word

@@ -19,6 +19,7 @@ class Kind:
         output_range: least and largest value of its outputs; None: those of its inputs.
         is_activation: whether it is applied to each entry by itself.
         is_affine: whether it has a weight W with outputs W patch + b, and so inputs that its gradient tells of.
+        is_norm: whether it normalises by a mean and a variance that it keeps, or takes of the batch.
         is_reshape: whether its outputs are its inputs in another shape.
         is_smooth: of an activation: whether equations can be followed through it anywhere.
         is_sparse: of an activation: whether outputs are never negative and often exactly zero.
@@ -35,6 +36,7 @@ class Kind:
     output_range: tuple[float, float] | None = (-math.inf, math.inf)
     is_activation = False
     is_affine = False
+    is_norm = False
     is_reshape = False
     is_smooth = False
     is_sparse = False

@@ -15,6 +15,7 @@ class Norm(Kind):
     """BatchNorm of any number of dimensions; the normalisation of pixels is one that nothing moves."""
 
     modules = (nn.modules.batchnorm._BatchNorm,)
+    is_norm = True
 
     def mixes_images(self, module: nn.modules.batchnorm._BatchNorm) -> bool:
         """In training mode, and where there are no running statistics."""

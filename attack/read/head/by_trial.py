@@ -60,7 +60,7 @@ def unmix_head(
         loss: the client's, a cross-entropy.
         non_negative: whether features are, as after a sigmoid or a ReLU: it narrows the labels down.
         generator: what starts are drawn from (on the CPU).
-        budget: whose clock is asked.
+        budget: of work, about multiplications, and of time.
 
     Raises:
         ValueError: the gradient does not determine its span.
@@ -78,6 +78,9 @@ def unmix_head(
     for _ in range(SWEEPS):
         for equations, labels in zip(systems, sets, strict=True):
             for _ in range(STARTS_PER_SET):
+                if budget.is_spent:
+                    return nobody(span)
+                budget.spend(ITERATIONS * (span.batch_size * span.rank) ** 2)
                 start = starts(span, span.batch_size, generator) @ span.basis @ span.right.T
                 at = equations.at(solve(equations, start, ITERATIONS, budget))
                 found = _judged(span, equations, at, labels, weight, generator)

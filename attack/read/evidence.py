@@ -1,0 +1,82 @@
+"""What was read from an update, against what was assumed: pixels out of range, and features that dropout has zeroed."""
+
+import torch
+from torch import Tensor, nn
+
+from attack.read.random_images import SAMPLE, random_images
+from network.stage import Chain, run
+from update.evidence import Evidence
+
+STEPS = 255  # of a pixel
+BEYOND = 2.0 / STEPS  # how far out of [0, 1] a pixel may lie for rounding's sake
+ON_GRID = 0.05  # of a step: pixels of 8 bits lie so near to whole steps once their normalisation is undone
+SHARE_ON_GRID = 0.95  # of the pixels that must
+USUAL = {  # normalisations that clients use, by what the values are: mean and standard deviation by channel
+    "of one half": ((0.5,), (0.5,)),
+    "of ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "of CIFAR-10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "of CIFAR-10, per image": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "of CIFAR-100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "of CIFAR-100, rounded": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "of MNIST": ((0.1307,), (0.3081,)),
+    "of Fashion-MNIST": ((0.2860,), (0.3530,)),
+    "of SVHN": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "of pixels from 0 to 255": ((0.0,), (1 / STEPS,)),
+}
+SELDOM = 0.01  # of random images: a feature that is zero in fewer is used
+DROPPED = 0.02  # share of exact zeros among used features that is no chance
+
+
+def of_pixels(pixels: Tensor) -> list[Evidence]:
+    """A word on pixels (N, C, H, W) that were read and lie outside [0, 1]: the client normalises its images."""
+    least, most = float(pixels.min()), float(pixels.max())
+    if least >= -BEYOND and most <= 1 + BEYOND:
+        return []
+    said = f"the pixels that were read lie between {least:.3g} and {most:.3g}, not between 0 and 1"
+    fit = normalisation_of(pixels)
+    said += (
+        f": the client normalises its images, {fit}" if fit else ": the client normalises its images (--mean, --std)"
+    )
+    return [Evidence("pixels", said, most - least, contradicts=True)]
+
+
+def normalisation_of(pixels: Tensor) -> str:
+    """The flags of the usual normalisation that brings pixels (N, C, H, W) to whole steps within [0, 1]; or nothing."""
+    for name, (mean, std) in USUAL.items():
+        if len(mean) not in (1, pixels.shape[1]):
+            continue
+        m, s = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        raw = STEPS * (pixels * s + m)
+        inside = float(raw.min()) > -2 and float(raw.max()) < STEPS + 2
+        if inside and float(((raw - raw.round()).abs() < ON_GRID).double().mean()) > SHARE_ON_GRID:
+            flags = (",".join(f"{value:g}" for value in values) for values in (mean, std))
+            return "--mean {} --std {} ({})".format(*flags, name)
+    return ""
+
+
+def of_features(
+    features: Tensor, chain: Chain, image_shape: tuple[int, ...], generator: torch.Generator
+) -> list[Evidence]:
+    """A word on features (N, d) that dropout has zeroed: entries at zero that no image of the network puts there.
+
+    Args:
+        features: that were read, at the head.
+        chain: of the model, in eval mode.
+        image_shape: (C, H, W).
+        generator: what random images are drawn from (on the CPU).
+    """
+    like = next(p for stage in chain if isinstance(stage.module, nn.Module) for p in stage.module.parameters())
+    with torch.no_grad():
+        usual = run(chain[:-1], random_images(image_shape, SAMPLE, generator).to(like))
+    scale = features.abs().median(1, keepdim=True).values.clamp(min=1e-12)
+    used = (usual == 0).double().mean(0) < SELDOM
+    if not used.any():
+        return []
+    share = float((features.abs() < 1e-4 * scale)[:, used.to(features.device)].double().mean())
+    if share < DROPPED:
+        return []
+    said = (
+        f"{share:.0%} of the head's features are exactly zero in units that are never off: dropout was active, and "
+        "below it nothing is as the model in eval mode has it"
+    )
+    return [Evidence("dropout", said, share, contradicts=True)]

@@ -1,0 +1,137 @@
+"""Which client made an update that came from outside: the first supposition under which its images are told apart.
+
+An image that is told apart fits equations with more witnesses than unknowns. Under a wrong supposition on the client
+(a sum in place of the mean, another loss, a nominal batch size) no image fits, so each supposition is tried with
+little work, the declared client first, and the first under which any image is told apart is the client's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from attack.read.clip_factor import by_single_images, scale_of, times
+from attack.read.reader import READING_WORK, glance
+from update.evidence import Evidence, class_sums
+from update.loss import Loss
+from update.shared import SharedUpdate
+
+GLANCE = 0.02 * READING_WORK  # of work for each supposition: some ten seconds at most
+SMOOTHINGS = (0.1, 0.2, 0.05)  # of labels, that clients use
+USUAL = (0.5, 2.0, *(2.0**power for power in range(8, 25, 8)))  # factors of losses, and of AMP's loss scaling
+ROUNDED = 1e-3  # relative: a factor so close to a usual one is that one
+
+
+@dataclass(frozen=True)
+class Supposition:
+    """One way in which the client may have differed from the declared one: the update under it, and how it is said."""
+
+    update: SharedUpdate
+    evidence: Evidence | None = None
+
+    @property
+    def result(self) -> SharedUpdate:
+        """The update, with the evidence that the supposition holds."""
+        if self.evidence is None:
+            return self.update
+        return replace(self.update, evidence=(*self.update.evidence, self.evidence))
+
+
+def explained(
+    update: SharedUpdate,
+    model: nn.Module,
+    *,
+    nominal: int | None,
+    generator: torch.Generator,
+    tick: Callable[[], object] = lambda: None,
+) -> SharedUpdate:
+    """The update under the first supposition that tells its images apart, with the evidence of it.
+
+    Args:
+        update: as declared, with the batch size that its ranks show.
+        nominal: the batch size that was declared, where the ranks show a smaller one.
+        generator: what starts and programmes are drawn from (on the CPU).
+        tick: called now and then.
+    """
+    tried, is_spanned = 0, False
+    for supposition in _suppositions(update, model, nominal, generator):
+        try:
+            found = glance(supposition.update, model, generator=generator, work=GLANCE, tick=tick)
+        except ValueError:  # a model that cannot be taken apart says nothing under any supposition
+            return update
+        if found.told_apart:
+            return supposition.result
+        tried, is_spanned = tried + 1, is_spanned or found.is_spanned
+        if not is_spanned:
+            return update
+    return replace(update, evidence=(*update.evidence, _nothing_fits(tried)))
+
+
+def _suppositions(
+    update: SharedUpdate, model: nn.Module, nominal: int | None, generator: torch.Generator
+) -> Iterator[Supposition]:
+    """The client as declared, then others, the most frequent first."""
+    yield Supposition(update)
+    if nominal is not None:
+        yield Supposition(replace(update, batch_size=nominal))
+    sums = class_sums(update.gradients, model)
+    if sums is not None and sums.is_other_loss:
+        yield from _other_losses(update, [Loss("bce"), Loss("mse")])
+    for factor in _factors(update, model, generator):
+        yield Supposition(times(update, factor), _of_scale(1 / factor, update.batch_size))
+    if update.training.loss == Loss():
+        yield from _other_losses(update, [Loss(smoothing=each) for each in SMOOTHINGS])
+
+
+def _factors(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> Iterator[float]:
+    """Factors by which the update becomes a mean: of single images, then of the head, of either sign."""
+    told = [by_single_images(update, model, generator, GLANCE)]
+    if told == [None]:
+        told = [sign * (_by_head(times(update, sign), model, generator) or 0.0) for sign in (1.0, -1.0)]
+    for factor in told:
+        if factor and abs(factor - 1) > ROUNDED:
+            yield usual(factor, update.batch_size)
+
+
+def _by_head(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float | None:
+    try:
+        return scale_of(update, model, generator)[0]
+    except (ValueError, RuntimeError, ArithmeticError):  # a singular system, say
+        return None
+
+
+def usual(factor: float, batch_size: int) -> float:
+    """The factor, or a usual one that it is but for rounding: 1 / B, a power of two, their negatives."""
+    names = [1.0, 1 / batch_size, float(batch_size), *USUAL, *(1 / each for each in USUAL)]
+    near = min(names, key=lambda name: abs(abs(factor) / name - 1))
+    if abs(abs(factor) / near - 1) > ROUNDED:
+        return factor
+    return near if factor > 0 else -near
+
+
+def _of_scale(scale: float, batch_size: int) -> Evidence:
+    """What is said of an update that is `scale` times the averaged gradient."""
+    said = f"it is {scale:g} times the averaged gradient"
+    if abs(scale) == batch_size > 1:
+        said = f"it is {'minus ' if scale < 0 else ''}the sum over {batch_size} images, not their mean"
+    elif scale == -1:
+        said = "it is minus the averaged gradient"
+    elif abs(scale) == 2.0**16:
+        said += ", the first scale of mixed-precision training"
+    return Evidence("scale", f"{said}: it was divided by {scale:g}", scale)
+
+
+def _other_losses(update: SharedUpdate, losses: Sequence[Loss]) -> Iterator[Supposition]:
+    for loss in losses:
+        said = f"its errors are those of {loss}, which was not declared: it is taken for the loss"
+        training = replace(update.training, loss=loss)
+        yield Supposition(replace(update, training=training), Evidence("loss", said, loss.smoothing or None))
+
+
+def _nothing_fits(tried: int) -> Evidence:
+    said = (
+        "a layer's gradient spans the inputs of its images, but no image fits the client as declared, nor any of "
+        f"{tried - 1} others (sums, scales, signs, losses): the loss, the optimiser, the steps or the model may differ"
+    )
+    return Evidence("fit", said, None, contradicts=True)

@@ -1,0 +1,43 @@
+"""Models with one logit z, for two classes, as binary cross-entropy takes them: the same as two logits [0, z].
+
+softmax([0, z]) = [1 - sigmoid(z), sigmoid(z)], so the loss and every gradient below the head are the same. The head's
+second row is the one that there was; its first row is zero, and the gradient of that row is minus the other's, since
+softmax errors sum to zero. So a model with one logit is attacked as a model of two classes.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from network.head import Head
+
+
+def has_one_logit(model: nn.Module) -> bool:
+    """Whether the model's head is a linear layer with one output."""
+    try:
+        return Head.of(model).layer.out_features == 1
+    except ValueError:
+        return False
+
+
+def with_two_logits(model: nn.Module) -> nn.Module:
+    """The model, its head with one output replaced in place by one with the outputs [0, z]."""
+    head = Head.of(model)
+    old, name = head.layer, head.weight.removesuffix(".weight")
+    new = nn.Linear(old.in_features, 2, bias=old.bias is not None).to(old.weight)
+    with torch.no_grad():
+        new.weight.copy_(torch.cat([torch.zeros_like(old.weight), old.weight]))
+        if old.bias is not None:
+            new.bias.copy_(torch.cat([torch.zeros_like(old.bias), old.bias]))
+    for own, other in zip(new.parameters(), old.parameters(), strict=True):
+        own.requires_grad_(other.requires_grad)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def of_two_logits(gradients: Mapping[str, Tensor], head: Head) -> dict[str, Tensor]:
+    """Gradients of a model with one logit, as those of the model with two; `head` is that of either."""
+    own = (head.weight, head.bias)
+    return {name: torch.cat([-g, g]) if name in own else g for name, g in gradients.items()}

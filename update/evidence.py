@@ -1,0 +1,383 @@
+"""What an update says of how it was made, by its numbers alone: evidence that is compared with what was declared.
+
+The errors e_i of cross-entropy by the logits sum to zero over the classes, whatever the labels. So do the rows of the
+head's gradient, G = (1/B) sum_i e_i h_i^T, and its bias's gradient gamma = (1/B) sum_i e_i. A client with weight decay
+lambda adds lambda W, so then
+
+    sum_k [G, gamma]_k = lambda sum_k [W, b]_k,
+
+which is one unknown in d + 1 equations. Errors of other losses (squared errors, binary cross-entropy) do not sum to
+zero. Noise does not either, but noise fills all singular values of G, while a loss of few images leaves most of them
+empty. No softmax error is longer than 2 in the sum of its magnitudes, so sum_k |gamma_k| > 2 shows a gradient that is
+no mean.
+
+Entries show what was done to them after training: many zeros, one magnitude a tensor, a pile-up at the largest.
+BatchNorm's statistics move in training mode only, and batches are counted beside them. In training mode a layer's
+output is normalised whatever its weights' length is, so <G_c, W_c> = 0 for each channel c below a BatchNorm.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from network.head import Head
+from network.parameters import trainable
+from update.loss import Loss
+from update.training import LocalTraining
+
+UNBALANCED = 0.05  # share of [G, gamma] beyond which its sum over the classes is no rounding: squared errors leave 0.07
+SURE = 8.0  # standard deviations by which a weight decay must differ from zero
+LEFT = 0.5  # share of the sum that a weight decay may leave unexplained
+FILLED = 3.0  # noise leaves G's smallest singular value no smaller than this part of what its columns sum to
+MEAN = 2.0  # sum of the magnitudes of a mean of softmax errors, at most
+ROUNDED = 1.02  # a mean of rounded errors may be so much longer
+MOVED = 1e-6  # relative distance of running statistics that is no rounding
+FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
+MANY = 1000  # entries without which nothing is said of a tensor's entries
+PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
+PILED = 0.01  # share of entries that have the largest magnitude, exactly
+LEVELS = 512  # magnitudes in a tensor, at most, that show a quantised update
+ALIKE = 0.9  # share of entries that differ from the rate by no more than WITHIN of it: Adam's first step, or signs
+WITHIN = 1e-2
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One thing that an update says of how it was made.
+
+    Attributes:
+        topic: of which assumption: `batchnorm`, `steps`, `decay`, `scale`, `loss`, `batch size`, `entries`, ...
+        said: a sentence with the figure, for a person.
+        figure: that it rests on; None where there is none.
+        contradicts: whether it contradicts what was declared, and nothing was done about it. Then nothing that is read
+            from the update under these assumptions is certain.
+        overrules: the name of the flag that it takes the place of, or nothing.
+    """
+
+    topic: str
+    said: str
+    figure: float | None = None
+    contradicts: bool = False
+    overrules: str = ""
+
+
+def contradictions(evidence: Iterable[Evidence]) -> list[Evidence]:
+    """Those pieces that contradict what was declared."""
+    return [piece for piece in evidence if piece.contradicts]
+
+
+# ----------------------------------------------------------------------------------------------------
+# The head's sums over the classes
+
+
+@dataclass(frozen=True)
+class ClassSums:
+    """What the head's gradient sums to over the classes.
+
+    Attributes:
+        share: |sum_k [G, gamma]_k| as a share of sum_k |[G, gamma]_k|.
+        decay: the weight decay lambda that explains it, 0 where none does.
+        error: standard deviation of `decay`.
+        is_other_loss: whether neither decay nor noise explains it: the loss is no cross-entropy.
+        reaches: sum_k |gamma_k|, at most 2 of a mean of softmax errors; None without a bias.
+    """
+
+    share: float
+    decay: float
+    error: float
+    is_other_loss: bool
+    reaches: float | None
+
+
+def class_sums(gradients: Mapping[str, Tensor], model: nn.Module) -> ClassSums | None:
+    """The sums over the classes of the model's head; None where the head is not linear or has no gradient."""
+    try:
+        head = Head.of(model)
+    except ValueError:
+        return None
+    weight, bias = head.among(gradients)
+    if weight is None or weight.dim() != 2 or len(weight) < 2:
+        return None
+    own, server = [weight], [head.layer.weight]
+    if bias is not None:
+        own, server = [*own, bias[:, None]], [*server, head.layer.bias[:, None]]
+    whole, weights = (torch.cat([t.detach().double().cpu() for t in each], 1) for each in (own, server))  # (K, d + 1)
+    size = float(whole.abs().sum(0).norm())
+    if not size:
+        return None
+    sums, server_sums = whole.sum(0), weights.sum(0)
+    length = float(server_sums.square().sum())
+    decay = float(sums @ server_sums) / length if length else 0.0
+    left = sums - decay * server_sums
+    error = float(left.norm()) / math.sqrt(max(1, len(sums) - 1) * length) if length else math.inf
+    explains = decay > SURE * error and float(left.norm()) < LEFT * float(sums.norm())
+    unexplained = left if explains else sums
+    least = float(torch.linalg.svdvals(whole)[-1])
+    is_noise = float(unexplained.norm()) / math.sqrt(len(whole)) < FILLED * least
+    return ClassSums(
+        share=float(sums.norm()) / size,
+        decay=decay if explains else 0.0,
+        error=error,
+        is_other_loss=float(unexplained.norm()) > UNBALANCED * size and not is_noise,
+        reaches=None if bias is None else float(bias.detach().double().abs().sum()),
+    )
+
+
+def decayed_parameters(gradients: Mapping[str, Tensor], model: nn.Module, decay: float) -> list[str]:
+    """The names of the parameters that a weight decay acts on: all, or all but those of one dimension.
+
+    Many clients leave biases and normalisations alone. The head's bias tells: its gradient sums to zero, or to lambda
+    times its own sum.
+    """
+    parameters = trainable(model)
+    head = Head.of(model)
+    _, bias = head.among(gradients)
+    if bias is not None and decay:
+        found, expected = float(bias.double().sum()), decay * float(head.layer.bias.detach().double().sum())
+        if abs(found) < abs(found - expected):
+            return [name for name, parameter in parameters.items() if parameter.dim() > 1]
+    return list(parameters)
+
+
+def without_decay(
+    gradients: Mapping[str, Tensor], model: nn.Module, decay: float, names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The gradients less `decay` times these parameters, in each gradient's own type."""
+    parameters = trainable(model)
+
+    def reduced(name: str, gradient: Tensor) -> Tensor:
+        pull = decay * parameters[name].detach().double().to(gradient.device)
+        return (gradient.double() - pull).to(gradient.dtype)
+
+    return {name: reduced(name, g) if name in names else g for name, g in gradients.items()}
+
+
+# ----------------------------------------------------------------------------------------------------
+# BatchNorm
+
+
+def of_statistics(
+    found: Mapping[str, Tensor],
+    counted: Mapping[str, Tensor],
+    model: nn.Module,
+    training: LocalTraining,
+    *,
+    is_given: bool,
+) -> tuple[str, list[Evidence]]:
+    """The mode of BatchNorm that running statistics and counts show, and what they say of the training.
+
+    Args:
+        found: running statistics after training, by buffer name.
+        counted: BatchNorm's counts of batches after training, likewise.
+        model: that the server sent out.
+        training: as declared.
+        is_given: whether the mode was declared by hand: then it stays, and the contradiction is said.
+    """
+    moved, evidence, mode = statistics_moved(found, model), [], training.batchnorm
+    if moved is not None and moved > MOVED and mode == "eval":
+        mode = mode if is_given else "train"
+        said = f"BatchNorm's running statistics moved by {moved:.1e} of their size: it was in training mode"
+        said += ", though --bn eval was declared" if is_given else ", and is taken so (--bn train)"
+        evidence.append(Evidence("batchnorm", said, moved, contradicts=is_given))
+    if moved is not None and moved <= MOVED and mode == "train":
+        said = "BatchNorm's running statistics did not move: it was in eval mode, though training mode was declared"
+        evidence.append(Evidence("batchnorm", said, moved, contradicts=True))
+    steps = steps_counted(counted, model)
+    if steps is not None and steps != training.steps:
+        said = f"BatchNorm counted {steps} batches, and --local_steps says {training.steps}"
+        evidence.append(Evidence("steps", said, float(steps), contradicts=True))
+    return mode, evidence
+
+
+def statistics_moved(found: Mapping[str, Tensor], model: nn.Module) -> float | None:
+    """How far BatchNorm's running statistics are from the server's, relative to these; None where none are at hand."""
+    server, distances = dict(model.named_buffers()), []
+    for name, new in found.items():
+        old = server[name].double().cpu()
+        distances.append(float((new.double().cpu() - old).norm() / old.norm().clamp(min=1.0)))
+    return max(distances, default=None)
+
+
+def steps_counted(found: Mapping[str, Tensor], model: nn.Module) -> int | None:
+    """The batches that BatchNorm layers in training mode have counted since the server's model; None if none did."""
+    server = dict(model.named_buffers())
+    counts = {int(new) - int(server[name]) for name, new in found.items() if name in server}
+    return counts.pop() if len(counts) == 1 and min(counts) > 0 else None
+
+
+def normalised_by_batch(gradients: Mapping[str, Tensor], pairs: Sequence[str], model: nn.Module) -> float | None:
+    """The median of |<G_c, W_c>| / (|G_c| |W_c|) over channels c, as a share of what chance gives; None without any.
+
+    Args:
+        pairs: names of the linear or convolutional layers right below a BatchNorm.
+    """
+    parameters, found = trainable(model), []
+    for layer in pairs:
+        gradient, weight = gradients.get(f"{layer}.weight"), parameters.get(f"{layer}.weight")
+        if gradient is None or weight is None:
+            continue
+        g, w = gradient.double().cpu().flatten(1), weight.detach().double().cpu().flatten(1)
+        length = g.norm(dim=1) * w.norm(dim=1)
+        found.append(((g * w).sum(1).abs() / length.clamp(min=1e-300))[length > 0] * math.sqrt(g.shape[1]))
+    found = [each for each in found if len(each)]
+    return float(torch.cat(found).median()) if found else None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Entries
+
+
+def of_entries(gradients: Mapping[str, Tensor], rate: float | None, declared: bool) -> list[Evidence]:
+    """What the entries say was done to them after training.
+
+    Args:
+        gradients: by parameter name.
+        rate: by which a difference of weights was divided; None for gradients.
+        declared: whether a defence was declared that does such things.
+    """
+    tensors = [gradient.detach().double().cpu() for gradient in gradients.values() if gradient.numel() >= MANY]
+    if not tensors:
+        return []
+    found = [*_pruned(tensors, declared), *_signed(tensors, declared)]
+    if not found:
+        found = [*_quantised(tensors, declared), *_truncated(tensors, declared)]
+    if rate is not None and not found:
+        found = _alike(tensors, rate)
+    return found
+
+
+def _pruned(tensors: Sequence[Tensor], declared: bool) -> list[Evidence]:
+    zeros, places = 0, 0
+    for tensor in tensors:
+        matrix = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
+        live = matrix[matrix.any(1)][:, matrix.any(0)]
+        zeros, places = zeros + int((live == 0).sum()), places + live.numel()
+    share = zeros / max(1, places)
+    if share < PRUNED:
+        return []
+    said = f"{share:.1%} of the entries are exactly zero, scattered: the update was pruned to its largest entries"
+    return [Evidence("entries", said, share, not declared)]
+
+
+def _signed(tensors: Sequence[Tensor], declared: bool) -> list[Evidence]:
+    magnitudes = [int(tensor.abs()[tensor != 0].unique().numel()) for tensor in tensors]
+    if max(magnitudes) > 2:
+        return []
+    said = "all entries of a tensor have one or two magnitudes: only their signs were sent"
+    return [Evidence("entries", said, float(max(magnitudes)), not declared)]
+
+
+def _quantised(tensors: Sequence[Tensor], declared: bool) -> list[Evidence]:
+    levels = [(int(tensor.abs().unique().numel()), tensor.numel()) for tensor in tensors]
+    if not all(count <= min(LEVELS, size / 4) for count, size in levels):
+        return []
+    most = max(count for count, _ in levels)
+    said = f"no tensor has more than {most} magnitudes: the update was quantised"
+    return [Evidence("entries", said, float(most), not declared)]
+
+
+def _truncated(tensors: Sequence[Tensor], declared: bool) -> list[Evidence]:
+    bounds = [float(tensor.abs().max()) for tensor in tensors]
+    piled = sum(int((tensor.abs() == bound).sum()) for tensor, bound in zip(tensors, bounds, strict=True))
+    share = piled / sum(tensor.numel() for tensor in tensors)
+    if share < PILED:
+        return []
+    said = f"{share:.1%} of the entries have their tensor's largest magnitude exactly: the update was truncated"
+    return [Evidence("entries", said, share, not declared)]
+
+
+def _alike(tensors: Sequence[Tensor], rate: float) -> list[Evidence]:
+    """A step of Adam moves every weight by the rate, whatever its gradient: |difference| / rate is 1."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    flat = flat[flat != 0].abs()
+    if not len(flat):
+        return []
+    step = float(flat.median())
+    share = float(((flat / step - 1).abs() < WITHIN).double().mean())
+    if share < ALIKE:
+        return []
+    said = (
+        f"{share:.0%} of the weights moved by one and the same distance, {step * rate:.3g}: "
+        "a step of Adam or of a sign, not of plain SGD"
+    )
+    return [Evidence("optimiser", said, share, True)]
+
+
+# ----------------------------------------------------------------------------------------------------
+# All together
+
+
+def of_gradients(
+    gradients: Mapping[str, Tensor],
+    model: nn.Module,
+    *,
+    loss: Loss,
+    below_norms: Sequence[str] = (),
+    uses_batch_statistics: bool = False,
+    rate: float | None = None,
+    is_defended: bool = False,
+) -> tuple[dict[str, Tensor], list[Evidence]]:
+    """The gradients of one step without weight decay, and what they say of how they were made.
+
+    Args:
+        gradients: by parameter name.
+        model: with the weights that the server sent out.
+        loss: as declared.
+        below_norms: names of the layers right below a BatchNorm.
+        uses_batch_statistics: whether BatchNorm was declared to be in training mode.
+        rate: by which a difference of weights was divided; None for gradients.
+        is_defended: whether a defence was declared, which explains odd entries and sums.
+    """
+    found = of_entries(gradients, rate, is_defended)
+    sums = class_sums(gradients, model) if loss.is_cross_entropy and not (found or is_defended) else None
+    if sums is not None:
+        if sums.decay:
+            names = decayed_parameters(gradients, model, sums.decay)
+            gradients = without_decay(gradients, model, sums.decay, names)
+            found.append(_of_decay(sums, len(names) < len(trainable(model))))
+        if sums.is_other_loss:
+            found.append(_of_loss(sums, loss))
+        elif sums.reaches is not None and sums.reaches > MEAN * ROUNDED and not sums.decay:
+            found.append(_of_length(sums))
+    chance = None if found else normalised_by_batch(gradients, below_norms, model)
+    if chance is not None and (chance < FLAT) != uses_batch_statistics:
+        found.append(_of_mode(chance, uses_batch_statistics))
+    return dict(gradients), found
+
+
+def _of_decay(sums: ClassSums, spares_biases: bool) -> Evidence:
+    said = (
+        f"the head's gradient sums over the classes to {sums.decay:.4e} times its weights: weight decay of so much, "
+        f"which was subtracted{' from all weights but biases and scales' if spares_biases else ''}"
+    )
+    return Evidence("decay", said, sums.decay)
+
+
+def _of_loss(sums: ClassSums, loss: Loss) -> Evidence:
+    said = (
+        f"the head's gradient sums over the classes to {sums.share:.2g} of its size, where {loss}'s sums to zero: "
+        "the loss is another (--loss bce or mse?), or the head's weights are not those that the client began with"
+    )
+    return Evidence("loss", said, sums.share, contradicts=True)
+
+
+def _of_length(sums: ClassSums) -> Evidence:
+    said = (
+        f"the magnitudes of the head's bias gradient sum to {sums.reaches:.3g}, and those of a mean of softmax errors "
+        "to 2 at most: a sum and no mean, or a loss that was scaled"
+    )
+    return Evidence("scale", said, sums.reaches, contradicts=True)
+
+
+def _of_mode(chance: float, uses_batch_statistics: bool) -> Evidence:
+    said = (
+        f"gradients below BatchNorm stand on their weights as in eval mode ({chance:.2g} of what chance gives), though "
+        "training mode was declared"
+        if uses_batch_statistics
+        else f"gradients below BatchNorm are orthogonal to their weights ({chance:.1e} of what chance gives): "
+        "it was in training mode (--bn train, or train_private where running statistics are not sent)"
+    )
+    return Evidence("batchnorm", said, chance, contradicts=True)
