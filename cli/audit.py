@@ -54,6 +54,7 @@ def audit(
     with RunDirectory(path, resume=True) as run:
         facts, plain, rows = read_facts(path), victim(settings, place_named(settings))[0], []
         for defence in NEAREST:
+            run.without_links(f"{DEFENDED}/{run_name(defence)}")  # a link would lead into another run
             own = under(defence, settings, path)
             if not settings.quiet:
                 print(f"\nunder the defence {defence}")
@@ -82,7 +83,7 @@ def audit(
 
 def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Namespace:
     """The settings of the run under a defence, whose directory lies below that of the first run, `path`."""
-    folder, name = path / DEFENDED, defence.replace(":", "_").replace(",", "+")
+    folder, name = path / DEFENDED, run_name(defence)
     own = {
         "defence": defence,
         "audit": False,
@@ -92,6 +93,11 @@ def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Na
         "resume": (bool(settings.resume) and (folder / name / "checkpoint.pt").is_file()) or None,
     }
     return argparse.Namespace(**(vars(settings) | own))
+
+
+def run_name(defence: str) -> str:
+    """The name of the run under a defence."""
+    return defence.replace(":", "_").replace(",", "+")
 
 
 def relative_change(plain: SharedUpdate, defended: SharedUpdate) -> float:

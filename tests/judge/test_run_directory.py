@@ -186,13 +186,6 @@ def test_what_stops_a_run_that_is_being_prepared_costs_the_old_one_nothing(cli, 
     cli("--overwrite")
 
 
-def test_a_run_that_died_between_two_renames_is_found_again(cli):
-    run = cli()
-    run.rename(cli.folder / ".run.old")
-    cli("--resume", run, "--n_iter", 6)
-    assert metrics_of(run)["steps"] == 6
-
-
 @pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
 def test_two_runs_at_once_do_not_mix(cli, flag):
     run = cli("--n_iter", 2)
