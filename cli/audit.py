@@ -12,6 +12,7 @@ from cli.victim import victim
 from client.defences import defend_received
 from judge.defences import conclusion, defended_row, refused_row, undefended_row
 from judge.gallery import write_gallery
+from judge.locks import LOCKS
 from judge.report import read_facts, write_report
 from judge.run_directory import DEFENDED, RunDirectory
 from judge.tables import aligned
@@ -52,6 +53,7 @@ def audit(
     if status == INTERRUPTED:
         return status
     with RunDirectory(path, resume=True) as run:
+        run.without_links(f"{DEFENDED}/{LOCKS}")
         facts, plain, rows = read_facts(path), victim(settings, place_named(settings))[0], []
         for defence in NEAREST:
             run.without_links(f"{DEFENDED}/{run_name(defence)}")  # a link would lead into another run

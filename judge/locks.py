@@ -5,7 +5,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-FOLDER = ".locks"
+LOCKS = ".locks"
 
 
 def lock_in(folder: Path, name: str, *, timeout: float) -> FileLock:
@@ -21,7 +21,7 @@ def lock_in(folder: Path, name: str, *, timeout: float) -> FileLock:
     Raises:
         OSError: the folder cannot be written, or the lock's file has content.
     """
-    file = folder / FOLDER / name
+    file = folder / LOCKS / name
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_symlink():
         file.unlink(missing_ok=True)

@@ -122,6 +122,10 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # a message names the file that the user knows
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

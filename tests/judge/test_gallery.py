@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import time
+import zlib
 
 import pytest
 
@@ -43,6 +44,7 @@ def huge_picture(path):
     png = path / "images" / "rec_000.png"
     content = bytearray(png.read_bytes())
     content[16:24] = struct.pack(">II", 60_000, 60_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     png.write_bytes(content)
 
 

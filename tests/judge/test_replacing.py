@@ -34,7 +34,7 @@ def elsewhere(tmp_path):
     """A folder of the user's with pictures that are named as those of a run."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    for name in ("rec_000.png", "rec_001.png", "true_000.png", "config.json", "notes.txt"):
+    for name in ("rec_000.png", "rec_001.png", "true_000.png", "config.json", "notes.txt", "sign"):
         (folder / name).write_text(f"precious {name}")
     return folder
 
@@ -303,6 +303,7 @@ def test_a_resumed_run_follows_no_link_in_its_directory(cli, elsewhere, monkeypa
         (run / folder).symlink_to(elsewhere)
     (run / "defences").mkdir()
     (run / "defences" / "float16").symlink_to("../../b")
+    (run / "defences" / ".locks").symlink_to(elsewhere)
     (run / "metrics.json").unlink()
     (run / "metrics.json").symlink_to(elsewhere / "notes.txt")
     cli("--resume", run, "--audit")
