@@ -202,17 +202,19 @@ def _remove_run(path: Path, keep: Collection[str] = ()) -> None:
 
 
 def _own_files(path: Path) -> Iterator[Path]:
-    """The files and links in a run directory with a name that the program gives; those of its runs under defences too
-    if they are links.
+    """The files and links in a run directory that have a name of the program's; of the runs under defences the links.
+
+    A page that another program has made is none of them.
     """
     for folder in ("", *PICTURES, DEFENDED):
         for file in (path / folder).iterdir() if is_folder(path / folder) else ():
             name = f"{folder}/{file.name}" if folder else file.name
-            if folder == DEFENDED and file.is_symlink() and re.split("[_+]", file.name)[0] in AMOUNTS:
-                yield file
-            elif is_folder(file) or (name == f"{DEFENDED}/index.html" and not is_page(file)):
-                continue
-            elif _OWN.fullmatch(name) or TEMPORARY.fullmatch(file.name):
+            if folder == DEFENDED:
+                is_defence = re.split("[_+]", file.name)[0] in AMOUNTS
+                is_own = is_defence if file.is_symlink() else _OWN.fullmatch(name) and is_page(file)
+            else:
+                is_own = _OWN.fullmatch(name) and not is_folder(file)
+            if is_own or (TEMPORARY.fullmatch(file.name) and not is_folder(file)):
                 yield file
 
 

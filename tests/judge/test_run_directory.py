@@ -214,6 +214,19 @@ def test_no_two_writers_share_a_temporary_file(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_write_that_fails_names_the_file_that_was_wanted(tmp_path):
+    path = tmp_path / "missing" / "file"
+    with pytest.raises(OSError, match="missing/file'"):
+        replace_atomically(path, lambda temporary: temporary.write_text("text"))
+
+
+def test_a_name_of_the_greatest_length_can_be_replaced(tmp_path):
+    path = tmp_path / ("x" * 255)
+    for text in ("first", "second"):
+        replace_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        assert path.read_text() == text
+
+
 @forked
 def test_what_cannot_be_written_costs_nothing_but_itself(cli):
     whole = cli(name="whole")
