@@ -22,6 +22,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from tqdm import tqdm
 
+from judge.locks import lock_in
 from update.storage import replace_atomically
 
 ATTEMPTS = 3  # starts, in all, of the cells of a local process that died; a Dask scheduler counts its own
@@ -127,7 +128,7 @@ class Folder:
 
     def lock(self, cell: Cell, *, wait: bool) -> FileLock:
         """The lock of the process that measures a cell."""
-        return FileLock(self.out / ".locks" / self.name(cell), timeout=-1 if wait else 0)
+        return lock_in(self.out, self.name(cell), timeout=-1 if wait else 0)
 
     def is_finished(self, cell: Cell) -> bool:
         """Whether the file holds this very cell, measured by this very program."""

@@ -12,6 +12,7 @@ from cli.victim import victim
 from client.defences import defend_received
 from judge.defences import conclusion, defended_row, refused_row, undefended_row
 from judge.gallery import write_gallery
+from judge.locks import LOCKS
 from judge.report import read_facts, write_report
 from judge.run_directory import DEFENDED, RunDirectory
 from judge.tables import aligned
@@ -52,8 +53,10 @@ def audit(
     if status == INTERRUPTED:
         return status
     with RunDirectory(path, resume=True) as run:
+        run.without_links(f"{DEFENDED}/{LOCKS}")
         facts, plain, rows = read_facts(path), victim(settings, place_named(settings), given)[0], []
         for defence in NEAREST:
+            run.without_links(f"{DEFENDED}/{run_name(defence)}")  # a link would lead into another run
             own = under(defence, settings, path)
             if not settings.quiet:
                 print(f"\nunder the defence {defence}")
@@ -82,7 +85,7 @@ def audit(
 
 def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Namespace:
     """The settings of the run under a defence, whose directory lies below that of the first run, `path`."""
-    folder, name = path / DEFENDED, defence.replace(":", "_").replace(",", "+")
+    folder, name = path / DEFENDED, run_name(defence)
     own = {
         "defence": defence,
         "audit": False,
@@ -92,6 +95,11 @@ def under(defence: str, settings: argparse.Namespace, path: Path) -> argparse.Na
         "resume": (bool(settings.resume) and (folder / name / "checkpoint.pt").is_file()) or None,
     }
     return argparse.Namespace(**(vars(settings) | own))
+
+
+def run_name(defence: str) -> str:
+    """The name of the run under a defence."""
+    return defence.replace(":", "_").replace(",", "+")
 
 
 def relative_change(plain: SharedUpdate, defended: SharedUpdate) -> float:

@@ -1,7 +1,7 @@
 """From a command line to settings: flags by hand beat the preset, which beats the defaults; contradictions raise."""
 
 import argparse
-import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +11,8 @@ from attack.published.presets import PRESETS
 from cli.flags import Flag, build_parser
 from client.privacy import epsilon
 from data import parse_indices
-from judge.run_directory import restore
+from judge.reading import read_json
+from judge.run_directory import recover
 from network.outside import is_file, resolved
 from schedules import Schedule
 from update.defences import Defences
@@ -30,6 +31,10 @@ RESUMABLE = (
 )  # fmt: skip
 
 
+# Settings that make a run write elsewhere than in its run directory.
+WRITING = ("save_update", "save_batch", "show_schedule", "explain")
+
+
 def resolve(
     argv: Sequence[str] | None, flags: Sequence[Flag], description: str = ""
 ) -> tuple[argparse.Namespace, dict[str, object]]:
@@ -44,8 +49,12 @@ def resolve(
     defaults = {flag.name: flag.default for flag in flags}
     preset = PRESETS[given.get("preset", defaults["preset"])]
     settings = argparse.Namespace(**(defaults | preset | given))
-    if settings.run_name in (".", "..") or Path(settings.run_name or "a").name != (settings.run_name or "a"):
-        raise ValueError(f"--run_name {settings.run_name}: a name, without separators; --save_dir says where it goes")
+    name = settings.run_name or "run"
+    if name.startswith(".") or Path(name).name != name:
+        raise ValueError(
+            f"--run_name {name}: a name without separators, which does not begin with a dot; "
+            "--save_dir says where it goes"
+        )
     if isinstance(settings.resume, str) and given.get("run_name") not in (None, Path(settings.resume).name):
         raise ValueError(f"--run_name {settings.run_name}: the run to resume is {settings.resume}")
     if settings.resume:
@@ -87,7 +96,7 @@ def words_of(settings: argparse.Namespace, flags: Sequence[Flag]) -> list[str]:
 def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) -> argparse.Namespace:
     """The settings that the run in the run directory began with, and the changes that a resumed run may make."""
     path = run_path(settings)
-    restore(path)
+    recover(path)
     began = read_config(path)
     missing = [name for name in defaults if name not in began]
     if missing:
@@ -96,7 +105,9 @@ def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) ->
         spelt = resolved if name == "model" else lambda each: each
         if name not in RESUMABLE and spelt(value) != spelt(began[name]):
             raise ValueError(f"--{name} {value}: the run to resume began with {began[name]}")
-    return argparse.Namespace(**({name: began[name] for name in defaults} | given))
+    # Where a run writes is never taken from a file, which may come from somebody else.
+    places = {name: defaults[name] for name in WRITING} | {"save_dir": str(path.parent)}
+    return argparse.Namespace(**({name: began[name] for name in defaults} | places | given))
 
 
 def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: str) -> None:
@@ -177,13 +188,18 @@ def privacy_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, 
 def run_path(settings: argparse.Namespace) -> Path:
     """The run directory that the flags name."""
     if isinstance(settings.resume, str):
-        return Path(settings.resume)
+        path = Path(settings.resume)
+        return path if path.name not in ("", "..") else path.resolve()
     if settings.resume and not settings.run_name:
         raise ValueError("--resume needs the run's directory, or --run_name")
     source = "update" if settings.update else settings.dataset
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = settings.run_name or f"{source}_B{settings.batch_size}_{settings.sel_mode}_seed{settings.seed}_{stamp}"
-    return Path(settings.save_dir) / name
+    name = f"{source}_B{settings.batch_size}_{settings.sel_mode}_seed{settings.seed}_{stamp}"
+    path, number = Path(settings.save_dir) / (settings.run_name or name), 1
+    while not settings.run_name and os.path.lexists(path):  # the clock was set back, or two runs begin in one second
+        number += 1
+        path = path.with_name(f"{name}-{number}")
+    return path
 
 
 def read_config(path: Path) -> dict:
@@ -193,7 +209,7 @@ def read_config(path: Path) -> dict:
         ValueError: the file is missing or damaged.
     """
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = read_json(path / "config.json")
     except (OSError, ValueError) as error:
         raise ValueError(f"no run to resume in {path}: {error}") from None
     if not isinstance(config, dict):

@@ -171,7 +171,7 @@ def open_record(
     """
     if began is None:
         known = measured(known, model, truth)
-        run.begin({**config, "schedule": []}, resumable(state, known))
+        run.begin({**config, "schedule": []}, resumable(state, known), count=state.label_logits.shape[1])
         return known
     try:
         state.load_state_dict(began)

@@ -7,7 +7,6 @@ needs no script and no network.
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,12 +16,14 @@ from PIL import Image
 
 from judge import verdict
 from judge.assumptions import assumptions
+from judge.reading import read_json, read_regular
+from judge.replacing import GENERATOR
 from judge.run_directory import RunDirectory
 
 SCHEMA = "magia-audit-1"
-GENERATOR = "MAGIA"  # the mark of this program's pages
 PLAIN = 96  # pixels a side up to which pictures are embedded as PNG: beyond, JPEG shows no less and is far smaller
 QUALITY = 88  # of that JPEG
+MOST = 1 << 26  # bytes of a picture that is embedded
 FOLDERS = ("images", "truth")  # folders of single images
 STRIP = 4  # pictures shown of a run under a defence
 
@@ -124,13 +125,13 @@ def write_report(run: RunDirectory, facts: Mapping) -> None:
     run.write("report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
 
 
-def read_facts(folder: Path) -> dict:
-    """The facts in the audit.json of a run directory.
+def read_facts(folder: Path, most: int | None = None) -> dict:
+    """The facts in the audit.json of a run directory; `most` bytes of JSON, if given.
 
     Raises:
-        ValueError, OSError: the file is missing, damaged, or of another schema.
+        ValueError, OSError: the file is missing, damaged, too large, no regular file, or of another schema.
     """
-    facts = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    facts = read_json(folder / "audit.json", most)
     if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
         raise ValueError(f"{folder / 'audit.json'} is not of this kind ({SCHEMA})")
     return facts
@@ -153,13 +154,13 @@ def report_page(facts: Mapping, folder: Path) -> str:
 def embedded(path: Path) -> str | None:
     """The picture as a data URI; None where it cannot be read."""
     try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
+        data = read_regular(path, MOST)
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             if path.parent.name in FOLDERS and max(picture.size) > PLAIN:
                 buffer = io.BytesIO()
                 picture.convert("L" if picture.mode == "L" else "RGB").save(buffer, "JPEG", quality=QUALITY)
                 return _data_uri("jpeg", buffer.getvalue())
-    except OSError:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # PIL raises all of these on torn files
         return None
     return _data_uri("png", data)
 

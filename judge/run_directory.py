@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,16 +13,13 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from judge import replacing
+from judge.locks import lock_in
+from judge.replacing import DEFENDED, FILES, is_folder, is_run
 from update.storage import replace_atomically
 
-DEFENDED = "defences"  # the folder in a run directory that holds its runs under defences
-# All files that a run writes; --overwrite removes these files and no others.
-FILES = (
-    "config.json", "metrics.json", "trace.csv", "checkpoint.pt", "original.png", "reconstruction.png", "comparison.png",
-    "history.gif", "curves.png", "audit.json", "report.html",
-    "layers.csv", "images/rec_*.png", "truth/true_*.png", f"{DEFENDED}/index.html",
-)  # fmt: skip
-OWN_KEYS = {"sel_mode", "tv_weight", "versions"}  # a config.json with these keys is of this program
+__all__ = ["DEFENDED", "FILES", "TRACE", "RunDirectory", "Trace", "recover"]
+
 CHECKPOINT_KEYS = {
     "variables",
     "optimizer",
@@ -43,9 +39,9 @@ TRACE = ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations"
 class RunDirectory:
     """`save_dir/run_name`, held by one process at a time, until `close`.
 
-    A new run is built beside the directory and takes the directory's place, whole, in `begin`: a process that dies
-    before `begin` has changed nothing. A file that cannot be written later is noted in `failures`, and only that file
-    is missing.
+    A new run is staged, and takes the directory as a whole in `begin`: a process that dies before `begin` has changed
+    nothing, and the next run finishes what a process that died in `begin` has left. A file that cannot be written later
+    is noted in `failures`, and only that file is missing. No link inside the directory is followed in writing.
 
     Args:
         path: the directory.
@@ -54,17 +50,16 @@ class RunDirectory:
 
     Raises:
         ValueError: the directory exists without `resume` or `overwrite`, is no run directory, is held by another
-            process, or cannot be written.
+            process, or cannot be written, or a folder is in the place of a file of the run.
     """
 
     def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path, self.overwrite, self.failures = path, overwrite, []
-        self._staging, self._old = (path.with_name(f".{path.name}.{kind}") for kind in ("new", "old"))
         self._lock = _lock(path)
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
         try:
-            restore(path)
+            _recover(path)
             _check(path, resume=resume, overwrite=overwrite)
         except BaseException:
             self.close()
@@ -79,33 +74,28 @@ class RunDirectory:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def begin(self, config: Mapping, checkpoint: Mapping) -> None:
+    def begin(self, config: Mapping, checkpoint: Mapping, *, count: int = 0) -> None:
         """Let a new run take the directory, with its settings and a first checkpoint.
 
+        Args:
+            count: the number of images whose pictures the run will write.
+
         Raises:
-            ValueError: the directory cannot be written.
+            ValueError: the directory cannot be written, or is not as it was when the run was prepared.
         """
         try:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            (self._staging / "images").mkdir(parents=True)
-            (self._staging / "config.json").write_text(_json(config), encoding="utf-8")
-            replaced = self.path.exists()
-            try:
-                torch.save(dict(checkpoint), self._staging / "checkpoint.pt")
-            except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
-                if replaced:  # the old run is worth more than a run that cannot be kept
-                    raise
-                self.fail("checkpoint.pt", error)
-            if replaced:
-                self.path.rename(self._old)
-            self._staging.rename(self.path)
-            if replaced:
-                _remove_run(self._old)
-                _move_rest(self._old, self.path)
+            _check_unchanged(self.path, count, overwrite=self.overwrite)
+            with replacing.staged(_real(self.path)) as folder:
+                (folder / "config.json").write_text(_json(config), encoding="utf-8")
+                try:
+                    torch.save(dict(checkpoint), folder / "checkpoint.pt")
+                except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
+                    if self.path.exists():  # the old run is worth more than a run that cannot be kept
+                        raise
+                    (folder / "checkpoint.pt").unlink(missing_ok=True)
+                    self.fail("checkpoint.pt", error)
         except (OSError, RuntimeError) as error:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"cannot write the run directory {self.path}: {reason}") from None
+            raise _not_written(self.path, error) from None
 
     def close(self) -> None:
         """Wait for the checkpoint that is being written, and release the directory."""
@@ -113,11 +103,19 @@ class RunDirectory:
         self._writer.shutdown()
         self._lock.release()
 
+    def without_links(self, names: str) -> None:
+        """Unlink every link on the way from the directory to `names`.
+
+        Raises:
+            OSError: the directory cannot be written.
+        """
+        replacing.without_links(self.path, names)
+
     def write(self, name: str, write: Callable[[Path], None]) -> None:
         """Replace the file `name` by the one that `write` makes at a temporary path; a failure is told once."""
         try:
-            (self / name).parent.mkdir(exist_ok=True)
-            replace_atomically(self / name, write)
+            folder = replacing.own_folder(self.path, str(Path(name).parent))
+            replace_atomically(folder / Path(name).name, write)
         except (OSError, RuntimeError) as error:
             self.fail(name, error)
 
@@ -173,13 +171,12 @@ class Trace:
     def __init__(self, run: RunDirectory, *, keep: int = 0) -> None:
         self.rows: list[dict[str, str]] = _read_trace(run / "trace.csv")[:keep] if keep else []
         self._run, self._file = run, None
-        try:
-            self._file = (run / "trace.csv").open("w", newline="", encoding="utf-8")
-            self._writer = csv.DictWriter(self._file, TRACE)
-            self._writer.writeheader()
-            self._write(self.rows)
-        except OSError as error:
-            self._fail(error)
+        run.write("trace.csv", self._start)  # a new file: the old one may have a second name, in a backup
+        if "trace.csv" not in run.failures:
+            try:
+                self._file = (run / "trace.csv").open("a", newline="", encoding="utf-8")
+            except OSError as error:
+                self._fail(error)
 
     def append(self, row: Mapping[str, object]) -> None:
         """Write one row; None becomes an empty cell."""
@@ -195,48 +192,86 @@ class Trace:
             except OSError as error:
                 self._fail(error)
 
+    def _start(self, temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, TRACE)
+            writer.writeheader()
+            writer.writerows(self.rows)
+
     def _write(self, rows: Sequence[Mapping[str, str]]) -> None:
         if self._file:
             try:
-                self._writer.writerows(rows)
+                csv.DictWriter(self._file, TRACE).writerows(rows)
                 self._file.flush()
             except OSError as error:
                 self._fail(error)
 
     def _fail(self, error: OSError) -> None:
         self._run.fail("trace.csv", error)
-        with suppress(OSError):
-            self._file.close()
+        if self._file:
+            with suppress(OSError):
+                self._file.close()
         self._file = None
 
 
-def restore(path: Path) -> None:
-    """Bring back a run whose process died between the two renames of `RunDirectory.begin`."""
-    old = path.with_name(f".{path.name}.old")
-    if old.is_dir() and not os.path.lexists(path):
-        old.rename(path)
+def recover(path: Path) -> None:
+    """Finish or undo what a process that died in `RunDirectory.begin` has left, before the directory is looked at.
+
+    Raises:
+        ValueError: another run is writing there, or the directory cannot be written.
+    """
+    try:
+        if not replacing.is_interrupted(_real(path)):
+            return
+    except OSError:
+        return
+    lock = _lock(path)
+    try:
+        _recover(path)
+    finally:
+        lock.release()
+
+
+def _recover(path: Path) -> None:
+    try:
+        replacing.recover(_real(path))
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
+def _real(path: Path) -> Path:
+    """The path without links: a directory has one lock, whatever its names."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"cannot write the run directory {path}: {getattr(error, 'strerror', None) or error}")
 
 
 def _lock(path: Path) -> FileLock:
-    """The lock of a run directory, an empty file that stays in `.locks`; the lock of a dead process does not hold."""
-    folder = path.parent / ".locks"
+    """The acquired lock of a run directory."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / path.name, timeout=0)
+        real = _real(path)
+        lock = lock_in(real.parent, real.name, timeout=0)
         lock.acquire()
     except Timeout:
         raise ValueError(f"{path}: another run is writing there; give another --run_name, or wait for it") from None
-    except OSError as error:
-        raise ValueError(f"cannot write the run directory {path}: {error.strerror or error}") from None
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter where a file system has no locks
+        raise _not_written(path, error) from None
     return lock
 
 
 def _check(path: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and not (path / "checkpoint.pt").is_file():
         raise ValueError(f"{path} has no checkpoint.pt to resume from")
-    if path.exists() and not os.access(path, os.W_OK):
-        raise ValueError(f"cannot write the run directory {path}: permission denied")
-    if resume or not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
+    above = path if path.exists() else path.parent
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write the run directory {path}: {above} may not be written")
+    if resume or not os.path.lexists(path) or (is_folder(path) and not any(path.iterdir())):
+        _check_free(path)
         return
     if not overwrite:
         raise ValueError(f"{path} exists: give another --run_name, or --resume or --overwrite")
@@ -244,41 +279,25 @@ def _check(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"{path} is a symbolic link: it will not be overwritten, name the directory itself")
     if not is_run(path):
         raise ValueError(f"{path} is not a run directory (no config.json of a run): it will not be overwritten")
+    _check_free(path)
 
 
-def is_run(path: Path) -> bool:
-    """Whether a run wrote the config.json in this directory."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.keys() >= OWN_KEYS
+def _check_unchanged(path: Path, count: int, *, overwrite: bool) -> None:
+    """A new run may take the directory, which somebody may have filled while the run was prepared."""
+    is_taken = any(os.path.lexists(path / name) for name in FILES) and not (overwrite and is_run(path))
+    if is_taken or path.is_symlink():
+        raise ValueError(f"{path} exists by now: give another --run_name")
+    _check_free(path, count)
 
 
-def _remove_run(path: Path) -> None:
-    """Remove the files that a run writes, its runs under defences, and the directories that this leaves empty."""
-    for folder in path.glob(f"{DEFENDED}/*"):
-        if is_run(folder):
-            _remove_run(folder)
-    for file in (file for name in FILES for file in path.glob(name)):
-        file.unlink()
-    for folder in (path / "images", path / "truth", path / DEFENDED, path):
-        with suppress(OSError):
-            folder.rmdir()
-
-
-def _move_rest(old: Path, new: Path) -> None:
-    """Move all other files of the old directory into the new one."""
-    for entry in old.iterdir() if old.is_dir() else ():
-        if entry.is_dir() and (new / entry.name).is_dir():
-            _move_rest(entry, new / entry.name)
-        else:
-            entry.rename(new / entry.name)
-    with suppress(OSError):
-        old.rmdir()
+def _check_free(path: Path, count: int = 0) -> None:
+    if reason := replacing.obstacle(_real(path), count):
+        raise ValueError(f"cannot write the run directory {path}: {reason}")
 
 
 def _read_trace(path: Path) -> list[dict[str, str]]:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)

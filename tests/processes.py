@@ -81,6 +81,30 @@ def program_that_dies_in(name: str, *words: object) -> None:
     program(*words)
 
 
+STEPS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}  # audit events of steps that change a folder
+
+
+def dies_at(step: int, path: Path, config: dict | None) -> None:
+    """A process that ends just before its change number `step` of the folder of the run directory `path`.
+
+    A new run with this config takes the directory; where there is none, the directory is only opened.
+    """
+    left = [step]
+
+    def count(event: str, arguments: tuple) -> None:
+        changes = event in STEPS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and str(arguments[0]).startswith(str(path.parent)) and ".locks" not in str(arguments[0]):
+            left[0] -= 1
+            if not left[0]:
+                os._exit(KILLED)
+
+    sys.addaudithook(count)
+    with RunDirectory(path, overwrite=config is not None, resume=config is None) as run:
+        if config is not None:
+            run.begin(config, {"of": config["seed"]}, count=1)
+    os._exit(0)
+
+
 def holder_that_dies(path: Path) -> None:
     """A process that ends while it holds a run directory."""
     held = RunDirectory(path, resume=True)  # noqa: F841

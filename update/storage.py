@@ -4,8 +4,9 @@ Files of other programs are read as well: `.npz` files whose arrays have no name
 with `weights_only=True`.
 """
 
-import itertools
 import os
+import re
+import secrets
 import warnings
 import zipfile
 import zlib
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_COUNT = itertools.count()
+TEMPORARY = re.compile(r"\.magia-[0-9a-f]{32}\.partial")  # names of files that `replace_atomically` leaves if killed
 FORMATS = (".safetensors", ".npz")  # endings of files that are written and read
 TORCH = (".pt", ".pth")  # endings of files that are only read
 UNNAMED = "arr_"  # numpy's name of an array without a name, before its number
@@ -112,11 +113,19 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` on a temporary file beside `path`, then rename it over `path`: no reader ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{next(_COUNT)}.partial")  # no two writers share one
+    """Call `write` on a temporary file beside `path`, then rename it over `path`: no reader ever sees half a file.
+
+    A link at `path` is replaced, and the file that it names stays as it is.
+    """
+    # A name that nobody guesses: no two writers share it, no user has a file there, and nobody has put a link there.
+    temporary = path.with_name(f".magia-{secrets.token_hex(16)}.partial")
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):  # a message names the file that the user knows
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -186,13 +186,6 @@ def test_what_stops_a_run_that_is_being_prepared_costs_the_old_one_nothing(cli, 
     cli("--overwrite")
 
 
-def test_a_run_that_died_between_two_renames_is_found_again(cli):
-    run = cli()
-    run.rename(cli.folder / ".run.old")
-    cli("--resume", run, "--n_iter", 6)
-    assert metrics_of(run)["steps"] == 6
-
-
 @pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
 def test_two_runs_at_once_do_not_mix(cli, flag):
     run = cli("--n_iter", 2)
@@ -219,6 +212,19 @@ def test_no_two_writers_share_a_temporary_file(tmp_path):
     replace_atomically(tmp_path / "file", outer)
     assert (tmp_path / "file").read_text() == "outer"
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_names_the_file_that_was_wanted(tmp_path):
+    path = tmp_path / "missing" / "file"
+    with pytest.raises(OSError, match="missing/file'"):
+        replace_atomically(path, lambda temporary: temporary.write_text("text"))
+
+
+def test_a_name_of_the_greatest_length_can_be_replaced(tmp_path):
+    path = tmp_path / ("x" * 255)
+    for text in ("first", "second"):
+        replace_atomically(path, lambda temporary, text=text: temporary.write_text(text))
+        assert path.read_text() == text
 
 
 @forked
