@@ -27,6 +27,7 @@ from attack.match.entries import observed
 from attack.match.gradients import MatchingLoss
 from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty, StatisticsLoss, disagreement
 from attack.match.phases import Course
+from attack.match.replay import left_over, noise_share
 from attack.match.softening import SoftenedMatching, kinked_chain
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
@@ -406,9 +407,12 @@ def run_attack(
     config |= privacy_of(update, settings) | {"scale": scale}
     known = open_record(run, config, state, known, model, truth, began)
     pace = {"log_every": settings.log_every, "checkpoint_every": settings.checkpoint_every}
-    recorder = Recorder(run, truth, known, **pace, checkpoint=began)
+    evidence = (*restored.evidence, *known.evidence)
+    recorder = Recorder(run, truth, known, **pace, checkpoint=began, evidence=evidence)
     if not settings.quiet:
         print(introduction(update, settings, objective, known, model, run.path))
+        for piece in evidence:
+            print(f"{'contradiction' if piece.contradicts else 'the update says'}: {piece.said}")
         for line in without_effect(given, settings, known, model, objective.annealing):
             print(line)
     if not began:
@@ -421,7 +425,9 @@ def run_attack(
         except KeyboardInterrupt:
             state.restore_best()  # in the middle of a step: the checkpoint stays the last one written
             ended_by = "abort"
-    figures = recorder.finish(state, objective.images(state)[state.leader], ended_by, config)
+    images, labels = objective.images(state)[state.leader].detach(), state.label_logits[state.leader].softmax(1)
+    left = left_over(restored, model, images.clamp(0, 1), labels), noise_share(restored, model)
+    figures = recorder.finish(state, images, ended_by, config, left)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attack.local.local_labels import LocalLabels
 from attack.read.signals import Signals
+from update.evidence import Evidence
 
 # Expected relative error up to which activations are matched in the gradient's place. On LeNet, B = 8, they bring 30.5
 # dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
@@ -43,6 +44,7 @@ class Known:
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
         drift: expected of the client's local training, see `attack.local.drift`; None of a single step.
         local_labels: labels that were found by training on grey images, or None.
+        evidence: what the reading says against what was assumed, see `attack.read.evidence`.
         layers, recovered, seconds, is_aborted: of the reading, see `attack.read.reader.Reading`; a resumed run has no
             need of `recovered`.
     """
@@ -57,6 +59,7 @@ class Known:
     says_enough: bool = True
     drift: float | None = None
     local_labels: LocalLabels | None = None
+    evidence: tuple[Evidence, ...] = ()
     layers: Sequence[Mapping] = ()
     recovered: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0

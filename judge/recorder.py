@@ -1,7 +1,8 @@
 """The record of one run, kept while it runs and completed when it ends."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from judge.report import audit_facts, write_report
 from judge.run_directory import RunDirectory, Trace
 from judge.tables import write_csv
 from judge.verdict import CERTAIN
+from update.evidence import Evidence, contradictions, of_replay
 
 NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
 
@@ -30,6 +32,7 @@ class Recorder:
         known: the signals and labels known before the first step; the checkpoint keeps them for a resumed run.
         log_every, checkpoint_every: steps between rows and between checkpoints (0: only at the end).
         checkpoint: the checkpoint from which a resumed run goes on.
+        evidence: what the update says of how it was made; a contradiction takes all certainty away.
 
     `show`, once set, is called with the row of every logged step.
     """
@@ -45,7 +48,9 @@ class Recorder:
         log_every: int,
         checkpoint_every: int,
         checkpoint: Mapping | None = None,
+        evidence: Sequence[Evidence] = (),
     ) -> None:
+        self.evidence = evidence
         self.run, self.truth, self.known, self.signals = run, truth, known, known.signals
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.film = Film(checkpoint["film"] if checkpoint else None)
@@ -93,9 +98,12 @@ class Recorder:
             }
         )
 
-    def finish(self, state: AttackState, images: Tensor, ended_by: str, config: Mapping) -> dict:
+    def finish(
+        self, state: AttackState, images: Tensor, ended_by: str, config: Mapping, left: tuple[float, float]
+    ) -> dict:
         """Write the checkpoint, the pictures, config.json with the schedule as it was run, metrics.json and the report.
 
+        `left` are the shares of the update that the images leave, and that noise is, see `attack.match.replay`.
         Returns the content of metrics.json.
         """
         run = self.run
@@ -109,11 +117,15 @@ class Recorder:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
         figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
-        figures |= _signal_figures(self.known) | _training_figures(self.known)
+        evidence = [*self.evidence, *of_replay(*left, is_exact=self.known.is_exact)]
+        figures |= _signal_figures(self.known, evidence) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),
             "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
             "layers": [_in_json(row) for row in self.known.layers],
+            "evidence": [asdict(piece) for piece in evidence],
+            "unexplained": left[0] if math.isfinite(left[0]) else None,
+            "noise_share": left[1],
             "evaluations": state.evaluations,
             "steps": state.step,
             "seconds": round(state.seconds, 3),
@@ -143,7 +155,7 @@ class Recorder:
             right = 0
             for i, j in enumerate(figures["assignment"]):
                 if j < len(signals):
-                    captions[i] += in_words(signals, j)
+                    captions[i] += in_words(signals, j, is_contradicted=bool(contradictions(self.evidence)))
                     right += int(signals.labels[j]) == int(truth.labels[i])
             figures["signals_label_accuracy"] = right / len(truth.labels)
         note = "signal: features read from the gradient; ±: their expected relative error"
@@ -190,6 +202,7 @@ def resumable(state: AttackState, known: Known) -> dict:
         "start": known.start,
         "inputs": known.inputs,
         "drift": known.drift,
+        "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],
     }
@@ -215,10 +228,11 @@ def summary(figures: Mapping) -> str:
     return " | ".join(parts)
 
 
-def in_words(signals: Signals, index: int) -> list[str]:
+def in_words(signals: Signals, index: int, *, is_contradicted: bool = False) -> list[str]:
     """How sure one signal is, as lines of a picture's caption."""
     confidence, error = float(signals.confidence[index]), float(signals.uncertainty[index])
     sure = "certain" if confidence > CERTAIN else f"{100 * confidence:.0f} % sure"
+    sure = "contradicted" if is_contradicted else sure
     return [f"signal {sure}", f"±{error:.0e}".replace("e-0", "e-")]
 
 
@@ -235,12 +249,16 @@ def _training_figures(known: Known) -> dict:
     return {"exact_way": known.is_followed, "local_drift": known.drift, "trial_distance": distance}
 
 
-def _signal_figures(known: Known) -> dict:
-    """The keys of metrics.json for the signals; entry j of the list is image rec_j."""
+def _signal_figures(known: Known, evidence: Sequence[Evidence]) -> dict:
+    """The keys of metrics.json for the signals; entry j of the list is image rec_j.
+
+    Where the update contradicts what was assumed nothing is certain, and every confidence is zero.
+    """
     signals, said = known.signals, {"signals_aborted": True} if known.is_aborted else {}
     if signals is None:
         return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said
-    columns = (signals.labels, signals.certificates, signals.confidence, signals.uncertainty, signals.residuals)
+    confidence = signals.confidence * (not contradictions(evidence))
+    columns = (signals.labels, signals.certificates, confidence, signals.uncertainty, signals.residuals)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     names = ("label", "certificate", "confidence", "uncertainty", "residual")
     return {

@@ -69,6 +69,7 @@ def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
         "figures": {key: value for key, value in figures.items() if not isinstance(value, list)},
         "images": images,
         "layers": figures["layers"],
+        "evidence": figures["evidence"],
         "assumptions": assumptions(config),
         "defence": config["defence"],
         "defences": None,

@@ -108,7 +108,7 @@ def verdict(counts: Mapping[str, int], figures: Mapping, *, granted_labels: bool
             level = "none"
         headline, sentence = _said(level, counts[level], total)
         meaning = [sentence, *_rest(level, counts)]
-    meaning += _of_labels(figures, total, granted_labels) + _of_signals(figures, total)
+    meaning += _of_labels(figures, total, granted_labels) + _of_signals(figures, total) + _of_evidence(figures)
     if figures["ended_by"] in ("interrupt", "abort"):
         meaning.append("The attack was interrupted. Resumed, it may get further.")
     if figures["ended_by"] == "non-finite":
@@ -179,6 +179,19 @@ def _of_signals(figures: Mapping, total: int) -> list[str]:
     found = _images(figures["signals_found"], total)
     how = "all with certainty" if sure == figures["signals_found"] else f"{sure} of them with certainty"
     return [f"{found} {'was' if figures['signals_found'] == 1 else 'were'} told apart by features and label, {how}."]
+
+
+def _of_evidence(figures: Mapping) -> list[str]:
+    """What contradicts the assumptions, and how much of the update is left unexplained."""
+    against = [piece["said"] for piece in figures["evidence"] if piece["contradicts"]]
+    said = [f"The update contradicts what was assumed of it, so nothing is called certain: {each}." for each in against]
+    left = figures["unexplained"]
+    if left is not None:
+        said.append(
+            f"Trained on as was assumed, these pictures leave {percent(left)} of the update unexplained; "
+            f"noise is {percent(figures['noise_share'])} of it."
+        )
+    return said
 
 
 def _images(count: int, total: int) -> str:

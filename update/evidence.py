@@ -36,6 +36,7 @@ MEAN = 2.0  # sum of the magnitudes of a mean of softmax errors, at most
 ROUNDED = 1.02  # a mean of rounded errors may be so much longer
 MOVED = 1e-6  # relative distance of running statistics that is no rounding
 FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
+REPLAYED = 1e-2  # share of the update that pixels which were read may leave: they are exact to a hundredth
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
 PILED = 0.01  # share of entries that have the largest magnitude, exactly
@@ -62,6 +63,20 @@ class Evidence:
     figure: float | None = None
     contradicts: bool = False
     overrules: str = ""
+
+
+def of_replay(left: float, noise: float, *, is_exact: bool) -> list[Evidence]:
+    """A word on images that were read pixel for pixel and do not make the update.
+
+    Args:
+        left: share of the update that the client's training leaves when it is replayed on the images.
+        noise: share of the update that is noise.
+        is_exact: whether the pixels of all images were read.
+    """
+    if not is_exact or left <= max(REPLAYED, SURE * noise):
+        return []
+    said = f"the training, replayed on the images that were read, leaves {left:.2g} of the update: it was another one"
+    return [Evidence("replay", said, left, contradicts=True)]
 
 
 def contradictions(evidence: Iterable[Evidence]) -> list[Evidence]:
@@ -241,11 +256,9 @@ def of_entries(gradients: Mapping[str, Tensor], rate: float | None, declared: bo
     tensors = [gradient.detach().double().cpu() for gradient in gradients.values() if gradient.numel() >= MANY]
     if not tensors:
         return []
-    found = [*_pruned(tensors, declared), *_signed(tensors, declared)]
-    if not found:
-        found = [*_quantised(tensors, declared), *_truncated(tensors, declared)]
-    if rate is not None and not found:
-        found = _alike(tensors, rate)
+    found = [] if rate is None else _alike(tensors, rate)
+    for look in (_pruned, _signed, _quantised, _truncated):  # the first explains the others
+        found = found or look(tensors, declared)
     return found
 
 
