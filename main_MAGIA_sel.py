@@ -65,7 +65,7 @@ DATA_PATH = None  # the folder or .npz to read, or where torchvision sets lie (N
 BATCH_SIZE = 16  # images averaged over, B
 INDICES = None  # which images, e.g. 0,3,8-11 (0-based; None: the first B)
 LABELS = "random"  # dataset: the images' own; random: uniform over the classes; unique: random without repetition
-IMAGE_SIZE = None  # side in pixels to crop and resize to (None: images keep their size)
+IMAGE_SIZE = None  # pixels to crop and resize to, 24 or 16x24 (height x width) (None: images keep their size)
 CHANNELS = 3  # channels of an image, where no image is at hand: with --explain, and with an update from outside
 SAVE_BATCH = None  # write the images and their own labels to this .npz, for --dataset npz, and stop
 
@@ -398,7 +398,8 @@ def run_attack(
     restored, scale = scaled_update(update, model, settings)
     state, objective, known = prepare(restored, model, settings, granted, began)
     config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
-    config |= privacy_of(update, settings) | {"scale": scale}
+    notes = [*update.notes, *(truth.notes if truth else ())]
+    config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
     known = open_record(run, config, state, known, model, truth, began)
     pace = {"log_every": settings.log_every, "checkpoint_every": settings.checkpoint_every}
     recorder = Recorder(run, truth, known, **pace, checkpoint=began)
@@ -406,6 +407,8 @@ def run_attack(
         print(introduction(update, settings, objective, known, model, run.path))
         for line in without_effect(given, settings, known, model, objective.annealing):
             print(line)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr if settings.quiet else sys.stdout)
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)

@@ -69,6 +69,7 @@ def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
         "images": images,
         "layers": figures["layers"],
         "assumptions": assumptions(config),
+        "notes": config.get("notes", []),
         "defence": config["defence"],
         "defences": None,
         "command": config["command"],

@@ -35,6 +35,7 @@ class SharedUpdate:
         defence: the defences that the clients applied, as in `update.defences`; defences are public.
         training: how the client trained.
         statistics: BatchNorm's running statistics after training, by buffer name, where the client shares them.
+        notes: what was assumed when the update and the model's weights were read, in sentences; a file has none.
     """
 
     gradients: dict[str, Tensor]
@@ -47,6 +48,7 @@ class SharedUpdate:
     defence: str = "none"
     training: LocalTraining = FEDSGD
     statistics: dict[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.
