@@ -25,6 +25,7 @@ TORCH = (".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar")  # endings of to
 NESTS = (  # entries of a checkpoint that are entered, the first of them that there is
     "state_dict", "model_state_dict", "model", "module", "net", "weights", "params", "parameters", "gradients", "grads",
 )  # fmt: skip
+DEEPEST = 3  # entries within entries: beyond, a checkpoint may hold itself
 MOST_SAID = 300  # characters of a list of names
 ENTERED = "entered"  # the name of the text that says which entry of a torch file the tensors come from
 UNNAMED = "arr_"  # numpy's name of an array without a name, before its number
@@ -108,7 +109,9 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # torch raises many kinds on a damaged file
         raise StorageError(f"{path} is damaged or cannot be loaded safely: {_why_unsafe(error)}") from None
     said = []
-    while isinstance(content, dict) and (entry := _entry_of(content, path)) is not None:
+    for _ in range(DEEPEST):
+        if not isinstance(content, dict) or (entry := _entry_of(content, path)) is None:
+            break
         said, content = [*said, f"{path}: the tensors in its entry {entry!r} are taken"], content[entry]
     if isinstance(content, (list, tuple)):
         content = {f"{UNNAMED}{index}": tensor for index, tensor in enumerate(content)}
@@ -141,26 +144,27 @@ def _entry_of(content: dict, path: Path) -> str | None:
     Raises:
         StorageError: several entries hold tensors, and none has a usual name.
     """
-    nests = [name for name, entry in content.items() if isinstance(name, str) and _holds_tensors(entry)]
-    if not nests:
+    counts = {name: _tensors_in(entry) for name, entry in content.items() if isinstance(name, str)}
+    nests = [name for name, count in counts.items() if count]
+    if usual := next((name for name in NESTS if name in nests), None):
+        return usual
+    beside = sum(isinstance(entry, Tensor) for entry in content.values())  # such as a loss
+    if not nests or beside >= max(counts.values()):
         return None
-    usual = next((name for name in NESTS if name in nests), None)
-    if usual is None and any(isinstance(entry, Tensor) for entry in content.values()):
-        return None
-    if usual is None and len(nests) > 1:
+    if len(nests) > 1:
         raise StorageError(f"{path} holds tensors in {', '.join(map(repr, nests))}: save one of these alone")
-    return usual or nests[0]
+    return nests[0]
 
 
-def _holds_tensors(entry: object, depth: int = 3) -> bool:
-    """Whether an entry of a checkpoint is a list of tensors, or a dict of them by name, or nests one."""
+def _tensors_in(entry: object, depth: int = DEEPEST) -> int:
+    """How many tensors an entry of a checkpoint holds: as a list, as a dict by name, or in an entry of its own."""
     if isinstance(entry, (list, tuple)):
-        return bool(entry) and all(isinstance(value, Tensor) for value in entry)
-    if not isinstance(entry, dict) or not entry or not all(isinstance(name, str) for name in entry):
-        return False
+        return len(entry) if all(isinstance(value, Tensor) for value in entry) else 0
+    if not isinstance(entry, dict) or not all(isinstance(name, str) for name in entry):
+        return 0
     if all(isinstance(value, Tensor) for value in entry.values()):
-        return True
-    return depth > 0 and any(_holds_tensors(value, depth - 1) for value in entry.values())
+        return len(entry)
+    return max(_tensors_in(value, depth - 1) for value in entry.values()) if depth else 0
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
