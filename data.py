@@ -139,7 +139,14 @@ class FolderImages:
             raise DataError(f"{file}: {error}") from None
         except DataError:
             raise
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        except (
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            OSError,
+            SyntaxError,
+            EOFError,
+            ValueError,
+        ) as error:
             raise DataError(f"{file} is not an image that can be read: {error}") from None
 
 

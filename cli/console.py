@@ -156,7 +156,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
     """
     shape = (settings.channels, *sides(settings.image_size or SIDE))
     size = "x".join(map(str, shape[1:]))
-    model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), print)
+    model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
     title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
     if mode:
@@ -184,6 +184,11 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print("no layer's inputs are to be expected exactly: only the attack loop is left")
     print(f"table and picture: {stem}.csv, .md, .png")
     return 0
+
+
+def show_note(note: str) -> None:
+    """Print what was assumed when a file was read."""
+    print(f"note: {note}")
 
 
 def show_schedule(schedule: Schedule, folder: Path) -> int:

@@ -138,7 +138,7 @@ def renamed(
         source: the file's name in messages.
 
     Raises:
-        StorageError: two renamings give all needed tensors: the file holds two models.
+        StorageError: two renamings give all needed tensors.
     """
     known, plain = set(known), Renaming()
     found = {plain: sum(name in tensors for name in needed), **_renamings(tensors, known, set(needed))}
@@ -150,8 +150,8 @@ def renamed(
     rivals = [other for other in best if other.drops == first.drops and other.stripped != first.stripped]
     if rivals and most == len(needed):
         raise StorageError(
-            f"{source} holds two models: {first.stripped!r} and {rivals[0].stripped!r} both stand before all names; "
-            f"save one of them"
+            f"{source} holds two sets of tensors: {first.stripped!r} and {rivals[0].stripped!r} both stand before "
+            f"all names; save one of them"
         )
     names = {name: first(name) for name in tensors}
     others = [name for name, new in names.items() if new is None]

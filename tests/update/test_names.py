@@ -87,7 +87,7 @@ def test_others_beside_the_prefix_are_left_out_and_said():
 
 def test_two_models_in_a_file_are_refused():
     both = put_before("student.", gradients()) | put_before("teacher.", gradients())
-    with pytest.raises(StorageError, match=r"two models: 'student\.' and 'teacher\.'"):
+    with pytest.raises(StorageError, match=r"two sets of tensors: 'student\.' and 'teacher\.'"):
         recognised(both, net(), SHAPE, "u.pt")
 
 
