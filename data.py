@@ -87,9 +87,9 @@ class NpzImages:
             raise DataError(f"{path} is damaged or not an .npz file: {error}") from None
 
     @property
-    def label_range(self) -> tuple[int, int] | None:
-        """The least and the largest label of the whole set; None of an empty set."""
-        return (int(self._labels.min()), int(self._labels.max())) if len(self._labels) else None
+    def label_values(self) -> list[int]:
+        """The labels that occur in the whole set, in ascending order."""
+        return np.unique(self._labels).tolist()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -224,24 +224,24 @@ def load_batch(
         if not 0 <= index < count:
             raise DataError(f"index {index} is out of range: the set has images 0 to {count - 1}")
     entries = [source[index] for index in indices]
-    pictures, own, span = [picture for picture, _ in entries], [label for _, label in entries], label_range(source)
-    notes = [*getattr(source, "notes", ()), *_notes_on(pictures)]
-    if labels == "dataset" and num_classes is not None and span == (1, num_classes):
-        notes.append(f"the set's labels run from 1 to {num_classes}, but classes are numbered from 0: {BEGIN_AT_0}")
-    chosen = _labels(labels, own, num_classes, generator, span)
+    pictures, own = [picture for picture, _ in entries], [label for _, label in entries]
+    notes, values = [*getattr(source, "notes", ()), *_notes_on(pictures)], getattr(source, "label_values", [])
+    if labels == "dataset" and num_classes is not None and _begin_at_1(values, num_classes):
+        notes.append(
+            f"the set's labels run from 1 to {values[-1]}, and classes are numbered from 0: if the labels are numbered "
+            f"from 1, subtract 1 from each, or it stands for the class above its own"
+        )
+    chosen = _labels(labels, own, num_classes, generator, values)
     return Batch(_to_tensor(pictures, image_size), chosen, tuple(notes))
 
 
-BEGIN_AT_0 = "subtract 1 from the labels, or each is taken for the class above its own"
-
-
-def label_range(source: ImageSource) -> tuple[int, int] | None:
-    """The least and the largest label of a whole source; None where the source does not know."""
-    return getattr(source, "label_range", None)
+def _begin_at_1(values: Sequence[int], num_classes: int) -> bool:
+    """Whether the labels that occur in a set look as if classes were numbered from 1."""
+    return bool(values) and values[0] == 1 and values[-1] > 1 and values[-1] in (num_classes, len(values))
 
 
 def _labels(
-    mode: str, own: list[int], num_classes: int | None, generator: torch.Generator, span: tuple[int, int] | None
+    mode: str, own: list[int], num_classes: int | None, generator: torch.Generator, values: Sequence[int]
 ) -> Tensor:
     batch_size = len(own)
     if mode == "random":
@@ -254,18 +254,21 @@ def _labels(
         raise DataError(f"unknown labels {mode!r}: choose one of {', '.join(LABEL_MODES)}")
     for label in own if num_classes is not None else ():
         if not 0 <= label < num_classes:
-            raise DataError(f"label {label} has no class: {_why_no_class(max(own), num_classes, span)}")
+            raise DataError(f"label {label} has no class: {_why_no_class(max(own), num_classes, values)}")
     return torch.tensor(own)
 
 
-def _why_no_class(most: int, num_classes: int, span: tuple[int, int] | None) -> str:
-    """The reason and the way on for a label outside the classes 0 to K - 1."""
-    if span is not None and span[0] < 0:
-        return f"the set's labels begin at {span[0]}, and classes are numbered from 0"
-    if span is not None and span[0] >= 1 and span[1] == num_classes:
+def _why_no_class(most: int, num_classes: int, values: Sequence[int]) -> str:
+    """The reason and the way on for a label outside the classes 0 to K - 1; `values` occur in the whole set, if known.
+
+    Labels of which none is 0 and the largest is K may be numbered from 1.
+    """
+    if values and values[0] < 0:
+        return f"the set's labels begin at {values[0]}, and classes are numbered from 0"
+    if values and values[0] > 0 and values[-1] == num_classes:
         return (
-            f"the head has {num_classes}, numbered from 0, and the set's labels run from {span[0]} to {span[1]}: if "
-            f"these are numbered from 1, subtract 1 from each; if not, set --num_classes {num_classes + 1}"
+            f"the head has {num_classes}, numbered from 0, and the set's labels run from {values[0]} to {values[-1]}: "
+            f"if these are numbered from 1, subtract 1 from each; if not, set --num_classes {num_classes + 1}"
         )
     return f"the head has {num_classes}; set --num_classes {most + 1}"
 

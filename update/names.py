@@ -20,6 +20,10 @@ from update.storage import UNNAMED, StorageError
 COUNTER = "num_batches_tracked"  # BatchNorm's buffer that no output depends on
 STATISTICS = ("running_mean", "running_var")
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module", "module")
+KERAS = (  # the weights of a layer of Keras or Flax, in the order that torch's layers have them in
+    "depthwise_kernel", "pointwise_kernel", "kernel", "gamma", "scale", "beta", "bias", "moving_mean",
+    "moving_variance",
+)  # fmt: skip
 SEPARATOR = re.compile(r"[./:]")  # behind a part of a name
 SHOWN = 3  # names in a note
 
@@ -43,6 +47,52 @@ def lists_of(model: nn.Module) -> dict[str, list[str]]:
         f"the state dict without {COUNTER}": without_counters(state),
         "all parameters": [name for name, _ in model.named_parameters()],
     }
+
+
+def by_names_of(
+    model: nn.Module, tensors: Mapping[str, Tensor], needed: Sequence[str], source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A file's tensors by the model's names, and a note on each thing that had to change.
+
+    Args:
+        model: with the parameters that the client does not train frozen.
+        tensors: by name, with or without prefixes, by Keras's names, or numbered.
+        needed: the names without which the tensors are of no use.
+        source: the file's name in messages.
+
+    Raises:
+        StorageError: the tensors can be taken for none of the model's lists, or for more than one.
+    """
+    notes = []
+    if has_keras_names(tensors) and not all(name in tensors for name in needed):
+        tensors = dict(zip((f"{UNNAMED}{n}" for n in range(len(tensors))), in_keras_order(tensors), strict=True))
+        notes = [f"{source}: its names are Keras's, so its arrays are taken in their order"]
+    if is_numbered(tensors):
+        found, more = from_numbers(tensors, model, source)
+    else:
+        found, more = renamed(tensors, model.state_dict(), needed, source)
+    return found, notes + more
+
+
+def has_keras_names(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether all names end as the weights of Keras's layers are called, and some as no weight of torch is."""
+    ends = {_keras_end(name) for name in tensors}
+    return bool(ends) and ends <= set(KERAS) and bool(ends & set(KERAS) - {"bias"})
+
+
+def in_keras_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors layer by layer as they come, and those of a layer in the order of its weights."""
+    layers = list(dict.fromkeys(_keras_layer(name) for name in tensors))
+    order = sorted(tensors, key=lambda name: (layers.index(_keras_layer(name)), KERAS.index(_keras_end(name))))
+    return [tensors[name] for name in order]
+
+
+def _keras_end(name: str) -> str:
+    return re.split(r"[./]", name.partition(":")[0])[-1]
+
+
+def _keras_layer(name: str) -> str:
+    return name.partition(":")[0].removesuffix(_keras_end(name))
 
 
 def is_numbered(tensors: Mapping[str, Tensor]) -> bool:

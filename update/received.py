@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from network.parameters import trainable
 from update.layouts import hint, in_torch_layout
-from update.names import from_numbers, is_numbered, renamed
+from update.names import by_names_of
 from update.storage import StorageError
 from update.training import statistic_names
 
@@ -35,10 +35,7 @@ def recognised(
     Raises:
         StorageError: the tensors can be taken for none of the model's lists, or for more than one.
     """
-    if is_numbered(tensors):
-        by_name, notes = from_numbers(tensors, model, source)
-    else:
-        by_name, notes = renamed(tensors, model.state_dict(), list(trainable(model)), source)
+    by_name, notes = by_names_of(model, tensors, list(trainable(model)), source)
     turned, more = in_torch_layout(by_name, model, image_shape, source)
     return turned, notes + more
 

@@ -133,7 +133,7 @@ def _why_unsafe(error: Exception) -> str:
     if of_class := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
         return (
             f"it holds an object of {of_class[1]}, and nothing is ever unpickled; "
-            f"save the tensors alone, torch.save(model.state_dict(), path)"
+            f"save the tensors alone: a dict or a list of them, such as torch.save(model.state_dict(), path)"
         )
     return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from update.layouts import hint, in_torch_layout
-from update.names import from_numbers, is_numbered, renamed, statistics_in, without_counters
+from update.names import by_names_of, statistics_in, without_counters
 from update.storage import ENTERED, read_tensors
 
 
@@ -54,11 +54,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, image_shape: Sequence[in
     source, own = str(path), model.state_dict()
     tensors, text = read_tensors(path)
     statistics = statistics_in(own)
-    if is_numbered(tensors):
-        weights, notes = from_numbers(tensors, model, source)
-    else:
-        needed = [name for name in without_counters(own) if name not in statistics]
-        weights, notes = renamed(tensors, own, needed, source)
+    needed = [name for name in without_counters(own) if name not in statistics]
+    weights, notes = by_names_of(model, tensors, needed, source)
     weights, turned = in_torch_layout(weights, model, image_shape, source)
     notes = [*([text[ENTERED]] if ENTERED in text else []), *notes, *turned]
     if statistics and not any(name in weights for name in statistics):

@@ -74,7 +74,8 @@ def test_labels_that_begin_at_1_are_said_whether_or_not_the_last_is_in_the_batch
     (note,) = batch_of(taken, 2, num_classes=3).notes
     assert "run from 1 to 3" in note
     assert "numbered from 0" in note
-    assert batch_of(taken, 2, num_classes=4).notes == ()
+    assert "run from 1 to 3" in batch_of(taken, 2, num_classes=100).notes[0]
+    assert batch_of(source(tmp_path, images=IMAGES, labels=LABELS * 3 + 1), 2, num_classes=9).notes == ()
     assert batch_of(taken, 3, num_classes=3, labels="random").notes == ()
 
 

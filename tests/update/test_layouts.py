@@ -96,6 +96,48 @@ def test_every_kernel_comes_back_from_keras(make):
     assert ("transpose the kernels in the file yourself" in note) == (make is dense)
 
 
+KERAS_NAMES = {
+    "Keras": [
+        "conv2d/kernel:0",
+        "conv2d/bias:0",
+        "bn/gamma:0",
+        "bn/beta:0",
+        "bn/moving_mean:0",
+        "bn/moving_variance:0",
+    ],
+    "Flax": [
+        "Conv_0/bias",
+        "Conv_0/kernel",
+        "Norm_0/bias",
+        "Norm_0/scale",
+        "Norm_0/moving_mean",
+        "Norm_0/moving_variance",
+    ],
+}
+TORCH_NAMES = {"kernel": "0.weight", "gamma": "1.weight", "scale": "1.weight", "beta": "1.bias"}
+TORCH_NAMES |= {"moving_mean": "1.running_mean", "moving_variance": "1.running_var"}
+
+
+@pytest.mark.parametrize("names", KERAS_NAMES)
+def test_arrays_by_keras_names_are_taken_in_the_order_of_their_layers(names):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 6 * 8, 5)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(generator=generator())
+    tensors = {}
+    for name in KERAS_NAMES[names]:
+        layer, end = name.partition(":")[0].split("/")
+        own = TORCH_NAMES.get(end) or ("0.bias" if layer.lower().startswith("conv") else "1.bias")
+        value = model.state_dict()[own]
+        tensors[name] = value.permute(2, 3, 1, 0) if value.dim() == 4 else value
+    head = model.state_dict()["3.weight"].reshape(5, 4, 6, 8).permute(2, 3, 1, 0).reshape(-1, 5)
+    tensors |= {"dense/kernel:0": head, "dense/bias:0": model.state_dict()["3.bias"]}
+    found, notes = recognised(tensors, model, SHAPE, "u.npz")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in found.items())
+    assert len(found) == 8
+    assert "names are Keras's" in notes[0]
+
+
 def test_a_dense_layer_in_keras_gives_the_same_logits(tmp_path):
     """Against numpy's own arithmetic on images with channels last."""
     images = torch.rand(2, *SHAPE, generator=generator())
