@@ -1,7 +1,9 @@
 """The client's image batches: bundled samples, torchvision sets, a folder of images, an .npz of arrays.
 
 Every source follows torchvision's dataset protocol, `len(source)` and `source[i] -> (PIL image, class index)`;
-`load_batch` turns chosen entries of one into a tensor batch.
+`load_batch` turns chosen entries of one into a tensor batch. The pictures of a source are grey or RGB with 8 bits, or
+grey with floating-point pixels in [0, 1] (modes L, RGB and F); `client/picture_modes.py` makes them of files of every
+mode. A batch is grey where all its pictures are, and RGB otherwise.
 """
 
 import warnings
@@ -16,6 +18,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from client.npz_arrays import ArraysError, images_and_labels
+from client.picture_modes import FILE, NOTES, ModeError, plain
 from network.vision import torchvision
 
 SAMPLE = Path(__file__).parent / "samples" / "cifar10_sample128.npz"
@@ -49,16 +53,26 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images (B, C, H, W) float32 in [0, 1] and their class indices (B,) int64."""
+    """Images (B, C, H, W) float32 in [0, 1] and their class indices (B,) int64.
+
+    Attributes:
+        images, labels: as above.
+        notes: what was assumed when files were read, in sentences.
+    """
 
     images: Tensor
     labels: Tensor
+    notes: tuple[str, ...] = ()
 
 
 class NpzImages:
-    """The arrays `images` uint8 (N, H, W, 3) or (N, H, W) and `labels` integer (N,) of an .npz file."""
+    """The arrays of images uint8 (N, H, W, 3) or (N, H, W) and of labels, integers (N,) or (N, 1), of an .npz file.
 
-    def __init__(self, path: str | Path) -> None:
+    Arrays of the usual names are found, see `client/npz_arrays.py`. Of a file with both, `train` says whether the
+    training arrays are taken, or the test arrays.
+    """
+
+    def __init__(self, path: str | Path, *, train: bool = False) -> None:
         path = Path(path)
         if not path.is_file():
             raise DataError(f"no such file: {path}")
@@ -66,18 +80,16 @@ class NpzImages:
             raise DataError(f"{path} is damaged or not an .npz file")
         try:
             with np.load(path, allow_pickle=False) as file:
-                self._images, self._labels = file["images"], file["labels"]
-        except KeyError as error:
-            raise DataError(f"{path}: {error.args[0]}; it must hold the arrays 'images' and 'labels'") from None
+                self._images, self._labels, self.notes = images_and_labels(file, path, train=train)
+        except ArraysError as error:
+            raise DataError(str(error)) from None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path} is damaged or not an .npz file: {error}") from None
-        shape, kind = self._images.shape, self._images.dtype
-        if kind != np.uint8 or not (len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))):
-            raise DataError(f"{path}: images must be uint8 (N, H, W, 3), (N, H, W, 1) or (N, H, W), got {kind} {shape}")
-        if self._labels.shape != shape[:1] or not np.issubdtype(self._labels.dtype, np.integer):
-            raise DataError(
-                f"{path}: labels must be {shape[0]} integers, got {self._labels.dtype} {self._labels.shape}"
-            )
+
+    @property
+    def label_values(self) -> list[int]:
+        """The labels that occur in the whole set, in ascending order."""
+        return np.unique(self._labels).tolist()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -122,15 +134,24 @@ class FolderImages:
                 if image.width * image.height > MOST_PIXELS:
                     raise DataError(f"{file} has {image.width}x{image.height} pixels: at most {MOST_PIXELS} are read")
                 image.load()
-                return ImageOps.exif_transpose(image), label
+                return plain(image, file.name), label
+        except ModeError as error:
+            raise DataError(f"{file}: {error}") from None
         except DataError:
             raise
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        except (
+            UnidentifiedImageError,
+            Image.DecompressionBombError,
+            OSError,
+            SyntaxError,
+            EOFError,
+            ValueError,
+        ) as error:
             raise DataError(f"{file} is not an image that can be read: {error}") from None
 
 
 def open_source(dataset: str, data_path: str | Path | None, *, train: bool = False) -> ImageSource:
-    """The images behind `--dataset` and `--data_path`; of torchvision's sets the test images, or the training images.
+    """The images behind `--dataset` and `--data_path`; of a set with both the test images, or the training images.
 
     Raises:
         DataError: unknown dataset, missing path, or a set that has no copy here and cannot be downloaded.
@@ -142,7 +163,7 @@ def open_source(dataset: str, data_path: str | Path | None, *, train: bool = Fal
     if dataset in ("folder", "npz"):
         if data_path is None:
             raise DataError(f"--dataset {dataset} needs --data_path, the {dataset} to read")
-        return FolderImages(data_path) if dataset == "folder" else NpzImages(data_path)
+        return FolderImages(data_path) if dataset == "folder" else NpzImages(data_path, train=train)
     name, *splits = TORCHVISION_SETS[dataset]
     root = Path(data_path or "data")
     try:
@@ -180,7 +201,7 @@ def load_batch(
     labels: str,
     num_classes: int | None,
     generator: torch.Generator,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Batch:
     """The images at `indices` with their labels.
 
@@ -190,7 +211,8 @@ def load_batch(
         labels: `dataset`: the images' own; `random`: drawn uniformly from the classes; `unique`: without repetition.
         num_classes: K, the classes of the model's head; None, for `dataset` alone, takes any label.
         generator: the source of random labels.
-        image_size: side in pixels to crop and resize to; None keeps the images' sizes, which must then all agree.
+        image_size: side, or height and width, in pixels to crop and resize to; None keeps the images' sizes, which
+            must then all agree.
 
     Raises:
         DataError: an index out of range, sizes that differ, a label that the head has no class for.
@@ -202,11 +224,25 @@ def load_batch(
         if not 0 <= index < count:
             raise DataError(f"index {index} is out of range: the set has images 0 to {count - 1}")
     entries = [source[index] for index in indices]
-    images = _to_tensor([image for image, _ in entries], image_size)
-    return Batch(images, _labels(labels, [label for _, label in entries], num_classes, generator))
+    pictures, own = [picture for picture, _ in entries], [label for _, label in entries]
+    notes, values = [*getattr(source, "notes", ()), *_notes_on(pictures)], getattr(source, "label_values", [])
+    if labels == "dataset" and num_classes is not None and _begin_at_1(values, num_classes):
+        notes.append(
+            f"the set's labels run from 1 to {values[-1]}, and classes are numbered from 0: if the labels are numbered "
+            f"from 1, subtract 1 from each, or it stands for the class above its own"
+        )
+    chosen = _labels(labels, own, num_classes, generator, values)
+    return Batch(_to_tensor(pictures, image_size), chosen, tuple(notes))
 
 
-def _labels(mode: str, own: list[int], num_classes: int | None, generator: torch.Generator) -> Tensor:
+def _begin_at_1(values: Sequence[int], num_classes: int) -> bool:
+    """Whether the labels that occur in a set look as if classes were numbered from 1."""
+    return bool(values) and values[0] == 1 and values[-1] > 1 and values[-1] in (num_classes, len(values))
+
+
+def _labels(
+    mode: str, own: list[int], num_classes: int | None, generator: torch.Generator, values: Sequence[int]
+) -> Tensor:
     batch_size = len(own)
     if mode == "random":
         return torch.randint(num_classes, (batch_size,), generator=generator)
@@ -218,23 +254,58 @@ def _labels(mode: str, own: list[int], num_classes: int | None, generator: torch
         raise DataError(f"unknown labels {mode!r}: choose one of {', '.join(LABEL_MODES)}")
     for label in own if num_classes is not None else ():
         if not 0 <= label < num_classes:
-            raise DataError(f"label {label} has no class: the head has {num_classes}; set --num_classes {max(own) + 1}")
+            raise DataError(f"label {label} has no class: {_why_no_class(max(own), num_classes, values)}")
     return torch.tensor(own)
 
 
-def _to_tensor(images: list[Image.Image], image_size: int | None) -> Tensor:
+def _why_no_class(most: int, num_classes: int, values: Sequence[int]) -> str:
+    """The reason and the way on for a label outside the classes 0 to K - 1; `values` occur in the whole set, if known.
+
+    Labels of which none is 0 and the largest is K may be numbered from 1.
+    """
+    if values and values[0] < 0:
+        return f"the set's labels begin at {values[0]}, and classes are numbered from 0"
+    if values and values[0] > 0 and values[-1] == num_classes:
+        return (
+            f"the head has {num_classes}, numbered from 0, and the set's labels run from {values[0]} to {values[-1]}: "
+            f"if these are numbered from 1, subtract 1 from each; if not, set --num_classes {num_classes + 1}"
+        )
+    return f"the head has {num_classes}; set --num_classes {most + 1}"
+
+
+def _notes_on(pictures: Sequence[Image.Image]) -> list[str]:
+    """What was assumed when the files of these pictures were read: a sentence for each assumption."""
+    files: dict[str, list[str]] = {}
+    for picture in pictures:
+        for note in picture.info.get(NOTES, ()):
+            files.setdefault(note, []).append(picture.info[FILE])
+    notes = [
+        f"{first}{f' and {len(others)} more images' if others else ''}: {note}"
+        for note, (first, *others) in files.items()
+    ]
+    if 0 < (grey := sum(picture.mode != "RGB" for picture in pictures)) < len(pictures):
+        notes.append(f"{grey} of {len(pictures)} images are grey among images in colour: their channels are equal")
+    return notes
+
+
+def _to_tensor(images: list[Image.Image], image_size: int | tuple[int, int] | None) -> Tensor:
     """One (B, C, H, W) tensor: grey if every image is grey, RGB otherwise."""
-    mode = "L" if all(image.mode in ("1", "L") for image in images) else "RGB"
-    images = [image.convert(mode) for image in images]
     if image_size is not None:
-        side = (image_size, image_size)
-        images = [i if i.size == side else ImageOps.fit(i, side, Image.Resampling.LANCZOS) for i in images]
+        height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+        size = (width, height)
+        images = [i if i.size == size else ImageOps.fit(i, size, Image.Resampling.LANCZOS) for i in images]
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise DataError(f"images differ in size ({', '.join(f'{w}x{h}' for w, h in sizes[:3])}, ...): set --image_size")
-    pixels = np.stack([np.asarray(image) for image in images])  # (B, H, W) or (B, H, W, 3)
-    tensor = torch.from_numpy(pixels).float() / 255
-    return tensor.unsqueeze(1) if mode == "L" else tensor.permute(0, 3, 1, 2).contiguous()
+    channels = 1 if all(image.mode in ("L", "F") for image in images) else 3
+    return torch.stack([_pixels(image, channels) for image in images])
+
+
+def _pixels(image: Image.Image, channels: int) -> Tensor:
+    """The pixels (C, H, W) of an image of mode L, RGB or F, grey ones as often as there are channels."""
+    pixels = torch.from_numpy(np.array(image))
+    pixels = pixels.clamp(0, 1) if image.mode == "F" else pixels.float() / 255  # resizing goes beyond [0, 1] in F
+    return pixels.permute(2, 0, 1).contiguous() if pixels.dim() == 3 else pixels.repeat(channels, 1, 1)
 
 
 def _image_files(folder: Path) -> list[Path]:

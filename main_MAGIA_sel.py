@@ -66,7 +66,7 @@ DATA_PATH = None  # the folder or .npz to read, or where torchvision sets lie (N
 BATCH_SIZE = 16  # images averaged over, B
 INDICES = None  # which images, e.g. 0,3,8-11 (0-based; None: the first B)
 LABELS = "random"  # dataset: the images' own; random: uniform over the classes; unique: random without repetition
-IMAGE_SIZE = None  # side in pixels to crop and resize to (None: images keep their size)
+IMAGE_SIZE = None  # pixels to crop and resize to, 24 or 16x24 (height x width) (None: images keep their size)
 CHANNELS = 3  # channels of an image, where no image is at hand: with --explain, and with an update from outside
 SAVE_BATCH = None  # write the images and their own labels to this .npz, for --dataset npz, and stop
 
@@ -79,7 +79,7 @@ WIDTH = None  # units in a hidden layer of mlp (None: 256)
 NUM_CLASSES = 100  # outputs of the head, K (the paper's: 100)
 MEAN = None  # mean of the pixels by which images are normalised for the model, e.g. 0.485,0.456,0.406 (None: 0)
 STD = None  # standard deviation of the same pixels (None: 1); images stay in [0, 1], the model's first layer normalises
-WEIGHTS = None  # checkpoint to load, .safetensors, .npz or .pt (None: random weights from the seed)
+WEIGHTS = None  # checkpoint to load, .safetensors, .npz, .pt, .ckpt, .bin (docs/update-format.md; None: random weights)
 EXPLAIN = False  # forecast without any data which layers give this batch size away, and stop
 FROZEN = None  # beginnings of the names of parameters that are not trained, e.g. head.bias,conv1
 DEFENCE = "none"  # defences that the client applies in this order, e.g. clip:1.0,noise:0.01; from clip:NORM, noise:STD,
@@ -404,7 +404,8 @@ def run_attack(
     restored, scale = scaled_update(update, model, settings)
     state, objective, known = prepare(restored, model, settings, granted, began)
     config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
-    config |= privacy_of(update, settings) | {"scale": scale}
+    notes = [*update.notes, *(truth.notes if truth else ())]
+    config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
     known = open_record(run, config, state, known, model, truth, began)
     pace = {"log_every": settings.log_every, "checkpoint_every": settings.checkpoint_every}
     evidence = (*restored.evidence, *known.evidence)
@@ -415,6 +416,8 @@ def run_attack(
             print(f"{'contradiction' if piece.contradicts else 'the update says'}: {piece.said}")
         for line in without_effect(given, settings, known, model, objective.annealing):
             print(line)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr if settings.quiet else sys.stdout)
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli.flags import build_parser, read_flags
+from cli.flags import build_parser, read_flags, sides
 from cli.model import model_options
 from cli.runtime import INTERRUPTED, choose_device, stream
 from data import load_batch, open_source
@@ -28,7 +28,7 @@ from update.storage import checked_name, write_tensors
 # data
 DATASET = "sample"  # source of the images: sample (bundled), cifar10, cifar100, mnist, fashionmnist, svhn, folder, npz
 DATA_PATH = None  # the folder or .npz to read, or where torchvision sets lie (None: ./data)
-IMAGE_SIZE = None  # side in pixels to crop and resize to (None: images keep their size)
+IMAGE_SIZE = None  # pixels to crop and resize to, 24 or 16x24 (height x width) (None: images keep their size)
 HOLD_OUT = 0.1  # share of the images on which accuracy is measured; the model is not trained on them
 
 # model
@@ -103,8 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             labels="dataset",
             num_classes=settings.num_classes,
             generator=stream(settings.seed, "labels"),
-            image_size=settings.image_size,
+            image_size=sides(settings.image_size) if settings.image_size else None,
         )
+        for note in whole.notes:
+            print(f"note: {note}")
         model = build_model(
             settings.model,
             image_shape=tuple(whole.images.shape[1:]),

@@ -18,6 +18,6 @@ def guess(name: str, source: ImageSource, like: Tensor) -> Tensor:
     indices = tuning_images(len(source))
     if name == GREY or not indices:
         return torch.full_like(like, 0.5)
-    how = {"labels": "random", "num_classes": 2, "generator": torch.Generator(), "image_size": like.shape[-1]}
+    how = {"labels": "random", "num_classes": 2, "generator": torch.Generator(), "image_size": tuple(like.shape[2:])}
     images = load_batch(source, indices, **how).images
     return images.mean(0).expand_as(like)

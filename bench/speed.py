@@ -43,6 +43,7 @@ from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
 from cli.ahead import known_ahead
+from cli.flags import sides
 from cli.model import model_options, server_model
 from cli.runtime import enough_threads, place_named, stream
 from cli.settings import resolve, schedule_of
@@ -168,7 +169,7 @@ def on_noise(batch_size: int, flags: Sequence[str]) -> dict[str, Variant]:
     """The variants on one update of noise images; `forward` and `activations` get activations and labels."""
     settings, _ = resolve(flags, magia.FLAGS)
     place = place_named(settings)
-    generator, shape = stream(settings.seed, "speed"), (3, settings.image_size or SIDE, settings.image_size or SIDE)
+    generator, shape = stream(settings.seed, "speed"), (3, *sides(settings.image_size or SIDE))
     images = torch.rand(batch_size, *shape, generator=generator).to(**place)
     labels = torch.randint(settings.num_classes, (batch_size,), generator=generator).to(place["device"])
     options = model_options(settings)

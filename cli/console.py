@@ -11,6 +11,7 @@ from tqdm import tqdm
 from attack.local.drift import EXACT
 from attack.prepare import Known
 from attack.read.forecast import explain
+from cli.flags import sides
 from cli.model import model_options, server_model
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
@@ -153,11 +154,11 @@ def show_leaks(settings: argparse.Namespace) -> int:
 
     No data is touched: images are of --channels, and of --image_size or 32 pixels. Returns the exit status.
     """
-    side = settings.image_size or SIDE
-    shape = (settings.channels, side, side)
-    model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings))
+    shape = (settings.channels, *sides(settings.image_size or SIDE))
+    size = "x".join(map(str, shape[1:]))
+    model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
-    title = f"{settings.model}, B={settings.batch_size}, {side}x{side}, {settings.num_classes} classes{mode}"
+    title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
     if mode:
         use_batch_statistics(model)
     try:
@@ -169,7 +170,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
         return 0
     rows = explain(chain, shape, settings.batch_size)
     name = Path(settings.model).name.replace(":", "_")
-    stem = Path(settings.save_dir) / f"explain_{name}_B{settings.batch_size}_{side}{ending}"
+    stem = Path(settings.save_dir) / f"explain_{name}_B{settings.batch_size}_{settings.image_size or SIDE}{ending}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_csv(_beside(stem, ".csv"), rows)
     _beside(stem, ".md").write_text(markdown(rows), encoding="utf-8")
@@ -183,6 +184,11 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print("no layer's inputs are to be expected exactly: only the attack loop is left")
     print(f"table and picture: {stem}.csv, .md, .png")
     return 0
+
+
+def show_note(note: str) -> None:
+    """Print what was assumed when a file was read."""
+    print(f"note: {note}")
 
 
 def show_schedule(schedule: Schedule, folder: Path) -> int:

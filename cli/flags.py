@@ -112,6 +112,22 @@ def model_name(text: str) -> str:
 model_name.choices = tuple(MODELS)
 
 
+def image_size(text: str) -> int | str:
+    """An argparse type: the side of square images, or HEIGHTxWIDTH; a square by both sides is its one side."""
+    height, by, width = text.lower().replace(",", "x").partition("x")
+    one_side = number(int, 1, 1024)
+    if not by:
+        return one_side(text)
+    height, width = one_side(height), one_side(width)
+    return height if height == width else f"{height}x{width}"
+
+
+def sides(size: int | str) -> tuple[int, int]:
+    """Height and width of images by the value of --image_size."""
+    height, _, width = str(size).lower().replace(",", "x").partition("x")
+    return int(height), int(width or height)
+
+
 def defence(text: str) -> str:
     """An argparse type: defences that a client may apply to its update."""
     try:
@@ -139,7 +155,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "dataset": one_of(DATASETS),
     "batch_size": _size,
     "labels": one_of(LABEL_MODES),
-    "image_size": number(int, 1, 1024),
+    "image_size": image_size,
     "channels": number(int, 1, 1000),
     "model": model_name,
     "activation": one_of(ACTIVATIONS),

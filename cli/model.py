@@ -1,6 +1,7 @@
 """The model that the flags name, and how the client trains it."""
 
 import argparse
+from collections.abc import Callable
 
 from torch import nn
 
@@ -17,13 +18,22 @@ def model_options(settings: argparse.Namespace) -> dict[str, object]:
 
 
 def server_model(
-    settings: argparse.Namespace, name: str, image_shape: tuple, num_classes: int, options: dict
+    settings: argparse.Namespace,
+    name: str,
+    image_shape: tuple,
+    num_classes: int,
+    options: dict,
+    tell: Callable[[str], object] = str,
 ) -> nn.Module:
-    """The model that the server sent out, with weights from --weights or drawn from the seed."""
+    """The model that the server sent out, with weights from --weights or drawn from the seed.
+
+    `tell` is called with a note on each thing that had to be assumed of the file of weights.
+    """
     generator = stream(settings.seed, "model")
     model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator, **options)
     if settings.weights:
-        load_checkpoint(model, settings.weights)
+        for note in load_checkpoint(model, settings.weights, image_shape):
+            tell(note)
     return model
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from attack.read.batch_size import count_images
 from attack.read.origin import explained
 from cli.console import ReadingBar
+from cli.flags import sides
 from cli.model import local_training, model_options, parse_names, server_model
 from cli.runtime import stream
 from network.chain import below_norms
@@ -16,9 +17,9 @@ from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
 from update.evidence import Evidence, of_gradients, of_statistics
-from update.received import averaged_gradients, statistics
+from update.received import averaged_gradients, recognised, statistics
 from update.shared import FACTS, SharedUpdate
-from update.storage import read_tensors
+from update.storage import ENTERED, read_tensors
 from update.training import use_batch_statistics
 from update.weights import load_weights
 
@@ -39,7 +40,7 @@ def received_update(
     """
     tensors, text = read_tensors(settings.update)
     is_own = FACTS in text
-    update, model = _own(tensors, text, settings) if is_own else _foreign(tensors, settings, given)
+    update, model = _own(tensors, text, settings) if is_own else _foreign(tensors, text, settings, given)
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
         update.batch_statistics(model)  # raises on statistics that do not fit
@@ -80,27 +81,34 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
                 f"the update is of {update.model}, which is run only if you name it: --model {update.model}"
             )
         update = replace(update, model=settings.model)
-    model = server_model(settings, update.model, update.image_shape, update.num_classes, update.options)
+    notes: list[str] = []
+    facts = (update.model, update.image_shape, update.num_classes, update.options)
+    model = server_model(settings, *facts, notes.append)
     if update.weights and not settings.weights:
         load_weights(model, update.weights, settings.update)
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
     update.targets(model)  # raises on an update that does not fit
     in_order = {name: update.gradients[name] for name in trainable(model)}  # the client's order; files keep another
-    return replace(update, gradients=in_order), model
+    return replace(update, gradients=in_order, notes=tuple(notes)), model
 
 
-def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace, given: Collection[str]) -> tuple:
+def _foreign(
+    tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Namespace, given: Collection[str]
+) -> tuple:
     """A file that holds tensors alone; flags give the facts."""
-    source = settings.update
+    source, notes = settings.update, [text[ENTERED]] if ENTERED in text else []
     if settings.image_size is None:
-        raise ValueError(f"{source} does not say how large its images are: set --image_size, and --channels if not 3")
+        raise ValueError(
+            f"{source} does not say how large its images are: set --image_size (24 or 16x24), and --channels if not 3"
+        )
     if not settings.weights and not is_file(settings.model):
         raise ValueError(f"{source} does not hold the model's weights: set --weights to those that the server sent out")
-    shape = (settings.channels, settings.image_size, settings.image_size)
+    shape = (settings.channels, *sides(settings.image_size))
     rate, training = _rate(settings), local_training(settings)
     options = model_options(settings)
-    model = server_model(settings, settings.model, shape, settings.num_classes, options)
+    model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
     freeze(model, named_by(model, parse_names(settings.frozen)))
+    tensors, said = recognised(tensors, model, shape, source)
     gradients = averaged_gradients(tensors, model, settings.update_kind, rate, source)
     found, counted = statistics(tensors, model, settings.update_kind)
     if training.batchnorm == "train" and settings.update_kind == "gradient":
@@ -119,6 +127,7 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace, given: Co
         statistics=found if training.batchnorm == "train" else {},
         defence=settings.defended or "none",
         evidence=tuple(evidence),
+        notes=(*notes, *said),
     )
     update.check(source)
     if settings.batch_size is None:

@@ -135,8 +135,7 @@ def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, ob
         "model": update.model,
         "num_classes": update.num_classes,
     }
-    if height == width:
-        facts["image_size"] = width
+    facts["image_size"] = width if height == width else f"{height}x{width}"
     training = update.training
     facts |= {"local_steps": training.steps, "local_batches": training.batches, "local_lr": training.rate}
     facts |= {"loss": training.loss.name, "label_smoothing": training.loss.smoothing}

@@ -31,7 +31,7 @@ def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: ar
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
     """The first state: images and label logits, their optimiser, and the generator of subsets."""
     generator, copies, shape = stream(settings.seed, "attack"), settings.restarts, update.image_shape
-    named = (settings.init, update.batch_size, shape[-1], stream(settings.seed, "init"))
+    named = (settings.init, update.batch_size, shape[1:], stream(settings.seed, "init"))
     given = images_named(*named) if copies == 1 else None
     start = start_images(settings.init, (update.batch_size, *shape), copies, generator, given, noise=known.noise)
     if known.is_exact:

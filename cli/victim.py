@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.prepare import INITS
+from cli.flags import sides
 from cli.model import local_training, model_options, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
@@ -38,7 +40,8 @@ def victim(
     batch = client_batch(settings, settings.labels, settings.num_classes)
     options = model_options(settings)
     shape = tuple(batch.images.shape[1:])
-    model = server_model(settings, settings.model, shape, settings.num_classes, options).to(**place)
+    notes: list[str] = []
+    model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append).to(**place)
     update = share_update(
         model,
         settings.model,
@@ -51,7 +54,7 @@ def victim(
         defence=settings.defence,
         generator=stream(settings.seed, "defence"),
     )
-    return update, model, batch
+    return replace(update, notes=tuple(notes)), model, batch
 
 
 def save_batch(settings: argparse.Namespace) -> int:
@@ -67,6 +70,8 @@ def save_batch(settings: argparse.Namespace) -> int:
     pixels = (batch.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, lambda temporary: _save_npz(temporary, images=pixels, labels=batch.labels.numpy()))
+    for note in batch.notes:
+        print(f"note: {note}")
     print(f"{len(pixels)} images: {path}")
     return 0
 
@@ -89,7 +94,7 @@ def client_batch(settings: argparse.Namespace, labels: str, num_classes: int | N
         labels=labels,
         num_classes=num_classes,
         generator=stream(settings.seed, "labels"),
-        image_size=settings.image_size,
+        image_size=sides(settings.image_size) if settings.image_size else None,
     )
 
 
@@ -109,10 +114,13 @@ def _of_other_clients(indices: Sequence[int], defences: Defences, count: int) ->
     return others
 
 
-def images_named(init: str, batch_size: int, side: int, generator: torch.Generator) -> Tensor | None:
-    """The first images (B, C, H, W) of the folder or .npz that --init names; None where it names no files."""
+def images_named(init: str, batch_size: int, size: tuple[int, int], generator: torch.Generator) -> Tensor | None:
+    """The first images (B, C, H, W) of the folder or .npz that --init names; None where it names no files.
+
+    `size` is (H, W).
+    """
     if init in INITS:
         return None
     source = open_source("npz" if init.endswith(".npz") else "folder", init)
-    how = {"labels": "random", "num_classes": 2, "generator": generator, "image_size": side}
+    how = {"labels": "random", "num_classes": 2, "generator": generator, "image_size": size}
     return load_batch(source, range(batch_size), **how).images

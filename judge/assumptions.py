@@ -33,7 +33,8 @@ def _batch(config: Mapping) -> str:
 
 
 def _images(config: Mapping) -> str:
-    side = f", {config['image_size']} pixels a side" if config.get("image_size") else ""
+    size = str(config.get("image_size") or "")
+    side = f", {size} pixels{' (height x width)' if 'x' in size else ' a side'}" if size else ""
     scaled = " They are normalised as the flags say." if config["mean"] or config["std"] else ""
     return f"Their shape is known{side}; their pixels are known to lie between 0 and 1.{scaled}"
 

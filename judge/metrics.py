@@ -14,6 +14,8 @@ from torch import Tensor
 LEAST_MSE = 1e-10
 MOST_PSNR = -10 * math.log10(LEAST_MSE)
 
+WINDOW = 11  # pixels a side of the window of structural similarity: 3.5 sigmas to each side of the middle
+
 # An image counts as recovered from this structural similarity on: its content is then recognisable at a glance.
 RECOVERED_SSIM = 0.6
 
@@ -37,8 +39,15 @@ def mean_psnr(truth: Tensor, reconstruction: Tensor) -> float:
 
 
 def ssim(truth: Tensor, reconstruction: Tensor) -> float:
-    """Structural similarity of two images (C, H, W) in [0, 1], Gaussian window of sigma 1.5 (Wang et al. 2004)."""
+    """Structural similarity of two images (C, H, W) in [0, 1], Gaussian window of sigma 1.5 (Wang et al. 2004).
+
+    Images with a side shorter than the window are mirrored at their edges until the window fits.
+    """
     a, b = (image.detach().double().cpu().numpy() for image in (truth, reconstruction))
+    missing = [max(0, WINDOW - side) for side in a.shape[1:]]
+    if any(missing):
+        edges = [(0, 0), *((many // 2, many - many // 2) for many in missing)]
+        a, b = (np.pad(image, edges, mode="symmetric") for image in (a, b))
     settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     return float(structural_similarity(a, b, data_range=1.0, channel_axis=0, **settings))
 

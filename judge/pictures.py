@@ -16,7 +16,7 @@ from network.vision import torchvision
 
 COLUMNS = 8  # images per row of a grid
 FONT, LINE = 12, 16  # size of captions and height of their lines, in pixels
-TILE = 96  # least side in screen pixels of an image in a grid: small images are enlarged by a whole factor
+TILE = 96  # least width in screen pixels of an image in a grid: small images are enlarged by a whole factor
 PACE = 12  # 50 frames of 300 steps, 100 of 25,000
 
 
@@ -89,10 +89,10 @@ def comparison(truth: Tensor, reconstruction: Tensor, captions: Sequence[Sequenc
     The rows are named at the left, `note` explains the captions below.
     """
     originals, tiles = [_tile(image) for image in truth], [_tile(image) for image in reconstruction]
-    side, gap, margin = tiles[0].width, 4, 22
+    (wide, high), gap, margin = tiles[0].size, 4, 22
     text = LINE * max(map(len, captions)) + gap
     columns = min(COLUMNS, len(tiles))
-    cell_width, cell_height = side + gap, 2 * (side + gap) + text + gap
+    cell_width, cell_height = wide + gap, 2 * (high + gap) + text + gap
     rows = -(-len(tiles) // columns)
     font = ImageFont.load_default(FONT)
     width = max(margin + columns * cell_width + gap, int(font.getlength(note)) + 2 * gap)
@@ -100,13 +100,13 @@ def comparison(truth: Tensor, reconstruction: Tensor, captions: Sequence[Sequenc
     draw = ImageDraw.Draw(sheet)
     for row in range(rows):
         for line, name in enumerate(("truth", "result")):
-            _write_upwards(sheet, name, gap, gap + row * cell_height + line * (side + gap) + side // 2)
+            _write_upwards(sheet, name, gap, gap + row * cell_height + line * (high + gap) + high // 2)
     for i, (original, tile, lines) in enumerate(zip(originals, tiles, captions, strict=True)):
         x, y = margin + i % columns * cell_width, gap + i // columns * cell_height
         sheet.paste(original, (x, y))
-        sheet.paste(tile, (x, y + side + gap))
+        sheet.paste(tile, (x, y + high + gap))
         for number, line in enumerate(lines):
-            at = (x + side / 2, y + 2 * (side + gap) + number * LINE)
+            at = (x + wide / 2, y + 2 * (high + gap) + number * LINE)
             draw.text(at, line, fill="black", font=font, anchor="ma")
     draw.text((gap, rows * cell_height + gap), note, fill="black", font=font)
     return sheet

@@ -71,6 +71,7 @@ def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
         "layers": figures["layers"],
         "evidence": figures["evidence"],
         "assumptions": assumptions(config),
+        "notes": config.get("notes", []),
         "defence": config["defence"],
         "defences": None,
         "command": config["command"],

@@ -2,7 +2,7 @@
 
 With the truth at hand each image gets the first of these levels that it reaches:
 
-exact         PSNR of at least EXACT_PSNR
+exact         PSNR of at least EXACT_PSNR, and closer than a guess by at least MARGIN
 recognisable  SSIM of at least RECOVERED_SSIM, and closer than a guess by at least MARGIN
 traces        closer to the truth than a guess, by at least MARGIN
 none          no closer than that: a guess is a flat picture in the image's own mean colour, or the mean of the batch's
@@ -49,7 +49,8 @@ NAMES = {
     FAILED: "No verdict",
 }
 MEANINGS = {
-    "exact": f"PSNR of at least {EXACT_PSNR:.1f} dB: the error is on average below one of the 255 steps of a pixel",
+    "exact": f"PSNR of at least {EXACT_PSNR:.1f} dB: the error is on average below one of the 255 steps of a pixel, "
+    "and a guess is not as close",
     "recognisable": f"SSIM of at least {RECOVERED_SSIM}: a person sees what the image shows",
     "traces": f"closer to the truth than a guess by {MARGIN:g} dB or more, but not recognisable",
     "none": "no closer than a flat picture in the image's own mean colour, or the mean of the batch's other images",
@@ -65,10 +66,10 @@ LOWER_BOUND = (
 
 def level_of(psnr: float, ssim: float, guess: float) -> str:
     """The level of a reconstruction with the truth at hand, from its PSNR, its SSIM and the PSNR of a guess."""
+    if psnr < guess + MARGIN:
+        return "none"  # even at 100 dB: a blank picture is guessed without the update
     if psnr >= EXACT_PSNR:
         return "exact"
-    if psnr < guess + MARGIN:
-        return "none"
     return "recognisable" if ssim >= RECOVERED_SSIM else "traces"
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +22,7 @@ from network.vision import torchvision
 TORCHVISION = "torchvision:"
 OUTSIDE = "torchvision:NAME, FILE.py:FACTORY"  # as they are spelt
 FILE = re.compile(r"(.+\.py):(\w+)")
+LOGITS = ("logits", "out", "output", "prediction", "predictions")  # usual names of logits in a model's output
 PROBES = 2  # images that a model is tried on: one alone would not show whether it keeps images apart
 
 
@@ -77,11 +78,14 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
     try:
         logits, again = model(images), model(images)
     except Exception as error:  # the model's own code runs here
-        raise ValueError(f"{name} does not take images of {shape}: {_first_line(error)}") from None
+        way = "set --image_size, such as 24 or 16x24, if it takes others"
+        raise ValueError(f"{name} does not take images of {shape} ({way}): {_first_line(error)}") from None
     if isinstance(logits, Tensor) and not torch.equal(torch.nan_to_num(again), torch.nan_to_num(logits)):
         raise ValueError(f"{name} gives other logits for the same images in eval mode: it draws random numbers")
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != PROBES:
-        raise ValueError(f"{name} puts out {_kind(logits)} for {PROBES} images of {shape}, not logits (B, K)")
+        raise ValueError(
+            f"{name} puts out {_kind(logits)} for {PROBES} images of {shape}, not logits (B, K){_way_to_logits(logits)}"
+        )
     if logits.shape[1] != num_classes:
         raise ValueError(
             f"{name} has {logits.shape[1]} classes, not {num_classes}: set --num_classes {logits.shape[1]}"
@@ -144,6 +148,21 @@ def _called(function: Callable[[], object], name: str) -> object:
         return function()
     except (Exception, SystemExit) as error:
         raise ValueError(f"--model {name} raises {_first_line(error)}") from None
+
+
+def _way_to_logits(output: object) -> str:
+    """How a model is to be wrapped that puts out an object with its logits; empty for a tensor."""
+    if isinstance(output, Tensor):
+        return ""
+    part = "[0]"
+    if isinstance(output, Mapping):
+        part = f"[{next((key for key in output if key in LOGITS), next(iter(output), 'logits'))!r}]"
+    elif not isinstance(output, (tuple, list)) or hasattr(output, "_fields"):
+        part = f".{next((key for key in LOGITS if hasattr(output, key)), LOGITS[0])}"
+    return (
+        f": let FACTORY return a subclass of the model whose forward returns the logits alone, "
+        f"`def forward(self, x): return super().forward(x){part}`"
+    )
 
 
 def _first_line(error: BaseException) -> str:

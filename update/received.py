@@ -8,33 +8,36 @@ A difference is -rate times the averaged gradient, with rate the learning rate t
 steps the averaged gradient is the mean along the way, see `update.training`.
 """
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from network.parameters import trainable
-from update.storage import UNNAMED, StorageError
+from update.layouts import hint, in_torch_layout
+from update.names import by_names_of
+from update.storage import StorageError
 from update.training import statistic_names
 
 KINDS = ("gradient", "difference", "weights")
 
 
-def named(tensors: dict[str, Tensor], names: Sequence[str], source: str) -> dict[str, Tensor]:
-    """The tensors by name; numbered tensors take these names in turn.
+def recognised(
+    tensors: Mapping[str, Tensor], model: nn.Module, image_shape: Sequence[int], source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """A file's tensors by the model's names and in torch's layout, and a note on each thing that had to change.
+
+    Args:
+        tensors: by name, with or without a wrapper's prefix, or numbered; in torch's layout or in Keras's.
+        model: with the parameters that the client does not train frozen.
+        image_shape: (C, H, W).
+        source: the file's name in messages.
 
     Raises:
-        StorageError: a number is missing, or there are more or fewer numbers than names.
+        StorageError: the tensors can be taken for none of the model's lists, or for more than one.
     """
-    numbers = [re.fullmatch(rf"{UNNAMED}(\d+)", name) for name in tensors]
-    if not tensors or not all(numbers):
-        return tensors
-    missing = next((n for n in range(len(tensors)) if f"{UNNAMED}{n}" not in tensors), None)
-    if missing is not None:
-        raise StorageError(f"{source}: {UNNAMED}{missing} is missing")
-    if len(tensors) != len(names):
-        raise StorageError(f"{source}: it holds {len(tensors)} arrays without names, the model needs {len(names)}")
-    return {name: tensors[f"{UNNAMED}{number}"] for number, name in enumerate(names)}
+    by_name, notes = by_names_of(model, tensors, list(trainable(model)), source)
+    turned, more = in_torch_layout(by_name, model, image_shape, source)
+    return turned, notes + more
 
 
 def averaged_gradients(
@@ -43,8 +46,8 @@ def averaged_gradients(
     """The averaged gradient of every trainable parameter, by name and in the model's order.
 
     Args:
-        tensors: by the model's names, or numbered, in the order of its state dict or of its trainable parameters.
-            Buffers and frozen parameters may be among the tensors, and are ignored.
+        tensors: by the model's names, see `recognised`. Buffers and frozen parameters may be among the tensors, and
+            are ignored.
         model: the model with the weights that the server sent out.
         kind: one of `KINDS`.
         rate: learning rate times local steps; without meaning for gradients.
@@ -54,7 +57,6 @@ def averaged_gradients(
         StorageError: the tensors are not the model's; the message names the first parameter that does not fit.
     """
     parameters, state = trainable(model), model.state_dict()
-    tensors = named(tensors, [*(state if len(tensors) == len(state) else parameters)], source)
     if not tensors.keys() & state.keys():
         begins, first = f"begins with {next(iter(tensors))!r}" if tensors else "holds nothing", next(iter(state))
         raise StorageError(f"{source}: it has none of the model's parameters: it {begins}, the model with {first!r}")
@@ -79,7 +81,6 @@ def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> tuple
     if kind == "gradient":
         return {}, {}
     state = model.state_dict()
-    tensors = named(tensors, [*state] if len(tensors) == len(state) else [*trainable(model)], "the update")
     counts = [name for name in state if name.endswith(".num_batches_tracked")]
     found, counted = ({n: tensors[n] for n in names if n in tensors} for names in (statistic_names(model), counts))
     if kind == "difference":
@@ -90,8 +91,7 @@ def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> tuple
 def _check_fit(name: str, tensor: Tensor, parameter: Tensor, source: str) -> None:
     found, needed = tuple(tensor.shape), tuple(parameter.shape)
     if found != needed:
-        hint = ": it is transposed" if found == needed[::-1] else ""
-        raise StorageError(f"{source}: {name!r} has shape {found}, the model needs {needed}{hint}")
+        raise StorageError(f"{source}: {name!r} has shape {found}, the model needs {needed}{hint(found, needed)}")
     if not tensor.is_floating_point():
         raise StorageError(f"{source}: {name!r} must hold floating-point numbers, not {tensor.dtype}")
 

@@ -37,6 +37,7 @@ class SharedUpdate:
         training: how the client trained.
         statistics: BatchNorm's running statistics after training, by buffer name, where the client shares them.
         evidence: what the update says of how it was made, see `update.evidence`; not saved.
+        notes: what was assumed when the update and the model's weights were read, in sentences; a file has none.
     """
 
     gradients: dict[str, Tensor]
@@ -50,6 +51,7 @@ class SharedUpdate:
     training: LocalTraining = FEDSGD
     statistics: dict[str, Tensor] = field(default_factory=dict)
     evidence: tuple[Evidence, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def save(self, path: str | Path) -> None:
         """Write the update to a `.safetensors` or `.npz` file.

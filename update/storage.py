@@ -21,7 +21,13 @@ from torch import Tensor
 
 TEMPORARY = re.compile(r"\.magia-[0-9a-f]{32}\.partial")  # names of files that `replace_atomically` leaves if killed
 FORMATS = (".safetensors", ".npz")  # endings of files that are written and read
-TORCH = (".pt", ".pth")  # endings of files that are only read
+TORCH = (".pt", ".pth", ".ckpt", ".bin", ".pt.tar", ".pth.tar")  # endings of torch's files, which are only read
+NESTS = (  # entries of a checkpoint that are entered, the first of them that there is
+    "state_dict", "model_state_dict", "model", "module", "net", "weights", "params", "parameters", "gradients", "grads",
+)  # fmt: skip
+DEEPEST = 3  # entries within entries: beyond, a checkpoint may hold itself
+MOST_SAID = 300  # characters of a list of names
+ENTERED = "entered"  # the name of the text that says which entry of a torch file the tensors come from
 UNNAMED = "arr_"  # numpy's name of an array without a name, before its number
 _METADATA = "metadata/"  # prefix of the text entries of an .npz
 # errors of numpy and safetensors on a damaged file; TypeError on a lone .npy array
@@ -60,14 +66,17 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Named tensors and text metadata of a file; a list of tensors in a torch file is named as numpy would name it.
 
+    A torch file may hold the tensors in an entry beside others, such as a checkpoint's `state_dict` beside `epoch` and
+    `optimizer`. The text says so under `ENTERED`, in a sentence.
+
     Raises:
         StorageError: unknown ending, missing file, damaged content, or content that is not tensors.
     """
     path = checked_name(path, FORMATS + TORCH)
     if not path.is_file():
         raise StorageError(f"no such file: {path}")
-    if path.suffix in TORCH:
-        return _read_torch(path), {}
+    if _ending(path) in TORCH:
+        return _read_torch(path)
     if path.suffix == ".npz" and not zipfile.is_zipfile(path):
         raise StorageError(f"{path} is damaged or not an .npz file")
     try:
@@ -92,24 +101,70 @@ def _in_order(array: object) -> object:
     return array.astype(array.dtype.newbyteorder("="), copy=False) if isinstance(array, np.ndarray) else array
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings of pickles that are refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds on a damaged file
-        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise StorageError(f"{path} is damaged or cannot be loaded safely: {reason}") from None
+        raise StorageError(f"{path} is damaged or cannot be loaded safely: {_why_unsafe(error)}") from None
+    said = []
+    for _ in range(DEEPEST):
+        if not isinstance(content, dict) or (entry := _entry_of(content, path)) is None:
+            break
+        said, content = [*said, f"{path}: the tensors in its entry {entry!r} are taken"], content[entry]
     if isinstance(content, (list, tuple)):
         content = {f"{UNNAMED}{index}": tensor for index, tensor in enumerate(content)}
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise StorageError(f"{path} holds a {type(content).__name__}: a list of tensors, or tensors by name, is needed")
-    for name, tensor in content.items():
-        if not isinstance(tensor, Tensor):
-            raise StorageError(f"{path}: {name!r} is a {type(tensor).__name__}, not a tensor")
+    if others := [name for name, entry in content.items() if not isinstance(entry, Tensor)]:
+        if len(others) == len(content) or others[0].startswith(UNNAMED):
+            raise StorageError(f"{path}: {others[0]!r} is a {type(content[others[0]]).__name__}, not a tensor")
+        said.append(f"{path}: left out, as they are no tensors: {', '.join(map(repr, others))}"[:MOST_SAID])
+    tensors = {name: tensor.detach() for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
             raise StorageError(f"{path}: {name!r} is not a dense tensor of numbers")
-    return {name: tensor.detach() for name, tensor in content.items()}
+    return tensors, {ENTERED: "; ".join(said)} if said else {}
+
+
+def _why_unsafe(error: Exception) -> str:
+    """Why torch does not load a file; what to save instead, where the file holds objects of a class."""
+    if of_class := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+        return (
+            f"it holds an object of {of_class[1]}, and nothing is ever unpickled; "
+            f"save the tensors alone: a dict or a list of them, such as torch.save(model.state_dict(), path)"
+        )
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+
+
+def _entry_of(content: dict, path: Path) -> str | None:
+    """The entry of a checkpoint that holds its tensors; None where the checkpoint holds tensors by name itself.
+
+    Raises:
+        StorageError: several entries hold tensors, and none has a usual name.
+    """
+    counts = {name: _tensors_in(entry) for name, entry in content.items() if isinstance(name, str)}
+    nests = [name for name, count in counts.items() if count]
+    if usual := next((name for name in NESTS if name in nests), None):
+        return usual
+    beside = sum(isinstance(entry, Tensor) for entry in content.values())  # such as a loss
+    if not nests or beside >= max(counts.values()):
+        return None
+    if len(nests) > 1:
+        raise StorageError(f"{path} holds tensors in {', '.join(map(repr, nests))}: save one of these alone")
+    return nests[0]
+
+
+def _tensors_in(entry: object, depth: int = DEEPEST) -> int:
+    """How many tensors an entry of a checkpoint holds: as a list, as a dict by name, or in an entry of its own."""
+    if isinstance(entry, (list, tuple)):
+        return len(entry) if all(isinstance(value, Tensor) for value in entry) else 0
+    if not isinstance(entry, dict) or not all(isinstance(name, str) for name in entry):
+        return 0
+    if all(isinstance(value, Tensor) for value in entry.values()):
+        return len(entry)
+    return max(_tensors_in(value, depth - 1) for value in entry.values()) if depth else 0
 
 
 def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -137,6 +192,11 @@ def checked_name(path: str | Path, formats: Sequence[str] = FORMATS) -> Path:
         StorageError: the ending names no format.
     """
     path = Path(path)
-    if path.suffix not in formats:
+    if _ending(path) not in formats:
         raise StorageError(f"{path}: the name must end in {' or '.join(formats)}")
     return path
+
+
+def _ending(path: Path) -> str:
+    """The last ending of a name, or the last two of an old torch file, .pth.tar."""
+    return "".join(path.suffixes[-2:] if path.suffix == ".tar" else path.suffixes[-1:])

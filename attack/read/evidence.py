@@ -23,6 +23,7 @@ USUAL = {  # normalisations that clients use, by what the values are: mean and s
     "of pixels from 0 to 255": ((0.0,), (1 / STEPS,)),
 }
 ZERO = 1e-4  # of the median feature: a smaller one is zero but for noise
+DROPOUTS = (nn.modules.dropout._DropoutNd,)
 SELDOM = 0.01  # of random images: a feature that is zero in fewer is used
 HALF = 0.5  # of its rate, that dropout zeroes at least
 DROPPED = 0.02  # share of exact zeros among used features that is no chance

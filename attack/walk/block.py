@@ -36,7 +36,7 @@ from network.stage import Chain, Residual, run
 
 SETTLED_NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
 FAINT = 1e-3  # of the strongest delta: no image counts for less
-RECOVERY = 1000  # iterations of CGLS, at most, that a known input may take to come back
+PATIENT = 2000  # iterations of CGLS, at most, that a known input may take to come back
 
 
 class Together:
@@ -113,7 +113,7 @@ class Together:
         one = torch.cat([each.flatten() for group in kinds for each in group]).float()
         factor = noise / max(self.noise(above, below), 1e-300)
         target = system.forward(play) + factor * one * torch.randn(one.shape, generator=self.generator).to(one)
-        back = cgls(system, target, torch.zeros_like(play), iterations=RECOVERY, budget=self.budget)
+        back = cgls(system, target, torch.zeros_like(play), iterations=PATIENT, budget=self.budget)
         scale = system.scale
         return relative(scale * (back.x - play), scale * play)
 

@@ -17,7 +17,7 @@ from data import load_batch, open_source
 from network.parameters import trainable
 from network.zoo import build_model
 from update.gradients import averaged_gradient
-from update.received import KINDS, averaged_gradients
+from update.received import KINDS, averaged_gradients, recognised
 from update.storage import read_tensors
 
 NET = """
@@ -324,7 +324,9 @@ FORMS = ("named.safetensors", "named.npz", "numbered.npz", "named.pt", "listed.p
 def test_every_form_and_kind_is_the_same_gradient(tmp_path, form, kind):
     client = Client(tmp_path)
     path = client.write(client.tensors(kind), form)
-    found = averaged_gradients(read_tensors(path)[0], client.model, kind, client.rate, str(path))
+    tensors, notes = recognised(read_tensors(path)[0], client.model, (3, 16, 16), str(path))
+    assert notes == []
+    found = averaged_gradients(tensors, client.model, kind, client.rate, str(path))
     assert list(found) == list(client.gradients)
     for name, gradient in client.gradients.items():
         if kind == "gradient":
@@ -417,8 +419,8 @@ def with_nan(tensors):
 WRONG = {
     "a missing name": (lambda t: without(t, "conv2.weight"), ["'conv2.weight' is missing"]),
     "another model": (
-        lambda t: {f"body.{name}": tensor for name, tensor in t.items()},
-        ["none of the model's parameters", "begins with 'body.conv1", "the model with 'conv1.weight'"],
+        lambda t: {f"{name}.body": tensor for name, tensor in t.items()},
+        ["none of the model's parameters", ".body'", "begins with 'conv1.", "the model with 'conv1.weight'"],
     ),
     "one name too many": (lambda t: t | {"extra": torch.ones(1)}, ["'extra' is not in the model"]),
     "transposed": (

@@ -46,6 +46,11 @@ def test_levels_of_images(psnr, similarity, level):
     assert level_of(psnr, similarity, 12.0) == level
 
 
+@pytest.mark.parametrize(("guess", "level"), [(100.0, "none"), (98.0, "none"), (97.0, "exact"), (60.0, "exact")])
+def test_no_picture_that_can_be_guessed_is_exact(guess, level):
+    assert level_of(100.0, 1.0, guess) == level
+
+
 def test_an_error_of_one_step_in_255_is_exact():
     image = torch.full((1, 3, 8, 8), 0.5)
     assert psnr_matrix(image, image + 0.999 / 255)[0, 0] > EXACT_PSNR > psnr_matrix(image, image + 1.001 / 255)[0, 0]

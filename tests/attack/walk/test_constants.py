@@ -261,13 +261,13 @@ def test_a_hopeless_input_is_not():  # LOOK and HOPELESS upwards
     assert method.solve([source])[1].iterations < 600
 
 
-def test_a_channel_without_gradient_has_a_third_of_the_usual_error():  # EVEN
+def test_a_channel_without_gradient_has_a_quarter_of_the_usual_error():  # EVEN
     layer = with_wrong_masks(1).source
     layer = replace(layer, gradient=layer.gradient * torch.tensor([1.0, 1.0, 0.0]).view(1, -1, 1, 1))
     method = Alone((2, 3, 4, 4), generator(), unlimited())
     u, solution = method.solve([layer])
     spread = method.spread([layer], u, solution, None).mean((0, 2, 3))
-    assert 0.2 < float(spread[2] / spread[:2].mean()) < 0.5
+    assert 0.15 < float(spread[2] / spread[:2].mean()) < 0.35
 
 
 def test_a_silent_image_counts_as_one_a_thousandth_as_loud():  # FAINT
