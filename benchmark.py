@@ -55,6 +55,7 @@ from bench.searches import SEARCHES, variants
 from bench.speed import devices, speed
 from bench.strengths import DEFENCES, NONE, plot_strengths, weakest, write_strengths
 from cli.flags import OneLineParser, number
+from cli.output import lasting_output, refused
 from cli.runtime import INTERRUPTED
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
@@ -176,6 +177,7 @@ def build_parser() -> OneLineParser:
     return parser
 
 
+@lasting_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted."""
     asked, flags = build_parser().parse_known_args(argv)
@@ -188,8 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_unknown(asked, flags)
         rows = COMMANDS[asked.command](asked, flags)
     except (ValueError, OSError) as error:
-        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(Path(__file__).name, error)
     except KeyboardInterrupt:
         print("interrupted: finished cells are kept, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED

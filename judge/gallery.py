@@ -1,5 +1,6 @@
 """index.html: the runs in a folder, newest first, with their first pictures and links to their reports."""
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +29,8 @@ def write_gallery(folder: Path) -> None:
     with suppress(OSError, Timeout), FileLock(folder / ".locks" / PAGE, timeout=LOCK_SECONDS):
         if not page.exists() or MARK in page.read_text(encoding="utf-8", errors="replace"):
             text = gallery_page(folder)
-            replace_atomically(page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+            written = text.encode("utf-8", "backslashreplace")  # as in a report
+            replace_atomically(page, lambda temporary: temporary.write_bytes(written))
 
 
 def gallery_page(folder: Path) -> str:
@@ -50,8 +52,8 @@ def _card(path: Path) -> Mapping | None:
         subject, sides = facts["subject"], [_side(path / name) for name in pictures]
         return {
             "name": path.name,
-            "href": f"{quote(path.name)}/report.html",
-            "pictures": [f"{quote(path.name)}/{quote(name)}" for name in pictures],
+            "href": f"{quote(os.fsencode(path.name))}/report.html",
+            "pictures": [f"{quote(os.fsencode(path.name))}/{quote(os.fsencode(name))}" for name in pictures],
             "finished": str(facts["finished"]),
             "level": facts["verdict"]["level"],
             "headline": str(facts["verdict"]["headline"]),

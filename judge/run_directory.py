@@ -5,15 +5,16 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from update.checked import DamagedError
 from update.storage import replace_atomically
 
 DEFENDED = "defences"  # the folder in a run directory that holds its runs under defences
@@ -36,6 +37,7 @@ CHECKPOINT_KEYS = {
     "sizes",
     "rows",
     "final_loss",
+    "digests",
 }
 TRACE = ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations", "seconds", "psnr_mean")
 
@@ -118,7 +120,7 @@ class RunDirectory:
         try:
             (self / name).parent.mkdir(exist_ok=True)
             replace_atomically(self / name, write)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             self.fail(name, error)
 
     def fail(self, name: str, error: Exception) -> None:
@@ -156,6 +158,18 @@ class RunDirectory:
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
             raise ValueError(f"{path} is not the checkpoint of a run of this version")
         return checkpoint
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Name checkpoint.pt in the message where the block finds one of its entries damaged.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of a run with other settings.
+        """
+        try:
+            yield
+        except DamagedError as error:
+            raise ValueError(f"{self / 'checkpoint.pt'} is damaged or of another run: {error}") from None
 
     def _wait(self) -> None:
         if self._writing:
@@ -287,7 +301,21 @@ def _read_trace(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if tuple(reader.fieldnames or ()) != TRACE:
         raise ValueError(f"{path} is not the trace of a run: its columns must be {', '.join(TRACE)}")
+    for number, row in enumerate(rows, 1):
+        try:
+            _check_row(row)
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: row {number} is not one of numbers") from None
     return rows
+
+
+def _check_row(row: Mapping[str, str]) -> None:
+    """Raise TypeError or ValueError unless each cell is a number; `psnr_mean` is empty where no truth is known."""
+    for name in TRACE:
+        if name in ("step", "S", "evaluations"):
+            int(row[name])
+        elif row[name] != "" or name != "psnr_mean":
+            float(row[name])
 
 
 def _json(content: Mapping) -> str:
