@@ -14,7 +14,6 @@ interrupted grid goes on where it stopped. A model or a preset may bring flags o
 
 import argparse
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,6 +25,7 @@ import main_MAGIA_sel as magia
 from attack.prepare import INITS
 from attack.published.presets import PRESETS
 from bench.batches import batch_indices
+from bench.beforehand import mark, refuse_foreign, refuse_unfit
 from bench.cells import FAILED, Cell, has_failed, run_cells
 from bench.figures import (
     WALL,
@@ -183,7 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, flags = build_parser().parse_known_args(argv)
     try:
         refuse_own(flags, TAKEN if asked.command == "speed" else ())
+        refuse_foreign(asked.out)
         if asked.command == "speed":
+            mark(asked.out, origin())
             speed(asked, flags)
             print((asked.out / "speed.md").read_text(), end="")
             return 0
@@ -230,6 +232,9 @@ def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
     for words in flags_behind(asked):
         refuse_own([word for word in words if word.startswith("--")])
         resolve([*words, *flags], magia.FLAGS)
+    networks = [resolve(["--model", *shlex.split(text), *flags], magia.FLAGS)[0] for text in asked.models]
+    classes = asked.num_classes if asked.command == "signals" else [None]
+    refuse_unfit(networks, classes, is_local=asked.scheduler is None)
 
 
 def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:
@@ -419,7 +424,7 @@ def _measured(
     how = {"figures": figures, "jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     made_by = origin(files_read(asked, flags))
     rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, loaded=loaded, **how)
-    (asked.out / "origin.json").write_text(json.dumps(made_by, indent=2) + "\n")
+    mark(asked.out, made_by)
     names = short_names(asked.models)
     return [row | {"model": names[str(row["model"])]} for row in rows]
 

@@ -47,6 +47,7 @@ from cli.victim import save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
+from network.memory import is_out_of_memory
 from network.tracing import stages
 from network.zoo import place_of
 from priors import Prior, contrast
@@ -369,7 +370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.audit:
             return audit(run_one, settings, given, words, FLAGS)
         return run_one(settings, given, words)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
         return refused(Path(__file__).name, error)
 
 

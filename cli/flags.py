@@ -268,7 +268,7 @@ def _how(flag: Flag) -> dict[str, object]:
 
 
 def value_in_file(flag: Flag, value: object) -> object:
-    """The value that a file holds for a flag, checked as the flag's text on a command line is.
+    """The value that a run's file holds for a flag, checked as the flag's text on a command line is.
 
     Raises:
         ValueError: the flag does not take it.
@@ -277,20 +277,27 @@ def value_in_file(flag: Flag, value: object) -> object:
         return checked.switch(value, flag.name)
     if (value is None and flag.default is None) or (value is True and flag.name == "resume"):
         return value
-    parts = value if isinstance(value, list) and flag.name in LISTS else [value]
+    return checked_value(flag.name, value)
+
+
+def checked_value(name: str, value: object) -> object:
+    """A number, text or list of numbers from a file, checked as the text of the flag of this name is.
+
+    Raises:
+        ValueError: the flag does not take it.
+    """
+    parts = value if isinstance(value, list) and name in LISTS else [value]
     if not all(isinstance(part, (str, int, float)) and not isinstance(part, bool) for part in parts):
-        raise ValueError(
-            f"{flag.name} is {'null' if value is None else f'a {type(value).__name__}'}, not a value of it"
-        )
-    parse = TYPES.get(flag.name)
+        raise ValueError(f"{name} is {'null' if value is None else f'a {type(value).__name__}'}, not a value of it")
+    parse = TYPES.get(name)
     if parse is None:
         if not isinstance(value, str):
-            raise ValueError(f"{flag.name} is {value!r}, not a text")
+            raise ValueError(f"{name} is {value!r}, not a text")
         return value
     try:
         return parse(",".join(map(str, parts)))
     except argparse.ArgumentTypeError as error:
-        raise ValueError(f"{flag.name}: {error}") from None
+        raise ValueError(f"{name}: {error}") from None
 
 
 def flags_page(flags: Sequence[Flag]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TextIO
 
-LONGEST = 600  # characters of a message, at most: flags and names from files may be of any length
+LONGEST = 2000  # characters of a message, at most: flags and names from files may be of any length
 
 Main = Callable[..., int]
 

@@ -3,15 +3,18 @@
 import argparse
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from attack.read.batch_size import count_images
+from cli.flags import checked_value
 from cli.model import local_training, model_options, parse_names, server_model
+from cli.settings import facts_of
 from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
+from network.zoo import ALL_OPTIONS
 from update.received import averaged_gradients, statistics
-from update.shared import FACTS, SharedUpdate
-from update.storage import read_tensors
+from update.shared import FACTS, SharedUpdate, is_of_update
+from update.storage import StorageError, read_tensors, read_text, room_for
 from update.training import use_batch_statistics
 from update.weights import load_weights
 
@@ -23,17 +26,18 @@ def received_update(settings: argparse.Namespace, place: dict) -> tuple[SharedUp
         ValueError: the file cannot be read, or a tensor does not fit the model; the message names the first such
             tensor.
     """
-    tensors, text = read_tensors(settings.update)
-    update, model = _own(tensors, text, settings) if FACTS in text else _foreign(tensors, settings)
+    text = read_text(settings.update)
+    update, model = _own(text, settings) if FACTS in text else _foreign(settings)
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
         update.batch_statistics(model)  # raises on statistics that do not fit
     return update, model.to(**place)
 
 
-def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Namespace) -> tuple:
+def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
     """A file of --save_update, which brings its facts; parameters without a gradient in the file are frozen."""
-    update = SharedUpdate.of(tensors, text, settings.update)
+    update = SharedUpdate.stated(text, settings.update)
+    update = _with_checked_facts(update, settings)
     if settings.frozen or settings.update_kind != "gradient":
         raise ValueError(f"--update {settings.update} says itself which gradients it holds: no --frozen, --update_kind")
     if is_file(update.model):
@@ -43,6 +47,8 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
             )
         update = replace(update, model=settings.model)
     model = server_model(settings, update.model, update.image_shape, update.num_classes, update.options)
+    tensors, _ = read_tensors(settings.update, wanted=is_of_update, most=room_for(model))
+    update = update.holding(tensors, settings.update)
     if update.weights and not settings.weights:
         load_weights(model, update.weights, settings.update)
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
@@ -51,7 +57,24 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
     return replace(update, gradients=in_order), model
 
 
-def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
+def _with_checked_facts(update: SharedUpdate, settings: argparse.Namespace) -> SharedUpdate:
+    """The update, the facts that it brings checked as the flags of their names are, its options as these are read.
+
+    Raises:
+        StorageError: a fact is none that its flag takes.
+    """
+    try:
+        unknown = [name for name in update.options if name not in ALL_OPTIONS]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no option of a model")
+        facts = facts_of(update, settings).items()
+        read = {name: checked_value(name, value) for name, value in facts if value is not None}
+        return replace(update, options={name: read[name] for name in update.options if name in read})
+    except ValueError as error:
+        raise StorageError(f"{settings.update}: {error}") from None
+
+
+def _foreign(settings: argparse.Namespace) -> tuple:
     """A file that holds tensors alone; flags give the facts."""
     source = settings.update
     if settings.image_size is None:
@@ -63,6 +86,7 @@ def _foreign(tensors: dict[str, Tensor], settings: argparse.Namespace) -> tuple:
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options)
     freeze(model, named_by(model, parse_names(settings.frozen)))
+    tensors, _ = read_tensors(source, most=room_for(model))
     update = SharedUpdate(
         gradients=averaged_gradients(tensors, model, settings.update_kind, rate, source),
         weights={},

@@ -225,5 +225,7 @@ def read_config(path: Path) -> dict:
         if file.stat().st_size > MOST_CONFIG:
             raise ValueError(f"config.json is larger than {MOST_CONFIG} bytes")
         return checked.json_object(file.read_text(encoding="utf-8"))
+    except checked.DamagedError as error:
+        raise ValueError(f"no run to resume in {path}: config.json holds no settings: {error}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"no run to resume in {path}: {error}") from None

@@ -15,6 +15,7 @@ from cli.runtime import stream
 from client.defences import defend_received
 from client.victim import share_update
 from data import Batch, DataError, load_batch, open_source, parse_indices
+from network.outside import is_outside, try_batch
 from update.defences import Defences
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
@@ -30,12 +31,17 @@ def victim(settings: argparse.Namespace, place: dict) -> tuple[SharedUpdate, nn.
     """
     if settings.update:
         update, model = received_update(settings, place)
+        if is_outside(update.model) and update.training.is_plain:
+            try_batch(model, update.model, update.image_shape, update.batch_size, update.num_classes)
         defence, generator = settings.defence or "none", stream(settings.seed, "defence")
         return defend_received(update, defence, generator=generator), model, None
     batch = client_batch(settings, settings.labels, settings.num_classes)
     options = model_options(settings)
     shape = tuple(batch.images.shape[1:])
-    model = server_model(settings, settings.model, shape, settings.num_classes, options).to(**place)
+    model = server_model(settings, settings.model, shape, settings.num_classes, options)
+    if is_outside(settings.model):
+        try_batch(model, settings.model, shape, len(batch.images), settings.num_classes)
+    model = model.to(**place)
     update = share_update(
         model,
         settings.model,

@@ -42,7 +42,7 @@ def mapping(value: object, name: str, keys: Collection[str] = ()) -> Mapping:
         DamagedError: it is none, or a key is missing.
     """
     if not isinstance(value, Mapping):
-        raise DamagedError(f"{name} is {_shown(value)}, not a mapping")
+        raise DamagedError(f"{name} {_shown(value)} is not a mapping")
     missing = next((key for key in keys if key not in value), None)
     if missing is not None:
         raise DamagedError(f"{name} has no {missing!r}")
@@ -57,7 +57,7 @@ def sequence(value: object, name: str, length: int | None = None) -> Sequence:
     """
     if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
         wanted = "a list" if length is None else f"a list of {length}"
-        raise DamagedError(f"{name} is {_shown(value)}, not {wanted}")
+        raise DamagedError(f"{name} {_shown(value)} is not {wanted}")
     return value
 
 
@@ -68,7 +68,7 @@ def whole(value: object, name: str, least: int = 0, most: int = MANY) -> int:
         DamagedError: it is something else.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise DamagedError(f"{name} is {_shown(value)}, not an integer from {least} to {most}")
+        raise DamagedError(f"{name} {_shown(value)} is not an integer from {least} to {most}")
     return value
 
 
@@ -84,7 +84,7 @@ def real(value: object, name: str, least: float = -math.inf, *, finite: bool = T
     if not is_number or not value >= least or (finite and not abs(value) < math.inf):
         kind = "a finite number" if finite else "a number"
         raise DamagedError(
-            f"{name} is {_shown(value)}, not {kind}" + (f" from {least:g} on" if least > -math.inf else "")
+            f"{name} {_shown(value)} is not {kind}" + (f" from {least:g} on" if least > -math.inf else "")
         )
     return value
 
@@ -96,7 +96,7 @@ def switch(value: object, name: str) -> bool:
         DamagedError: it is something else.
     """
     if not isinstance(value, bool):
-        raise DamagedError(f"{name} is {_shown(value)}, not true or false")
+        raise DamagedError(f"{name} {_shown(value)} is not true or false")
     return value
 
 
@@ -107,7 +107,7 @@ def word(value: object, name: str) -> str:
         DamagedError: it is something else.
     """
     if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise DamagedError(f"{name} is {_shown(value)}, not a text")
+        raise DamagedError(f"{name} {_shown(value)} is not a text")
     return value
 
 
@@ -118,7 +118,7 @@ def tensor(value: object, name: str, shape: Sequence[int], dtype: torch.dtype, *
         DamagedError: it is something else.
     """
     if not isinstance(value, Tensor) or not is_dense(value):
-        raise DamagedError(f"{name} is {_shown(value)}, not a dense tensor of numbers")
+        raise DamagedError(f"{name} {_shown(value)} is not a dense tensor of numbers")
     if tuple(value.shape) != tuple(shape) or value.dtype != dtype:
         found, wanted = f"{value.dtype} {tuple(value.shape)}", f"{dtype} {tuple(shape)}"
         raise DamagedError(f"{name} is {found}, the settings ask for {wanted}")

@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from network.normalise import Normalise
 from network.parameters import trainable
+from update import checked
 from update.gradients import batch_loss
 
 BATCHNORMS = ("eval", "train", "train_private")  # modes of a client's BatchNorm layers
@@ -46,6 +47,25 @@ class LocalTraining:
     batches: int = 1
     rate: float | None = None
     batchnorm: str = "eval"
+
+    @classmethod
+    def stated(cls, facts: object) -> "LocalTraining":
+        """The training that the facts of an update's file state; what they leave out has its default.
+
+        Raises:
+            ValueError: a fact is unknown, of another kind, or refused as in a `LocalTraining`.
+        """
+        facts = checked.mapping(facts, "training")
+        for name, value in facts.items():
+            if name in ("steps", "batches"):
+                checked.whole(value, f"training.{name}", 1)
+            elif name == "rate" and value is not None:
+                checked.real(value, "training.rate", 0)
+            elif name == "batchnorm":
+                checked.word(value, "training.batchnorm")
+            elif name != "rate":
+                raise checked.DamagedError(f"training has {name!r}, which is none of its facts")
+        return cls(**facts)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batches"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from update.received import named
-from update.storage import read_tensors
+from update.storage import read_tensors, room_for
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -41,4 +41,4 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: the file is missing, damaged, or does not fit the model.
     """
-    load_weights(model, named(read_tensors(path)[0], list(model.state_dict()), str(path)), path)
+    load_weights(model, named(read_tensors(path, most=room_for(model))[0], list(model.state_dict()), str(path)), path)
