@@ -25,7 +25,7 @@ import main_MAGIA_sel as magia
 from attack.prepare import INITS
 from attack.published.presets import PRESETS
 from bench.batches import batch_indices
-from bench.beforehand import mark, refuse_foreign, refuse_unfit
+from bench.beforehand import mark, refuse_foreign, refuse_missing, refuse_unfit
 from bench.cells import FAILED, Cell, has_failed, run_cells
 from bench.figures import (
     WALL,
@@ -56,7 +56,7 @@ from bench.speed import devices, speed
 from bench.strengths import DEFENCES, NONE, plot_strengths, weakest, write_strengths
 from cli.flags import OneLineParser, number
 from cli.output import lasting_output, refused
-from cli.runtime import INTERRUPTED
+from cli.runtime import INTERRUPTED, choose_device
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
 from network.zoo import MODELS
@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_own(flags, TAKEN if asked.command == "speed" else ())
         refuse_foreign(asked.out)
         if asked.command == "speed":
+            for device in asked.device:
+                choose_device(device)
             mark(asked.out, origin())
             speed(asked, flags)
             print((asked.out / "speed.md").read_text(), end="")
@@ -231,10 +233,12 @@ def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
                 raise ValueError(f"--presets {text}: --{name} is the victim's, the same for all attacks: give it alone")
     for words in flags_behind(asked):
         refuse_own([word for word in words if word.startswith("--")])
-        resolve([*words, *flags], magia.FLAGS)
-    networks = [resolve(["--model", *shlex.split(text), *flags], magia.FLAGS)[0] for text in asked.models]
-    classes = asked.num_classes if asked.command == "signals" else [None]
-    refuse_unfit(networks, classes, is_local=asked.scheduler is None)
+        settings, _ = resolve([*words, *flags], magia.FLAGS)
+        if asked.scheduler is None:  # devices and files of a cluster's workers are theirs
+            refuse_missing(settings)
+    for text in asked.models if asked.scheduler is None else ():
+        settings, _ = resolve(["--model", *shlex.split(text), *flags], magia.FLAGS)
+        refuse_unfit(settings, asked.num_classes if asked.command == "signals" else [None])
 
 
 def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:

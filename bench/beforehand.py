@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from attack.prepare import INITS
@@ -15,7 +15,7 @@ ORIGIN = "origin.json"
 ORIGIN_KEYS = {"sources", "versions"}  # a file with these keys is of a benchmark
 # All that a benchmark writes beside cells and runs.
 WRITTEN = (
-    "table.*", "summary.*", "overview.md", "weakest.*", "psnr_*.png", "ssim_*.png", "signals.png", "strengths*.png",
+    "table.*", "summary.*", "overview.md", "weakest.*", "psnr_vs_*.png", "ssim_vs_*.png", "signals.png", "leakage*.png",
     "wall*.png", "speed.*", "limits.*", "courses.*", "stages.*", ORIGIN,
 )  # fmt: skip
 
@@ -41,27 +41,27 @@ def refuse_foreign(out: Path) -> None:
             raise ValueError(f"{file} is not of a benchmark: it will not be overwritten, give another --out")
 
 
-def refuse_unfit(victims: Iterable[argparse.Namespace], classes: Sequence[int | None], *, is_local: bool) -> None:
-    """Refuse settings with which no cell could run: device, checkpoint, network and images that do not fit.
+def refuse_missing(settings: argparse.Namespace) -> None:
+    """Refuse settings that name a device or first images that are not here.
+
+    Raises:
+        ValueError: they do.
+    """
+    choose_device(settings.device)
+    if settings.init not in INITS and not Path(settings.init).exists():
+        raise ValueError(f"--init {settings.init}: no such file or folder")
+
+
+def refuse_unfit(settings: argparse.Namespace, classes: Sequence[int | None]) -> None:
+    """Refuse a network, checkpoint or images that do not fit, so that no cell could run.
 
     Args:
-        victims: settings of each network.
+        settings: of the network's cells.
         classes: numbers of classes that are asked for, None for the settings' own. One that fits is enough.
-        is_local: whether the cells run on this machine. Devices and files of a cluster's workers are theirs.
 
     Raises:
         ValueError: as the cells themselves would.
     """
-    for settings in victims:
-        if is_local:
-            choose_device(settings.device)
-            if settings.init not in INITS and not Path(settings.init).exists():
-                raise ValueError(f"--init {settings.init}: no such file or folder")
-            _build_one(settings, classes)
-
-
-def _build_one(settings: argparse.Namespace, classes: Sequence[int | None]) -> None:
-    """Build the network of some settings, for the first of the classes that it can be built for."""
     draw = {"labels": "random", "num_classes": 2, "generator": stream(settings.seed, "labels")}
     source = open_source(settings.dataset, settings.data_path)
     shape = tuple(load_batch(source, [0], image_size=settings.image_size, **draw).images.shape[1:])
