@@ -25,7 +25,7 @@ import main_MAGIA_sel as magia
 from attack.prepare import INITS
 from attack.published.presets import PRESETS
 from bench.batches import batch_indices
-from bench.beforehand import mark, refuse_foreign, refuse_missing, refuse_unfit
+from bench.beforehand import mark, refuse_foreign, refuse_unfit
 from bench.cells import FAILED, Cell, has_failed, run_cells
 from bench.figures import (
     WALL,
@@ -192,6 +192,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print((asked.out / "speed.md").read_text(), end="")
             return 0
         refuse_unknown(asked, flags)
+        if asked.scheduler is None:  # devices and files of a cluster's workers are theirs
+            networks = [["--model", *shlex.split(text)] for text in asked.models]
+            every = [resolve([*words, *flags], magia.FLAGS)[0] for words in (*networks, *flags_behind(asked))]
+            refuse_unfit(every, len(networks), asked.num_classes if asked.command == "signals" else [None])
         rows = COMMANDS[asked.command](asked, flags)
     except (ValueError, OSError) as error:
         return refused(Path(__file__).name, error)
@@ -233,12 +237,7 @@ def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
                 raise ValueError(f"--presets {text}: --{name} is the victim's, the same for all attacks: give it alone")
     for words in flags_behind(asked):
         refuse_own([word for word in words if word.startswith("--")])
-        settings, _ = resolve([*words, *flags], magia.FLAGS)
-        if asked.scheduler is None:  # devices and files of a cluster's workers are theirs
-            refuse_missing(settings)
-    for text in asked.models if asked.scheduler is None else ():
-        settings, _ = resolve(["--model", *shlex.split(text), *flags], magia.FLAGS)
-        refuse_unfit(settings, asked.num_classes if asked.command == "signals" else [None])
+        resolve([*words, *flags], magia.FLAGS)
 
 
 def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:

@@ -41,27 +41,27 @@ def refuse_foreign(out: Path) -> None:
             raise ValueError(f"{file} is not of a benchmark: it will not be overwritten, give another --out")
 
 
-def refuse_missing(settings: argparse.Namespace) -> None:
-    """Refuse settings that name a device or first images that are not here.
-
-    Raises:
-        ValueError: they do.
-    """
-    choose_device(settings.device)
-    if settings.init not in INITS and not Path(settings.init).exists():
-        raise ValueError(f"--init {settings.init}: no such file or folder")
-
-
-def refuse_unfit(settings: argparse.Namespace, classes: Sequence[int | None]) -> None:
-    """Refuse a network, checkpoint or images that do not fit, so that no cell could run.
+def refuse_unfit(cells: Sequence[argparse.Namespace], networks: int, classes: Sequence[int | None]) -> None:
+    """Refuse settings with which no cell could run: a device, first images, a network or a checkpoint.
 
     Args:
-        settings: of the network's cells.
+        cells: settings of each network, attack and defence, the networks first.
+        networks: number of networks.
         classes: numbers of classes that are asked for, None for the settings' own. One that fits is enough.
 
     Raises:
         ValueError: as the cells themselves would.
     """
+    for settings in cells:
+        choose_device(settings.device)
+        if settings.init not in INITS and not Path(settings.init).exists():
+            raise ValueError(f"--init {settings.init}: no such file or folder")
+    for settings in cells[:networks]:
+        _build(settings, classes)
+
+
+def _build(settings: argparse.Namespace, classes: Sequence[int | None]) -> None:
+    """Build the network of some settings, for the first of the classes that it can be built for."""
     draw = {"labels": "random", "num_classes": 2, "generator": stream(settings.seed, "labels")}
     source = open_source(settings.dataset, settings.data_path)
     shape = tuple(load_batch(source, [0], image_size=settings.image_size, **draw).images.shape[1:])

@@ -235,7 +235,7 @@ def _watched(client: "Client", address: str) -> Iterator[None]:  # noqa: F821, D
 
     def watch() -> None:
         while not is_over.wait(WATCH):
-            if client.status in ("closing", "closed"):
+            if client.status in ("closing", "closed") and not is_over.is_set():
                 is_lost.set()
                 _thread.interrupt_main()
                 return
@@ -243,8 +243,9 @@ def _watched(client: "Client", address: str) -> Iterator[None]:  # noqa: F821, D
     Thread(target=watch, daemon=True).start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not is_lost.is_set():
+    except BaseException as error:  # joblib raises, or waits, as the cells' futures happen to stand
+        is_lost_now = isinstance(error, Exception) and client.status != "running"
+        if not (is_lost.is_set() or is_lost_now):
             raise
         raise OSError(f"{address} does not answer any more: start a scheduler, the same command goes on") from None
     finally:

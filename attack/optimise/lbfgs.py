@@ -181,6 +181,8 @@ class LBFGS:
         pairs.count = count
         shapes = {"rows": (pairs.held, 2, len(like)), "sy": (m, m), "yy": (m, m), "seen": (m, 2)}
         checked.mapping(state, "optimizer", shapes)
+        if isinstance(state["rows"], Tensor) and state["rows"].shape != shapes["rows"]:
+            raise checked.DamagedError("optimizer.rows: curvature pairs of other variables, or another number of them")
         dtypes = {"rows": like.dtype}  # the products are in float64
         held = {
             name: checked.tensor(state[name], f"optimizer.{name}", shape, dtypes.get(name, torch.float64))
