@@ -14,7 +14,6 @@ interrupted grid goes on where it stopped. A model or a preset may bring flags o
 
 import argparse
 import itertools
-import json
 import shlex
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,6 +25,7 @@ import main_MAGIA_sel as magia
 from attack.prepare import INITS
 from attack.published.presets import PRESETS
 from bench.batches import batch_indices
+from bench.beforehand import mark, refuse_foreign, refuse_unfit
 from bench.cells import FAILED, Cell, has_failed, run_cells
 from bench.figures import (
     WALL,
@@ -55,7 +55,8 @@ from bench.searches import SEARCHES, variants
 from bench.speed import devices, speed
 from bench.strengths import DEFENCES, NONE, plot_strengths, weakest, write_strengths
 from cli.flags import OneLineParser, number
-from cli.runtime import INTERRUPTED
+from cli.output import lasting_output, refused
+from cli.runtime import INTERRUPTED, choose_device
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
 from network.zoo import MODELS
@@ -176,20 +177,28 @@ def build_parser() -> OneLineParser:
     return parser
 
 
+@lasting_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted."""
     asked, flags = build_parser().parse_known_args(argv)
     try:
         refuse_own(flags, TAKEN if asked.command == "speed" else ())
+        refuse_foreign(asked.out)
         if asked.command == "speed":
+            for device in asked.device:
+                choose_device(device)
+            mark(asked.out, origin())
             speed(asked, flags)
             print((asked.out / "speed.md").read_text(), end="")
             return 0
         refuse_unknown(asked, flags)
+        if asked.scheduler is None:  # devices and files of a cluster's workers are theirs
+            networks = [["--model", *shlex.split(text)] for text in asked.models]
+            every = [resolve([*words, *flags], magia.FLAGS)[0] for words in (*networks, *flags_behind(asked))]
+            refuse_unfit(every, len(networks), asked.num_classes if asked.command == "signals" else [None])
         rows = COMMANDS[asked.command](asked, flags)
     except (ValueError, OSError) as error:
-        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(Path(__file__).name, error)
     except KeyboardInterrupt:
         print("interrupted: finished cells are kept, the same command goes on from there", file=sys.stderr)
         return INTERRUPTED
@@ -418,7 +427,7 @@ def _measured(
     how = {"figures": figures, "jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     made_by = origin(files_read(asked, flags))
     rows = run_cells(measured, cells, flags, out=asked.out, origin=made_by, loaded=loaded, **how)
-    (asked.out / "origin.json").write_text(json.dumps(made_by, indent=2) + "\n")
+    mark(asked.out, made_by)
     names = short_names(asked.models)
     return [row | {"model": names[str(row["model"])]} for row in rows]
 

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from client.npz_arrays import ArraysError, images_and_labels
 from client.picture_modes import FILE, NOTES, ModeError, plain
+from network.memory import check_room
 from network.vision import torchvision
+from update.npz import check_arrays
 
 SAMPLE = Path(__file__).parent / "samples" / "cifar10_sample128.npz"
 TORCHVISION_SETS = {
@@ -36,6 +38,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tif
 
 
 MOST_TEXT, MOST_INDICES = 100_000, 10**6  # characters and images of --indices: beyond, the text is a mistake
+CHANNELS, FLOAT = 3, 4  # of an image in a batch, and bytes of each of its numbers
 MOST_PIXELS = 5 * 10**7  # pixels of an image file, checked before the file is decoded
 
 
@@ -79,6 +82,7 @@ class NpzImages:
         if not zipfile.is_zipfile(path):
             raise DataError(f"{path} is damaged or not an .npz file")
         try:
+            check_arrays(path, lambda name: True)
             with np.load(path, allow_pickle=False) as file:
                 self._images, self._labels, self.notes = images_and_labels(file, path, train=train)
         except ArraysError as error:
@@ -190,6 +194,8 @@ def parse_indices(text: str) -> list[int]:
             raise DataError(f"indices must look like 0,3,8-11; cannot read {part.strip()!r}")
         if int(last or first) - int(first) >= MOST_INDICES:
             raise DataError(f"indices {part.strip()!r}: at most {MOST_INDICES} images")
+        if len(indices) + int(last or first) - int(first) >= MOST_INDICES:
+            raise DataError(f"indices {text[:20]}...: at most {MOST_INDICES} images")
         indices.extend(range(int(first), int(last or first) + 1))
     return indices
 
@@ -218,6 +224,8 @@ def load_batch(
         DataError: an index out of range, sizes that differ, a label that the head has no class for.
     """
     count = len(source)
+    if image_size is not None:
+        check_room(len(indices) * CHANNELS * image_size**2 * FLOAT, f"a batch of {len(indices)} images of that size")
     if len(indices) > count:
         raise DataError(f"a batch of {len(indices)} images is larger than the set, which has {count}")
     for index in indices:

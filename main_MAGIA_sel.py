@@ -36,8 +36,10 @@ from attack.prepare import Known
 from cli.ahead import known_ahead, scaled_update
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
+from cli.digests import compare, digests_of
 from cli.flags import read_flags
 from cli.no_effect import without_effect
+from cli.output import lasting_output, refused
 from cli.provenance import provenance
 from cli.runtime import INTERRUPTED, enough_threads, interruptible, place_named
 from cli.settings import adopt, facts_of, privacy_of, resolve, run_path, schedule_of, words_of
@@ -46,6 +48,7 @@ from cli.victim import save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
+from network.memory import is_out_of_memory
 from network.tracing import stages
 from network.zoo import place_of
 from priors import Prior, contrast
@@ -354,6 +357,7 @@ def build_objective(
 # The command line
 
 
+@lasting_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -371,9 +375,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.audit:
             return audit(run_one, settings, given, words, FLAGS)
         return run_one(settings, given, words)
-    except (ValueError, OSError) as error:
-        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        return refused(Path(__file__).name, error)
 
 
 def run_one(settings: argparse.Namespace, given: Mapping, words: Sequence[str]) -> int:
@@ -400,16 +405,20 @@ def run_attack(
 ) -> int:
     """Prepare, attack, record: one run, in its directory. Returns the exit status."""
     began = run.read_checkpoint() if settings.resume else None
+    digests = digests_of(settings, update, model, truth)
     granted = truth.labels.to(place_of(model)["device"]) if truth and settings.label_strategy == "known" else None
-    restored, scale = scaled_update(update, model, settings)
-    state, objective, known = prepare(restored, model, settings, granted, began)
-    config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
     notes = [*update.notes, *(truth.notes if truth else ())]
-    config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
-    known = open_record(run, config, state, known, model, truth, began)
+    with run.restored():
+        if began:
+            compare(began["digests"], digests)
+        restored, scale = scaled_update(update, model, settings)
+        state, objective, known = prepare(restored, model, settings, granted, began)
+        config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
+        config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
+        known = open_record(run, config, state, known, model, truth, began, digests)
     pace = {"log_every": settings.log_every, "checkpoint_every": settings.checkpoint_every}
     evidence = (*restored.evidence, *known.evidence)
-    recorder = Recorder(run, truth, known, **pace, checkpoint=began, evidence=evidence)
+    recorder = Recorder(run, truth, known, **pace, checkpoint=began, digests=digests, evidence=evidence)
     if not settings.quiet:
         print(introduction(update, settings, objective, known, model, run.path))
         for piece in evidence:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from cli.flags import build_parser, read_flags, sides
 from cli.model import model_options
+from cli.output import lasting_output, refused
 from cli.runtime import INTERRUPTED, choose_device, stream
 from data import load_batch, open_source
 from network.zoo import build_model
@@ -90,6 +91,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, size: int) -> flo
     return float((logits.argmax(1) == labels).double().mean())
 
 
+@lasting_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 2 wrong input."""
     try:
@@ -130,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 told += f", {100 * right:.1f} % of {len(held)} held-out images right"
             print(told)
     except (ValueError, OSError) as error:
-        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refused(Path(__file__).name, error)
     print(f"checkpoint: {settings.out}")
     return 0
 

@@ -1,5 +1,6 @@
 """What the server knows before the first step: read from the update, unmixed, inferred, or granted."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,16 +15,23 @@ from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
 from attack.read.evidence import of_features, of_pixels
-from attack.read.reader import Reading, ReadingAbortedError, read_layers
+from attack.read.reader import COLUMNS, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
+from attack.solve.budget import WorkBudget
+from network.chain import input_shapes
+from network.head import Head
 from network.tracing import stages
 from network.zoo import place_of
+from update import checked
 from update.evidence import Evidence
 from update.shared import SharedUpdate
 
 # Share of the update that a trial of labels leaves, beyond which the declared training is doubted: five steps of plain
 # SGD leave 4e-4 on a small network, five with momentum 0.57, five of Adam 0.85.
 FOREIGN = 0.5
+
+# Entries of a checkpoint that say what was known before the first step.
+KEPT = ("signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "local_labels", "layers", "evidence")
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,8 @@ class Means:
     Attributes:
         signals: as --signals: auto, on, off or ica.
         label_strategy: as --label_strategy.
-        max_seconds: after which a reading is aborted.
-        tick: called now and then while it goes on.
+        max_seconds: after which a reading, or a search for labels, is aborted.
+        tick: called now and then while either goes on.
         granted: the true labels (B,), where --label_strategy known grants them.
     """
 
@@ -70,11 +78,12 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
     drift, reading, features, is_aborted = None, None, torch.empty(0), False
+    clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
     if means.reads:
         if not update.training.is_one_step:
-            drift = expected_drift(update, model, generator)
+            drift = expected_drift(update, model, generator, clock)
         try:
-            reading = _read(update, model, means, generator, drift)
+            reading = _read(update, model, means, generator, drift, clock)
         except ValueError as error:
             if means.signals == "on":
                 raise ValueError(f"--signals on: {error}") from None
@@ -86,7 +95,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
     signals = None if reading is None else reading.signals
-    local_labels = None if signals else _local_labels(update, model, means, generator, labels)
+    local_labels = None if signals else _local_labels(update, model, means, generator, labels, clock)
     known = _known(update, model, signals, features, labels, local_labels)
     if reading is None:
         return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
@@ -116,23 +125,62 @@ def _evidence(
 def known_again(
     update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, began: Mapping
 ) -> Known:
-    """What a resumed run knew when it began, from the checkpoint that it `began` with.
+    """What a resumed run knew when it began, from the checkpoint that it `began` with. Every entry is checked first.
 
     Raises:
-        ValueError: as `read_ahead`.
+        ValueError: as `read_ahead`, or an entry of the checkpoint is damaged or of another run.
     """
-    signals = Signals(**began["signals"]) if began["signals"] else None
-    local_labels = LocalLabels(**began["local_labels"]) if began["local_labels"] else None
+    checked.mapping(began, "the checkpoint", KEPT)
+    drift = began["drift"] if began["drift"] is None else checked.real(began["drift"], "drift", 0, finite=False)
+    facts = {
+        "layers": _layer_rows(began["layers"]),
+        "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
+        "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
+    }
+    signals = local_labels = None
+    if began["signals"] is not None:
+        signals = Signals.restored(began["signals"], Head.of(model).layer, update.batch_size)
+    if began["local_labels"] is not None:
+        local_labels = LocalLabels.restored(began["local_labels"], update.batch_size, update.num_classes)
     features = torch.empty(0)
     if signals is None and means.signals == "ica":
         features = unmixed_features(update, model, generator=generator)
     labels = infer_labels(means.label_strategy, update, model, means.granted)
     known = _known(update, model, signals, features, labels, local_labels)
     if signals is not None:
-        known = _at_stage(known, update, model, began["start"], began["inputs"])
-    facts = {"layers": began["layers"], "seconds": began["signals_seconds"], "is_aborted": began["is_aborted"]}
-    evidence = tuple(Evidence(**piece) for piece in began["evidence"])
-    return replace(known, drift=began["drift"], evidence=evidence, **facts)
+        chain = stages(model)
+        start = checked.whole(began["start"], "start", most=len(chain) - 1)
+        shape = (len(signals), *input_shapes(chain, update.image_shape)[start])
+        known = _at_stage(known, update, model, start, checked.tensor(began["inputs"], "inputs", shape, torch.float64))
+    evidence = tuple(_piece(piece) for piece in checked.sequence(began["evidence"], "evidence"))
+    return replace(known, drift=drift, evidence=evidence, **facts)
+
+
+def _layer_rows(rows: object) -> list[dict]:
+    """The rows of layers.csv from a checkpoint: of each column a number, a text, or nothing."""
+    found: list[dict] = []
+    for row in checked.sequence(rows, "layers"):
+        held = checked.mapping(row, "a row of layers", COLUMNS)
+        if found and list(held) != list(found[0]):
+            raise checked.DamagedError("the rows of layers differ in their columns")
+        for name, value in held.items():
+            if name in ("layer", "note"):
+                checked.word(value, f"layers.{name}")
+            elif value is not None and not isinstance(value, bool):
+                checked.real(value, f"layers.{name}", finite=False)
+        checked.real(held["seconds"], "layers.seconds", 0)
+        found.append(dict(held))
+    return found
+
+
+def _piece(held: object) -> Evidence:
+    """A piece of evidence from a checkpoint."""
+    held = checked.mapping(held, "a piece of evidence", tuple(vars(Evidence("", ""))))
+    for name in ("topic", "said", "overrules"):
+        checked.word(held[name], f"evidence.{name}")
+    if held["figure"] is not None:
+        checked.real(held["figure"], "evidence.figure", finite=False)
+    return Evidence(**{**held, "contradicts": checked.switch(held["contradicts"], "evidence.contradicts")})
 
 
 def _known(
@@ -164,7 +212,12 @@ def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, 
 
 
 def _read(
-    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, drift: float | None
+    update: SharedUpdate,
+    model: nn.Module,
+    means: Means,
+    generator: torch.Generator,
+    drift: float | None,
+    clock: WorkBudget,
 ) -> Reading:
     """A reading of the update; of one that has drifted a little, all images or nothing, and no surer than the drift.
 
@@ -173,7 +226,8 @@ def _read(
     """
     if drift is not None and not drift < EXACT:
         raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
-    reading = read_layers(update, model, generator=generator, max_seconds=means.max_seconds, tick=means.tick)
+    left = max(0.0, clock.deadline - time.perf_counter())
+    reading = read_layers(update, model, generator=generator, max_seconds=left, tick=means.tick)
     if drift is None:
         return reading
     if len(reading) < update.batch_size:
@@ -183,7 +237,12 @@ def _read(
 
 
 def _local_labels(
-    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, labels: Tensor | None
+    update: SharedUpdate,
+    model: nn.Module,
+    means: Means,
+    generator: torch.Generator,
+    labels: Tensor | None,
+    clock: WorkBudget,
 ) -> LocalLabels | None:
     """Labels by trial after several steps, or the order of those that are known; None where there is no use for one."""
     training = update.training
@@ -191,6 +250,6 @@ def _local_labels(
     if training.is_one_step or not needed:
         return None
     try:
-        return labels_by_trial(update, model, generator, labels)
+        return labels_by_trial(update, model, generator, labels, budget=clock)
     except ValueError:
         return None

@@ -6,6 +6,7 @@ or of its libraries is not finished either: rows of two versions are not compara
 one machine or many, the process that has a cell's lock runs the cell.
 """
 
+import _thread
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 
 import torch
 from filelock import FileLock, Timeout
@@ -26,6 +27,7 @@ from judge.locks import lock_in
 from update.storage import replace_atomically
 
 ATTEMPTS = 3  # starts, in all, of the cells of a local process that died; a Dask scheduler counts its own
+WATCH = 0.5  # seconds between looks at whether a scheduler is still there
 STALE = "worker runs another program: restart it"
 FAILED = "failed: "  # the beginning of the status of a cell that could not be measured
 
@@ -69,7 +71,7 @@ def run_cells(
 
     Raises:
         ValueError: a scheduler is asked for and Dask is not installed, or local processes keep dying.
-        OSError: the scheduler does not answer.
+        OSError: the scheduler does not answer, or does not any more.
         KeyboardInterrupt: Ctrl-C; the cells that were being measured are not finished.
     """
     shared_out = max(1, (os.cpu_count() or 1) // jobs) if scheduler is None else None
@@ -216,11 +218,39 @@ def processes(jobs: int, scheduler: str | None) -> Iterator[None]:
         from distributed import Client
     except ImportError:
         raise ValueError("--scheduler needs Dask: pip install -r requirements-cluster.txt") from None
-    with Client(scheduler) as client, parallel_config(backend="dask"):
+    with Client(scheduler) as client, _watched(client, scheduler), parallel_config(backend="dask"):
         home = str(Path(__file__).parent.parent)
         client.run_on_scheduler(site.addsitedir, home)  # the scheduler must be able to read tasks
         client.run(site.addsitedir, home)  # workers that join later need a PYTHONPATH
         yield
+
+
+@contextmanager
+def _watched(client: "Client", address: str) -> Iterator[None]:  # noqa: F821, Dask need not be installed
+    """End the block where the scheduler has died: joblib would wait for its answers for ever.
+
+    Raises:
+        OSError: the scheduler does not answer any more, and Dask has given up to reach it.
+    """
+    is_lost, is_over = Event(), Event()
+
+    def watch() -> None:
+        while not is_over.wait(WATCH):
+            if client.status in ("closing", "closed") and not is_over.is_set():
+                is_lost.set()
+                _thread.interrupt_main()
+                return
+
+    Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except BaseException as error:  # joblib raises, or waits, as the cells' futures happen to stand
+        is_lost_now = isinstance(error, Exception) and client.status != "running"
+        if not (is_lost.is_set() or is_lost_now):
+            raise
+        raise OSError(f"{address} does not answer any more: start a scheduler, the same command goes on") from None
+    finally:
+        is_over.set()
 
 
 def cell_name(cell: Cell, flags: Sequence[str]) -> str:

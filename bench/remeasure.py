@@ -42,7 +42,10 @@ SHORT = 10  # seconds below which a digit behind the point is kept
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
     parser = argparse.ArgumentParser(
-        prog="bench.remeasure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="bench.remeasure",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("table", help="NAME of results/data/NAME.csv")
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose command contains this")

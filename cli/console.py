@@ -45,10 +45,10 @@ class Progress(tqdm):
 
 
 class ReadingBar(tqdm):
-    """A counter of the iterations that the search for signals takes, shown where it takes longer than a second."""
+    """A counter of the iterations that the search for signals and labels takes, shown where it exceeds a second."""
 
     def __init__(self, *, quiet: bool) -> None:
-        super().__init__(desc="reading signals", unit=" iterations", delay=1, leave=False, disable=quiet)
+        super().__init__(desc="reading signals and labels", unit=" iterations", delay=1, leave=False, disable=quiet)
 
 
 def introduction(
@@ -103,7 +103,8 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
             said.append(f"unrolled: expected drift {known.drift:.1e} is beyond {EXACT:g}" if far else "unrolled")
         if known.local_labels is not None:
             use = "labels by trial" if known.local_labels.is_believed else "no labels by trial"
-            said.append(f"{use} (they leave {known.local_labels.distance:.2g})")
+            ended = ", --max_seconds stopped their search" if known.local_labels.is_aborted else ""
+            said.append(f"{use} (they leave {known.local_labels.distance:.2g}{ended})")
     if training.uses_batch_statistics:
         said.append(f"BatchNorm in training mode, statistics {'shared' if update.statistics else 'kept'}")
     return "".join(f"\n{line}" for line in [", ".join(said)] if said)

@@ -19,11 +19,13 @@ from attack.optimise.budget import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
 from attack.optimise.pixels import BOXES
 from attack.published.labels import STRATEGIES
 from attack.published.presets import PRESETS
+from cli.output import one_line
 from data import DATASETS, LABEL_MODES
 from network.outside import OUTSIDE, is_outside
 from network.zoo import ACTIVATIONS, MODELS
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
+from update import checked
 from update.defences import Defences
 from update.loss import LOSSES
 from update.received import KINDS
@@ -226,14 +228,18 @@ TYPES: dict[str, Callable[[str], object]] = {
     "train_batch": _size,
     "hold_out": _share,
 }
+LISTS = ("mean", "std")  # flags of several numbers
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is answered by one line on stderr, and -1e3 is a number."""
+    """argparse, but a wrong flag is one line on stderr, -1e3 is a number, and no flag is known by its beginning."""
+
+    def __init__(self, **how: object) -> None:
+        super().__init__(allow_abbrev=False, **how)
 
     def error(self, message: str) -> None:
         """Print the message on stderr and exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message}") + "\n")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: object = None) -> tuple:
         """As argparse does, with numbers such as -1e3 joined to the flag before them."""
@@ -257,7 +263,6 @@ def build_parser(flags: Sequence[Flag], description: str, prog: str = "main_MAGI
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag in flags:
@@ -280,6 +285,39 @@ def _how(flag: Flag) -> dict[str, object]:
             raise ValueError(f"{flag.name.upper()} = {flag.default!r} in the script: {error}") from None
     how = {"type": parse, "metavar": flag.name.upper()}
     return how | {"nargs": "?", "const": True} if flag.name == "resume" else how
+
+
+def value_in_file(flag: Flag, value: object) -> object:
+    """The value that a run's file holds for a flag, checked as the flag's text on a command line is.
+
+    Raises:
+        ValueError: the flag does not take it.
+    """
+    if isinstance(flag.default, bool):
+        return checked.switch(value, flag.name)
+    if (value is None and flag.default is None) or (value is True and flag.name == "resume"):
+        return value
+    return checked_value(flag.name, value)
+
+
+def checked_value(name: str, value: object) -> object:
+    """A number, text or list of numbers from a file, checked as the text of the flag of this name is.
+
+    Raises:
+        ValueError: the flag does not take it.
+    """
+    parts = value if isinstance(value, list) and name in LISTS else [value]
+    if not all(isinstance(part, (str, int, float)) and not isinstance(part, bool) for part in parts):
+        raise ValueError(f"{name} is {'null' if value is None else f'a {type(value).__name__}'}, not a value of it")
+    parse = TYPES.get(name)
+    if parse is None:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r}, not a text")
+        return value
+    try:
+        return parse(",".join(map(str, parts)))
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def flags_page(flags: Sequence[Flag]) -> str:

@@ -4,22 +4,24 @@ import argparse
 from collections.abc import Collection
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from attack.read.batch_size import count_images
 from attack.read.origin import explained
 from cli.console import ReadingBar
-from cli.flags import sides
+from cli.flags import checked_value, sides
 from cli.model import local_training, model_options, parse_names, server_model
 from cli.runtime import stream
+from cli.settings import facts_of
 from network.chain import below_norms
 from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
+from network.zoo import ALL_OPTIONS
 from update.evidence import Evidence, of_gradients, of_statistics
 from update.received import averaged_gradients, recognised, statistics
-from update.shared import FACTS, SharedUpdate
-from update.storage import ENTERED, read_tensors
+from update.shared import FACTS, SharedUpdate, is_of_update
+from update.storage import ENTERED, StorageError, read_tensors, read_text, room_for
 from update.training import use_batch_statistics
 from update.weights import load_weights
 
@@ -38,9 +40,9 @@ def received_update(
         ValueError: the file cannot be read, or a tensor does not fit the model; the message names the first such
             tensor.
     """
-    tensors, text = read_tensors(settings.update)
+    text = read_text(settings.update)
     is_own = FACTS in text
-    update, model = _own(tensors, text, settings) if is_own else _foreign(tensors, text, settings, given)
+    update, model = _own(text, settings) if is_own else _foreign(settings, given)
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
         update.batch_statistics(model)  # raises on statistics that do not fit
@@ -68,9 +70,10 @@ def _examined(update: SharedUpdate, model: nn.Module, settings: argparse.Namespa
     return replace(update, gradients=gradients, evidence=(*update.evidence, *evidence))
 
 
-def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Namespace) -> tuple:
+def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
     """A file of --save_update, which brings its facts; parameters without a gradient in the file are frozen."""
-    update = SharedUpdate.of(tensors, text, settings.update)
+    update = SharedUpdate.stated(text, settings.update)
+    update = _with_checked_facts(update, settings)
     if settings.defended:
         raise ValueError(f"--update {settings.update} says itself how it was defended: no --defended")
     if settings.frozen or settings.update_kind != "gradient":
@@ -84,6 +87,8 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
     notes: list[str] = []
     facts = (update.model, update.image_shape, update.num_classes, update.options)
     model = server_model(settings, *facts, notes.append)
+    tensors, _ = read_tensors(settings.update, wanted=is_of_update, most=room_for(model))
+    update = update.holding(tensors, settings.update)
     if update.weights and not settings.weights:
         load_weights(model, update.weights, settings.update)
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
@@ -92,11 +97,26 @@ def _own(tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Na
     return replace(update, gradients=in_order, notes=tuple(notes)), model
 
 
-def _foreign(
-    tensors: dict[str, Tensor], text: dict[str, str], settings: argparse.Namespace, given: Collection[str]
-) -> tuple:
+def _with_checked_facts(update: SharedUpdate, settings: argparse.Namespace) -> SharedUpdate:
+    """The update, the facts that it brings checked as the flags of their names are, its options as these are read.
+
+    Raises:
+        StorageError: a fact is none that its flag takes.
+    """
+    try:
+        unknown = [name for name in update.options if name not in ALL_OPTIONS]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no option of a model")
+        facts = facts_of(update, settings).items()
+        read = {name: checked_value(name, value) for name, value in facts if value is not None}
+        return replace(update, options={name: read[name] for name in update.options if name in read})
+    except ValueError as error:
+        raise StorageError(f"{settings.update}: {error}") from None
+
+
+def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     """A file that holds tensors alone; flags give the facts."""
-    source, notes = settings.update, [text[ENTERED]] if ENTERED in text else []
+    source, notes = settings.update, []
     if settings.image_size is None:
         raise ValueError(
             f"{source} does not say how large its images are: set --image_size (24 or 16x24), and --channels if not 3"
@@ -108,6 +128,8 @@ def _foreign(
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
     freeze(model, named_by(model, parse_names(settings.frozen)))
+    tensors, text = read_tensors(source, most=room_for(model))
+    notes += [text[ENTERED]] if ENTERED in text else []
     tensors, said = recognised(tensors, model, shape, source)
     gradients = averaged_gradients(tensors, model, settings.update_kind, rate, source)
     found, counted = statistics(tensors, model, settings.update_kind)

@@ -8,18 +8,21 @@ from pathlib import Path
 
 from attack.optimise.budget import Optimiser
 from attack.published.presets import PRESETS
-from cli.flags import Flag, build_parser
+from cli.flags import Flag, build_parser, value_in_file
 from client.privacy import epsilon
 from data import parse_indices
 from judge.reading import read_json
 from judge.run_directory import recover
 from network.outside import is_file, resolved
 from schedules import Schedule
+from update import checked
 from update.defences import Defences
 from update.shared import SharedUpdate
 
 # Settings of the client, which are not known for an update from a file.
 CLIENT = ("dataset", "data_path", "indices", "labels", "save_update", "save_batch")
+
+MOST_CONFIG = 10**8  # bytes of a config.json that are read: it holds a number for each step of the run
 
 # Settings that only an update from a file has.
 RECEIVED = ("update_kind", "defended")
@@ -58,7 +61,7 @@ def resolve(
     if isinstance(settings.resume, str) and given.get("run_name") not in (None, Path(settings.resume).name):
         raise ValueError(f"--run_name {settings.run_name}: the run to resume is {settings.resume}")
     if settings.resume:
-        settings = _resumed(settings, given, defaults)
+        settings = _resumed(settings, given, flags)
     if is_file(settings.model) and settings.model not in (given.get("model"), defaults["model"]):
         raise ValueError(f"the run began with --model {settings.model}, a file that is run only if you name it again")
     for name in ("update", "weights"):
@@ -93,21 +96,45 @@ def words_of(settings: argparse.Namespace, flags: Sequence[Flag]) -> list[str]:
     return words
 
 
-def _resumed(settings: argparse.Namespace, given: Mapping, defaults: Mapping) -> argparse.Namespace:
-    """The settings that the run in the run directory began with, and the changes that a resumed run may make."""
+def _resumed(settings: argparse.Namespace, given: Mapping, flags: Sequence[Flag]) -> argparse.Namespace:
+    """The settings that the run in the run directory began with, and the changes that a resumed run may make.
+
+    Raises:
+        ValueError: there is no run, a setting of it is none that a flag takes, or a change is none that it may make.
+    """
     path = run_path(settings)
     recover(path)
-    began = read_config(path)
-    missing = [name for name in defaults if name not in began]
-    if missing:
-        raise ValueError(f"{path / 'config.json'} is not of a run of this program: it has no {missing[0]!r}")
+    began = settings_in(path, flags)
     for name, value in given.items():
         spelt = resolved if name == "model" else lambda each: each
         if name not in RESUMABLE and spelt(value) != spelt(began[name]):
             raise ValueError(f"--{name} {value}: the run to resume began with {began[name]}")
     # Where a run writes is never taken from a file, which may come from somebody else.
+    defaults = {flag.name: flag.default for flag in flags}
     places = {name: defaults[name] for name in WRITING} | {"save_dir": str(path.parent)}
-    return argparse.Namespace(**({name: began[name] for name in defaults} | places | given))
+    return argparse.Namespace(**(began | places | given))
+
+
+def settings_in(path: Path, flags: Sequence[Flag]) -> dict[str, object]:
+    """The settings in the config.json of a run directory, each checked as its flag is on a command line.
+
+    Raises:
+        ValueError: the file is missing or damaged, or a flag does not take its setting.
+    """
+    file, config = path / "config.json", read_config(path)
+    missing = [flag.name for flag in flags if flag.name not in config]
+    if missing:
+        raise ValueError(f"{file} is not of a run of this program: it has no {missing[0]!r}")
+    unknown = {*CLIENT, "defence"} if config["update"] is not None else ()
+    try:
+        return {
+            flag.name: None
+            if config[flag.name] is None and flag.name in unknown
+            else value_in_file(flag, config[flag.name])
+            for flag in flags
+        }
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def adopt(settings: argparse.Namespace, given: Mapping, facts: Mapping, source: str) -> None:
@@ -207,10 +234,10 @@ def read_config(path: Path) -> dict:
     Raises:
         ValueError: the file is missing or damaged.
     """
+    file = path / "config.json"
     try:
-        config = read_json(path / "config.json")
+        return checked.mapping(read_json(file), "config.json")
+    except checked.DamagedError as error:
+        raise ValueError(f"no run to resume in {path}: config.json holds no settings: {error}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"no run to resume in {path}: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"no run to resume in {path}: config.json holds no settings")
-    return config

@@ -1,6 +1,7 @@
 """The start of an attack by the settings: the map from variables to pixels, first images, first labels."""
 
 import argparse
+import math
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from attack.prepare import Known, start_images
 from cli.runtime import stream
 from cli.settings import optimiser_of
 from cli.victim import images_named
+from network.memory import check_room
 from network.tracing import stages
 from network.zoo import place_of
 from update.shared import SharedUpdate
@@ -30,6 +32,7 @@ def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: ar
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
     """The first state: images and label logits, their optimiser, and the generator of subsets."""
+    _check_room(update, known, pixels, settings)
     generator, copies, shape = stream(settings.seed, "attack"), settings.restarts, update.image_shape
     named = (settings.init, update.batch_size, shape[1:], stream(settings.seed, "init"))
     given = images_named(*named) if copies == 1 else None
@@ -46,3 +49,27 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
         known_labels=known.labels,
         copies=copies,
     )
+
+
+def _check_room(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> None:
+    """Refuse an attack whose optimiser would not fit into memory. Images that are known exactly need none.
+
+    Raises:
+        ValueError: it would not; the message names the flags that decide it.
+    """
+    if known.is_exact:
+        return
+    images = settings.restarts * update.batch_size
+    variables = images * (math.prod(update.image_shape) + update.num_classes)
+    # a pair of L-BFGS is two vectors, Adam has two moments, and the checkpoint is a copy
+    held = 4 * settings.history if settings.optimizer == "lbfgs" else 4
+    need = variables * held * pixels.dtype.itemsize
+    flags = [f"{images} images of {'x'.join(map(str, update.image_shape))}"]
+    flags += [f"--restarts {settings.restarts}"] if settings.restarts > 1 else []
+    flags += [f"--history {settings.history}"] if settings.optimizer == "lbfgs" else []
+    training = update.training
+    if not training.is_one_step and not known.is_followed:  # every step's weights and gradient are kept
+        weights = sum(gradient.numel() for gradient in update.gradients.values())
+        need += 2 * training.steps * weights * pixels.dtype.itemsize
+        flags.append(f"{training.steps} local steps")
+    check_room(need, f"an attack with {', '.join(flags)}", pixels.device)

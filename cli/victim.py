@@ -17,6 +17,7 @@ from cli.runtime import stream
 from client.defences import defend_received
 from client.victim import share_update
 from data import Batch, DataError, load_batch, open_source, parse_indices
+from network.outside import is_outside, try_batch
 from update.defences import Defences
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
@@ -35,13 +36,18 @@ def victim(
     """
     if settings.update:
         update, model = received_update(settings, place, given)
+        if is_outside(update.model) and update.training.is_plain:
+            try_batch(model, update.model, update.image_shape, update.batch_size, update.num_classes)
         defence, generator = settings.defence or "none", stream(settings.seed, "defence")
         return defend_received(update, defence, generator=generator), model, None
     batch = client_batch(settings, settings.labels, settings.num_classes)
     options = model_options(settings)
     shape = tuple(batch.images.shape[1:])
     notes: list[str] = []
-    model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append).to(**place)
+    model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
+    if is_outside(settings.model):
+        try_batch(model, settings.model, shape, len(batch.images), settings.num_classes)
+    model = model.to(**place)
     update = share_update(
         model,
         settings.model,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
+import torch
 from torch import Tensor, nn
 
 from attack.optimise.state import AttackState, Terms
@@ -18,6 +19,7 @@ from judge.report import audit_facts, write_report
 from judge.run_directory import RunDirectory, Trace
 from judge.tables import write_csv
 from judge.verdict import CERTAIN
+from update import checked
 from update.evidence import Evidence, contradictions, of_replay
 
 NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
@@ -31,7 +33,8 @@ class Recorder:
         truth: the client's batch, or None where there is no truth.
         known: the signals and labels known before the first step; the checkpoint keeps them for a resumed run.
         log_every, checkpoint_every: steps between rows and between checkpoints (0: only at the end).
-        checkpoint: the checkpoint from which a resumed run goes on.
+        checkpoint: the checkpoint from which a resumed run goes on, as `open_record` has checked it.
+        digests: of what the run attacks, which a resumed run compares.
         evidence: what the update says of how it was made; a contradiction takes all certainty away.
 
     `show`, once set, is called with the row of every logged step.
@@ -48,10 +51,12 @@ class Recorder:
         log_every: int,
         checkpoint_every: int,
         checkpoint: Mapping | None = None,
+        digests: Mapping[str, str],
         evidence: Sequence[Evidence] = (),
     ) -> None:
         self.evidence = evidence
         self.run, self.truth, self.known, self.signals = run, truth, known, known.signals
+        self.digests = digests
         self.log_every, self.checkpoint_every = log_every, checkpoint_every
         self.film = Film(checkpoint["film"] if checkpoint else None)
         self.sizes: list[int] = list(checkpoint["sizes"]) if checkpoint else []
@@ -89,7 +94,7 @@ class Recorder:
     def checkpoint(self, state: AttackState) -> None:
         """Write the checkpoint for --resume."""
         self.run.write_checkpoint(
-            resumable(state, self.known)
+            resumable(state, self.known, self.digests)
             | {
                 "film": self.film.state(),
                 "sizes": self.sizes,
@@ -122,7 +127,7 @@ class Recorder:
         figures |= {
             "labels": labels.tolist(),
             "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
-            "layers": [_in_json(row) for row in self.known.layers],
+            "layers": [{name: _in_json(value) for name, value in row.items()} for row in self.known.layers],
             "evidence": [asdict(piece) for piece in evidence],
             "unexplained": left[0] if math.isfinite(left[0]) else None,
             "noise_share": left[1],
@@ -173,6 +178,7 @@ def open_record(
     model: nn.Module,
     truth: Batch | None,
     began: Mapping | None,
+    digests: Mapping[str, str],
 ) -> Known:
     """Let the run take its directory, anew or from the checkpoint that the run `began` with.
 
@@ -183,17 +189,35 @@ def open_record(
     """
     if began is None:
         known = measured(known, model, truth)
-        run.begin({**config, "schedule": []}, resumable(state, known), count=state.label_logits.shape[1])
+        run.begin({**config, "schedule": []}, resumable(state, known, digests), count=state.label_logits.shape[1])
         return known
-    try:
-        state.load_state_dict(began)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{run / 'checkpoint.pt'} is damaged or of another run: {error}") from None
-    run.write_json("config.json", {**config, "schedule": began["sizes"]})
+    state.load_state_dict(began)
+    _check_record(began, state)
+    run.write_json("config.json", {**config, "schedule": list(began["sizes"])})
     return known
 
 
-def resumable(state: AttackState, known: Known) -> dict:
+def _check_record(began: Mapping, state: AttackState) -> None:
+    """Check the record of the steps so far in a checkpoint.
+
+    Raises:
+        ValueError: an entry is damaged, or of another run; the message names the entry.
+    """
+    for size in checked.sequence(began["sizes"], "sizes"):
+        checked.whole(size, "sizes", 1, state.batch_size)
+    checked.whole(began["rows"], "rows")
+    if began["final_loss"] is not None:
+        checked.real(began["final_loss"], "final_loss")
+    for row in began["layers"]:
+        checked.mapping(row, "a row of layers", ("relative_error",))
+    if began["film"] is not None:
+        film = checked.mapping(began["film"], "film", ("next", "frames"))
+        checked.whole(film["next"], "film.next")
+        for frame in checked.sequence(film["frames"], "film.frames"):
+            checked.tensor(frame, "film.frames", (state.batch_size, *state.z.shape[1:]), torch.uint8)
+
+
+def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> dict:
     """The content of a checkpoint: the attack's state, and the signals, which say which slot is which image."""
     read = {
         "signals": None if known.signals is None else vars(known.signals),
@@ -205,6 +229,7 @@ def resumable(state: AttackState, known: Known) -> dict:
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],
+        "digests": dict(digests),
     }
     return state.state_dict() | read | NOTHING_RECORDED
 
@@ -236,17 +261,20 @@ def in_words(signals: Signals, index: int, *, is_contradicted: bool = False) -> 
     return [f"signal {sure}", f"±{error:.0e}".replace("e-0", "e-")]
 
 
-def _in_json(row: Mapping) -> dict:
-    """A row of layers.csv for JSON, which knows no infinity: an infinite gap becomes None."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def _in_json(value: object) -> object:
+    """A value for JSON, which knows no infinity: an infinite gap or drift becomes None."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _training_figures(known: Known) -> dict:
     """The keys of metrics.json for local training; empty for a single step."""
     if known.drift is None and known.local_labels is None:
         return {}
-    distance = None if known.local_labels is None else known.local_labels.distance
-    return {"exact_way": known.is_followed, "local_drift": known.drift, "trial_distance": distance}
+    tried, figures = known.local_labels, {"exact_way": known.is_followed, "local_drift": _in_json(known.drift)}
+    if tried is None:
+        return figures | {"trial_distance": None}
+    said = {"trial_aborted": True} if tried.is_aborted else {}
+    return figures | {"trial_distance": _in_json(tried.distance)} | said
 
 
 def _signal_figures(known: Known, evidence: Sequence[Evidence]) -> dict:

@@ -124,7 +124,9 @@ def write_report(run: RunDirectory, facts: Mapping) -> None:
     """Write audit.json and report.html of these facts."""
     run.write_json("audit.json", facts)
     page = report_page(facts, run.path)
-    run.write("report.html", lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    # names of files may hold bytes that are no UTF-8: the page shows them escaped
+    written = page.encode("utf-8", "backslashreplace")
+    run.write("report.html", lambda temporary: temporary.write_bytes(written))
 
 
 def read_facts(folder: Path, most: int | None = None) -> dict:

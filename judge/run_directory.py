@@ -4,9 +4,9 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from judge import replacing
 from judge.locks import lock_in
 from judge.replacing import DEFENDED, FILES, is_folder, is_run
+from update.checked import DamagedError
 from update.storage import replace_atomically
 
 __all__ = ["DEFENDED", "FILES", "TRACE", "RunDirectory", "Trace", "recover"]
@@ -32,6 +33,7 @@ CHECKPOINT_KEYS = {
     "sizes",
     "rows",
     "final_loss",
+    "digests",
 }
 TRACE = ("step", "S", "loss", "loss_full", "loss_subset", "prior", "evaluations", "seconds", "psnr_mean")
 
@@ -116,7 +118,7 @@ class RunDirectory:
         try:
             folder = replacing.own_folder(self.path, str(Path(name).parent))
             replace_atomically(folder / Path(name).name, write)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             self.fail(name, error)
 
     def fail(self, name: str, error: Exception) -> None:
@@ -154,6 +156,18 @@ class RunDirectory:
         if not isinstance(checkpoint, dict) or not checkpoint.keys() >= CHECKPOINT_KEYS:
             raise ValueError(f"{path} is not the checkpoint of a run of this version")
         return checkpoint
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Name checkpoint.pt in the message where the block finds one of its entries damaged.
+
+        Raises:
+            ValueError: the checkpoint is damaged, or of a run with other settings.
+        """
+        try:
+            yield
+        except DamagedError as error:
+            raise ValueError(f"{self / 'checkpoint.pt'} is damaged or of another run: {error}") from None
 
     def _wait(self) -> None:
         if self._writing:
@@ -306,7 +320,21 @@ def _read_trace(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if tuple(reader.fieldnames or ()) != TRACE:
         raise ValueError(f"{path} is not the trace of a run: its columns must be {', '.join(TRACE)}")
+    for number, row in enumerate(rows, 1):
+        try:
+            _check_row(row)
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: row {number} is not one of numbers") from None
     return rows
+
+
+def _check_row(row: Mapping[str, str]) -> None:
+    """Raise TypeError or ValueError unless each cell is a number; `psnr_mean` is empty where no truth is known."""
+    for name in TRACE:
+        if name in ("step", "S", "evaluations"):
+            int(row[name])
+        elif row[name] != "" or name != "psnr_mean":
+            float(row[name])
 
 
 def _json(content: Mapping) -> str:

@@ -6,12 +6,14 @@ arguments; what comes back is the model. Nothing but a file that was named in th
 
 import importlib.util
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,10 @@ def outside_model(name: str, *, num_classes: int, generator: torch.Generator) ->
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # what a layer gave out stays as it was for whoever keeps it
-    return model.to("cpu", torch.float32).eval()
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(f"{name} has weights on the meta device, which have no values: load them first")
+    with _blamed(f"{name} cannot be brought to the CPU:"):
+        return model.to("cpu", torch.float32).eval()
 
 
 def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes: int, seeded: torch.Generator) -> None:
@@ -75,11 +80,9 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
     """
     images = torch.rand(PROBES, *image_shape, generator=seeded)
     shape = "x".join(map(str, image_shape))
-    try:
+    way = "set --image_size, such as 24 or 16x24, if it takes others"
+    with _blamed(f"{name} does not take images of {shape} ({way}):"):
         logits, again = model(images), model(images)
-    except Exception as error:  # the model's own code runs here
-        way = "set --image_size, such as 24 or 16x24, if it takes others"
-        raise ValueError(f"{name} does not take images of {shape} ({way}): {_first_line(error)}") from None
     if isinstance(logits, Tensor) and not torch.equal(torch.nan_to_num(again), torch.nan_to_num(logits)):
         raise ValueError(f"{name} gives other logits for the same images in eval mode: it draws random numbers")
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != PROBES:
@@ -96,13 +99,26 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not logits.requires_grad:
         raise ValueError(f"{name} has no parameter that is trained")
-    try:
+    with _blamed(f"{name} cannot be differentiated:"):
         gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
-    except RuntimeError as error:
-        raise ValueError(f"{name} cannot be differentiated: {_first_line(error)}") from None
+    try_batch(model, name, image_shape, PROBES + 1, num_classes)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     verify(model, images)
+
+
+@torch.no_grad()
+def try_batch(model: nn.Module, name: str, image_shape: Sequence[int], count: int, num_classes: int) -> None:
+    """See whether a model from outside takes a batch of so many images (C, H, W); it may be made for fixed numbers.
+
+    Raises:
+        ValueError: it does not.
+    """
+    shape = "x".join(map(str, image_shape))
+    with _blamed(f"{name} takes {PROBES} images of {shape} and not {count}:"):
+        logits = model(torch.full((count, *image_shape), 0.5).to(next(model.parameters())))
+    if logits.shape != (count, num_classes):
+        raise ValueError(f"{name} takes {PROBES} images of {shape} and not {count}: it puts out {_kind(logits)}")
 
 
 def _from_torchvision(name: str, num_classes: int) -> Callable[[], nn.Module]:
@@ -143,11 +159,39 @@ def _executed(path: Path) -> ModuleType:
 
 
 def _called(function: Callable[[], object], name: str) -> object:
-    """What a user's code returns; whatever it raises is the user's to read, in a line."""
-    try:
+    """What a user's code returns."""
+    with _blamed(f"--model {name} raises"):
         return function()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"--model {name} raises {_first_line(error)}") from None
+
+
+@contextmanager
+def _blamed(text: str) -> Iterator[None]:
+    """Whatever a user's code raises is the user's to read, in a line; even what would end the program.
+
+    A KeyboardInterrupt is the model's own, unless the signal of Ctrl-C has come.
+
+    Raises:
+        ValueError: the block raises something; the message begins with `text`.
+    """
+    came = []
+    before = signal.getsignal(signal.SIGINT)
+    is_watched = callable(before) and threading.current_thread() is threading.main_thread()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        before(number, frame)
+
+    if is_watched:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except BaseException as error:
+        if came and isinstance(error, KeyboardInterrupt):
+            raise
+        raise ValueError(f"{text} {_first_line(error)}") from None
+    finally:
+        if is_watched:
+            signal.signal(signal.SIGINT, before)
 
 
 def _way_to_logits(output: object) -> str:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from network.memory import check_room
 from network.normalise import normalised
 from network.outside import OUTSIDE, is_outside, outside_model, try_out
 from network.vision import torchvision
+
+COPIES = 4  # tensors of the weights' size that an attack holds: weights, update, the dummies' gradient, its derivative
 
 
 class _Victim(nn.Module):
@@ -327,6 +330,9 @@ def _stated_here(
         raise ValueError(f"{name} takes square images of 16 to 64 pixels, got {height}x{width}: set --image_size")
     with torch.device("meta"):  # nothing is drawn from the global generator
         model = MODELS[name](channels, height, num_classes, **options)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    told = "".join(f" --{option} {value}" for option, value in options.items())
+    check_room(COPIES * weights, f"an attack on {name}{told} with {num_classes} classes")
     model.to_empty(device="cpu")
     model.initialise(generator)
     return model.eval()

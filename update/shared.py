@@ -5,12 +5,13 @@ the batch size, the image shape) and nothing of the images or labels.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from network.parameters import trainable
+from update import checked
 from update.defences import Defences
 from update.evidence import Evidence
 from update.storage import StorageError, read_tensors, write_tensors
@@ -18,6 +19,8 @@ from update.training import FEDSGD, LocalTraining, before_averaging
 
 FORMAT = "magia-update-1"
 FACTS = "update"  # the name of the text that describes the tensors
+SECTIONS = ("gradient", "weight", "statistic")  # the first part of a tensor's name in the file
+MOST = 10**6  # no batch, side or number of classes in a file is larger
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ class SharedUpdate:
         Raises:
             StorageError: the file is missing, damaged, not an update, or refused by `check`.
         """
-        return cls.of(*read_tensors(path), str(path))
+        tensors, text = read_tensors(path, wanted=is_of_update)
+        return cls.of(tensors, text, str(path))
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], text: dict[str, str], source: str) -> "SharedUpdate":
@@ -90,28 +94,42 @@ class SharedUpdate:
         Raises:
             StorageError: as in `load`; the message calls the file `source`.
         """
+        return cls.stated(text, source).holding(tensors, source)
+
+    @classmethod
+    def stated(cls, text: dict[str, str], source: str) -> "SharedUpdate":
+        """The facts of the update in a file that `save` wrote, from the file's text; its tensors are still missing.
+
+        Raises:
+            StorageError: they are none; the message calls the file `source`.
+        """
         try:
-            facts = json.loads(text[FACTS])
+            facts = checked.mapping(checked.json_object(text.get(FACTS, "null")), "it", ("format", "model"))
             if facts["format"] != FORMAT:
-                raise KeyError(facts["format"])
-            update = cls(
-                gradients=_section(tensors, "gradient/"),
-                weights=_section(tensors, "weight/"),
-                model=str(facts["model"]),
-                batch_size=int(facts["batch_size"]),
-                image_shape=tuple(int(side) for side in facts["image_shape"]),
-                num_classes=int(facts["num_classes"]),
-                options=dict(facts.get("options", {})),
-                defence=str(Defences.parse(facts.get("defence", "none"))),
-                training=LocalTraining.of(facts.get("training", {})),
-                statistics=_section(tensors, "statistic/"),
+                raise StorageError(f"its format is {str(facts['format'])[:40]!r}")
+            return cls(
+                gradients={},
+                weights={},
+                model=checked.word(facts["model"], "model"),
+                batch_size=checked.whole(facts.get("batch_size"), "batch_size", 1, MOST),
+                image_shape=_shape(facts.get("image_shape")),
+                num_classes=checked.whole(facts.get("num_classes"), "num_classes", 2, MOST),
+                options=dict(checked.mapping(facts.get("options", {}), "options")),
+                defence=str(Defences.parse(checked.word(facts.get("defence", "none"), "defence"))),
+                training=LocalTraining.stated(facts.get("training", {})),
             )
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise StorageError(f"{source} is not a shared update ({FORMAT}) as --save_update writes it") from None
-        sizes = {"batch_size": [update.batch_size], "image_shape": update.image_shape}
-        for name, numbers in sizes.items():
-            if not all(1 <= number <= 10**6 for number in numbers) or (name == "image_shape" and len(numbers) != 3):
-                raise StorageError(f"{source}: {name} {facts[name]} makes no sense")
+        except ValueError as error:
+            reason = f"is not a shared update ({FORMAT}) as --save_update writes it: {error}"
+            raise StorageError(f"{source} {reason}") from None
+
+    def holding(self, tensors: dict[str, Tensor], source: str) -> "SharedUpdate":
+        """The update with the tensors of its file.
+
+        Raises:
+            StorageError: there are no gradients, or `check` refuses a tensor; the message calls the file `source`.
+        """
+        sections = {f"{section}s": _section(tensors, f"{section}/") for section in SECTIONS}
+        update = replace(self, **sections)
         if not update.gradients:
             raise StorageError(f"{source}: the update holds no gradients")
         update.training.check(update.batch_size)
@@ -180,6 +198,17 @@ class SharedUpdate:
                     f"the model's parameter {tuple(parameter.shape)}"
                 )
         return tuple(self.gradients[name].to(parameter) for name, parameter in parameters.items())
+
+
+def is_of_update(name: str) -> bool:
+    """Whether a file of `save` has a tensor of this name."""
+    return name.partition("/")[0] in SECTIONS
+
+
+def _shape(value: object) -> tuple[int, int, int]:
+    """(C, H, W) of an image, from a file."""
+    channels, height, width = checked.sequence(value, "image_shape", 3)
+    return tuple(checked.whole(side, "image_shape", 1, MOST) for side in (channels, height, width))
 
 
 def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,7 +17,9 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+
+from update.npz import check_size, read_arrays
 
 TEMPORARY = re.compile(r"\.magia-[0-9a-f]{32}\.partial")  # names of files that `replace_atomically` leaves if killed
 FORMATS = (".safetensors", ".npz")  # endings of files that are written and read
@@ -30,6 +32,13 @@ MOST_SAID = 300  # characters of a list of names
 ENTERED = "entered"  # the name of the text that says which entry of a torch file the tensors come from
 UNNAMED = "arr_"  # numpy's name of an array without a name, before its number
 _METADATA = "metadata/"  # prefix of the text entries of an .npz
+MOST_TEXT = 10**7  # bytes of the text entries of an .npz
+COPIES = 8  # of a model's tensors in a file, at most: gradients and weights, or weights and an optimiser's state
+MARGIN = 10**6  # bytes of names and headers
+NUMBERS = (  # types of tensors that can be computed with, or are refused by name where the file is checked
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
 # errors of numpy and safetensors on a damaged file; TypeError on a lone .npy array
 DAMAGED = (SafetensorError, OSError, ValueError, EOFError, TypeError, KeyError, zipfile.BadZipFile, zlib.error)
 
@@ -63,37 +72,87 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Named tensors and text metadata of a file; a list of tensors in a torch file is named as numpy would name it.
+def read_text(path: str | Path) -> dict[str, str]:
+    """The text metadata of a file, without its tensors.
 
     A torch file may hold the tensors in an entry beside others, such as a checkpoint's `state_dict` beside `epoch` and
     `optimizer`. The text says so under `ENTERED`, in a sentence.
 
     Raises:
-        StorageError: unknown ending, missing file, damaged content, or content that is not tensors.
+        StorageError: as in `read_tensors`.
     """
+    if _ending(Path(path)) in TORCH:  # such a file has none
+        return {}
+    return _read(path, wanted=lambda name: False)[1]
+
+
+def read_tensors(
+    path: str | Path, *, wanted: Callable[[str], bool] = lambda name: True, most: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Named tensors and text metadata of a file; a list of tensors in a torch file is named as numpy would name it.
+
+    Args:
+        path: the file.
+        wanted: whether the tensor of a name is to be read; of a torch file all are.
+        most: bytes of all wanted tensors together, see `room_for`; None: as many as fit into memory.
+
+    Raises:
+        StorageError: unknown ending, missing file, damaged content, too large, or content that is not tensors.
+    """
+    tensors, text = _read(path, wanted, most)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in NUMBERS:
+            raise StorageError(
+                f"{path}: {name!r} holds {tensor.dtype}, with which nothing can be computed: store it as float32"
+            )
+    try:
+        check_size(Path(path), sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()), most)
+    except ValueError as error:  # a tensor of a torch file may repeat a few numbers without end
+        raise StorageError(str(error)) from None
+    return tensors, text
+
+
+def room_for(model: nn.Module) -> int:
+    """The bytes that a file of tensors of this model may take: COPIES of each of its tensors in double precision."""
+    return MARGIN + COPIES * 8 * sum(tensor.numel() for tensor in model.state_dict().values())
+
+
+def _read(
+    path: str | Path, wanted: Callable[[str], bool], most: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = checked_name(path, FORMATS + TORCH)
     if not path.is_file():
         raise StorageError(f"no such file: {path}")
-    if _ending(path) in TORCH:
-        return _read_torch(path)
-    if path.suffix == ".npz" and not zipfile.is_zipfile(path):
-        raise StorageError(f"{path} is damaged or not an .npz file")
     try:
+        if _ending(path) in TORCH:
+            return _read_torch(path, most)
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+            return _read_safetensors(path, wanted, most)
+        return _read_npz(path, wanted, most)
     except DAMAGED as error:
-        raise StorageError(f"{path} is damaged or not a {path.suffix} file: {error}") from None
+        if isinstance(error, StorageError):
+            raise
+        named = "" if str(path) in str(error) else f"{path} is damaged or not a {path.suffix} file: "
+        raise StorageError(f"{named}{error}") from None
+
+
+def _read_safetensors(path: Path, wanted: Callable[[str], bool], most: int | None) -> tuple[dict, dict]:
+    with safe_open(path, framework="pt") as file:
+        names = [name for name in file.keys() if wanted(name)]  # noqa: SIM118
+        check_size(path, path.stat().st_size if names else 0, most)
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+
+
+def _read_npz(path: Path, wanted: Callable[[str], bool], most: int | None) -> tuple[dict, dict]:
+    if not zipfile.is_zipfile(path):
+        raise StorageError(f"{path} is damaged or not an .npz file")
+    texts = read_arrays(path, lambda name: name.startswith(_METADATA), MOST_TEXT)
+    numbers = read_arrays(path, lambda name: not name.startswith(_METADATA) and wanted(name), most)
     try:
-        numbers = {name: array for name, array in arrays.items() if not name.startswith(_METADATA)}
         tensors = {name: torch.from_numpy(_in_order(array)) for name, array in numbers.items()}
     except TypeError as error:
         raise StorageError(f"{path} holds an array that is not of numbers: {error}") from None
-    text = {name.removeprefix(_METADATA): str(array) for name, array in arrays.items() if name.startswith(_METADATA)}
-    return tensors, text
+    return tensors, {name.removeprefix(_METADATA): str(array) for name, array in texts.items()}
 
 
 def _in_order(array: object) -> object:
@@ -101,7 +160,12 @@ def _in_order(array: object) -> object:
     return array.astype(array.dtype.newbyteorder("="), copy=False) if isinstance(array, np.ndarray) else array
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_torch(path: Path, most: int | None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    check_size(path, size, most)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings of pickles that are refused anyway

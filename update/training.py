@@ -22,6 +22,7 @@ from torch.func import functional_call
 
 from network.normalise import Normalise
 from network.parameters import trainable
+from update import checked
 from update.loss import CROSS_ENTROPY, Loss
 
 BATCHNORMS = ("eval", "train", "train_private")  # modes of a client's BatchNorm layers
@@ -49,6 +50,30 @@ class LocalTraining:
     batchnorm: str = "eval"
     loss: Loss = CROSS_ENTROPY
 
+    @classmethod
+    def stated(cls, facts: object) -> "LocalTraining":
+        """The training that the facts of an update's file state; what they leave out has its default.
+
+        Raises:
+            ValueError: a fact is unknown, of another kind, or refused as in a `LocalTraining`.
+        """
+        facts = checked.mapping(facts, "training")
+        for name, value in facts.items():
+            if name in ("steps", "batches"):
+                checked.whole(value, f"training.{name}", 1)
+            elif name == "rate" and value is not None:
+                checked.real(value, "training.rate", 0)
+            elif name == "batchnorm":
+                checked.word(value, "training.batchnorm")
+            elif name == "loss":
+                loss = checked.mapping(value, "training.loss", ("name", "smoothing"))
+                checked.word(loss["name"], "training.loss.name")
+                checked.real(loss["smoothing"], "training.loss.smoothing", 0)
+            elif name != "rate":
+                raise checked.DamagedError(f"training has {name!r}, which is none of its facts")
+        loss = facts.get("loss")
+        return cls(**{**facts, "loss": CROSS_ENTROPY if loss is None else Loss(loss["name"], loss["smoothing"])})
+
     def __post_init__(self) -> None:
         for name in ("steps", "batches"):
             if getattr(self, name) < 1:
@@ -61,16 +86,6 @@ class LocalTraining:
             raise ValueError(f"--local_steps {self.steps} needs --local_lr, the client's learning rate")
         if self.batchnorm not in BATCHNORMS:
             raise ValueError(f"unknown bn {self.batchnorm!r}: choose one of {', '.join(BATCHNORMS)}")
-
-    @classmethod
-    def of(cls, facts: Mapping[str, object]) -> "LocalTraining":
-        """The training that `asdict` has taken apart.
-
-        Raises:
-            ValueError, TypeError: as the class itself, and of facts that are none of its.
-        """
-        loss = facts.get("loss")
-        return cls(**{**facts, "loss": CROSS_ENTROPY if loss is None else Loss(**loss)})
 
     @property
     def is_one_step(self) -> bool:

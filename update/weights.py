@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from update.layouts import hint, in_torch_layout
 from update.names import by_names_of, statistics_in, without_counters
-from update.storage import ENTERED, read_tensors
+from update.storage import ENTERED, read_tensors, room_for
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Path) -> None:
@@ -52,7 +52,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, image_shape: Sequence[in
         ValueError: the file is missing, damaged, or does not fit the model.
     """
     source, own = str(path), model.state_dict()
-    tensors, text = read_tensors(path)
+    tensors, text = read_tensors(path, most=room_for(model))
     statistics = statistics_in(own)
     needed = [name for name in without_counters(own) if name not in statistics]
     weights, notes = by_names_of(model, tensors, needed, source)

@@ -5,11 +5,14 @@ way, and the difference is an error of the order of steps times rate times curva
 this error before it knows any image, by training on random images.
 """
 
+import math
+
 import torch
 from torch import nn
 
 from attack.match.entries import squared_distance
 from attack.read.random_images import random_images
+from attack.solve.budget import WorkBudget, unlimited
 from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally
 
@@ -17,14 +20,20 @@ DRAWS = 4  # random batches; their largest drift counts
 EXACT = 1e-3  # drift up to which an update is read as a gradient: docs/local-training.md
 
 
-def expected_drift(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float:
+def expected_drift(
+    update: SharedUpdate, model: nn.Module, generator: torch.Generator, budget: WorkBudget | None = None
+) -> float:
     """The largest |u - g| / |g| over random batches, u the update of this client's training and g the gradient.
+
+    Infinite where such training does not end in finite numbers.
 
     Args:
         update: says how the client trained, and on how many images.
         model: the model that the server sent out.
         generator: the source of random images and labels (on the CPU).
+        budget: once its clock has run out, no further batch is drawn; None: no clock.
     """
+    budget = budget or unlimited()
     like, count = next(model.parameters()), update.batch_size
     at_once = LocalTraining(batchnorm=update.training.batchnorm, loss=update.training.loss)
     drifts = []
@@ -34,5 +43,9 @@ def expected_drift(update: SharedUpdate, model: nn.Module, generator: torch.Gene
         own = train_locally(model, images, labels, update.training).average
         gradient = train_locally(model, images, labels, at_once).average
         size = sum(q.square().sum() for q in gradient)
-        drifts.append(float((squared_distance(own, gradient) / size).sqrt()))
+        drift = float((squared_distance(own, gradient) / size).sqrt())
+        drifts.append(math.inf if math.isnan(drift) else drift)
+        budget.tick()
+        if budget.is_out_of_time:
+            break
     return max(drifts)

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from attack.match.activations import GREY
+from attack.solve.budget import OutOfTimeError, WorkBudget, unlimited
 from network.head import Head, features_of
 from network.parameters import trainable
+from update import checked
 from update.shared import SharedUpdate
 from update.training import train_locally
 
@@ -35,10 +37,28 @@ BELIEVED = 0.25
 
 @dataclass(frozen=True)
 class LocalLabels:
-    """Labels (B,) in the order of the minibatches, and their relative squared distance from the head's update."""
+    """Labels (B,) in the order of the minibatches, and their relative squared distance from the head's update.
+
+    `is_aborted` says whether the clock has ended the search: they are the best labels tried by then.
+    """
 
     labels: Tensor
     distance: float
+    is_aborted: bool = False
+
+    @classmethod
+    def restored(cls, state: object, batch_size: int, num_classes: int) -> "LocalLabels":
+        """The labels from the mapping of their attributes in a checkpoint.
+
+        Raises:
+            ValueError: an entry is damaged, or of another batch; the message names the entry.
+        """
+        held = checked.mapping(state, "local_labels", ("labels", "distance", "is_aborted"))
+        return cls(
+            checked.indices(held["labels"], "local_labels.labels", batch_size, num_classes),
+            checked.real(held["distance"], "local_labels.distance", 0, finite=False),
+            checked.switch(held["is_aborted"], "local_labels.is_aborted"),
+        )
 
     @property
     def is_believed(self) -> bool:
@@ -47,7 +67,12 @@ class LocalLabels:
 
 
 def labels_by_trial(
-    update: SharedUpdate, model: nn.Module, generator: torch.Generator, given: Tensor | None = None
+    update: SharedUpdate,
+    model: nn.Module,
+    generator: torch.Generator,
+    given: Tensor | None = None,
+    *,
+    budget: WorkBudget | None = None,
 ) -> LocalLabels:
     """The labels whose training on grey images comes closest to the update, in the head's parameters.
 
@@ -56,17 +81,21 @@ def labels_by_trial(
         model: the model that the server sent out.
         generator: the source of random starts (on the CPU).
         given: known labels (B,), whose order is not known.
+        budget: its clock is asked before every training but the first; None: no clock.
 
     Raises:
         ValueError: the model's last layer is not linear, or the update holds no gradient of it.
     """
-    search = _LabelSearch(update, model, _is_fixed=given is not None)
+    search = _LabelSearch(update, model, _is_fixed=given is not None, _budget=budget or unlimited())
     first = search.shown() if given is None else given
-    best = search.descended(first)
-    for _ in range(STARTS - 1):
-        if best.distance < FITTING or search.is_spent:
-            break
-        best = min(best, search.descended(search.shaken(best.labels, generator)), key=lambda found: found.distance)
+    try:
+        best = search.descended(first)
+        for _ in range(STARTS - 1):
+            if best.distance < FITTING or search.is_spent:
+                break
+            best = min(best, search.descended(search.shaken(best.labels, generator)), key=lambda found: found.distance)
+    except OutOfTimeError:
+        return search.best()
     return best
 
 
@@ -77,6 +106,7 @@ class _LabelSearch:
     update: SharedUpdate
     model: nn.Module
     _is_fixed: bool = False
+    _budget: WorkBudget = field(default_factory=unlimited)
     _found: dict[tuple[int, ...], tuple[float, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,6 +125,11 @@ class _LabelSearch:
     def is_spent(self) -> bool:
         """Whether TRIALS sets of labels have been tried."""
         return len(self._found) >= TRIALS
+
+    def best(self) -> LocalLabels:
+        """The best labels tried so far, of a search that the clock has ended."""
+        key = min(self._found, key=lambda tried: self._found[tried][0])
+        return LocalLabels(torch.tensor(key, device=self._direction.device), self._found[key][0], is_aborted=True)
 
     def shown(self) -> Tensor:
         """Labels (B,) to begin with: the classes of lowest evidence in the update."""
@@ -144,6 +179,8 @@ class _LabelSearch:
         size = len(labels) // self.update.training.batches
         key = tuple(label for part in labels.split(size) for label in sorted(part.tolist()))  # grey images are alike
         if key not in self._found:
+            if self._found:  # without any there would be nothing to return
+                self._budget.check()
             ordered = labels.new_tensor(key)
             average = train_locally(self.model, self._grey, ordered, self.update.training).average
             left = [goal - average[index] for goal, index in zip(self._goal, self._own, strict=True)]

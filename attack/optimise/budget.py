@@ -1,12 +1,14 @@
 """The optimiser, its step sizes, the prior's annealing, and the budget that ends an attack."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from attack.optimise.lbfgs import LBFGS
+from update import checked
 
 LEARNING_RATES = {"lbfgs": 1.0, "adam": 0.05}
 LINE_SEARCHES = ("strong_wolfe", "none")
@@ -68,6 +70,36 @@ class Optimiser:
             history=self.history,
             line_search=self.line_search,
         )
+
+    def resumed(self, variables: list[Tensor], state: object) -> torch.optim.Adam | LBFGS:
+        """The optimiser of the variables that goes on from a `state_dict` of one of its kind.
+
+        Raises:
+            ValueError: the state is damaged, or of another optimiser or other variables.
+        """
+        optimizer = self.build(variables)
+        if self.name == "lbfgs":
+            optimizer.load_state_dict(checked.mapping(state, "optimizer", ("count",)))
+            return optimizer
+        moments = checked.mapping(checked.mapping(state, "optimizer", ("state",))["state"], "optimizer.state")
+        if moments:
+            held = {index: _moments(moments, index, variable) for index, variable in enumerate(variables)}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": held})
+        return optimizer
+
+
+def _moments(moments: Mapping, index: int, variable: Tensor) -> dict[str, Tensor]:
+    """Adam's state of one variable, from a file."""
+    name = f"optimizer.state[{index}]"
+    if index not in moments:
+        raise checked.DamagedError(f"{name} is missing")
+    held = checked.mapping(moments[index], name, ("step", "exp_avg", "exp_avg_sq"))
+    found = {"step": checked.tensor(held["step"], f"{name}.step", (), torch.float32)}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found[moment] = checked.tensor(held[moment], f"{name}.{moment}", variable.shape, variable.dtype)
+    if found["step"] < 1 or (found["exp_avg_sq"] < 0).any():
+        raise checked.DamagedError(f"{name} is not what Adam leaves: a step below 1, or a negative square")
+    return found
 
 
 def learning_rate(base: float, schedule: str, progress: float) -> float:

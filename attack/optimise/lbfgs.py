@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from update import checked
+
 CURVED = 1e-10  # y.s up to which a pair is dropped
 DECREASE, CURVATURE = 1e-4, 0.9  # constants of the Wolfe conditions: c1, c2
 NARROW = 1e-9  # a bracket below this, times the largest entry of the direction, is searched no further
@@ -168,21 +170,32 @@ class LBFGS:
         """Go on from a dict of `state_dict`, on the variables' own device.
 
         Raises:
-            KeyError, ValueError: the state is of another optimiser, or of other variables.
+            ValueError: an entry is missing, damaged, or of other variables.
         """
-        count = state["count"]
+        count = checked.whole(state["count"], "optimizer.count")
         if "last" not in state:
             self._pairs = self._last = None
             return
-        like = torch.cat([v.detach().flatten() for v in self.variables])
-        if state["rows"].shape[2] != len(like) or len(state["sy"]) != self.history:
-            raise ValueError("curvature pairs of other variables, or another number of them")
-        pairs = Pairs(self.history, like)
+        like, m = torch.cat([v.detach().flatten() for v in self.variables]), self.history
+        pairs = Pairs(m, like)
         pairs.count = count
+        shapes = {"rows": (pairs.held, 2, len(like)), "sy": (m, m), "yy": (m, m), "seen": (m, 2)}
+        checked.mapping(state, "optimizer", shapes)
+        if isinstance(state["rows"], Tensor) and state["rows"].shape != shapes["rows"]:
+            raise checked.DamagedError("optimizer.rows: curvature pairs of other variables, or another number of them")
+        dtypes = {"rows": like.dtype}  # the products are in float64
+        held = {
+            name: checked.tensor(state[name], f"optimizer.{name}", shape, dtypes.get(name, torch.float64))
+            for name, shape in shapes.items()
+        }
+        last = [
+            checked.tensor(value, "optimizer.last", like.shape, like.dtype).to(like)
+            for value in checked.sequence(state["last"], "optimizer.last", 2)
+        ]
         for name in PRODUCTS:
-            setattr(pairs, name, state[name].to(like.device))
-        pairs.rows[: pairs.held] = state["rows"].to(like)
-        self._pairs, self._last = pairs, tuple(t.to(like) for t in state["last"])
+            setattr(pairs, name, held[name].to(like.device))
+        pairs.rows[: pairs.held] = held["rows"].to(like)
+        self._pairs, self._last = pairs, tuple(last)
 
 
 def strong_wolfe(at: Callable[[float], Probe], start: Probe, t: float, reach: float, most: int) -> tuple[Probe, int]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attack.optimise.budget import Budget, Optimiser
+from update import checked
 
 CERTAIN_LOGIT = 100.0  # the logit of a known label, so far above the others that softmax is one-hot in float64 too
 MAX_SETBACKS = 3  # number of times that the attack returns to the best iterate after a non-finite loss
@@ -220,15 +221,39 @@ class AttackState:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a dict of `state_dict`, on this state's own device.
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on from a dict of `state_dict`, on this state's own device. Every entry is checked first.
 
         Raises:
-            KeyError, RuntimeError, TypeError, ValueError: the state is of a run with other settings.
+            ValueError: an entry is damaged, or of a run with other settings; the message names the entry.
         """
-        self._restore(state["variables"])
-        self.generator.set_state(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.evaluations, self.seconds, self.setbacks, self.leader, self.phase = state["counters"]
-        self.anchor = state["anchor"].to(self.z)
-        self.best = state["best"] | {"variables": [v.to(self.z) for v in state["best"]["variables"]]}
+        checked.mapping(state, "the state", ("variables", "generator", "optimizer", "counters", "anchor", "best"))
+        best = checked.mapping(state["best"], "best", ("full", "leader", "variables"))
+        generator = self.generator.get_state()
+        generator = checked.tensor(state["generator"], "generator", generator.shape, generator.dtype)
+        variables = self._alike(state["variables"], "variables")
+        (anchor,) = self._alike([state["anchor"]], "anchor", [self.z])
+        counters = checked.sequence(state["counters"], "counters", 6)
+        step, evaluations, setbacks, phase = (checked.whole(counters[i], "a counter") for i in (0, 1, 3, 5))
+        seconds = checked.real(counters[2], "the counter of seconds", 0)
+        leader = checked.whole(counters[4], "leader", most=self.copies - 1)
+        kept = {
+            "full": checked.real(best["full"], "best.full", finite=False),
+            "leader": checked.whole(best["leader"], "best.leader", most=self.copies - 1),
+            "variables": [v.to(self.z) for v in self._alike(best["variables"], "best.variables")],
+        }
+        optimizer = self.optimiser.resumed(self.variables, state["optimizer"])
+        try:
+            self.generator.set_state(generator)
+        except RuntimeError as error:
+            raise checked.DamagedError(f"generator: {error}") from None
+        self._restore(variables)
+        self.step, self.evaluations, self.seconds = step, evaluations, seconds
+        self.setbacks, self.leader, self.phase = setbacks, leader, phase
+        self.anchor, self.best, self.optimizer = anchor.to(self.z), kept, optimizer
+
+    def _alike(self, values: object, name: str, likes: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Tensors from a file in the shapes and types of the variables, or of `likes`."""
+        likes = self.variables if likes is None else likes
+        pairs = zip(checked.sequence(values, name, len(likes)), likes, strict=True)
+        return [checked.tensor(value, name, like.shape, like.dtype) for value, like in pairs]

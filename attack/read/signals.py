@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attack.read.error_bars import confidence
+from update import checked
 
 PER_IMAGE = ("values", "labels", "deltas", "residuals", "certificates", "uncertainty", "freedom")
 
@@ -53,6 +54,28 @@ class Signals:
         empty = like.new_zeros(0)
         shapes = {"values": empty.view(0, *input_shape), "deltas": empty.view(0, *output_shape), "labels": empty.long()}
         return cls(**(dict.fromkeys(PER_IMAGE, empty) | shapes), batch_size=batch_size)
+
+    @classmethod
+    def restored(cls, state: object, head: nn.Linear, batch_size: int) -> "Signals":
+        """The signals at the head, from the mapping of their attributes in a checkpoint.
+
+        Raises:
+            ValueError: an entry is damaged, or of another head or batch; the message names the entry.
+        """
+        held = checked.mapping(state, "signals", (*PER_IMAGE, "batch_size"))
+        checked.whole(held["batch_size"], "signals.batch_size", batch_size, batch_size)
+        count = len(held["labels"]) if isinstance(held["labels"], Tensor) and held["labels"].dim() == 1 else 0
+        if not 1 <= count <= batch_size:
+            raise checked.DamagedError(f"signals.labels are of {count} images, the batch has {batch_size}")
+        shapes = {"values": (count, head.in_features), "deltas": (count, head.out_features)}
+        found = {"labels": checked.indices(held["labels"], "signals.labels", count, head.out_features)}
+        for name in PER_IMAGE:
+            if name != "labels":
+                shape = shapes.get(name, (count,))
+                found[name] = checked.tensor(held[name], f"signals.{name}", shape, torch.float64)
+        if (found["uncertainty"] < 0).any() or (found["freedom"] < 0).any():
+            raise checked.DamagedError("signals.uncertainty or signals.freedom is negative")
+        return cls(**found, batch_size=batch_size)
 
     def __len__(self) -> int:
         return len(self.labels)

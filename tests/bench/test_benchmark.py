@@ -472,3 +472,43 @@ def test_errors_are_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(["signals", "--batch_sizes", "two", "--out", str(tmp_path)])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["grid", "--device", "zzz"], "--device zzz"),
+        (["signals", "--device", "zzz"], "--device zzz"),
+        (["speed", "--device", "zzz"], "--device zzz"),
+        (["grid", "--presets", "magia,dlg --device zzz"], "--device zzz"),
+        (["grid", "--presets", "magia,dlg --init /nowhere"], "--init /nowhere"),
+        (["grid", "--models", "lenet,lenet --weights /nonexistent.npz"], "no such file: /nonexistent.npz"),
+        (["signals", "--models", "lenet --weights /nonexistent.npz"], "no such file: /nonexistent.npz"),
+        (["grid", "--frozen", "zzz"], "no parameter's name starts with 'zzz'"),
+        (["grid", "--image_size", "8"], "lenet takes square images"),
+    ],
+)
+def test_flags_with_which_no_cell_could_run_are_refused_before_any_runs(tmp_path, capsys, words, said):
+    run(*words, "--out", tmp_path / "out", expect=2)
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["table.csv", "summary.md", "origin.json", "wall.png", "speed.csv"])
+@pytest.mark.parametrize("command", ["grid", "speed"])
+def test_files_of_others_are_not_overwritten(tmp_path, capsys, name, command):
+    (tmp_path / name).write_text("mine")
+    run(command, "--out", tmp_path, expect=2)
+    assert f"{name} is not of a benchmark" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("flag", ["--batch_si", "--max_eval", "--scheduled", "--dev"])
+def test_no_flag_is_known_by_its_beginning(tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["grid", "--out", str(tmp_path / "out"), flag, "2"])
+    assert stop.value.code == 2
+    assert flag in capsys.readouterr().err

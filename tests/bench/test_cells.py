@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 from conftest import ROOT
@@ -22,26 +23,32 @@ cluster = pytest.mark.xdist_group("cluster")  # one worker runs all its tests: i
 CELLS = [{"number": number} for number in range(6)]
 
 
-@pytest.fixture(scope="module")
-def scheduler(tmp_path_factory):
-    """The address of a scheduler with two workers, started as the README does; workers that die are started anew."""
-    folder = tmp_path_factory.mktemp("cluster")
+@contextmanager
+def cluster_in(folder, workers, home=ROOT):
+    """A scheduler with so many workers that run the program in `home`: its address and its process."""
     file, python = folder / "scheduler.json", [sys.executable, "-m"]
     words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     processes = [subprocess.Popen([*python, *words, "--scheduler-file", file], cwd=folder)]
     try:
         wait_for(lambda: file.exists() and file.read_text().endswith("}"))  # it is there before all of it is written
         address = json.loads(file.read_text())["address"]
-        words = ["distributed.cli.dask_worker", address, "--nworkers", "2", "--nthreads", "1", "--no-dashboard"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        processes.append(subprocess.Popen([*python, *words], cwd=folder, env=environment))
+        words = ["distributed.cli.dask_worker", address, "--nworkers", str(workers), "--nthreads", "1"]
+        environment = os.environ | {"PYTHONPATH": str(home)}
+        processes.append(subprocess.Popen([*python, *words, "--no-dashboard"], cwd=folder, env=environment))
         with Client(address) as client:
-            client.wait_for_workers(2, timeout=60)
-        yield address
+            client.wait_for_workers(workers, timeout=60)
+        yield address, processes[0]
     finally:
         for process in reversed(processes):
             process.terminate()
             process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def scheduler(tmp_path_factory):
+    """The address of a scheduler with two workers, started as the README does; workers that die are started anew."""
+    with cluster_in(tmp_path_factory.mktemp("cluster"), 2) as (address, _):
+        yield address
 
 
 def logged(log, seconds=0.0):
@@ -321,3 +328,35 @@ def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypa
         words = ["signals", "--batch_sizes", "2", "--out", str(tmp_path), "--scheduler", "tcp://127.0.0.1:1"]
         assert benchmark.main(words) == 2
     assert "tcp://127.0.0.1:1" in capsys.readouterr().err.splitlines()[-1]
+
+
+@cluster
+def test_a_scheduler_that_dies_ends_a_benchmark_in_a_line(tmp_path):
+    import dask
+
+    def kill_once_begun():
+        wait_for(log.exists)
+        process.kill()
+
+    log = tmp_path / "log"
+    with dask.config.set({"distributed.comm.timeouts.connect": "2s"}), cluster_in(tmp_path, 2) as (address, process):
+        threading.Thread(target=kill_once_begun, daemon=True).start()
+        with pytest.raises(OSError, match="does not answer any more"):
+            run_cells(logged(log, 30), CELLS[:2], [], out=tmp_path / "out", scheduler=address)
+    assert not list((tmp_path / "out" / "cells").iterdir())
+
+
+@cluster
+def test_a_worker_of_another_version_measures_nothing(tmp_path):
+    """Its copy of the program differs in a constant."""
+    for name in ("benchmark.py", "main_MAGIA_sel.py", "data.py", "priors.py", "schedules.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("attack", "bench", "cli", "client", "judge", "network", "samples", "update"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    with (tmp_path / "schedules.py").open("a") as file:
+        file.write("\nOTHER = 1\n")
+    words = ["signals", "--batch_sizes", "2", "--batches", "0", "--seeds", "0", "--num_classes", "20"]
+    with cluster_in(tmp_path, 2, home=tmp_path) as (address, _):
+        assert benchmark.main([*words, "--out", str(tmp_path / "out"), "--scheduler", address]) == 1
+    (row,) = read(tmp_path / "out" / "table.csv")
+    assert row["status"] == "failed: worker runs another program: restart it"

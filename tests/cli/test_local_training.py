@@ -132,3 +132,13 @@ def test_a_difference_from_outside_is_unrolled_too(cli, net):
 )
 def test_wrong_flags_are_one_line(cli, flags, words):
     assert words in cli.error(*flags.split())
+
+
+def test_max_seconds_ends_the_search_for_labels_and_leaves_time_for_steps(cli):
+    words = ["--batch_size", 8, "--num_classes", 100, "--local_steps", 4, "--local_lr", 0.1, "--signals", "auto"]
+    run = cli(*words, "--max_seconds", 2, "--image_size", 32)
+    figures = metrics_of(run)
+    assert "--max_seconds stopped their search" in cli.out
+    assert figures["trial_aborted"] is True
+    assert figures["steps"] >= 1
+    assert figures["seconds"] < 20

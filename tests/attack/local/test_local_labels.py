@@ -4,6 +4,7 @@ from conftest import generator
 
 from attack.local.drift import expected_drift
 from attack.local.local_labels import labels_by_trial
+from attack.solve.budget import WorkBudget
 from client.victim import share_update
 from data import load_batch, open_source
 from network.zoo import build_model
@@ -58,3 +59,22 @@ def test_drift_grows_with_the_rate_and_is_told_before_any_image_is_known():
         true = float(true / sum(g.square().sum() for g in plain.values()).sqrt())
         assert 0.2 * true < drifts[-1] < 5 * true
     assert drifts == sorted(drifts)
+
+
+def test_the_clock_ends_the_search_with_the_best_labels_so_far():
+    update, net, _ = shared(LocalTraining(4, 2, 0.1))
+    ticks = []
+    out = labels_by_trial(update, net, generator(), budget=WorkBudget(deadline=0.0, tick=lambda: ticks.append(1)))
+    assert out.is_aborted
+    assert len(out.labels) == 4
+    assert len(ticks) == 1
+    whole = labels_by_trial(update, net, generator(), budget=WorkBudget(tick=lambda: ticks.append(1)))
+    assert not whole.is_aborted
+    assert whole.distance < out.distance
+    assert len(ticks) > 10
+
+
+def test_the_clock_leaves_the_drift_of_one_batch():
+    update, net, _ = shared(LocalTraining(4, 1, 0.01))
+    first = expected_drift(update, net, generator(), WorkBudget(deadline=0.0))
+    assert 0 < first <= expected_drift(update, net, generator())

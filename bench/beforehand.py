@@ -1,0 +1,85 @@
+"""What is checked before the first cell: the folder of the results, and flags with which no cell could run."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from attack.prepare import INITS
+from cli.model import model_options, parse_names, server_model
+from cli.runtime import choose_device, stream
+from data import load_batch, open_source
+from network.parameters import named_by
+
+ORIGIN = "origin.json"
+ORIGIN_KEYS = {"sources", "versions"}  # a file with these keys is of a benchmark
+# All that a benchmark writes beside cells and runs.
+WRITTEN = (
+    "table.*", "summary.*", "overview.md", "weakest.*", "psnr_vs_*.png", "ssim_vs_*.png", "signals.png", "leakage*.png",
+    "wall*.png", "speed.*", "limits.*", "courses.*", "stages.*", ORIGIN,
+)  # fmt: skip
+
+
+def mark(out: Path, made_by: object) -> None:
+    """Write the origin of the results into their folder, which is from then on a benchmark's."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ORIGIN).write_text(json.dumps(made_by, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_foreign(out: Path) -> None:
+    """Refuse a folder with files that a benchmark would overwrite, unless a benchmark has written them.
+
+    Raises:
+        ValueError: there is such a file, or the path is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: it is no folder")
+    if _is_marked(out):
+        return
+    for name in WRITTEN:
+        for file in sorted(out.glob(name)):
+            raise ValueError(f"{file} is not of a benchmark: it will not be overwritten, give another --out")
+
+
+def refuse_unfit(cells: Sequence[argparse.Namespace], networks: int, classes: Sequence[int | None]) -> None:
+    """Refuse settings with which no cell could run: a device, first images, a network or a checkpoint.
+
+    Args:
+        cells: settings of each network, attack and defence, the networks first.
+        networks: number of networks.
+        classes: numbers of classes that are asked for, None for the settings' own. One that fits is enough.
+
+    Raises:
+        ValueError: as the cells themselves would.
+    """
+    for settings in cells:
+        choose_device(settings.device)
+        if settings.init not in INITS and not Path(settings.init).exists():
+            raise ValueError(f"--init {settings.init}: no such file or folder")
+    for settings in cells[:networks]:
+        _build(settings, classes)
+
+
+def _build(settings: argparse.Namespace, classes: Sequence[int | None]) -> None:
+    """Build the network of some settings, for the first of the classes that it can be built for."""
+    draw = {"labels": "random", "num_classes": 2, "generator": stream(settings.seed, "labels")}
+    source = open_source(settings.dataset, settings.data_path)
+    shape = tuple(load_batch(source, [0], image_size=settings.image_size, **draw).images.shape[1:])
+    errors = []
+    for number in classes:
+        try:
+            count = number or settings.num_classes
+            model = server_model(settings, settings.model, shape, count, model_options(settings))
+            named_by(model, parse_names(settings.frozen))
+            return
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _is_marked(out: Path) -> bool:
+    try:
+        made_by = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(made_by, dict) and made_by.keys() >= ORIGIN_KEYS
