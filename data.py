@@ -6,6 +6,7 @@ grey with floating-point pixels in [0, 1] (modes L, RGB and F); `client/picture_
 mode. A batch is grey where all its pictures are, and RGB otherwise.
 """
 
+import math
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -225,7 +226,8 @@ def load_batch(
     """
     count = len(source)
     if image_size is not None:
-        check_room(len(indices) * CHANNELS * image_size**2 * FLOAT, f"a batch of {len(indices)} images of that size")
+        pixels = math.prod(_sides(image_size))
+        check_room(len(indices) * CHANNELS * pixels * FLOAT, f"a batch of {len(indices)} images of that size")
     if len(indices) > count:
         raise DataError(f"a batch of {len(indices)} images is larger than the set, which has {count}")
     for index in indices:
@@ -296,10 +298,15 @@ def _notes_on(pictures: Sequence[Image.Image]) -> list[str]:
     return notes
 
 
+def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    return image_size if isinstance(image_size, tuple) else (image_size, image_size)
+
+
 def _to_tensor(images: list[Image.Image], image_size: int | tuple[int, int] | None) -> Tensor:
     """One (B, C, H, W) tensor: grey if every image is grey, RGB otherwise."""
     if image_size is not None:
-        height, width = image_size if isinstance(image_size, tuple) else (image_size, image_size)
+        height, width = _sides(image_size)
         size = (width, height)
         images = [i if i.size == size else ImageOps.fit(i, size, Image.Resampling.LANCZOS) for i in images]
     sizes = sorted({image.size for image in images})

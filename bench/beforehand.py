@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attack.prepare import INITS
+from cli.flags import sides
 from cli.model import model_options, parse_names, server_model
 from cli.runtime import choose_device, stream
 from data import load_batch, open_source
@@ -64,7 +65,8 @@ def _build(settings: argparse.Namespace, classes: Sequence[int | None]) -> None:
     """Build the network of some settings, for the first of the classes that it can be built for."""
     draw = {"labels": "random", "num_classes": 2, "generator": stream(settings.seed, "labels")}
     source = open_source(settings.dataset, settings.data_path)
-    shape = tuple(load_batch(source, [0], image_size=settings.image_size, **draw).images.shape[1:])
+    size = sides(settings.image_size) if settings.image_size else None
+    shape = tuple(load_batch(source, [0], image_size=size, **draw).images.shape[1:])
     errors = []
     for number in classes:
         try:

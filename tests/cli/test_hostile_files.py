@@ -204,8 +204,8 @@ forward_interrupts = lambda: net(error=KeyboardInterrupt("own"))
         ("leaves", "raises SystemExit: 3"),
         ("interrupts", "raises KeyboardInterrupt"),
         ("own", "raises Own: mine"),
-        ("forward_leaves", "does not take images of 3x16x16: SystemExit: 0"),
-        ("forward_interrupts", "does not take images of 3x16x16: KeyboardInterrupt: own"),
+        ("forward_leaves", "if it takes others): SystemExit: 0"),
+        ("forward_interrupts", "if it takes others): KeyboardInterrupt: own"),
     ],
 )
 def test_a_model_that_cannot_be_attacked_is_one_line(cli, tmp_path, factory, words):

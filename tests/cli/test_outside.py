@@ -222,7 +222,7 @@ def test_a_torchvision_model_is_explained(cli, capsys):
         ("--model {}:narrow", ["narrow does not take images of 3x16x16"]),
         ("--model {}:pair", ["puts out tuple"]),
         ("--model {}:endless", ["endless: weight 'fc1.weight' is not finite"]),
-        ("--model {}:Squeezing --batch_size 1", ["puts out (10,) for 1 images, not logits (B, K)"]),
+        ("--model {}:Squeezing --batch_size 1", ["takes 2 images of 3x16x16 and not 1", "a tensor of shape (10,)"]),
         ("--model {}:Drawing", ["other logits for the same images"]),
         ("--model {}:overwriting", ["overwriting cannot be differentiated"]),
         ("--update=", ["--update is empty"]),
@@ -460,8 +460,10 @@ def test_weights_that_are_not_finite_are_named(cli, tmp_path, form):
 def test_a_batch_size_that_the_ranks_contradict_is_refused(cli, tmp_path):
     client = Client(tmp_path, model="lenet")
     words = ["--update", client.write(client.tensors("gradient"), "named.npz"), *client.flags]
-    assert "--batch_size 2: the update's ranks are those of 3 images" in cli.error(*words, "--batch_size", 2)
-    cli(*words, "--batch_size", 4)  # one may have left no gradient
+    too_few = [*words, "--batch_size", 2]
+    assert "--batch_size 2: the update's ranks are those of 3 images" in cli.error(*too_few, "--signals", "auto")
+    cli(*too_few, "--signals", "off")
+    assert "contradiction: its ranks are those of 3 images, --batch_size says 2" in cli.out
 
 
 def test_a_received_update_is_not_saved_again(cli, tmp_path):
