@@ -12,7 +12,7 @@ from attack.local.drift import EXACT
 from attack.prepare import Known
 from attack.read.forecast import explain
 from cli.flags import sides
-from cli.model import model_options, server_model
+from cli.model import model_options, of_two_classes, server_model
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
 from judge.pictures import save_leaks, save_schedule
@@ -160,6 +160,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
     model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
     title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
+    model = of_two_classes(model, settings, shape)
     if mode:
         use_batch_statistics(model)
     try:

@@ -163,7 +163,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "activation": one_of(ACTIVATIONS),
     "depth": number(int, 1, 1000),
     "width": number(int, 1, 10**5),
-    "num_classes": number(int, 2, 100_000),
+    "num_classes": number(int, 1, 100_000),
     "mean": numbers(-1e6),
     "std": numbers(0, above=True),
     "defence": defence,

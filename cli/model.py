@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from cli.runtime import stream
+from network.one_logit import has_one_logit, with_two_logits
 from network.zoo import ALL_OPTIONS, build_model
 from update.loss import Loss
 from update.training import LocalTraining
@@ -35,6 +36,20 @@ def server_model(
         for note in load_checkpoint(model, settings.weights, image_shape):
             tell(note)
     return model
+
+
+def of_two_classes(model: nn.Module, settings: argparse.Namespace, image_shape: tuple) -> nn.Module:
+    """The model; with two logits, if it has one, whose binary cross-entropy is the cross-entropy of two classes.
+
+    Raises:
+        ValueError: a loss of one logit that is not that.
+    """
+    if not has_one_logit(model, image_shape):
+        return model
+    if settings.loss == "mse":
+        raise ValueError(f"--loss mse: {settings.model} has one logit, and its loss is taken for binary cross-entropy")
+    settings.loss = "cross_entropy"
+    return with_two_logits(model)
 
 
 def local_training(settings: argparse.Namespace) -> LocalTraining:

@@ -10,10 +10,12 @@ from attack.read.batch_size import count_images
 from attack.read.origin import explained
 from cli.console import ReadingBar
 from cli.flags import checked_value, sides
-from cli.model import local_training, model_options, parse_names, server_model
+from cli.model import local_training, model_options, of_two_classes, parse_names, server_model
 from cli.runtime import stream
 from cli.settings import facts_of
 from network.chain import below_norms
+from network.head import Head
+from network.one_logit import has_one_logit, of_two_logits
 from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
@@ -87,6 +89,7 @@ def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
     notes: list[str] = []
     facts = (update.model, update.image_shape, update.num_classes, update.options)
     model = server_model(settings, *facts, notes.append)
+    model = of_two_classes(model, settings, update.image_shape)
     tensors, _ = read_tensors(settings.update, wanted=is_of_update, most=room_for(model))
     update = update.holding(tensors, settings.update)
     if update.weights and not settings.weights:
@@ -136,7 +139,9 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     if training.batchnorm == "train" and settings.update_kind == "gradient":
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
     mode, evidence = of_statistics(found, counted, model, training, is_given="bn" in given)
-    training = replace(training, batchnorm=mode)
+    if has_one_logit(model, shape):
+        gradients, model = of_two_logits(gradients, Head.of(model)), of_two_classes(model, settings, shape)
+    training = replace(training, batchnorm=mode, loss=local_training(settings).loss)
     update = SharedUpdate(
         gradients=gradients,
         weights={},

@@ -69,6 +69,7 @@ def resolve(
             raise ValueError(f"--{name} is empty: a file is needed")
     if settings.update and given.get("save_update"):
         raise ValueError("--save_update writes what a simulated client sends: with --update there is none")
+    settings.num_classes = max(2, settings.num_classes)  # one logit z is the two [0, z], see `network.one_logit`
     if settings.update:
         if not settings.resume:
             settings.defence = given.get("defence")

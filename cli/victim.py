@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attack.prepare import INITS
 from cli.flags import sides
-from cli.model import local_training, model_options, parse_names, server_model
+from cli.model import local_training, model_options, of_two_classes, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
 from client.defences import defend_received
@@ -45,6 +45,7 @@ def victim(
     shape = tuple(batch.images.shape[1:])
     notes: list[str] = []
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
+    model = of_two_classes(model, settings, shape)
     if is_outside(settings.model):
         try_batch(model, settings.model, shape, len(batch.images), settings.num_classes)
     model = model.to(**place)

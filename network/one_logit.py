@@ -5,7 +5,7 @@ second row is the one that there was; its first row is zero, and the gradient of
 softmax errors sum to zero. So a model with one logit is attacked as a model of two classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from network.head import Head
 
 
-def has_one_logit(model: nn.Module) -> bool:
-    """Whether the model's head is a linear layer with one output."""
+@torch.no_grad()
+def has_one_logit(model: nn.Module, image_shape: Sequence[int]) -> bool:
+    """Whether the model puts out one logit, from a linear head, for each image of that shape."""
     try:
-        return Head.of(model).layer.out_features == 1
+        if Head.of(model).layer.out_features != 1:
+            return False
     except ValueError:
         return False
+    like = next(model.parameters())
+    return model(like.new_zeros(2, *image_shape)).shape == (2, 1)
 
 
 def with_two_logits(model: nn.Module) -> nn.Module:

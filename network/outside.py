@@ -89,7 +89,7 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
         raise ValueError(
             f"{name} puts out {_kind(logits)} for {PROBES} images of {shape}, not logits (B, K){_way_to_logits(logits)}"
         )
-    if logits.shape[1] != num_classes:
+    if logits.shape[1] != num_classes and (logits.shape[1], num_classes) != (1, 2):  # one logit: `network.one_logit`
         raise ValueError(
             f"{name} has {logits.shape[1]} classes, not {num_classes}: set --num_classes {logits.shape[1]}"
         )
@@ -117,7 +117,7 @@ def try_batch(model: nn.Module, name: str, image_shape: Sequence[int], count: in
     shape = "x".join(map(str, image_shape))
     with _blamed(f"{name} takes {PROBES} images of {shape} and not {count}:"):
         logits = model(torch.full((count, *image_shape), 0.5).to(next(model.parameters())))
-    if logits.shape != (count, num_classes):
+    if logits.shape != (count, num_classes) and (logits.shape, num_classes) != ((count, 1), 2):
         raise ValueError(f"{name} takes {PROBES} images of {shape} and not {count}: it puts out {_kind(logits)}")
 
 

@@ -28,7 +28,7 @@ from network.parameters import trainable
 from update.loss import Loss
 from update.training import LocalTraining
 
-UNBALANCED = 0.05  # share of [G, gamma] beyond which its sum over the classes is no rounding: squared errors leave 0.07
+UNBALANCED = 3e-3  # share of [G, gamma] beyond which its sum over the classes is no rounding: squared errors leave 0.02
 SURE = 8.0  # standard deviations by which a weight decay must differ from zero
 LEFT = 0.5  # share of the sum that a weight decay may leave unexplained
 FILLED = 3.0  # noise leaves G's smallest singular value no smaller than this part of what its columns sum to

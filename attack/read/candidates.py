@@ -275,9 +275,13 @@ class ImageEquations:
         return expected, torch.maximum(x_length * y_weak, y_length * x_weak) / span.batch_size
 
     def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, budget: WorkBudget) -> tuple[Tensor, Tensor, Tensor]:
-        """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping."""
+        """Coordinates (N, dim A), |residual|^2 (N,) and J^T J (N, dim, dim); each candidate has its own damping.
+
+        Takes about as many multiplications off the budget's work.
+        """
         if not len(c):
             return c, c.new_zeros(0), c.new_zeros(0, c.shape[1], c.shape[1])
+        budget.spend(STEPS * c.numel() * self.outputs.shape[1])
         polish, enough = _Polish(self, zeros, labels), (0.1 * self.span.precision) ** 2
         found = levenberg(polish, c, POLISH, iterations=STEPS, budget=budget, enough=enough)
         return found.x, found.cost, found.normal
