@@ -8,6 +8,7 @@ from torch import nn
 from cli.runtime import stream
 from network.one_logit import has_one_logit, with_two_logits
 from network.zoo import ALL_OPTIONS, build_model
+from update.evidence import Evidence
 from update.loss import Loss
 from update.training import LocalTraining
 from update.weights import load_checkpoint
@@ -50,6 +51,13 @@ def of_two_classes(model: nn.Module, settings: argparse.Namespace, image_shape: 
         raise ValueError(f"--loss mse: {settings.model} has one logit, and its loss is taken for binary cross-entropy")
     settings.loss = "cross_entropy"
     return with_two_logits(model)
+
+
+AS_TWO_CLASSES = Evidence(
+    "logits",
+    "the model has one logit z: it is attacked as one of two classes with the logits 0 and z",
+    overrules="loss",
+)
 
 
 def local_training(settings: argparse.Namespace) -> LocalTraining:

@@ -10,7 +10,7 @@ from attack.read.batch_size import count_images
 from attack.read.origin import explained
 from cli.console import ReadingBar
 from cli.flags import checked_value, sides
-from cli.model import local_training, model_options, of_two_classes, parse_names, server_model
+from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
 from cli.runtime import stream
 from cli.settings import facts_of
 from network.chain import below_norms
@@ -27,6 +27,7 @@ from update.storage import ENTERED, StorageError, read_tensors, read_text, room_
 from update.training import use_batch_statistics
 from update.weights import load_weights
 
+ENTRIES = ("entries", "optimiser", "decay")  # topics of evidence that leaves the ranks without a meaning
 READS = ("auto", "on")  # values of --signals with which single images are sought
 
 
@@ -48,7 +49,7 @@ def received_update(
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
         update.batch_statistics(model)  # raises on statistics that do not fit
-    update, model = _examined(update, model, settings), model.to(**place)
+    update, model = _examined(update, model, settings) if is_own else update, model.to(**place)
     if not is_own and settings.signals in READS and update.training.is_plain and not update.is_rescaled:
         with ReadingBar(quiet=settings.quiet) as bar:
             how = {"nominal": settings.batch_size, "generator": stream(settings.seed, "origin"), "tick": bar.update}
@@ -140,6 +141,7 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
     mode, evidence = of_statistics(found, counted, model, training, is_given="bn" in given)
     if has_one_logit(model, shape):
+        evidence.append(AS_TWO_CLASSES)
         gradients, model = of_two_logits(gradients, Head.of(model)), of_two_classes(model, settings, shape)
     training = replace(training, batchnorm=mode, loss=local_training(settings).loss)
     update = SharedUpdate(
@@ -157,11 +159,12 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
         notes=(*notes, *said),
     )
     update.check(source)
+    update = _examined(update, model, settings)
     if settings.batch_size is None:
         if not training.is_plain:
             raise ValueError("the batch size is read off one step with BatchNorm in eval mode: set --batch_size")
         update = replace(update, batch_size=count_images(update.gradients, model, shape))
-    elif training.is_plain:
+    elif training.is_plain and not any(piece.topic in ENTRIES for piece in update.evidence):
         update = _counted(update, model, reads=settings.signals in READS)
     training.check(update.batch_size)
     return update, model

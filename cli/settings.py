@@ -24,6 +24,8 @@ CLIENT = ("dataset", "data_path", "indices", "labels", "save_update", "save_batc
 
 MOST_CONFIG = 10**8  # bytes of a config.json that are read: it holds a number for each step of the run
 
+ONE_LOGIT = {"num_classes": 2}  # one logit z is the two [0, z], see `network.one_logit`
+
 # Settings that only an update from a file has.
 RECEIVED = ("update_kind", "defended")
 
@@ -49,6 +51,7 @@ def resolve(
         ValueError: flags that contradict each other or the run that is resumed.
     """
     given = vars(build_parser(flags, description).parse_args(argv))
+    given |= ONE_LOGIT if given.get("num_classes") == 1 else {}
     defaults = {flag.name: flag.default for flag in flags}
     preset = PRESETS[given.get("preset", defaults["preset"])]
     settings = argparse.Namespace(**(defaults | preset | given))
@@ -69,7 +72,6 @@ def resolve(
             raise ValueError(f"--{name} is empty: a file is needed")
     if settings.update and given.get("save_update"):
         raise ValueError("--save_update writes what a simulated client sends: with --update there is none")
-    settings.num_classes = max(2, settings.num_classes)  # one logit z is the two [0, z], see `network.one_logit`
     if settings.update:
         if not settings.resume:
             settings.defence = given.get("defence")

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from attack.prepare import INITS
 from cli.flags import sides
-from cli.model import local_training, model_options, of_two_classes, parse_names, server_model
+from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
 from client.defences import defend_received
 from client.victim import share_update
 from data import Batch, DataError, load_batch, open_source, parse_indices
+from network.one_logit import has_one_logit
 from network.outside import is_outside, try_batch
 from update.defences import Defences
 from update.shared import SharedUpdate
@@ -45,6 +46,7 @@ def victim(
     shape = tuple(batch.images.shape[1:])
     notes: list[str] = []
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
+    evidence = (AS_TWO_CLASSES,) if has_one_logit(model, shape) else ()
     model = of_two_classes(model, settings, shape)
     if is_outside(settings.model):
         try_batch(model, settings.model, shape, len(batch.images), settings.num_classes)
@@ -61,7 +63,7 @@ def victim(
         defence=settings.defence,
         generator=stream(settings.seed, "defence"),
     )
-    return replace(update, notes=tuple(notes)), model, batch
+    return replace(update, notes=tuple(notes), evidence=evidence), model, batch
 
 
 def save_batch(settings: argparse.Namespace) -> int:

@@ -26,18 +26,12 @@ def has_one_logit(model: nn.Module, image_shape: Sequence[int]) -> bool:
 
 
 def with_two_logits(model: nn.Module) -> nn.Module:
-    """The model, its head with one output replaced in place by one with the outputs [0, z]."""
-    head = Head.of(model)
-    old, name = head.layer, head.weight.removesuffix(".weight")
-    new = nn.Linear(old.in_features, 2, bias=old.bias is not None).to(old.weight)
-    with torch.no_grad():
-        new.weight.copy_(torch.cat([torch.zeros_like(old.weight), old.weight]))
-        if old.bias is not None:
-            new.bias.copy_(torch.cat([torch.zeros_like(old.bias), old.bias]))
-    for own, other in zip(new.parameters(), old.parameters(), strict=True):
-        own.requires_grad_(other.requires_grad)
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
+    """The model, its head of one output changed in place to the outputs [0, z]; the layer stays the same object."""
+    layer = Head.of(model).layer
+    layer.out_features = 2
+    for name, old in list(layer.named_parameters(recurse=False)):
+        whole = torch.cat([torch.zeros_like(old), old]).detach()
+        setattr(layer, name, nn.Parameter(whole, requires_grad=old.requires_grad))
     return model
 
 

@@ -4,9 +4,9 @@ The errors e_i of cross-entropy by the logits sum to zero over the classes, what
 head's gradient, G = (1/B) sum_i e_i h_i^T, and its bias's gradient gamma = (1/B) sum_i e_i. A client with weight decay
 lambda adds lambda W, so then
 
-    sum_k [G, gamma]_k = lambda sum_k [W, b]_k,
+    sum_k G_k = lambda sum_k W_k,
 
-which is one unknown in d + 1 equations. Errors of other losses (squared errors, binary cross-entropy) do not sum to
+which is one unknown in d equations. Errors of other losses (squared errors, binary cross-entropy) do not sum to
 zero. Noise does not either, but noise fills all singular values of G, while a loss of few images leaves most of them
 empty. No softmax error is longer than 2 in the sum of its magnitudes, so sum_k |gamma_k| > 2 shows a gradient that is
 no mean.
@@ -28,7 +28,7 @@ from network.parameters import trainable
 from update.loss import Loss
 from update.training import LocalTraining
 
-UNBALANCED = 3e-3  # share of [G, gamma] beyond which its sum over the classes is no rounding: squared errors leave 0.02
+UNBALANCED = 3e-3  # share of G beyond which its sum over the classes is no rounding: squared errors leave 0.02
 SURE = 8.0  # standard deviations by which a weight decay must differ from zero
 LEFT = 0.5  # share of the sum that a weight decay may leave unexplained
 FILLED = 3.0  # noise leaves G's smallest singular value no smaller than this part of what its columns sum to
@@ -93,7 +93,7 @@ class ClassSums:
     """What the head's gradient sums to over the classes.
 
     Attributes:
-        share: |sum_k [G, gamma]_k| as a share of sum_k |[G, gamma]_k|.
+        share: |sum_k G_k| as a share of sum_k |G_k|.
         decay: the weight decay lambda that explains it, 0 where none does.
         error: standard deviation of `decay`.
         is_other_loss: whether neither decay nor noise explains it: the loss is no cross-entropy.
@@ -116,14 +116,11 @@ def class_sums(gradients: Mapping[str, Tensor], model: nn.Module) -> ClassSums |
     weight, bias = head.among(gradients)
     if weight is None or weight.dim() != 2 or len(weight) < 2:
         return None
-    own, server = [weight], [head.layer.weight]
-    if bias is not None:
-        own, server = [*own, bias[:, None]], [*server, head.layer.bias[:, None]]
-    whole, weights = (torch.cat([t.detach().double().cpu() for t in each], 1) for each in (own, server))  # (K, d + 1)
+    whole, server = (t.detach().double().cpu() for t in (weight, head.layer.weight))  # (K, d)
     size = float(whole.abs().sum(0).norm())
     if not size:
         return None
-    sums, server_sums = whole.sum(0), weights.sum(0)
+    sums, server_sums = whole.sum(0), server.sum(0)
     length = float(server_sums.square().sum())
     decay = float(sums @ server_sums) / length if length else 0.0
     left = sums - decay * server_sums
@@ -257,7 +254,7 @@ def of_entries(gradients: Mapping[str, Tensor], rate: float | None, declared: bo
     if not tensors:
         return []
     found = [] if rate is None else _alike(tensors, rate)
-    for look in (_pruned, _signed, _quantised, _truncated):  # the first explains the others
+    for look in (_pruned, _signed, _truncated, _quantised):  # the first explains the others
         found = found or look(tensors, declared)
     return found
 
