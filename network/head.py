@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from network.kinds import kind_of
+from network.parametrised import INSIDE, is_made
 from network.tracing import stages_if_walked
 
 
@@ -28,7 +29,7 @@ class Head:
         if chain := stages_if_walked(model):
             name = chain[-1].name
         else:
-            name = [name for name, layer in model.named_modules() if [*layer.parameters(recurse=False)]][-1]
+            name = [name for name, layer in model.named_modules() if _has_weights(name, layer)][-1]
         layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear):
             raise ValueError("the model's last layer is not linear")
@@ -37,6 +38,11 @@ class Head:
     def among(self, gradients: Mapping[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         """The head's weight (K, d) and bias (K,) among gradients by parameter name; None for one that is missing."""
         return gradients.get(self.weight), gradients.get(self.bias)
+
+
+def _has_weights(name: str, layer: nn.Module) -> bool:
+    """Whether a module is a layer with parameters, which its weight may be made of."""
+    return bool([*layer.parameters(recurse=False)] or is_made(layer)) and INSIDE not in f".{name}."
 
 
 def features_of(model: nn.Module, images: Tensor) -> Tensor:

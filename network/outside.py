@@ -16,8 +16,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from network.derivatives import make_twice_differentiable
 from network.tracing import verify
-from network.vision import torchvision
+from network.vision import torchvision, with_torchvision
 
 TORCHVISION = "torchvision:"
 OUTSIDE = "torchvision:NAME, FILE.py:FACTORY"  # as they are spelt
@@ -63,6 +64,7 @@ def outside_model(name: str, *, num_classes: int, generator: torch.Generator) ->
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # what a layer gave out stays as it was for whoever keeps it
+    make_twice_differentiable(model)
     return model.to("cpu", torch.float32).eval()
 
 
@@ -114,10 +116,11 @@ def _from_file(name: str) -> Callable[[], object]:
     if not Path(path).is_file():
         raise ValueError(f"--model {name}: no such file: {path}")
     beside = _importing_from(Path(path).resolve().parent)
-    found = getattr(_called(beside(lambda: _executed(Path(path))), name), factory, None)
+    executed = beside(lambda: with_torchvision(lambda: _executed(Path(path))))
+    found = getattr(_called(executed, name), factory, None)
     if not callable(found):
         raise ValueError(f"--model {name}: {path} has no function {factory!r}")
-    return beside(found)
+    return beside(lambda: with_torchvision(found))
 
 
 @contextmanager

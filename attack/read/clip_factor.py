@@ -27,6 +27,7 @@ from attack.read.layer_choice import candidate_layers, order
 from attack.read.peel import first_images
 from attack.read.random_images import SAMPLE, random_features, varies
 from attack.solve.budget import WorkBudget, unlimited
+from network.parametrised import with_weights
 from network.tracing import stages
 from update.defences import Defences
 from update.shared import SharedUpdate
@@ -54,8 +55,9 @@ def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generat
     Raises:
         ValueError: neither the head nor any single image tells the factor.
     """
-    factor, is_exact = _by_head(update, model, generator)
-    if not is_exact and (told := _by_single_images(update, model, generator)):
+    read = dataclasses.replace(update, gradients=with_weights(update.gradients, model))
+    factor, is_exact = _by_head(read, model, generator)
+    if not is_exact and (told := _by_single_images(read, model, generator)):
         factor, is_exact = told, True
     if factor is None or factor < LEAST:
         raise ValueError("neither the head nor any single image tells by how much the update was scaled")
