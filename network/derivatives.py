@@ -1,13 +1,13 @@
 """Functions that torch differentiates once, computed from functions that it differentiates twice.
 
-An attack differentiates a gradient, so every function of a model needs a second derivative. Torch's fused attention and
-hard sigmoid have none. Attention is therefore run step by step (the `MATH` kernel), and hard sigmoid as ReLU6(x + 3) / 6.
+An attack differentiates a gradient, so every function of a model needs a second derivative. Torch's fused attention
+and hard sigmoid have none. Attention is therefore run step by step (the `MATH` kernel), and hard sigmoid as
+ReLU6(x + 3) / 6.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -48,5 +48,5 @@ class _PlainHardsigmoid(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002 (torch's own name)
+def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     return nn.functional.relu6(input + 3) / 6

@@ -88,7 +88,7 @@ class GraphReader:
                 found = self._sum(node) if self._is_sum(node) else self._stages(node)
             except ValueError as error:
                 if not backwards:
-                    raise
+                    raise ValueError(f"the model does not end in a linear layer: {error}") from None
                 part = Unwalked(self.model, str(error), part_of(self.graph, node))
                 backwards.append(Stage(f"all below {backwards[-1].name}", part))
                 break
@@ -263,7 +263,9 @@ def _is_size(node: fx.Node) -> bool:
     name = _called(node)
     if name == "getitem":
         return isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
-    return name in ("size", "len", "dim") or (name == "getattr" and node.args[1] in ("shape", "ndim", "device", "dtype"))
+    return name in ("size", "len", "dim") or (
+        name == "getattr" and node.args[1] in ("shape", "ndim", "device", "dtype")
+    )
 
 
 def _called(node: object) -> str:

@@ -21,7 +21,7 @@ class Head:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Head":
-        """The head of a model: its chain's last stage, or, if it cannot be walked, the layer that was registered last.
+        """The head of a model: its chain's last stage, or, if it has no chain, the layer that was registered last.
 
         Raises:
             ValueError: that layer is not linear.
@@ -71,14 +71,13 @@ def measured_noise(gradients: Mapping[str, Tensor], model: nn.Module) -> float:
     """Standard deviation of the noise in an entry of the gradients, such as a client adds or rounding leaves.
 
     Softmax errors sum to zero over the classes, so the columns of the head's gradient (K, d) do: what they sum to is
-    the noise of K entries. Their mean is left out, since pruning errs to one side. 0 where the head is not linear, or
-    its gradient is missing or a single column. Exact within a few percent for noise and rounding; pruning, whose errors
-    are not independent, comes out as much as nine times too large.
+    the noise of K entries. Their mean is left out, since pruning errs to one side. 0 where the model does not end in a
+    linear head, or its gradient is missing or a single column. Exact within a few percent for noise and rounding;
+    pruning, whose errors are not independent, comes out as much as nine times too large.
     """
-    try:
-        gradient, _ = Head.of(model).among(gradients)
-    except ValueError:
+    if stages_if_walked(model) is None:
         return 0.0
+    gradient, _ = Head.of(model).among(gradients)
     if gradient is None or gradient.shape[1] < 2:
         return 0.0
     return float(gradient.double().sum(0).std()) / len(gradient) ** 0.5

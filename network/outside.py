@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from network.derivatives import make_twice_differentiable
+from network.parametrised import make_copyable
 from network.tracing import verify
 from network.vision import torchvision, with_torchvision
 
@@ -64,6 +65,7 @@ def outside_model(name: str, *, num_classes: int, generator: torch.Generator) ->
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # what a layer gave out stays as it was for whoever keeps it
+    make_copyable(model)
     make_twice_differentiable(model)
     return model.to("cpu", torch.float32).eval()
 

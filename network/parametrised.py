@@ -6,7 +6,7 @@ An update has gradients of g and v, the walk asks for that of W. Both give it, r
     dL/dW_k = dL/dg_k u_k + (|v_k| / g_k) dL/dv_k
 
 Spectral and orthogonal parametrisations leave a part of dL/dW out of their parameters' gradients, and have no such
-formula: layers with them are run and walked through, and not read.
+formula: such layers are run, and their outputs give equations, but their gradients are not read.
 """
 
 from collections.abc import Mapping
@@ -34,6 +34,29 @@ def with_weights(gradients: Mapping[str, Tensor], model: nn.Module) -> dict[str,
 def is_made(layer: nn.Module) -> bool:
     """Whether a layer's weight is made of other parameters."""
     return "weight" not in layer._parameters and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def why_no_gradient(layer: nn.Module) -> str:
+    """Why an update does not tell the gradient of a layer's weight, whose parameters it has; empty where it does."""
+    if not is_made(layer) or _normalised(layer):
+        return ""
+    how = "another way than weight normalisation"
+    if parametrize.is_parametrized(layer, "weight"):
+        how = " and ".join(type(step).__name__.lstrip("_") for step in layer.parametrizations.weight)
+    return f"its weight is made of other parameters ({how}), whose gradients leave out a part of the weight's"
+
+
+def make_copyable(model: nn.Module) -> None:
+    """Let layers whose weight a hook makes at each call keep it without its graph, which copies cannot be made of."""
+
+    def let_go(layer: nn.Module, inputs: object, output: object) -> None:
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                vars(layer)[name] = value.detach()
+
+    for layer in model.modules():
+        if is_made(layer) and not parametrize.is_parametrized(layer):
+            layer.register_forward_hook(let_go)
 
 
 def _normalised(layer: nn.Module) -> list[tuple[str, str, int | None]]:

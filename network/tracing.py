@@ -56,7 +56,7 @@ def why_not_walked(model: nn.Module) -> str:
         parts = [stage for stage in stages(model) if isinstance(stage.module, Unwalked)]
     except ValueError as error:
         return str(error)
-    return f"{parts[0].name}: {parts[0].module.reason}" if parts else ""
+    return f"{parts[0].name} ({parts[0].module.reason})" if parts else ""
 
 
 @torch.no_grad()

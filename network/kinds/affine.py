@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from network.kinds.kind import Kind, Shape
+from network.parametrised import why_no_gradient
 
 
 class Affine(Kind):
@@ -35,7 +36,7 @@ class Affine(Kind):
 
     def equations(self, module: nn.Module, known_outputs: int) -> int:
         """Equations for the layer's inputs: a row for each entry of its gradient, and one for each known output."""
-        return module.weight.numel() + known_outputs
+        return known_outputs + (0 if why_no_gradient(module) else module.weight.numel())
 
     def gives_weight_gradients(self, module: nn.Module) -> bool:
         """Of torch's own layers, grouped convolutions among them, as long as they pad with zeros."""

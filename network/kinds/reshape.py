@@ -132,7 +132,15 @@ def nothing(*_: object, **__: object) -> list[nn.Module]:
     return []
 
 
-DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+DROPOUTS = (
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_dropout",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+)
 NOTHING = ("contiguous", "clone", "to", "float", "type_as", "positive", "alias", "requires_grad")
 Reshape.calls = {
     "flatten": flatten,
