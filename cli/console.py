@@ -22,13 +22,16 @@ from judge.run_directory import RunDirectory
 from judge.tables import aligned, markdown, write_csv
 from judge.verdict import NAMES
 from network.chain import first_layer
-from network.tracing import stages
+from network.head import Head
+from network.parametrised import why_no_gradient
+from network.tracing import stages, why_not_walked
 from schedules import Schedule
 from update.shared import SharedUpdate
 from update.training import use_batch_statistics
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
+STILL_ATTACKED = "such a model can still be attacked: the attack loop matches the gradient of all of it"
 
 
 class Progress(tqdm):
@@ -143,11 +146,10 @@ def _beside(stem: Path, ending: str) -> Path:
 
 def _why_not_walked(model: nn.Module) -> str:
     """What in the model keeps its layers from being asked one by one; empty where nothing does."""
-    try:
-        stages(model)
-    except ValueError as error:
-        return f", the model cannot be taken apart: {error}"
-    return ""
+    if reason := why_not_walked(model):
+        return f", the model cannot be taken apart: {reason}"
+    reason = why_no_gradient(Head.of(model).layer)
+    return f", the head is not read: {reason}" if reason else ""
 
 
 def show_leaks(settings: argparse.Namespace) -> int:
@@ -168,7 +170,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"{title}: which layers give their inputs away, image by image?")
         print(f"the model cannot be taken apart: {error}")
-        print("no layer's inputs are to be expected exactly: only the attack loop is left")
+        print(f"no layer's inputs are to be expected exactly, yet {STILL_ATTACKED}")
         return 0
     rows = explain(chain, shape, settings.batch_size)
     name = Path(settings.model).name.replace(":", "_")
@@ -184,6 +186,8 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print(f"the deepest inputs to be expected exactly: the inputs of {deepest}")
     else:
         print("no layer's inputs are to be expected exactly: only the attack loop is left")
+    if reason := why_not_walked(model):
+        print(f"run as a whole: {reason}; {STILL_ATTACKED}")
     print(f"table and picture: {stem}.csv, .md, .png")
     return 0
 

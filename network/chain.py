@@ -1,9 +1,10 @@
 """A model as a chain of stages: the one place that says in which order its layers are applied.
 
 A chain takes images (B, C, H, W) to logits (B, K). Its stages are torch modules and `Residual`, two chains side by side
-whose outputs add up; the last stage is the linear head. What is true of a kind of module stands in `network.kinds`. A
-stage is named as its module is in the model, so `name + ".weight"` is the name of its parameter and of its gradient.
-Stages without parameters have a name to be shown and no more. `tracing` makes a model's chain.
+whose outputs add up; the last stage is the linear head. The first may be `Unwalked`, a part of the model that is only
+run. What is true of a kind of module stands in `network.kinds`. A stage is named as its module is in the model, so
+`name + ".weight"` is the name of its parameter and of its gradient. Stages without parameters have a name to be shown
+and no more. `tracing` makes a model's chain.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from network.kinds import kind_of
 from network.stage import Chain, Residual, Stage
+from network.unwalked import Unwalked
 
 
 def index_of(chain: Chain, name: str) -> int:
@@ -51,12 +53,19 @@ def below_norms(chain: Chain) -> list[str]:
 
 
 def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What the stages apply, those inside residual stages too, in the order in which they are applied."""
+    """What the stages apply, those inside residual and opaque stages too, in the order in which they are applied."""
     for stage in chain:
         if isinstance(stage.module, Residual):
             yield from modules([*stage.module.body, *stage.module.shortcut])
+        elif isinstance(stage.module, Unwalked):
+            yield from stage.module.layers()
         else:
             yield stage.module
+
+
+def is_walked(chain: Chain) -> bool:
+    """Whether all of a model is in its chain, and no part of it is run as a whole."""
+    return not any(isinstance(stage.module, Unwalked) for stage in chain)
 
 
 def unmixed_from(chain: Chain) -> int:
@@ -130,7 +139,8 @@ class Layer:
     @property
     def positions(self) -> int:
         """P."""
-        return math.prod(self.output_shape[1:])
+        is_linear = isinstance(self.module, nn.Linear)  # the channels of a linear layer on tokens come last
+        return math.prod(self.output_shape[:-1] if is_linear else self.output_shape[1:])
 
     @property
     def channels_out(self) -> int:
@@ -165,4 +175,6 @@ def _measure(chain: Chain, x: Tensor, found: list[Layer]) -> Tensor:
 
 def _blank(chain: Chain, image_shape: Sequence[int]) -> Tensor:
     """Two images: BatchNorm in training mode asks for more than one value per channel."""
-    return next(parametrised(chain)).module.weight.new_zeros(2, *image_shape)
+    layers = (module for module in modules(chain) if isinstance(module, nn.Module))
+    tensors = (t for layer in layers for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point())
+    return next(tensors, torch.zeros(())).new_zeros(2, *image_shape)

@@ -44,15 +44,15 @@ def normalised(model: nn.Module, channels: int, mean: Sequence[float] | None, st
     if hasattr(model, NAME):
         raise ValueError(f"the model has a {NAME!r} of its own: leave --mean and --std out")
     layer = Normalise(_each("mean", mean or [0.0], channels), _each("std", std or [1.0], channels))
-    model.add_module(NAME, layer)
+    vars(model)[NAME] = layer  # no module of the model: a container, nn.Sequential say, would call it once more, last
     model.register_forward_pre_hook(lambda module, inputs: (normalisation(module)(inputs[0]), *inputs[1:]))
     return model
 
 
 def normalisation(model: nn.Module) -> Normalise | None:
-    """The layer that `normalised` has put in front of the model."""
-    layer = getattr(model, NAME, None)
-    return layer if isinstance(layer, Normalise) else None
+    """The layer that `normalised` has put in front of the model, where the model is and in its dtype."""
+    layer = vars(model).get(NAME)
+    return layer.to(next(model.parameters())) if isinstance(layer, Normalise) else None
 
 
 def _each(name: str, values: Sequence[float], channels: int) -> list[float]:

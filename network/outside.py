@@ -18,8 +18,10 @@ from types import FrameType, ModuleType
 import torch
 from torch import Tensor, nn
 
+from network.derivatives import make_twice_differentiable
+from network.parametrised import make_copyable
 from network.tracing import verify
-from network.vision import torchvision
+from network.vision import torchvision, with_torchvision
 
 TORCHVISION = "torchvision:"
 OUTSIDE = "torchvision:NAME, FILE.py:FACTORY"  # as they are spelt
@@ -68,6 +70,8 @@ def outside_model(name: str, *, num_classes: int, generator: torch.Generator) ->
             module.inplace = False  # what a layer gave out stays as it was for whoever keeps it
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError(f"{name} has weights on the meta device, which have no values: load them first")
+    make_copyable(model)
+    make_twice_differentiable(model)
     with _blamed(f"{name} cannot be brought to the CPU:"):
         return model.to("cpu", torch.float32).eval()
 
@@ -134,10 +138,11 @@ def _from_file(name: str) -> Callable[[], object]:
     if not Path(path).is_file():
         raise ValueError(f"--model {name}: no such file: {path}")
     beside = _importing_from(Path(path).resolve().parent)
-    found = getattr(_called(beside(lambda: _executed(Path(path))), name), factory, None)
+    executed = beside(lambda: with_torchvision(lambda: _executed(Path(path))))
+    found = getattr(_called(executed, name), factory, None)
     if not callable(found):
         raise ValueError(f"--model {name}: {path} has no function {factory!r}")
-    return beside(found)
+    return beside(lambda: with_torchvision(found))
 
 
 @contextmanager

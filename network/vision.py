@@ -8,7 +8,9 @@ when that import has failed.
 
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +18,7 @@ _MISSING = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+T = TypeVar("T")
 _declared: list[torch.library.Library] = []  # a declaration lives as long as its Library
 
 
@@ -24,7 +27,7 @@ def torchvision() -> ModuleType:
     try:
         return _import()
     except RuntimeError as error:
-        if "torchvision::" not in str(error):
+        if not _is_of_operators(error):
             raise
     for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
         del sys.modules[name]  # half imported
@@ -33,6 +36,26 @@ def torchvision() -> ModuleType:
         library.define(schema)
     _declared.append(library)
     return _import()
+
+
+def with_torchvision(function: Callable[[], T]) -> T:
+    """What a function returns that may import torchvision, or a library such as timm that does, by itself."""
+    try:
+        return function()
+    except Exception as error:
+        if not _is_of_operators(error):
+            raise
+    torchvision()
+    return function()
+
+
+def _is_of_operators(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, is of torchvision's operators."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and "torchvision::" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _import() -> ModuleType:

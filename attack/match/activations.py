@@ -32,7 +32,7 @@ from attack.match.gradients import Matching
 from attack.match.phases import MEASURED_AT, UNITS, Course, Phase, is_pooled, phases_for
 from attack.match.softening import softened
 from attack.match.strided import quickened
-from network.chain import first_layer, input_shapes, parametrised
+from network.chain import first_layer, input_shapes, is_walked, parametrised
 from network.kinds import kind_of
 from network.stage import Chain, run
 from update.loss import CROSS_ENTROPY, Loss
@@ -77,7 +77,12 @@ DROWNED = 4.25
 
 
 def says_enough(chain: Chain, image_shape: Sequence[int], inputs: Tensor) -> bool:
-    """Whether known outputs (N, ...) of this chain can take the gradient's place."""
+    """Whether known outputs (N, ...) of this chain can take the gradient's place.
+
+    Gradients cannot be added to activations behind a part of the model that is run as a whole: these alone must do.
+    """
+    if not is_walked(chain):
+        return int(inputs.count_nonzero()) >= PLENTY * len(inputs) * math.prod(image_shape)
     return not is_pooled(chain) or int(inputs.count_nonzero()) >= SCARCE * len(inputs) * math.prod(image_shape)
 
 
@@ -182,15 +187,17 @@ def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_A
     The course's weights of the prior are the measured weights times `prior_weight` / MEASURED_AT.
 
     Soft kinks change the activations more from layer to layer: eight layers of VGG multiply the error of grey images by
-    a million. Phases in which this change drowns the images' own part are left out.
+    a million. Phases in which this change drowns the images' own part are left out; where it drowns it in all phases,
+    the last one goes without softening.
     """
 
     def is_heard(phase: Phase) -> bool:
         activations, _ = loss(loss.grey, softened(loss.chain, phase.hardness, loss.grey))
         return float(activations.detach()) < DROWNED
 
-    scale = prior_weight / MEASURED_AT
-    return Course(tuple(filter(is_heard, phases_for(chain))), least=NOISE_FLOOR * loss.uncertainty**2, scale=scale)
+    scale, phases = prior_weight / MEASURED_AT, phases_for(chain)
+    heard = tuple(filter(is_heard, phases)) or (replace(phases[-1], hardness=math.inf),)
+    return Course(heard, least=NOISE_FLOOR * loss.uncertainty**2, scale=scale)
 
 
 def spectral_power_for(chain: Chain) -> float:

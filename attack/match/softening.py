@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.match.gradients import Matching, MatchingLoss
-from network.chain import modules
+from network.chain import is_walked, modules
 from network.kinds import kind_of
 from network.stage import Chain, Residual, Stage, run
 from network.tracing import stages_if_walked
@@ -103,6 +103,8 @@ class SoftenedMatching:
 
 
 def kinked_chain(model: nn.Module) -> Chain | None:
-    """The stages of a model that has kinks; None if the model has no kinks, or no chain."""
+    """The stages of a model that has kinks; None if the model has no kinks, or cannot be walked down to its images."""
     chain = stages_if_walked(model) or ()
+    if not is_walked(chain):
+        return None
     return chain if any(kind_of(module).has_kink for module in modules(chain)) else None

@@ -13,6 +13,7 @@ from attack.optimise.budget import Budget, Optimiser
 from update import checked
 
 CERTAIN_LOGIT = 100.0  # the logit of a known label, so far above the others that softmax is one-hot in float64 too
+NOT_TWICE = ("is not implemented", "differentiate twice")  # torch's words where a function has no second derivative
 MAX_SETBACKS = 3  # number of times that the attack returns to the best iterate after a non-finite loss
 
 
@@ -160,9 +161,17 @@ class AttackState:
         return min(self._whole_step, max_evals // self.copies - 1)
 
     def backward(self, loss: Tensor) -> None:
-        """Put the gradient of `loss` into the variables' `grad`; a signed optimiser gets the images' signs alone."""
-        # zeros for known images and labels
-        gradients = torch.autograd.grad(loss, self.variables, materialize_grads=True)
+        """Put the gradient of `loss` into the variables' `grad`; a signed optimiser gets the images' signs alone.
+
+        Raises:
+            ValueError: the model holds a function that has no second derivative.
+        """
+        try:  # zeros for known images and labels
+            gradients = torch.autograd.grad(loss, self.variables, materialize_grads=True)
+        except RuntimeError as error:
+            if not any(words in str(error) for words in NOT_TWICE):
+                raise
+            raise ValueError(f"the model cannot be differentiated twice, as the attack needs: {error}") from None
         for variable, gradient in zip(self.variables, gradients, strict=True):
             variable.grad = gradient.contiguous()
         if self.optimiser.signed:

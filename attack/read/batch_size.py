@@ -17,6 +17,7 @@ from attack.read.span import span_of
 from attack.solve.rounding import precision_of
 from network.head import Head
 from network.kinds.affine import Geometry
+from network.parametrised import with_weights
 from network.tracing import stages
 
 GAP = 20.0  # ratio of neighbouring singular values that may end a rank: rounding alone leaves 30 and more
@@ -28,10 +29,14 @@ def count_images(gradients: Mapping[str, Tensor], model: nn.Module, image_shape:
     Raises:
         ValueError: no layer's gradient tells.
     """
-    head = Head.of(model)
+    try:
+        head = Head.of(model)
+    except ValueError as error:
+        raise ValueError(f"the batch size cannot be read off this model: set --batch_size ({error})") from None
+    gradients = with_weights(gradients, model)
     try:
         found = [(p.name, p.geometry) for p in candidate_layers(stages(model), tuple(image_shape), gradients)]
-    except ValueError:  # what cannot be walked still has a head
+    except ValueError:  # what has no chain may still have a head
         found = [(head.weight.removesuffix(".weight"), Geometry.of(head.layer, (head.layer.in_features,)))]
     found = [place for place in found if f"{place[0]}.weight" in gradients]
     for _, group in itertools.groupby(sorted(found, key=_positions), key=_positions):

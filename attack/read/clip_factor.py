@@ -27,6 +27,7 @@ from attack.read.layer_choice import candidate_layers, order
 from attack.read.peel import first_images
 from attack.read.random_images import SAMPLE, random_features, varies
 from attack.solve.budget import WorkBudget, unlimited
+from network.parametrised import with_weights
 from network.tracing import stages
 from update.defences import Defences
 from update.shared import SharedUpdate
@@ -68,8 +69,9 @@ def scale_of(update: SharedUpdate, model: nn.Module, generator: torch.Generator)
     Raises:
         ValueError: neither the head nor any single image tells the factor.
     """
-    factor, is_exact = _by_head(update, model, generator)
-    if not is_exact and (told := by_single_images(update, model, generator)):
+    read = dataclasses.replace(update, gradients=with_weights(update.gradients, model))
+    factor, is_exact = _by_head(read, model, generator)
+    if not is_exact and (told := by_single_images(read, model, generator)):
         factor, is_exact = told, True
     if not factor:
         raise ValueError("neither the head nor any single image tells by how much the update was scaled")

@@ -24,6 +24,7 @@ from attack.walk.equations import ENOUGH
 from network.chain import Layer, input_shapes, measured, parametrised
 from network.kinds import kind_of
 from network.kinds.affine import is_spanned
+from network.parametrised import why_no_gradient
 from network.stage import Chain, Residual
 
 
@@ -48,25 +49,27 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
 
     Columns: layer, input_shape, positions (P), rank_bound (B P), rank_room (min(c_out, c_in k^2)), spanned, equations
     and unknowns of the step down to this layer's input, determined, known (its inputs are to be expected), deepest (the
-    lowest of these) and reason (why the step down cannot be taken, in words).
+    lowest of these) and reason (why the step down cannot be taken, or the layer's gradient not be read, in words).
     """
     layers = {layer.name: layer for layer in measured(chain, image_shape)}
     forecast = _Forecast(layers, batch_size)
     steps, _ = forecast.steps(chain, Told(0.0), tuple(image_shape))
     like = next(iter(layers.values())).module.weight.new_zeros(1)
     asked = order(candidate_layers(chain, tuple(image_shape), {}), batch_size, like)
-    asked = {layer.name for layer in asked if layer.geometry.overlaps}
+    asked = {layer.name for layer in asked if layer.geometry.overlaps and not why_no_gradient(layer.layer)}
     rows = [_row(layer, steps[name], batch_size) for name, layer in layers.items()]
     is_known = False
     for row in reversed(rows):  # from the head down
         is_known = row["layer"] in asked or (is_known and row["determined"])
         row["known"] = is_known
     deepest = next((row["layer"] for row in rows if row["known"]), None)
-    return [{**row, "deepest": row["layer"] == deepest, "reason": steps[row["layer"]].reason} for row in rows]
+    reasons = {name: steps[name].reason or why_no_gradient(layer.module) for name, layer in layers.items()}
+    return [{**row, "deepest": row["layer"] == deepest, "reason": reasons[row["layer"]]} for row in rows]
 
 
 def _row(layer: Layer, step: Step, batch_size: int) -> dict:
-    is_readable = not kind_of(layer.module).why_not(layer.module, layer.input_shape, layer.output_shape)
+    is_known = not kind_of(layer.module).why_not(layer.module, layer.input_shape, layer.output_shape)
+    is_readable = is_known and not why_no_gradient(layer.module)
     return {
         "layer": layer.name,
         "input_shape": layer.input_shape,

@@ -33,7 +33,8 @@ from attack.walk.walk import BatchGradients, Descent, descend
 from network.chain import index_of, input_shapes, parametrised
 from network.head import Head, measured_noise
 from network.kinds import kind_of
-from network.stage import Chain, Residual, Stage, run
+from network.parametrised import with_weights
+from network.stage import Chain, Stage, run
 from network.tracing import stages
 from update.shared import SharedUpdate
 
@@ -104,6 +105,7 @@ def read_layers(
     if update.is_rescaled:  # its images' errors have other lengths than the equations give them
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
     budget = WorkBudget(READING_WORK, deadline=time.perf_counter() + max_seconds, tick=tick)
+    update = replace(update, gradients=with_weights(update.gradients, model))
     return _Reader(update, model, generator, budget).read()
 
 
@@ -352,10 +354,9 @@ class _Reader:
         if name in self.rows:
             return name
         index = index_of(self.chain, name)
-        if isinstance(self.chain[index].module, Residual):
-            return next(parametrised([self.chain[index]])).name
         below = [stage.name for stage in parametrised(self.chain[:index])]
-        return below[-1] if below else None
+        inside = [stage.name for stage in parametrised([self.chain[index]])]  # of a block; none where it has no layers
+        return next(iter(inside + below[-1:]), None)
 
     def _why_not(self) -> str:
         """In a line, what came of each layer that was asked, and how many were not worth asking."""

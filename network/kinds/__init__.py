@@ -16,6 +16,8 @@ from network.kinds.relu6 import ReLU6
 from network.kinds.reshape import Reshape
 from network.kinds.residual import ResidualKind
 from network.kinds.saturating import Sigmoid, Tanh
+from network.kinds.scaling import ScalingKind
+from network.kinds.unwalked import UnwalkedKind
 from network.known_outputs import KnownOutputs, UndeterminedError
 
 KINDS: Sequence[Kind] = (
@@ -32,6 +34,8 @@ KINDS: Sequence[Kind] = (
     AveragePool(),
     Reshape(),
     ResidualKind(),
+    ScalingKind(),
+    UnwalkedKind(),
     *OPAQUE,
 )
 UNKNOWN = Kind()  # of any other module

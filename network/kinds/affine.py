@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from network.kinds.kind import Kind, Shape
+from network.parametrised import why_no_gradient
 
 
 class Affine(Kind):
@@ -22,8 +23,8 @@ class Affine(Kind):
     def why_not(self, module: nn.Module, inputs: Shape = (), outputs: Shape = ()) -> str:
         """Why no equations of this layer are known; empty of a linear layer and a plain convolution."""
         if isinstance(module, nn.Linear):
-            return ""
-        if type(module) is not nn.Conv2d:
+            return "" if len(inputs) < 2 else "a linear layer that is applied to several tokens of an image"
+        if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
             return f"{type(module).__name__} is neither a linear layer nor a 2-d convolution"
         if module.groups != 1:
             return f"a convolution in {module.groups} groups: only one group can be read"
@@ -35,10 +36,12 @@ class Affine(Kind):
 
     def equations(self, module: nn.Module, known_outputs: int) -> int:
         """Equations for the layer's inputs: a row for each entry of its gradient, and one for each known output."""
-        return module.weight.numel() + known_outputs
+        return known_outputs + (0 if why_no_gradient(module) else module.weight.numel())
 
     def gives_weight_gradients(self, module: nn.Module) -> bool:
         """Of torch's own layers, grouped convolutions among them, as long as they pad with zeros."""
+        if "weight" not in module._parameters:  # a hook makes it anew at each call, as torch's older weight_norm does
+            return False
         if type(module) is nn.Linear:
             return True
         return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
@@ -46,6 +49,7 @@ class Affine(Kind):
     def weight_gradients(self, module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """delta a^T, summed over images and positions; and delta."""
         if isinstance(module, nn.Linear):
+            delta, inputs = delta.flatten(0, -2), inputs.flatten(0, -2)  # of tokens too
             return delta.T @ inputs, delta.sum(0)
         how = (module.stride, module.padding, module.dilation, module.groups)
         return nn.grad.conv2d_weight(inputs, module.weight.shape, delta, *how), delta.sum((0, 2, 3))
@@ -176,7 +180,7 @@ class LinearMap:
         Raises:
             ValueError: neither a linear layer nor a plain convolution.
         """
-        if reason := AFFINE.why_not(module):
+        if reason := AFFINE.why_not(module, input_shape):
             raise ValueError(reason)
         weight = module.weight.detach()
         if isinstance(module, nn.Linear):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from network.kinds import KINDS, kind_of, pulled_below, share_below
+from network.kinds import KINDS, UNKNOWN, called, kind_of, pulled_below, share_below
 from network.kinds.pool import SoftMaximum
+from network.kinds.scaling import scaling
 from network.known_outputs import KnownOutputs, UndeterminedError
 
 ACTIVATIONS = [
@@ -81,6 +82,38 @@ def test_layers_that_only_reshape_pass_everything(module):
     assert torch.equal(found.values, z)
     assert torch.equal(found.delta, expected)
     assert found.known.all()
+
+
+CONSTANT = torch.tensor([0.5, 0.0, -2.0], dtype=torch.float64).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "div", "rsub"])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_a_constant_is_undone_wherever_it_does_not_multiply_by_zero(name, is_first):
+    if name == "div" and is_first:
+        with pytest.raises(LookupError):
+            scaling(name, CONSTANT, is_first=is_first)
+        return
+    c = CONSTANT + 4 * (name == "div")
+    module, z = scaling(name, c, is_first=is_first), double(2, 3, 4, 4)
+    operation = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div, "rsub": torch.rsub}[name]
+    assert torch.equal(module(z), operation(c, z) if is_first else operation(z, c))
+    found, expected = passed(module, z)
+    alive = (c != 0).expand_as(z) if name == "mul" else torch.ones_like(z, dtype=torch.bool)
+    assert torch.equal(found.known, alive)
+    assert torch.allclose(found.values[alive], z[alive])
+    assert torch.allclose(found.delta, expected)
+    inverted = kind_of(module).inverted(module, module(z), z.shape[1:])
+    assert inverted is None if name == "mul" else torch.allclose(inverted, z)
+
+
+def test_a_hard_sigmoid_is_a_shifted_relu6():
+    z = double(4, 5)
+    for module in (stages := called("hardsigmoid", (), {})):
+        assert kind_of(module) is not UNKNOWN
+        z = module(z)
+    assert len(stages) == 3
+    assert torch.allclose(z, nn.functional.hardsigmoid(double(4, 5)))
 
 
 def test_a_relu_tells_what_is_active_and_no_more():

@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from network.chain import measured
+from network.chain import measured, parametrised, unmixed_from
 from network.head import Head, feature_range, features_of
 from network.kinds import kind_of
 from network.normalise import normalised
 from network.outside import outside_model, try_out
 from network.stage import Residual, run
-from network.tracing import stages, verify
+from network.tracing import stages, verify, why_not_walked
+from network.unwalked import Unwalked
 from update.gradients import gradient_and_part
 
 LAYERS = {
@@ -100,51 +102,183 @@ def test_the_branch_with_more_layers_is_the_body():
     assert [stage.name for stage in block.module.shortcut] == ["conv", "bn"]
 
 
-NOT_WALKED = {
-    "function cat": lambda m, x: m.head(m.fc(torch.cat([functional.max_pool2d(m.conv(x), 2).flatten(1)], 1))),
-    "function mul": lambda m, x: plain(m, x * 2),
-    "function mul_1": lambda m, x: plain(m, torch.mul(x.mul(1), 2)),
-    "function add": lambda m, x: plain(m, m.conv.weight[:1] + x),
-    "function softmax": lambda m, x: plain(m, x.softmax(1)),
-    "function view": lambda m, x: m.head(m.fc(functional.max_pool2d(m.conv(x), 2).view(3, -1))),
-    "function dropout": lambda m, x: plain(m, functional.dropout(x)),
-    "cannot be traced": lambda m, x: plain(m, x) if x.sum() > 0 else x,
-    "puts out a tuple": lambda m, x: (plain(m, x), x),
-    "is not linear": lambda m, x: plain(m, x).relu(),
+OPAQUE_BELOW = {  # by what is said of it: a forward pass, and the stages that are walked above the opaque one
+    "torch.cat joins": (lambda m, x: m.head(m.fc(torch.cat([pooled(m, x)], 1)).relu()), ["fc", "head"]),
+    "multiplied, as by a gate": (lambda m, x: m.head(m.fc(gated(m.conv(x)).relu().flatten(1))), ["fc", "head"]),
+    "weight is used twice": (lambda m, x: m.head(m.fc(pooled(m, x) * m.fc.weight[0])), ["head"]),
+    "a softmax mixes": (lambda m, x: plain(m, x.softmax(1)), None),
+    "another shape than one for each": (lambda m, x: m.head(m.fc(pooled(m, x).view(3, -1))), ["fc", "head"]),
+    "dropout is switched on": (lambda m, x: plain(m, functional.dropout(x)), None),
+    "function sin is no stage": (lambda m, x: m.head(m.fc(pooled(m, x)).sin()), ["head"]),
+    "order (permute)": (lambda m, x: m.head(m.fc(pooled(m, x.permute(0, 1, 3, 2)))), None),
+    "only a part": (lambda m, x: m.head(m.fc(pooled(m, x))[:, :12].relu()), ["head"]),
 }
 
 
-@pytest.mark.parametrize("word", NOT_WALKED)
-def test_the_reason_names_the_node(word):
-    model = net(NOT_WALKED[word])
+def pooled(m, x):
+    return functional.max_pool2d(m.conv(x), 2).flatten(1)
+
+
+def gated(x):
+    return functional.max_pool2d(x * x.mean((2, 3), keepdim=True).sigmoid(), 2)
+
+
+@pytest.mark.parametrize("word", OPAQUE_BELOW)
+def test_what_cannot_be_walked_is_one_stage_below_all_that_can(word):
+    compute, above = OPAQUE_BELOW[word]
+    model = net(compute)
+    chain = stages(model)
+    assert isinstance(chain[0].module, Unwalked)
+    assert word in chain[0].module.reason
+    assert word in why_not_walked(model)
+    if above:
+        assert [stage.name for stage in parametrised(chain)] == above
+    if "dropout" in word:
+        return
+    assert torch.allclose(run(chain, images()), model(images()), atol=1e-6)
+    twin = copy.deepcopy(model).double()  # a copy's chain is of the copy's own layers
+    twin.conv.weight.data *= 2
+    assert torch.allclose(run(stages(twin), images().double()), twin(images().double()))
+    assert Head.of(model).layer is model.head
+
+
+def test_gradients_pass_through_an_opaque_stage_twice():
+    model = net(lambda m, x: m.head(m.fc(torch.cat([functional.hardsigmoid(m.conv(x))], 1)[:, :, ::2, ::2].flatten(1))))
+    x = images().requires_grad_()
+    (first,) = torch.autograd.grad(run(stages(model), x).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), x)[0].any()
+
+
+HEADLESS = {
+    "puts out a tuple": lambda m, x: (plain(m, x), x),
+    "is not linear": lambda m, x: plain(m, x).relu(),
+    "the softmax is taken twice": lambda m, x: plain(m, x).softmax(1),
+    "does not end in a linear layer": lambda m, x: torch.cat([plain(m, x), plain(m, x)], 1),
+    "cannot be traced": lambda m, x: plain(m, x) if x.sum() > 0 else x,
+}
+
+
+@pytest.mark.parametrize("word", HEADLESS)
+def test_a_model_without_a_head_at_its_end_has_no_chain(word):
+    model = net(HEADLESS[word])
     for _ in range(2):  # asked again, it says the same
-        with pytest.raises(ValueError, match=word.replace(".", r"\.")):
+        with pytest.raises(ValueError, match=word):
             stages(model)
+    assert word in why_not_walked(model)
     if "tuple" not in word:
-        assert Head.of(model).layer is model.head  # the loop still knows its last layer
         assert feature_range(model) == (-float("inf"), float("inf"))
 
 
-def test_batch_statistics_are_not_walked():
-    model = net(plain, bn=lambda: nn.BatchNorm2d(6, track_running_stats=False))
-    with pytest.raises(ValueError, match="bn has no running statistics"):
-        stages(model)
+UNCHANGED = {
+    "log_softmax": lambda m, x: functional.log_softmax(plain(m, x), dim=1),
+    "method": lambda m, x: plain(m, x).log_softmax(-1),
+    "log of softmax": lambda m, x: torch.log(plain(m, x).softmax(dim=-1)),
+    "view behind": lambda m, x: plain(m, x).flatten(1).contiguous().log_softmax(1),
+    "module": lambda m, x: m.last(m.idle(plain(m, x))),
+}
 
 
-def test_a_graph_that_is_not_what_is_computed_is_not_walked():
-    def aliased(m, x):
-        x = m.conv(x)
-        kept = x
-        x += m.bn(x)  # kept is now the sum, and the graph does not show it
-        return m.head(m.fc(functional.max_pool2d(x + kept, 2).flatten(1)))
-
-    model = net(aliased)
+@pytest.mark.parametrize("name", UNCHANGED)
+def test_a_log_softmax_in_the_end_is_left_out(name):
+    model = net(UNCHANGED[name], last=lambda: nn.LogSoftmax(dim=1), idle=lambda: nn.Dropout())
     verify(model, images())
-    with pytest.raises(ValueError, match="not what it computes"):
-        stages(model)
+    assert stages(model)[-1].module is model.head
+    assert torch.allclose(run(stages(model), images()).log_softmax(1), model(images()), atol=1e-6)
+
+
+def test_a_softmax_over_the_images_is_not_left_out():
+    with pytest.raises(ValueError, match="log_softmax is no stage"):
+        stages(net(lambda m, x: plain(m, x).log_softmax(0)))
+
+
+SCALED = {
+    "numbers": lambda m, x: (x - 0.5) / 0.25,
+    "buffers": lambda m, x: (x - m.mean[None, :, None, None]) / m.std.view(-1, 1, 1),
+    "methods": lambda m, x: x.sub(m.mean.view(1, 3, 1, 1)).div_(0.3),
+    "to both ends": lambda m, x: 2 * x - 1,
+    "from above": lambda m, x: 1 - x,
+    "constants": lambda m, x: torch.sub(x, torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) * 4,
+    "parameter": lambda m, x: x + m.shift,
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_normalisation_in_the_forward_pass_is_walked_through(name):
+    model = net(lambda m, x: plain(m, SCALED[name](m, x)))
+    model.register_buffer("mean", torch.tensor([0.4, 0.5, 0.6]))
+    model.register_buffer("std", torch.tensor([0.2, 0.3, 0.4]))
+    model.shift = nn.Parameter(torch.rand(3, 8, 8))
+    verify(model, images())
+    assert not why_not_walked(model)
+    model.std.copy_(torch.tensor([0.5, 0.6, 0.7]))  # as --weights does once the model has been read
+    twin, x = copy.deepcopy(model).double(), images().double()
+    chain = stages(twin)
+    assert torch.equal(run(chain, x), twin(x))
+    first = next(i for i, stage in enumerate(chain) if stage.name == "conv")
+    y = run(chain[:first], x)
+    for stage in reversed(chain[:first]):
+        y = kind_of(stage.module).inverted(stage.module, y, x.shape[1:])
+    assert torch.allclose(y, x)
+
+
+def test_a_constant_that_makes_more_channels_is_not_inverted():
+    model = net(lambda m, x: plain(m, x[:, :1] + torch.ones(3, 1, 1)))
+    (stage,) = [stage for stage in stages(model) if stage.name.startswith("add")]
+    assert "more entries" in kind_of(stage.module).why_not(stage.module, (1, 8, 8), (3, 8, 8))
+
+
+IDLE = {
+    "dropouts": lambda m, x: m.quiet(m.dropped(x)),
+    "calls": lambda m, x: functional.dropout2d(x.contiguous().clone(), training=m.training),
+    "shapes": lambda m, x: x.unsqueeze(2).squeeze(2).view(x.size(0), 3, 8, 8).to(torch.float32),
+    "view of sizes": lambda m, x: x.reshape(-1, 3, 64).unflatten(2, (8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_what_changes_nothing_does_not_stop_the_walk(name):
+    model = net(
+        lambda m, x: plain(m, IDLE[name](m, x)), quiet=lambda: nn.AlphaDropout(), dropped=lambda: nn.Dropout2d()
+    )
+    assert not why_not_walked(model)
+    chain = stages(model)
+    assert all(kind_of(stage.module).is_reshape for stage in chain[: [s.name for s in chain].index("conv")])
+    assert torch.equal(run(chain, images()), model(images()))
+
+
+def test_batch_statistics_are_not_walked_and_those_of_one_image_mix_nothing():
+    model = net(plain, bn=lambda: nn.BatchNorm2d(6, track_running_stats=False))
+    assert "bn has no running statistics" in why_not_walked(model)
+    assert unmixed_from(stages(model)) == 1  # the opaque stage mixes the images, those above it do not
+    model = net(plain, bn=lambda: nn.InstanceNorm2d(6, affine=True))
+    assert not why_not_walked(model)
+    assert unmixed_from(stages(model)) == 0
+
+
+def aliased(m, x):
+    x = m.conv(x)
+    kept = x
+    x += m.bn(x)  # kept is now the sum, and the graph does not show it
+    return m.head(m.fc(functional.max_pool2d(x + kept, 2).flatten(1)))
+
+
+def undecided(m, x):
+    assert x.sum() < 1e9  # a stand-in for a tensor has no truth
+    return m.head(m.fc(pooled(m, x))).log_softmax(1)
+
+
+@pytest.mark.parametrize(("compute", "word"), [(aliased, "not what it computes"), (undecided, "cannot be traced")])
+def test_of_a_graph_that_is_not_what_is_computed_the_head_is_left(compute, word):
+    model = normalised(net(compute, late=lambda: nn.Linear(5, 5)), 3, [0.5], [0.2])
+    verify(model, images())
+    for read in (model, copy.deepcopy(model)):
+        chain = stages(read)
+        assert [stage.module for stage in parametrised(chain)] == [read.head]
+        assert word in why_not_walked(read)
+        assert torch.allclose(run(chain, images()).log_softmax(1), read(images()).log_softmax(1), atol=1e-6)
     good = net(plain)
     verify(good, images())
-    assert stages(good)
+    assert not why_not_walked(good)
 
 
 def test_the_head_is_the_last_layer_used_not_the_last_registered():
@@ -185,8 +319,48 @@ def test_a_shared_layer_is_not_walked():
         same=lambda: nn.Conv2d(3, 3, 1),
         fc=lambda: nn.Linear(192, 12),
     )
-    with pytest.raises(ValueError, match="a weight is used twice"):
-        stages(model)
+    assert "layer same, Conv2d: a weight is used twice" in why_not_walked(model)
+    assert [stage.name for stage in parametrised(stages(model))] == ["fc", "head"]
+    tied = net(
+        lambda m, x: m.head(m.fc(m.b(m.a(x)).flatten(1))), a=lambda: nn.Conv2d(3, 3, 1), fc=lambda: nn.Linear(192, 12)
+    )
+    tied.b = nn.Conv2d(3, 3, 1)
+    tied.b.weight = tied.a.weight
+    assert "layer b, Conv2d: a weight is used twice" in why_not_walked(tied)
+
+
+@pytest.mark.parametrize("parametrise", [weight_norm, spectral_norm, orthogonal, torch.nn.utils.weight_norm])
+def test_two_parametrised_layers_are_not_one(parametrise):
+    model = net(plain)
+    for name in ("conv", "fc", "head"):
+        setattr(model, name, parametrise(getattr(model, name)))
+    assert not why_not_walked(model.eval())
+    assert len(list(parametrised(stages(model)))) == 3
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, "own"])
+def test_a_container_that_calls_its_children_normalises_once(container):
+    class Own(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.layers = nn.ModuleList(layers)
+            for index, layer in enumerate(layers):
+                self.add_module(f"layer{index}", layer)
+
+        def forward(self, x):
+            for name, layer in self.named_children():
+                x = layer(x) if name.startswith("layer") and name != "layers" else x
+            return x
+
+    layers = [nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)]
+    model = (Own if container == "own" else container)(*layers)
+    expected = model((images() - 0.5) / 0.25)
+    names = [*model.state_dict()]
+    model = normalised(model, 3, [0.5], [0.25])
+    assert torch.allclose(model(images()), expected, atol=1e-5)
+    assert [*model.state_dict()] == names
+    twin = copy.deepcopy(model).double()
+    assert torch.allclose(run(stages(twin), images().double()), twin(images().double()))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11", "alexnet", "mobilenet_v2"])

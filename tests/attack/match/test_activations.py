@@ -16,8 +16,9 @@ from client.victim import share_update
 from data import load_batch, open_source
 from network.chain import index_of
 from network.head import features_of
-from network.stage import run
+from network.stage import Stage, run
 from network.tracing import stages
+from network.unwalked import Unwalked
 from network.zoo import build_model
 from priors import Prior
 from schedules import Schedule
@@ -206,6 +207,13 @@ def test_phases_whose_softness_drowns_the_images_are_left_out():
     assert 3 <= len(deep.phases) < len(shallow.phases)
 
 
+def test_where_all_softness_drowns_the_images_the_last_phase_is_not_softened(monkeypatch):
+    monkeypatch.setattr("attack.match.activations.DROWNED", 0.0)  # as behind the 52 layers of a MobileNetV2
+    (phase,) = course_for(*reversed(loss_before("conv7", "vgg11", 1e-6))).phases
+    assert phase.hardness == math.inf
+    assert phase.evaluations > 0
+
+
 @pytest.mark.parametrize("name", ["lenet", "convnet"])
 def test_the_uncertainty_is_what_the_error_of_the_inputs_leaves_at_the_truth(name):
     net = build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator())
@@ -235,6 +243,15 @@ def test_a_few_activations_behind_a_max_pool_do_not_replace_the_gradient(name, s
     with torch.no_grad():
         inputs = run(chain, torch.rand(2, 3, size, size, generator=generator()))
     assert says_enough(chain, (3, size, size), inputs) == enough
+
+
+def test_activations_behind_an_opaque_stage_replace_the_gradient_only_where_they_are_plenty():
+    net = build_model("resnet18_cifar", image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    opaque = [Stage("all below", Unwalked(net, "a reason", head="head"))]
+    for pixels, enough in ((2, True), (1, False)):  # known activations for each pixel, about
+        inputs = torch.rand(2, pixels * 3 * 16 * 16, generator=generator())
+        assert says_enough(opaque, (3, 16, 16), inputs) == enough
+        assert says_enough([], (3, 16, 16), inputs)
 
 
 def test_gradients_of_which_entries_were_left_out_are_matched_as_what_is_known_of_them():

@@ -44,6 +44,16 @@ def test_signed_gradients_move_every_pixel_alike_and_leave_labels():
     assert torch.equal(state.label_variables.grad, torch.full((1, 3), 0.25))
 
 
+def test_a_function_without_a_second_derivative_is_named():
+    state, _ = quadratic(1, torch.zeros(2))
+    value = torch.nn.functional.hardsigmoid(state.z).square().sum()
+    (first,) = torch.autograd.grad(value, state.z, create_graph=True)
+    with pytest.raises(ValueError, match=r"cannot be differentiated twice.*hardsigmoid"):
+        state.backward(first.square().sum())
+    with pytest.raises(RuntimeError, match="does not require grad"):  # any other fault stays what it is
+        state.backward(torch.zeros(()))
+
+
 def test_a_step_has_the_size_that_the_spent_budget_asks_for():
     state, terms = quadratic(1, torch.zeros(2), adam(0.1, "cosine"))
     rates = []

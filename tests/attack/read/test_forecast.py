@@ -147,3 +147,68 @@ def test_the_deepest_layer_that_is_promised_is_read(name):
     table, reading = rows(name, 2, side=16), read(built(name, 16), 2)
     deepest = next(layer for layer, row in table.items() if row["deepest"])
     assert deepest in reading.recovered or f"{deepest.rpartition('.')[0]}.add" in reading.recovered
+
+
+class Joined(nn.Module):
+    """Two convolutions side by side below two layers, which alone can be walked."""
+
+    def __init__(self, last=None):
+        super().__init__()
+        self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+        self.fc, self.last = nn.Linear(512, 20), last or nn.Linear(20, 10)
+
+    def forward(self, x):
+        x = torch.cat([self.left(x), self.right(x)], 1).relu()
+        return self.last(self.fc(x.flatten(1)).sigmoid())
+
+
+def test_of_a_model_that_is_walked_in_part_the_layers_of_that_part_are_foretold():
+    table = explained(Joined().eval(), 2, 8)
+    assert list(table) == ["fc", "last"]
+    assert table["fc"]["deepest"]
+    assert table["last"]["known"]
+
+
+def test_the_reading_goes_down_to_the_part_that_cannot_be_walked_and_says_why():
+    torch.manual_seed(0)
+    net = Joined().eval()
+    update = share_update(net, "joined", torch.rand(2, 3, 8, 8), torch.tensor([3, 7]), 10)
+    reading = read_layers(update, net, generator=torch.Generator().manual_seed(0))
+    assert len(reading) == 2
+    assert stages(net)[reading.start].name in ("fc", "flatten")
+    assert "torch.cat joins several tensors" in reading.layers[0]["note"]
+
+
+def test_a_layer_whose_gradient_is_not_told_is_not_promised():
+    net = Joined(nn.utils.parametrizations.spectral_norm(nn.Linear(20, 10))).eval()
+    row = explained(net, 2, 8)["last"]
+    assert (row["equations"], row["known"], row["spanned"]) == (0, False, False)
+    assert "SpectralNorm" in row["reason"]
+
+
+def test_a_block_without_layers_is_foretold_and_read():
+    class Block(nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.elu(x) + x
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), Block(), nn.Flatten(), nn.Linear(512, 10)).eval()
+    assert explained(net, 1, 8)["4"]["known"]
+    update = share_update(net, "block", torch.rand(1, 3, 8, 8), torch.tensor([3]), 10)
+    reading = read_layers(update, net, generator=torch.Generator().manual_seed(0))
+    assert "ELU cannot be inverted" in reading.layers[0]["note"]
+
+
+def test_a_linear_layer_on_tokens_is_no_layer_of_one_position():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch, self.fc, self.head = nn.Conv2d(3, 6, 4, 4), nn.Linear(4, 5), nn.Linear(30, 10)
+
+        def forward(self, x):
+            return self.head(self.fc(self.patch(x).flatten(2)).sigmoid().flatten(1))
+
+    table = explained(Tokens().eval(), 1, 8)
+    assert table["fc"]["positions"] == 6
+    assert "several tokens" in table["fc"]["reason"]
+    assert table["head"]["known"]

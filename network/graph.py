@@ -1,0 +1,280 @@
+"""The way through the graph of a forward pass (`torch.fx`), from the logits down to the images, stage by stage."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import fx, nn
+
+from network.chain import parametrised
+from network.kinds import called
+from network.kinds.scaling import OPERATIONS, SAME, normalise, scaling
+from network.stage import Residual, Stage
+from network.unwalked import Unwalked, part_of
+
+WEIGHT_USED_TWICE = "a weight is used twice: its gradient is the sum of both uses"
+SOFTMAX_TWICE = (
+    "the model ends in a softmax, and the loss takes the softmax of its outputs: the softmax is taken twice, so the "
+    "head's gradient is not that of one softmax"
+)
+# What keeps a function from being walked, by its name.
+WHY_NOT = {
+    "cat": "torch.cat joins several tensors",
+    "stack": "torch.stack joins several tensors",
+    "mul": "two tensors are multiplied, as by a gate",
+    "div": "a tensor is divided by another",
+    "sub": "a tensor is subtracted from another",
+    "add": "tensors are added that do not come from one place",
+    "permute": "dimensions are put in another order (permute)",
+    "transpose": "dimensions are put in another order (transpose)",
+    "getitem": "only a part of a tensor is taken",
+    "chunk": "a tensor is cut into parts (chunk)",
+    "split": "a tensor is cut into parts (split)",
+    "mean": "entries are averaged other than over height and width",
+    "sum": "entries are summed up",
+    "softmax": "a softmax mixes entries",
+    "dropout": "dropout is switched on",
+    "view": "a view makes another shape than one for each image",
+    "reshape": "a reshape makes another shape than one for each image",
+    "flatten": "a flatten joins images",
+} | dict.fromkeys(("matmul", "bmm", "einsum"), "two tensors are multiplied as matrices")
+OTHER_NAMES = {"concat": "cat", "concatenate": "cat"} | SAME
+
+
+class Tracer(fx.Tracer):
+    """Takes torchvision's normalisation of pixels for one layer: its forward pass asks for a real tensor."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node of the graph."""
+        return is_pixel_normalisation(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def is_pixel_normalisation(module: nn.Module) -> bool:
+    """Whether a module is torchvision's Normalize, of either version of its transforms."""
+    return type(module).__name__ == "Normalize" and type(module).__module__.startswith("torchvision.transforms")
+
+
+class GraphReader:
+    """The stages of a graph, from its output back to the images.
+
+    Args:
+        model: whose graph it is.
+        graph: its nodes, in the order in which they are computed.
+        scopes: by node's name, path and class of the module that it is in.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, scopes: dict[str, tuple]) -> None:
+        self.model, self.graph, self.scopes = model, graph, scopes
+        self.images, self.output = next(iter(graph.nodes)), next(iter(reversed(graph.nodes)))
+        self._carrying = {self.images}  # the nodes whose values depend on the images' pixels
+        self._uses = Counter(id(p) for node in graph.nodes for p in self._parameters(node))
+        self._gates: dict[fx.Node, fx.Node | None] = {}  # the last node that all ways from the images lead through
+        for node in graph.nodes:
+            sources = self._sources(node)
+            if sources and not _is_size(node):
+                self._carrying.add(node)
+            self._gates[node] = self._meeting(sources)
+
+    def chain(self) -> list[Stage]:
+        """From the images to the logits; what cannot be walked, and all below it, is the first stage, run as a whole.
+
+        A log-softmax in the end is left out: cross-entropy of log-softmax is cross-entropy.
+
+        Raises:
+            ValueError: there is no stage above what cannot be walked.
+        """
+        node, backwards = self._logits(), []
+        while node is not self.images:
+            try:
+                found = self._sum(node) if self._is_sum(node) else self._stages(node)
+            except ValueError as error:
+                if not backwards:
+                    raise ValueError(f"the model does not end in a linear layer: {error}") from None
+                part = Unwalked(self.model, str(error), part_of(self.graph, node))
+                backwards.append(Stage(f"all below {backwards[-1].name}", part))
+                break
+            backwards += reversed(found)
+            node = self._gates[node]
+        return backwards[::-1]
+
+    def _logits(self) -> fx.Node:
+        """The node of what cross-entropy takes, whether its log-softmax is put out or itself."""
+        node = self.output.args[0]
+        if not isinstance(node, fx.Node):
+            raise ValueError(f"{type(self.model).__name__} puts out a {type(node).__name__}, not a tensor")
+        while self._over_classes(node, "log_softmax", nn.LogSoftmax) or self._is_identity(node):
+            node = self._gates[node]
+        if _called(node) == "log" and self._over_classes(node.args[0], "softmax", nn.Softmax):
+            return self._gates[node.args[0]]
+        if self._over_classes(node, "softmax", nn.Softmax):
+            raise ValueError(SOFTMAX_TWICE)
+        return node
+
+    def _over_classes(self, node: fx.Node, name: str, module: type[nn.Module]) -> bool:
+        """Whether a node is this function, or module, over the second of two dimensions."""
+        if node.op == "call_module":
+            layer = self.model.get_submodule(node.target)
+            return isinstance(layer, module) and layer.dim in (1, -1, None)
+        if _called(node) != name:
+            return False
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        return dim in (1, -1, None)
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        try:
+            return node is not self.images and not self._is_sum(node) and not self._stages(node)
+        except ValueError:
+            return False
+
+    def _between(self, first: fx.Node, last: fx.Node) -> list[Stage]:
+        """The stages behind `first`, up to `last`."""
+        backwards: list[Stage] = []
+        while last is not first:
+            backwards += reversed(self._sum(last) if self._is_sum(last) else self._stages(last))
+            last = self._gates[last]
+        return backwards[::-1]
+
+    def _sum(self, node: fx.Node) -> list[Stage]:
+        """A residual stage, named by its block; the branch with more layers is its body."""
+        branches = [self._between(self._gate(node), branch) for branch in node.args]
+        branches.sort(key=lambda branch: -len(list(parametrised(branch))))
+        return [Stage(self.scopes[node.name][0] or node.name, Residual(*branches))]
+
+    def _stages(self, node: fx.Node) -> list[Stage]:
+        """What a node of one tensor stands for; identities do nothing and are left out."""
+        self._gate(node)
+        if any(self._uses[id(p)] > 1 for p in self._parameters(node)):
+            raise ValueError(f"{self._where(node)}: {WEIGHT_USED_TWICE}")
+        if node.op == "call_module":
+            return self._module(node)
+        try:
+            modules = [self._scaling(node)] if self._is_scaling(node) else self._call(node)
+        except (LookupError, TypeError, ValueError):
+            raise ValueError(f"{self._where(node)}: {_why_not(node)}") from None
+        return [Stage(self._name(node), module) for module in modules]
+
+    def _module(self, node: fx.Node) -> list[Stage]:
+        module = self.model.get_submodule(node.target)
+        if len(node.args) != 1 or node.kwargs:
+            raise ValueError(f"{self._where(node)}: it takes more than one tensor")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise ValueError(f"{node.target} has no running statistics: it mixes the images of a batch")
+        if isinstance(module, nn.Flatten) and module.start_dim == 0:
+            raise ValueError(f"{self._where(node)}: {WHY_NOT['flatten']}")
+        if isinstance(module, nn.Hardsigmoid):
+            return [Stage(node.target, stage) for stage in called("hardsigmoid", (), {})]
+        if is_pixel_normalisation(module):
+            return [Stage(node.target, stage) for stage in normalise(module.mean, module.std)]
+        return [] if isinstance(module, nn.Identity) else [Stage(node.target, module)]
+
+    def _call(self, node: fx.Node) -> list[nn.Module]:
+        """The modules that a function or method stands for; only a view may be told sizes of tensors."""
+        name, others = _called(node), node.args[1:]
+        if name not in ("view", "reshape") and any(n is not node.args[0] for n in node.all_input_nodes):
+            raise LookupError(name)
+        return called(name, others, _how(node))
+
+    def _is_scaling(self, node: fx.Node) -> bool:
+        """Whether a node adds a constant or multiplies by one."""
+        name = _called(node)
+        is_arithmetic = SAME.get(name, name) in (*OPERATIONS, "rsub") and len(node.args) == 2 and not node.kwargs
+        return is_arithmetic and any(arg not in self._carrying for arg in node.args)
+
+    def _scaling(self, node: fx.Node) -> object:
+        is_first = node.args[0] not in self._carrying
+        constant = node.args[0 if is_first else 1]
+        if isinstance(constant, fx.Node):
+            if not _is_constant(constant):
+                raise LookupError(node.name)
+            return scaling(_called(node), part_of(self.graph, constant), is_first=is_first, model=self.model)
+        if not isinstance(constant, int | float):
+            raise LookupError(node.name)
+        return scaling(_called(node), float(constant), is_first=is_first)
+
+    def _gate(self, node: fx.Node) -> fx.Node:
+        """Where the tensors that a node takes come from.
+
+        Raises:
+            ValueError: not from the images, or there are more of them than such a node takes.
+        """
+        gate, most = self._gates[node], 2 if self._is_sum(node) else 1
+        if gate is None or len(self._sources(node)) > most:
+            raise ValueError(f"{self._where(node)}: {_why_not(node)}")
+        return gate
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that a node takes and that depend on the images' pixels."""
+        return [source for source in node.all_input_nodes if source in self._carrying]
+
+    def _is_sum(self, node: fx.Node) -> bool:
+        plain = _called(node) in ("add", "iadd") and not node.kwargs and len(node.args) == 2
+        return plain and all(branch in self._carrying for branch in node.args)
+
+    def _meeting(self, sources: Sequence[fx.Node]) -> fx.Node | None:
+        """The last node that the ways to all of these have in common."""
+        if not sources:
+            return None
+        first, *others = ([*self._way(source)] for source in sources)
+        shared = [set(way) for way in others]
+        return next((node for node in first if all(node in way for way in shared)), None)
+
+    def _way(self, node: fx.Node | None) -> Iterator[fx.Node]:
+        while node is not None:
+            yield node
+            node = self._gates[node]
+
+    def _parameters(self, node: fx.Node) -> list[nn.Parameter]:
+        """The parameters that a node uses itself, those of parametrised weights among them."""
+        if node.op == "call_module":
+            return list(self.model.get_submodule(node.target).parameters())
+        if node.op != "get_attr":
+            return []
+        owner, _, name = node.target.rpartition(".")
+        found = getattr(self.model.get_submodule(owner), name, None)
+        return [found] if isinstance(found, nn.Parameter) else []
+
+    def _name(self, node: fx.Node) -> str:
+        scope = self.scopes[node.name][0]
+        return f"{scope}.{node.name}" if scope else node.name
+
+    def _where(self, node: fx.Node) -> str:
+        """The place of a node, in words."""
+        if node.op == "call_module":
+            return f"layer {node.target}, {type(self.model.get_submodule(node.target)).__name__}"
+        scope = self.scopes.get(node.name, ("", None))[0]
+        return f"in {scope}" if scope else f"in the forward pass of {type(self.model).__name__}"
+
+
+def _why_not(node: fx.Node) -> str:
+    """What keeps a node from being walked, in words."""
+    if node.op == "call_module":
+        return "it takes more than one tensor, or one that does not come from the images"
+    if node.op in ("get_attr", "placeholder"):
+        return "a tensor is used that does not come from the images"
+    name = _called(node)
+    return WHY_NOT.get(OTHER_NAMES.get(name, name), f"the function {name} is no stage that can be walked")
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether a node depends on nothing but the model's own tensors."""
+    return node.op != "placeholder" and all(map(_is_constant, node.all_input_nodes))
+
+
+def _is_size(node: fx.Node) -> bool:
+    name = _called(node)
+    if name == "getitem":
+        return isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
+    return name in ("size", "len", "dim") or (
+        name == "getattr" and node.args[1] in ("shape", "ndim", "device", "dtype")
+    )
+
+
+def _called(node: object) -> str:
+    """The name of the function or method, without the underscore of one that works in place."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return ""
+    return getattr(node.target, "__name__", str(node.target)).removesuffix("_")
+
+
+def _how(node: fx.Node) -> dict[str, object]:
+    """What a call is told by keyword; whether it works in place does not matter."""
+    return {name: value for name, value in node.kwargs.items() if name != "inplace"}
