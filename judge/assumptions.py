@@ -51,6 +51,12 @@ def _labels(config: Mapping) -> str:
     return f"Not known: read from the update as published ({config['label_strategy']}).{of_client}"
 
 
+def _loss(config: Mapping) -> str:
+    smoothing = config.get("label_smoothing")
+    smoothed = f", with label smoothing {smoothing:g}" if smoothing else ""
+    return f"{LOSSES[config.get('loss') or 'cross_entropy']}{smoothed}, averaged over the batch."
+
+
 def _training(config: Mapping) -> str:
     """How the client trained; settings that the client does not have, or the update does not say, are left out."""
     steps, batches = config.get("local_steps") or 1, config.get("local_batches") or 1
@@ -60,6 +66,11 @@ def _training(config: Mapping) -> str:
     return f"{done} of plain SGD{rate}{through}; these settings are known."
 
 
+LOSSES = {
+    "cross_entropy": "Cross-entropy with one label for each image",
+    "bce": "Binary cross-entropy of each class by itself, averaged over the classes",
+    "mse": "Squared errors of the logits, averaged over the classes",
+}
 BATCH_NORM = {
     "eval": "In eval mode, where the model has any: with running statistics, which the server knows.",
     "train": "In training mode, where the model has any: with the batch's statistics; the running ones are shared too.",
@@ -74,7 +85,9 @@ def _batch_norm(config: Mapping) -> str:
 def _defence(config: Mapping) -> str:
     if config["update"]:
         applied = f" On top of it, {config['defence']} was applied here." if config["defence"] else ""
-        return f"What the client did to the update is not known.{applied}"
+        declared = config.get("defended")
+        known = f"The client is said to have applied {declared}." if declared else ""
+        return f"{known or 'What the client did to the update is not known.'}{applied}"
     if config["defence"] == "none":
         return "None. The update is seen alone, without secure aggregation."
     return f"{config['defence']}, applied by the client before it shares the update."
@@ -94,6 +107,7 @@ ROWS: dict[str, Callable[[Mapping], str]] = {
     "Batch": _batch,
     "Images": _images,
     "Labels": _labels,
+    "Loss": _loss,
     "Local training": _training,
     "BatchNorm": _batch_norm,
     "Defence": _defence,
