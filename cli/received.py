@@ -27,7 +27,7 @@ from update.storage import ENTERED, StorageError, read_tensors, read_text, room_
 from update.training import use_batch_statistics
 from update.weights import load_weights
 
-ENTRIES = ("entries", "optimiser", "decay")  # topics of evidence that leaves the ranks without a meaning
+ENTRIES = ("entries", "optimiser", "decay", "kind")  # topics of evidence that leaves the ranks without a meaning
 READS = ("auto", "on")  # values of --signals with which single images are sought
 
 

@@ -37,6 +37,7 @@ ROUNDED = 1.02  # a mean of rounded errors may be so much longer
 MOVED = 1e-6  # relative distance of running statistics that is no rounding
 FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
 REPLAYED = 1e-2  # share of the update that pixels which were read may leave: they are exact to a hundredth
+LIKE_WEIGHTS = 0.5  # cosine of a gradient with weights that are in it once, beyond which it is taken for weights
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
 PILED = 0.01  # share of entries that have the largest magnitude, exactly
@@ -341,7 +342,7 @@ def of_gradients(
         rate: by which a difference of weights was divided; None for gradients.
         is_defended: whether a defence was declared, which explains odd entries and sums.
     """
-    found = of_entries(gradients, rate, is_defended)
+    found = _of_kind(gradients, model, rate) or of_entries(gradients, rate, is_defended)
     sums = class_sums(gradients, model) if loss.is_cross_entropy and not (found or is_defended) else None
     if sums is not None:
         if sums.decay:
@@ -356,6 +357,20 @@ def of_gradients(
     if chance is not None and (chance < FLAT) != uses_batch_statistics:
         found.append(_of_mode(chance, uses_batch_statistics))
     return dict(gradients), found
+
+
+def _of_kind(gradients: Mapping[str, Tensor], model: nn.Module, rate: float | None) -> list[Evidence]:
+    """A word on a file that holds weights in a gradient's place, or a gradient in that of weights."""
+    own = {name: p.detach().double().cpu() for name, p in trainable(model).items()}
+    inner = sum(float((own[name] * g.double().cpu()).sum()) for name, g in gradients.items())
+    sizes = [sum(float(t.double().square().sum()) for t in each.values()) ** 0.5 for each in (own, gradients)]
+    alike = inner / max(1e-300, sizes[0] * sizes[1])
+    share = inner / max(1e-300, sizes[0] ** 2) * (1.0 if rate is None else rate)  # of the weights that is in them
+    if alike < LIKE_WEIGHTS or abs(share - 1) > LIKE_WEIGHTS:
+        return []
+    kind = "weights" if rate is None else "gradient or difference"
+    said = f"its tensors point where the server's weights do (cosine {alike:.4f}): the file holds no such kind"
+    return [Evidence("kind", f"{said} (--update_kind {kind}?)", alike, contradicts=True)]
 
 
 def _of_decay(sums: ClassSums, spares_biases: bool) -> Evidence:

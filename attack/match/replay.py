@@ -1,5 +1,7 @@
 """The client's training, replayed on what was found: the share of the update that is left."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,8 @@ def left_over(update: SharedUpdate, model: nn.Module, images: Tensor, labels: Te
     with torch.enable_grad():
         own = train_locally(model, images.detach(), labels.detach(), update.training).average
     left = sum(float((u - g).detach().double().square().sum()) for u, g in zip(own, goal, strict=True))
-    return (left / sum(float(g.double().square().sum()) for g in goal)) ** 0.5
+    size = sum(float(g.double().square().sum()) for g in goal)
+    return (left / size) ** 0.5 if size else math.inf
 
 
 def noise_share(update: SharedUpdate, model: nn.Module) -> float:

@@ -183,6 +183,15 @@ def test_what_was_done_to_the_entries_is_said_unless_it_was_declared(client, wor
     assert not any(piece["contradicts"] for topic, piece in client.said.items() if topic == "entries")
 
 
+def test_weights_in_a_gradients_place_are_noticed(client):
+    weights = {name: p.detach().clone() for name, p in client.net.named_parameters()}
+    client.attacked(weights)
+    assert "--update_kind weights?" in client.said["kind"]["said"]
+    gradients = client.gradients()
+    client.attacked(gradients, "--update_kind", "weights", "--local_lr", 0.1, name="other")
+    assert "--update_kind gradient" in client.said["kind"]["said"]
+
+
 def test_a_step_of_adam_is_told_from_plain_sgd(client):
     old = {name: p.detach().clone() for name, p in client.net.named_parameters()}
     optimiser = torch.optim.Adam(client.net.parameters(), 1e-3)
