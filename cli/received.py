@@ -27,7 +27,8 @@ from update.storage import ENTERED, StorageError, read_tensors, read_text, room_
 from update.training import use_batch_statistics
 from update.weights import load_weights
 
-ENTRIES = ("entries", "optimiser", "decay", "kind")  # topics of evidence that leaves the ranks without a meaning
+CHANGED = ("entries", "optimiser", "kind")  # topics of evidence that leaves ranks and suppositions without a meaning
+UNRANKED = (*CHANGED, "decay")  # and of what leaves ranks without one: it was subtracted, but for rounding
 READS = ("auto", "on")  # values of --signals with which single images are sought
 
 
@@ -50,7 +51,8 @@ def received_update(
         use_batch_statistics(model)
         update.batch_statistics(model)  # raises on statistics that do not fit
     update, model = _examined(update, model, settings) if is_own else update, model.to(**place)
-    if not is_own and settings.signals in READS and update.training.is_plain and not update.is_rescaled:
+    is_changed = any(piece.topic in CHANGED for piece in update.evidence)
+    if not (is_own or is_changed or update.is_rescaled) and settings.signals in READS and update.training.is_plain:
         with ReadingBar(quiet=settings.quiet) as bar:
             how = {"nominal": settings.batch_size, "generator": stream(settings.seed, "origin"), "tick": bar.update}
             update = explained(update, model, **how)
@@ -164,7 +166,7 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
         if not training.is_plain:
             raise ValueError("the batch size is read off one step with BatchNorm in eval mode: set --batch_size")
         update = replace(update, batch_size=count_images(update.gradients, model, shape))
-    elif training.is_plain and not any(piece.topic in ENTRIES for piece in update.evidence):
+    elif training.is_plain and not any(piece.topic in UNRANKED for piece in update.evidence):
         update = _counted(update, model, reads=settings.signals in READS)
     training.check(update.batch_size)
     return update, model

@@ -18,6 +18,7 @@ from attack.solve.levenberg import DampingRule, levenberg
 from update.loss import CROSS_ENTROPY, Loss
 
 STEPS = 60  # of a polish, at most; from an arbitrary start 20 to 40 are usual
+POLISHED = 5e6  # multiplications that take as long as the overhead of a polish
 POLISH = DampingRule(
     first=1e-2, least=1e-14, most=1e8, refused=4.0, accepted=0.3, refusals=None, patience=3, counts_refusals=True
 )
@@ -281,7 +282,7 @@ class ImageEquations:
         """
         if not len(c):
             return c, c.new_zeros(0), c.new_zeros(0, c.shape[1], c.shape[1])
-        budget.spend(STEPS * c.numel() * self.outputs.shape[1])
+        budget.spend(POLISHED + STEPS * c.numel() * self.outputs.shape[1])
         polish, enough = _Polish(self, zeros, labels), (0.1 * self.span.precision) ** 2
         found = levenberg(polish, c, POLISH, iterations=STEPS, budget=budget, enough=enough)
         return found.x, found.cost, found.normal

@@ -55,27 +55,15 @@ def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generat
     Raises:
         ValueError: neither the head nor any single image tells the factor.
     """
-    factor, is_exact = scale_of(update, model, generator)
-    if factor < LEAST:
-        raise ValueError(f"the update would have been made {1 / factor:.3g} times as long, and clients make it shorter")
+    read = dataclasses.replace(update, gradients=with_weights(update.gradients, model))
+    factor, is_exact = by_head(read, model, generator)
+    if not is_exact and (told := by_single_images(read, model, generator)):
+        factor, is_exact = told, True
+    if factor is None or factor < LEAST:
+        raise ValueError("neither the head nor any single image tells by how much the update was scaled")
     restored = times(update, factor)
     is_exact &= not Defences.parse(update.defence).uneven
     return dataclasses.replace(restored, defence="none") if is_exact else restored, factor
-
-
-def scale_of(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[float, bool]:
-    """The factor that makes an averaged gradient of the update, and whether it is as exact as the update.
-
-    Raises:
-        ValueError: neither the head nor any single image tells the factor.
-    """
-    read = dataclasses.replace(update, gradients=with_weights(update.gradients, model))
-    factor, is_exact = _by_head(read, model, generator)
-    if not is_exact and (told := by_single_images(read, model, generator)):
-        factor, is_exact = told, True
-    if not factor:
-        raise ValueError("neither the head nor any single image tells by how much the update was scaled")
-    return factor, is_exact
 
 
 def times(update: SharedUpdate, factor: float) -> SharedUpdate:
@@ -83,7 +71,7 @@ def times(update: SharedUpdate, factor: float) -> SharedUpdate:
     return dataclasses.replace(update, gradients={name: factor * g for name, g in update.gradients.items()})
 
 
-def _by_head(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[float | None, bool]:
+def by_head(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[float | None, bool]:
     """s from all images' equations, or, where they do not hold, from an untrained head's bias; whether it is exact."""
     try:
         head = HeadGradient.of(update, model)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from attack.read.clip_factor import by_single_images, scale_of, times
+from attack.read.clip_factor import by_head, by_single_images, times
 from attack.read.reader import READING_WORK, glance
 from update.evidence import Evidence, class_sums
 from update.loss import Loss
@@ -99,7 +99,7 @@ def _factors(update: SharedUpdate, model: nn.Module, generator: torch.Generator)
 
 def _by_head(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> float | None:
     try:
-        return scale_of(update, model, generator)[0]
+        return by_head(update, model, generator)[0]
     except (ValueError, RuntimeError, ArithmeticError):  # a singular system, say
         return None
 

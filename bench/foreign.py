@@ -1,0 +1,193 @@
+"""Attack updates whose clients are not the declared one, and write docs/foreign-updates.md: python -m bench.foreign.
+
+Each client is written in plain PyTorch and knows nothing of this project. The attack is told what a user would say who
+knows no better: one step of plain SGD on the mean cross-entropy.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bench.results_page import markdown_table
+from data import load_batch, open_source
+from judge.metrics import guess_psnr, mean_psnr
+from judge.verdict import CERTAIN
+from network.head import features_of
+from network.zoo import build_model
+from update.storage import write_tensors
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "foreign-updates.md"
+SIDE, CLASSES, EVALUATIONS = 16, 10, 300
+WITHIN = 5.0  # times its expected error that an image which is called certain may be off
+NETWORKS: Mapping[str, tuple[str, int, Mapping]] = {  # name, images, options
+    "MLP, ReLU": ("mlp", 3, {"activation": "relu", "width": 64}),
+    "LeNet": ("lenet", 4, {}),
+    "ConvNet": ("convnet", 4, {}),
+}
+Loss = Callable[[Tensor, Tensor], Tensor]
+Change = Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]  # of gradients, given the weights
+cross_entropy = nn.functional.cross_entropy
+
+
+@dataclass(frozen=True)
+class Client:
+    """One way to train: the loss, what is done to the gradient afterwards, and how images are normalised."""
+
+    name: str
+    loss: Loss = cross_entropy
+    change: Change = lambda gradients, weights: gradients
+    normalises: tuple[float, float] = (0.0, 1.0)
+
+
+def _whole(labels: Tensor) -> Tensor:
+    return nn.functional.one_hot(labels, CLASSES).float()
+
+
+def _times(factor: float) -> Change:
+    return lambda gradients, weights: {name: factor * g for name, g in gradients.items()}
+
+
+def _decayed(gradients: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: g + 5e-4 * weights[name] for name, g in gradients.items()}
+
+
+def _each(change: Callable[[Tensor], Tensor]) -> Change:
+    return lambda gradients, weights: {name: change(g) for name, g in gradients.items()}
+
+
+def _pruned(gradients: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    sizes = torch.cat([g.abs().flatten() for g in gradients.values()])
+    least = sizes.topk(len(sizes) // 10).values[-1]
+    return {name: torch.where(g.abs() >= least, g, 0) for name, g in gradients.items()}
+
+
+def _focal(logits: Tensor, labels: Tensor) -> Tensor:
+    own = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    return ((1 - own) ** 2 * cross_entropy(logits, labels, reduction="none")).mean()
+
+
+def _mixed(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, 0.7 * _whole(labels) + 0.3 * _whole(labels.roll(1)))
+
+
+CLIENTS = (
+    Client("mean of cross-entropy, as declared"),
+    Client("sum of cross-entropy", lambda z, y: cross_entropy(z, y, reduction="sum")),
+    Client("half of cross-entropy", lambda z, y: 0.5 * cross_entropy(z, y)),
+    Client("scaled by 65,536 for mixed precision", change=_times(65536.0)),
+    Client("old minus new weights: the sign turned", change=_times(-1.0)),
+    Client("weight decay 5e-4", change=_decayed),
+    Client("label smoothing 0.1", lambda z, y: cross_entropy(z, y, label_smoothing=0.1)),
+    Client("binary cross-entropy", lambda z, y: nn.functional.binary_cross_entropy_with_logits(z, _whole(y))),
+    Client("squared errors", lambda z, y: nn.functional.mse_loss(z, _whole(y))),
+    Client("class weights 0.5 to 2", lambda z, y: cross_entropy(z, y, weight=torch.linspace(0.5, 2, CLASSES))),
+    Client("focal loss", _focal),
+    Client("mixup", _mixed),
+    Client("images normalised by 0.5 and 0.5", normalises=(0.5, 0.5)),
+    Client("pruned to a tenth", change=_pruned),
+    Client("signs alone", change=_each(lambda g: g.sign() * g.abs().mean())),
+    Client("rounded to bfloat16", change=_each(lambda g: g.bfloat16().float())),
+)
+
+
+def measured(network: str, client: Client) -> dict[str, str]:
+    """One row of the table."""
+    name, count, options = NETWORKS[network]
+    model = build_model(name, image_shape=(3, SIDE, SIDE), num_classes=CLASSES, generator=_seeded(1), **options)
+    draw = {"labels": "dataset", "num_classes": CLASSES, "generator": _seeded(0), "image_size": SIDE}
+    batch = load_batch(open_source("sample", None), range(count), **draw)
+    mean, std = client.normalises
+    images = (batch.images - mean) / std
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(client.loss(model(images), batch.labels), parameters)
+    weights = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        sent = client.change(dict(zip(names, gradients, strict=True)), weights)
+        write_tensors(place / "update.safetensors", sent)
+        write_tensors(place / "weights.safetensors", model.state_dict())
+        words = [f"--{key}={value}" for key, value in options.items()]
+        words += [f"--update={place / 'update.safetensors'}", f"--weights={place / 'weights.safetensors'}", "--quiet"]
+        words += [f"--model={name}", f"--num_classes={CLASSES}", f"--image_size={SIDE}", f"--batch_size={count}"]
+        words += [f"--max_evals={EVALUATIONS}", f"--save_dir={place}", "--run_name=run"]
+        ended = subprocess.run([sys.executable, ROOT / "main_MAGIA_sel.py", *words], capture_output=True, text=True)
+        if ended.returncode:
+            return {"network": network, "client": client.name, "read": ended.stderr.strip().splitlines()[-1]}
+        facts = json.loads((place / "run" / "audit.json").read_text())
+        kept = torch.load(place / "run" / "checkpoint.pt", weights_only=True)
+        found = open_source("folder", str(place / "run" / "images"))
+        pictures = load_batch(found, range(count), **(draw | {"labels": "random"})).images
+    with torch.no_grad():
+        features = features_of(model, images)
+    certain, false = _certainty(facts, kept["signals"], features)
+    return {
+        "network": network,
+        "client": client.name,
+        "read": "; ".join(_said(facts["evidence"])) or "nothing",
+        "told apart": f"{facts['figures']['signals_found']} of {count}",
+        "certain": str(certain),
+        "false": str(false),
+        "PSNR": f"{mean_psnr(batch.images, pictures):.1f}",
+        "guess": f"{sum(guess_psnr(batch.images)) / count:.1f}",
+    }
+
+
+def _said(evidence: list[Mapping]) -> Iterator[str]:
+    """Topic and figure of each piece; contradictions are set in bold."""
+    for piece in evidence:
+        text = piece["topic"] + ("" if piece["figure"] is None else f" {piece['figure']:.4g}")
+        yield f"**{text}**" if piece["contradicts"] else text
+
+
+def _certainty(facts: Mapping, signals: Mapping | None, features: Tensor) -> tuple[int, int]:
+    """How many images are called certain, and how many of these are off by more than WITHIN times their error."""
+    certain = [image["confidence"] is not None and image["confidence"] >= CERTAIN for image in facts["images"]]
+    if signals is None or not any(certain):
+        return 0, 0
+    values, errors = signals["values"].flatten(1), signals["uncertainty"]
+    distances = torch.cdist(values, features.to(values)).min(1).values / values.norm(dim=1)
+    sure = torch.tensor(certain[: len(values)])
+    return int(sure.sum()), int((sure & (distances > WITHIN * errors)).sum())
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+AHEAD = f"""# What does the program make of clients that are not the declared one?
+
+`python -m bench.foreign` makes this page. Each client is plain PyTorch: one step on the first images of the bundled
+set, {SIDE} pixels, {CLASSES} classes, an untrained network of `network/zoo.py`. The attack is told one step of plain
+SGD on the mean cross-entropy, and has {EVALUATIONS} evaluations.
+
+- **read**: what the update says of its client, with the figure; in bold what contradicts the declared client, so that
+  nothing is called certain ([update-format.md](update-format.md#what-the-update-says-of-itself)).
+- **certain**: images whose features are called certain; **false**: those of them that are off by more than {WITHIN:g}
+  times their expected error.
+- **PSNR** in dB, and that of a guess.
+"""
+
+
+def main() -> int:
+    """Measure all rows and write the page."""
+    rows = []
+    for network in NETWORKS:
+        for client in CLIENTS:
+            rows.append(measured(network, client))
+            print(rows[-1], flush=True)
+    heads = ("network", "client", "read", "told apart", "certain", "false", "PSNR", "guess")
+    table = markdown_table([heads, *([row.get(head, "") for head in heads] for row in rows)])
+    PAGE.write_text(f"{AHEAD}\n{table}\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
