@@ -122,7 +122,8 @@ class Recorder:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
         figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
-        evidence = [*self.evidence, *of_replay(*left, is_exact=self.known.is_exact)]
+        is_defended = config["defence"] not in (None, "none") or bool(config["defended"])  # it is not replayed
+        evidence = [*self.evidence, *of_replay(*left, is_exact=self.known.is_exact and not is_defended)]
         figures |= _signal_figures(self.known, evidence) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),
