@@ -26,6 +26,8 @@ from update import checked
 from update.evidence import Evidence
 from update.shared import SharedUpdate
 
+READS = ("auto", "on")  # values of --signals with which single images are sought
+
 # Share of the update that a trial of labels leaves, beyond which the declared training is doubted: five steps of plain
 # SGD leave 4e-4 on a small network, five with momentum 0.57, five of Adam 0.85.
 FOREIGN = 0.5
@@ -55,7 +57,7 @@ class Means:
     @property
     def reads(self) -> bool:
         """Whether single images are sought in the update."""
-        return self.signals in ("auto", "on")
+        return self.signals in READS
 
 
 def with_scale(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[SharedUpdate, float | None]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from attack.ahead import READS
 from attack.read.batch_size import count_images
 from attack.read.origin import explained
 from cli.console import ReadingBar
@@ -29,7 +30,6 @@ from update.weights import load_weights
 
 CHANGED = ("entries", "optimiser", "kind")  # topics of evidence that leaves ranks and suppositions without a meaning
 UNRANKED = (*CHANGED, "decay")  # and of what leaves ranks without one: it was subtracted, but for rounding
-READS = ("auto", "on")  # values of --signals with which single images are sought
 
 
 def received_update(
@@ -50,7 +50,7 @@ def received_update(
     if update.training.uses_batch_statistics:
         use_batch_statistics(model)
         update.batch_statistics(model)  # raises on statistics that do not fit
-    update, model = _examined(update, model, settings) if is_own else update, model.to(**place)
+    model = model.to(**place)
     is_changed = any(piece.topic in CHANGED for piece in update.evidence)
     if not (is_own or is_changed or update.is_rescaled) and settings.signals in READS and update.training.is_plain:
         with ReadingBar(quiet=settings.quiet) as bar:
@@ -100,7 +100,8 @@ def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
     update.targets(model)  # raises on an update that does not fit
     in_order = {name: update.gradients[name] for name in trainable(model)}  # the client's order; files keep another
-    return replace(update, gradients=in_order, notes=tuple(notes)), model
+    update = replace(update, gradients=in_order, notes=tuple(notes))
+    return _examined(update, model, settings), model
 
 
 def _with_checked_facts(update: SharedUpdate, settings: argparse.Namespace) -> SharedUpdate:

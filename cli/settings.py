@@ -22,8 +22,6 @@ from update.shared import SharedUpdate
 # Settings of the client, which are not known for an update from a file.
 CLIENT = ("dataset", "data_path", "indices", "labels", "save_update", "save_batch")
 
-MOST_CONFIG = 10**8  # bytes of a config.json that are read: it holds a number for each step of the run
-
 ONE_LOGIT = {"num_classes": 2}  # one logit z is the two [0, z], see `network.one_logit`
 
 # Settings that only an update from a file has.
