@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
+from torch.func import grad
 
 from attack.read.signals import Signals, Tail
 from attack.read.span import Span
@@ -19,6 +19,7 @@ from update.loss import CROSS_ENTROPY, Loss
 
 STEPS = 60  # of a polish, at most; from an arbitrary start 20 to 40 are usual
 POLISHED = 5e6  # multiplications that take as long as the overhead of a polish
+TOGETHER = 16  # coordinates by which deltas are differentiated at once: more cost memory and save nothing
 POLISH = DampingRule(
     first=1e-2, least=1e-14, most=1e8, refused=4.0, accepted=0.3, refusals=None, patience=3, counts_refusals=True
 )
@@ -107,6 +108,44 @@ class ImageEquations:
             own = torch.lerp(own, own.mean(1, keepdim=True), self.loss.smoothing)
         return (free[:, None] - self.loss.pull(classes) * own).detach()
 
+    def moved_deltas(self, c: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The deltas, and their derivatives by each coordinate, (N, dim A, *output_shape).
+
+        A delta is the loss's derivative by the outputs. Its own by a coordinate is that of the loss by the coordinate,
+        derived by the outputs: one backward pass for each of the few coordinates, not one for each output.
+        """
+        c = c.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self._outputs(c)
+            apart = torch.zeros_like(outputs, requires_grad=True)  # outputs that move while the coordinates rest
+            loss = self.loss.each(self.tail(self.span.inputs(c), outputs + apart), labels).sum()
+            slopes, deltas = torch.autograd.grad(loss, (c, apart), create_graph=True)
+            directions = torch.eye(c.shape[1]).to(c)[:, None].expand(-1, len(c), -1)
+            moved = [
+                torch.autograd.grad(slopes, apart, some, is_grads_batched=True, retain_graph=True)[0]
+                for some in directions.split(TOGETHER)
+            ]
+        return deltas.detach(), torch.cat(moved).transpose(0, 1)
+
+    def linearised(self, c: Tensor, zeros: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual f (N, m) and its derivatives J by each coordinate, (N, dim A, m)."""
+        span, (deltas, moved) = self.span, self.moved_deltas(c, labels)
+        f = self.residual(c, zeros, deltas)
+        d, moved = by_position(deltas) * span.rows, by_position(moved.flatten(0, 1)).unflatten(0, c.shape) * span.rows
+        u, turned = d @ span.left, moved @ span.left
+        length = d.flatten(1).norm(dim=1).clamp(min=1e-200)[:, None]
+        longer = (moved * d[:, None]).flatten(2).sum(2) / length**2  # relative to the length
+        outside = (moved - turned @ span.left.T).flatten(2) / length[:, None]
+        parts = [outside - longer[:, :, None] * f[:, None, : outside.shape[2]]]
+        parts.append(self._moved_certificate(c, u, turned, d)[:, :, None])
+        if zeros.any():
+            size = c.norm(dim=1)[:, None, None]
+            held = (c @ span.basis) * zeros
+            parts.append(span.basis * zeros[:, None] / size - c[:, :, None] * held[:, None] / size**3)
+        if self.along is not None:
+            parts.append((self.along / self.along.shape[1] ** 0.5).expand(len(c), -1, -1))
+        return f, torch.cat(parts, 2)
+
     def residual(self, c: Tensor, zeros: Tensor, deltas: Tensor) -> Tensor:
         """What does not fit, (N, P c_out + 1 [+ n] [+ P]).
 
@@ -125,9 +164,20 @@ class ImageEquations:
         return torch.cat(parts, 1)
 
     def _certificate(self, c: Tensor, u: Tensor, d: Tensor) -> Tensor:
-        live = (d.detach().abs().amax(2) > 0).sum(1).clamp(min=1)  # a position without errors leaves no trace
         x = (c @ self.rows.flatten(1)).view(len(c), *self.rows.shape[1:])
-        return (x * (u / self.span.sigma)).sum((1, 2)) / (self.span.batch_size * live)
+        return (x * (u / self.span.sigma)).sum((1, 2)) / self._share(d)
+
+    def _moved_certificate(self, c: Tensor, u: Tensor, turned: Tensor, d: Tensor) -> Tensor:
+        """The derivatives (N, dim A) of 1 - 1/certificate; `turned` are those of u, (N, dim A, P, r)."""
+        if not self.paired:
+            return torch.zeros_like(c)
+        x = (c @ self.rows.flatten(1)).view(len(c), 1, *self.rows.shape[1:])
+        own = (self.rows * (u / self.span.sigma)[:, None] + x * (turned / self.span.sigma)).sum((2, 3))
+        return own / (self._share(d) * self._certificate(c, u, d).square())[:, None]
+
+    def _share(self, d: Tensor) -> Tensor:
+        """B times the positions that have errors, (N,): those without leave no trace in the gradient."""
+        return self.span.batch_size * (d.abs().amax(2) > 0).sum(1).clamp(min=1)
 
     def scaled_and_labelled(
         self, c: Tensor, zeros: Tensor, generator: torch.Generator, *, explore: bool
@@ -300,23 +350,15 @@ class _Polish:
     zeros: Tensor
     labels: Tensor
 
-    def _residual(self, c: Tensor, which: Tensor) -> Tensor:
-        labels = self.labels[which]
-        return self.equations.residual(c, self.zeros[which], self.equations.deltas(c, labels))
-
     def cost(self, x: Tensor, which: Tensor) -> Tensor:
         """|residual|^2, (n,)."""
-        return self._residual(x, which).square().sum(1)
+        deltas = self.equations.deltas(x, self.labels[which])
+        return self.equations.residual(x, self.zeros[which], deltas).square().sum(1)
 
     def linearised(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """|f|^2 (n,), J^T J (n, d, d), J^T f (n, d): one tangent moves the same coordinate of all candidates."""
-        directions = torch.eye(x.shape[1]).to(x)[:, None].expand(-1, len(x), -1)
-
-        def along(v: Tensor) -> Tensor:
-            return jvp(lambda at: self._residual(at, which), (x,), (v,))[1]
-
-        f, j = self._residual(x, which), vmap(along, out_dims=2, chunk_size=16)(directions)  # (n, m), (n, m, d)
-        return f.square().sum(1), j.transpose(1, 2) @ j, (f[:, None] @ j)[:, 0]
+        """|f|^2 (n,), J^T J (n, d, d), J^T f (n, d)."""
+        f, j = self.equations.linearised(x, self.zeros[which], self.labels[which])  # (n, m), (n, d, m)
+        return f.square().sum(1), j @ j.transpose(1, 2), (j @ f[:, :, None])[:, :, 0]
 
 
 def nobody(span: Span) -> Signals:

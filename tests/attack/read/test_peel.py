@@ -19,6 +19,7 @@ from data import load_batch, open_source
 from network.head import features_of
 from network.kinds.affine import Geometry
 from network.zoo import build_model
+from update.loss import Loss
 
 F64 = torch.float64
 
@@ -310,6 +311,28 @@ def test_true_inputs_satisfy_the_equations_and_mixtures_do_not():
     mixed = (c + c.roll(1, 0)) / 2
     assert equations.residual(mixed, free, equations.deltas(mixed, case.labels)).norm(dim=1).min() > 1e-2
     assert torch.equal(equations.mismatch(c).argmin(1), case.labels)
+
+
+@pytest.mark.parametrize("loss", [Loss(smoothing=0.1), Loss("bce"), Loss("mse")], ids=str)
+@pytest.mark.parametrize("paired", [True, False])
+@pytest.mark.parametrize("activation", [torch.sigmoid, torch.relu])
+def test_the_equations_change_as_their_derivatives_say(activation, paired, loss):
+    case = mlp([40, 40], activation, 4)
+    stage, source = case.stage(0), generator()
+    equations = ImageEquations(stage.span, stage.layer, stage.tail, loss, paired=paired)
+    truth = case.inputs[0]
+    c = (truth + 0.3 * truth.roll(1, 0)) @ stage.span.basis.T
+    zeros = torch.rand(truth.shape, generator=source) < 0.05
+    f, slopes = equations.linearised(c, zeros, case.labels)
+    direction = torch.randn(c.shape, generator=source, dtype=F64)
+
+    def at(step):
+        moved = c + step * direction
+        return equations.residual(moved, zeros, equations.deltas(moved, case.labels))
+
+    assert (f - at(0.0)).norm() < 1e-12 * f.norm()
+    expected = (at(1e-6) - at(-1e-6)) / 2e-6
+    assert ((direction[:, None] @ slopes)[:, 0] - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_rays_are_the_inputs_and_their_zeros_true_zeros():
