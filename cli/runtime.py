@@ -59,7 +59,7 @@ def enough_threads(model: nn.Module, batch_size: int, image_shape: tuple[int, ..
     number of threads, and a seed has to repeat a run.
     """
     before = torch.get_num_threads()
-    if place_of(model)["device"].type == "cpu":
+    if before > 1 and place_of(model)["device"].type == "cpu":  # to count takes a second, which one thread can save
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.zeros(PAIR, *image_shape, **place_of(model)))
         work = batch_size / PAIR * counter.get_total_flops()

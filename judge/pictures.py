@@ -1,22 +1,24 @@
-"""Pictures of a run: grids, truth beside reconstruction, the film of the reconstructions, curves."""
+"""Pictures of a run: grids, truth beside reconstruction, the film of the reconstructions, curves.
+
+Plots import matplotlib where they draw: what is refused or only asked about does not wait for it.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from judge.run_directory import RunDirectory
-from network.vision import torchvision
 
 COLUMNS = 8  # images per row of a grid
 FONT, LINE = 12, 16  # size of captions and height of their lines, in pixels
 TILE = 96  # least width in screen pixels of an image in a grid: small images are enlarged by a whole factor
+GAP = 4  # pixels between images, and around several
+TICKS = 5  # of a curve's axis, at most
+STEPS = (1, 2, 5, 10)  # between them, times a power of ten
 PACE = 12  # 50 frames of 300 steps, 100 of 25,000
 
 
@@ -45,7 +47,7 @@ class Film:
         """Write the GIF, whose last and longest frame is the images `last`."""
         final = (last * 255).round().byte()
         frames = self.frames if self.frames and torch.equal(self.frames[-1], final) else [*self.frames, final]
-        pictures = [grid(frame / 255) for frame in frames]
+        pictures = [_indexed(frame) for frame in frames]
         durations = [80] * (len(frames) - 1) + [1500]
         pictures[0].save(path, format="GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0)
 
@@ -77,10 +79,35 @@ def save_png(picture: Image.Image) -> Callable[[Path], None]:
 
 def grid(images: Tensor) -> Image.Image:
     """A picture of images (B, C, H, W) in [0, 1], COLUMNS to a row, enlarged without smoothing."""
-    tiles = [_tile(image) for image in images]
-    pixels = torch.stack([torch.from_numpy(np.array(tile)) for tile in tiles]).permute(0, 3, 1, 2)
-    sheet = torchvision().utils.make_grid(pixels, nrow=COLUMNS, padding=4, pad_value=255)
-    return Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    return Image.fromarray(_laid_out(np.stack([np.asarray(_picture(image).convert("RGB")) for image in images]), 255))
+
+
+def _laid_out(pictures: np.ndarray, white: int) -> np.ndarray:
+    """Pictures (B, H, W, ...) as one, (height, width, ...): COLUMNS to a row, enlarged, between lines of `white`."""
+    count, _, wide = pictures.shape[:3]
+    factor, columns = _enlarged_by(wide), min(COLUMNS, count)
+    tiles = pictures.repeat(factor, 1).repeat(factor, 2)
+    gap = GAP if count > 1 else 0
+    high, wide = tiles.shape[1] + gap, tiles.shape[2] + gap
+    sheet = np.full((-(-count // columns) * high + gap, columns * wide + gap, *tiles.shape[3:]), white, tiles.dtype)
+    for i, tile in enumerate(tiles):
+        top, left = gap + i // columns * high, gap + i % columns * wide
+        sheet[top : top + high - gap, left : left + wide - gap] = tile
+    return sheet
+
+
+def _indexed(frame: Tensor) -> Image.Image:
+    """A grid of images (B, C, H, W), uint8, in 255 colours of its own and white.
+
+    Colours are chosen before the images are enlarged, which makes them no other ones and takes several times as long.
+    """
+    count, channels, high, wide = frame.shape
+    pixels = frame.permute(0, 2, 3, 1).reshape(count * high, wide, channels).expand(-1, -1, 3).contiguous()
+    chosen = Image.fromarray(pixels.numpy()).quantize(255, dither=Image.Dither.NONE)
+    picture = Image.fromarray(_laid_out(np.asarray(chosen).reshape(count, high, wide), 255), mode="P")
+    palette = chosen.getpalette() or []
+    picture.putpalette(palette + [0] * (3 * 255 - len(palette)) + [255] * 3)
+    return picture
 
 
 def comparison(truth: Tensor, reconstruction: Tensor, captions: Sequence[Sequence[str]], note: str = "") -> Image.Image:
@@ -123,9 +150,12 @@ def _write_upwards(sheet: Image.Image, text: str, left: int, middle: int) -> Non
 def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Losses, subset size and, where truth is known, PSNR against closure evaluations.
 
-    Every run ends with this picture. Margins are fixed and losses drawn by their logarithms, because layout engines and
-    logarithmic axes take longer than a small attack.
+    Every run ends with this picture. Margins are fixed, losses drawn by their logarithms and ticks few, because layout
+    engines, logarithmic axes and ticks take longer than a small attack.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     x = [int(row["evaluations"]) for row in rows]
     known = [row["psnr_mean"] != "" for row in rows]
     height = 7.5 if any(known) else 5.5  # inches
@@ -140,16 +170,22 @@ def save_curves(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     axes[0].legend()
     axes[1].step(x, [int(row["S"]) for row in rows], where="post")
     axes[1].set(ylabel="subset size S", ylim=(0, 1.1 * max(int(row["S"]) for row in rows)))
-    axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
     if any(known):
         axes[2].plot(x, [float(row["psnr_mean"]) if k else np.nan for row, k in zip(rows, known, strict=True)])
         axes[2].set(ylabel="mean PSNR (dB)")
+    for axis in axes:
+        axis.yaxis.set_major_locator(MaxNLocator(TICKS, steps=STEPS, integer=axis is axes[1]))
+        axis.xaxis.set_visible(axis is axes[-1])
+    axes[-1].xaxis.set_major_locator(MaxNLocator(TICKS, steps=STEPS))
     axes[-1].set(xlabel="closure evaluations")
     figure.savefig(path, dpi=110, format="png")
 
 
 def save_leaks(path: Path, rows: Sequence[Mapping], title: str) -> None:
     """For each layer the batch's rank over the rank that the layer's gradient has room for."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     figure = Figure(figsize=(7, 1.2 + 0.24 * len(rows)), layout="constrained")
     axis = figure.subplots()
     places = range(len(rows))
@@ -166,6 +202,8 @@ def save_leaks(path: Path, rows: Sequence[Mapping], title: str) -> None:
 
 def save_schedule(path: Path, steps: Sequence[int], sizes: Sequence[int], title: str) -> None:
     """A plot of S(t) over 0-based steps."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
     axis.step(steps, sizes, where="post")
@@ -181,5 +219,9 @@ def _picture(image: Tensor) -> Image.Image:
 
 def _tile(image: Tensor) -> Image.Image:
     picture = _picture(image).convert("RGB")
-    factor = max(1, -(-TILE // picture.width))
+    factor = _enlarged_by(picture.width)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _enlarged_by(wide: int) -> int:
+    return max(1, -(-TILE // wide))

@@ -333,7 +333,7 @@ def _stated_here(
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     told = "".join(f" --{option} {value}" for option, value in options.items())
     check_room(COPIES * weights, f"an attack on {name}{told} with {num_classes} classes")
-    model.to_empty(device="cpu")
+    model.load_state_dict({k: torch.empty(v.shape, dtype=v.dtype) for k, v in model.state_dict().items()}, assign=True)
     model.initialise(generator)
     return model.eval()
 

@@ -1,7 +1,10 @@
 import csv
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: the nets are small, more threads cost more
 
 import numpy as np
 import pytest
