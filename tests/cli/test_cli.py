@@ -43,7 +43,7 @@ def test_the_commands_of_the_source_document_resolve_as_written(command):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_selection_mode_runs_and_follows_its_schedule(cli, mode):
+def test_every_selection_mode_runs_and_follows_its_schedule(cli, curves, mode):
     run = cli("--sel_mode", mode, "--sel_k", 2, "--sel_l_iter", 3, "--sig_a", -1, "--sig_b", 2)
     sizes = [int(row["S"]) for row in trace_of(run)]
     settings = {"batch_size": 3, "n_iter": 4, "k": 2, "l_iter": 3, "a": -1.0, "b": 2.0}
@@ -237,7 +237,7 @@ def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(cli, flags):
     assert without_times(half) == without_times(whole)
 
 
-def test_resume_by_budget_and_name(cli):
+def test_resume_by_budget_and_name(cli, curves):
     whole = cli("--n_iter", 30, "--max_evals", 60, name="whole")
     half = cli("--n_iter", 30, "--max_evals", 25, name="half")
     cli("--n_iter", 30, "--max_evals", 60, "--resume", name="half")
@@ -292,7 +292,7 @@ def test_an_interrupt_leaves_a_complete_run_that_can_go_on(tmp_path, sign):
 # ---------------------------------------------------------------------------------------------------- wrong numbers
 
 
-def test_a_diverging_run_goes_back_and_never_writes_nan(cli):
+def test_a_diverging_run_goes_back_and_never_writes_nan(cli, curves):
     run = cli("--line_search", "none", "--lr", 1e18, "--box", "none", "--n_iter", 10, "--dtype", "float32", expect=1)
     assert "not finite" in cli.err
     assert metrics_of(run)["ended_by"] == "non-finite"
@@ -370,7 +370,7 @@ def test_numbers_with_exponents_are_not_taken_for_flags():
 
 @pytest.mark.parametrize("flags", ["--lr 1e308", "--label_std 1e308", "--tv_weight 1e308", "--defence noise:1e30"])
 @pytest.mark.parametrize("budget", ["--max_evals 60", "--n_iter 3"])
-def test_where_no_step_succeeds_the_status_says_so(cli, flags, budget):
+def test_where_no_step_succeeds_the_status_says_so(cli, curves, flags, budget):
     run = cli(*flags.split(), *budget.split(), expect=1)
     assert "no step succeeded" in cli.err or "not finite" in cli.err
     assert len(pictures_of(run)) == 3

@@ -69,7 +69,7 @@ def page_of(run):
     return page
 
 
-def test_a_run_with_its_truth(cli):
+def test_a_run_with_its_truth(cli, curves):
     run = cli("--seed", 3)
     page, facts = page_of(run), read_facts(run)
     assert facts["truth_known"]
@@ -99,7 +99,7 @@ def test_what_was_read_is_told_layer_by_layer(cli):
     assert "3 images told apart" in " ".join(page.text.split()) or "All 3 images were told apart" in page.text
 
 
-def test_an_update_without_its_truth(cli, tmp_path):
+def test_an_update_without_its_truth(cli, curves, tmp_path):
     path = tmp_path / "update.npz"
     cli("--labels", "unique", "--save_update", path, *SIGNALS)
     run = cli("--update", path, *SIGNALS, name="theirs")

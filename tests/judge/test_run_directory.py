@@ -20,7 +20,7 @@ from judge.run_directory import TRACE, RunDirectory
 from update.storage import replace_atomically
 
 
-def test_the_run_directory_is_complete(cli):
+def test_the_run_directory_is_complete(cli, curves):
     run = cli("--seed", 3)
     names = {str(file.relative_to(run)) for file in run.rglob("*") if file.is_file()}
     images = {name.format(i) for i in range(3) for name in ("images/rec_{:03d}.png", "truth/true_{:03d}.png")}
@@ -127,7 +127,7 @@ def test_config_keeps_the_schedule_of_the_steps_that_were_run(cli):
     assert config_of(run)["schedule"] == [1] * metrics_of(run)["steps"] == [int(row["S"]) for row in trace_of(run)]
 
 
-def test_a_run_on_a_saved_update_says_nothing_of_what_the_client_did(cli, tmp_path):
+def test_a_run_on_a_saved_update_says_nothing_of_what_the_client_did(cli, curves, tmp_path):
     path = tmp_path / "u.npz"
     cli("--save_update", path, "--defence", "bfloat16", "--labels", "unique", name="inside")
     run = cli("--update", path)
@@ -259,7 +259,7 @@ KILLS = int(os.environ.get("MAGIA_KILLS", "3"))
 
 
 @forked
-def test_a_run_that_is_killed_at_any_moment_can_be_resumed(cli):
+def test_a_run_that_is_killed_at_any_moment_can_be_resumed(cli, curves):
     flags = ["--n_iter", 12, "--checkpoint_every", 1]
     whole, draw = cli(*flags, name="whole"), random.Random(KILLS)
     for number in range(KILLS):
