@@ -68,10 +68,14 @@ def _draw_a_dot(path, rows):
 
 
 @pytest.fixture
-def cli(request, tmp_path, capsys, monkeypatch):
-    """Its curves, a third of the time of a small run, are a dot unless the test asks for `curves` as well."""
+def few_curves(request, monkeypatch):
+    """A run's curves, a third of the time of a small one, are a dot unless the test asks for `curves` as well."""
     if "curves" not in request.fixturenames:
         monkeypatch.setattr("judge.recorder.save_curves", _draw_a_dot)
+
+
+@pytest.fixture
+def cli(few_curves, tmp_path, capsys):
     return Cli(tmp_path, capsys)
 
 

@@ -112,14 +112,14 @@ def test_max_evals_is_never_exceeded(cli, optimizer, budget, least):
 
 
 def test_max_seconds_begins_no_further_step(cli):
-    run = cli("--max_seconds", 2, "--n_iter", 100_000, "--checkpoint_every", 0)
+    run = cli("--max_seconds", 1, "--n_iter", 100_000, "--checkpoint_every", 0)
     figures, rows = metrics_of(run), trace_of(run)
     assert figures["ended_by"] == "max_seconds"
-    assert figures["seconds"] >= 2
+    assert figures["seconds"] >= 1
     assert len(rows) > 1
-    assert float(rows[-2]["seconds"]) < 2
-    cli("--resume", run, "--max_seconds", figures["seconds"] + 1, "--n_iter", 100_000)
-    assert metrics_of(run)["seconds"] >= figures["seconds"] + 1
+    assert float(rows[-2]["seconds"]) < 1
+    cli("--resume", run, "--max_seconds", figures["seconds"] + 0.5, "--n_iter", 100_000)
+    assert metrics_of(run)["seconds"] >= figures["seconds"] + 0.5
     assert len(trace_of(run)) > len(rows)
 
 

@@ -363,7 +363,7 @@ def test_a_container_that_calls_its_children_normalises_once(container):
     assert torch.allclose(run(stages(twin), images().double()), twin(images().double()))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11", "alexnet", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "alexnet", "mobilenet_v2"])
 def test_torchvision_s_classifiers_are_walked(name):
     generator = torch.Generator().manual_seed(0)
     before = torch.get_rng_state()
