@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad
 
 from attack.read.signals import Signals, Tail
 from attack.read.span import Span
@@ -88,12 +87,9 @@ class ImageEquations:
 
     def deltas(self, c: Tensor, labels: Tensor) -> Tensor:
         """Gradient of each candidate's loss by the layer's output, (N, *output_shape)."""
-        values = self.span.inputs(c)
-
-        def total(outputs: Tensor) -> Tensor:
-            return self.loss.each(self.tail(values, outputs), labels).sum()
-
-        return grad(total)(self._outputs(c))
+        outputs = self._outputs(c).detach().requires_grad_()
+        with torch.enable_grad():
+            return self.loss.delta(self.tail(self.span.inputs(c), outputs), labels, outputs)
 
     def all_deltas(self, c: Tensor) -> Tensor:
         """The same for every label, (N, K, *output_shape)."""

@@ -113,7 +113,7 @@ def test_the_last_defence_decides(defence, kind):
 
 @pytest.mark.parametrize(("defence", "gain"), [("topk:0.1", 6), ("sign", 4), ("quantise:3", 1.5)])
 def test_it_brings_images_out(cli, defence, gain):
-    flags = ["--batch_size", 2, "--n_iter", 20, "--inner_iter", 20, "--max_evals", 120, "--defence", defence]
+    flags = ["--batch_size", 2, "--n_iter", 20, "--inner_iter", 20, "--max_evals", 70, "--defence", defence]
     told = metrics_of(cli(*flags, name="told"))
     as_they_stand = metrics_of(cli(*flags, "--distance", "l2", name="as_they_stand"))
     assert told["psnr_mean"] > as_they_stand["psnr_mean"] + gain

@@ -142,7 +142,7 @@ def test_batchnorm_in_training_mode_promises_less():
     assert set(reading.recovered) <= known
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "resnet18_cifar"])
+@pytest.mark.parametrize("name", ["mlp", "lenet", "resnet18"])
 def test_the_deepest_layer_that_is_promised_is_read(name):
     table, reading = rows(name, 2, side=16), read(built(name, 16), 2)
     deepest = next(layer for layer, row in table.items() if row["deepest"])
