@@ -146,6 +146,16 @@ def test_what_fits_nothing_is_said_and_nothing_is_certain(client, loss, topics):
     assert client.levels == ["unknown", "unknown"]
 
 
+def test_class_weights_are_told_by_the_weights_of_single_images(client):
+    weights = torch.linspace(0.5, 2, 10)
+    client.attacked(client.gradients(lambda z: cross_entropy(z, LABELS, weight=weights)))
+    own = 2 * weights[LABELS] / weights[LABELS].sum()
+    assert client.said["weights"]["figure"] == pytest.approx(float(own[1] / own[0]), rel=1e-4)
+    assert f"{own[0]:.3g} (label 3), {own[1]:.3g} (label 7)" in client.said["weights"]["said"]
+    assert client.said["weights"]["contradicts"]
+    assert client.levels == ["unknown", "unknown"]
+
+
 def test_a_batch_smaller_than_declared_is_taken_for_what_its_ranks_show(client):
     client.attacked(client.gradients(), batch_size=8)
     assert client.said["batch size"]["figure"] == 2
