@@ -25,7 +25,7 @@ from network.head import Head
 from network.tracing import stages
 from network.zoo import place_of
 from update import checked
-from update.evidence import Evidence
+from update.evidence import Evidence, contradictions
 from update.shared import SharedUpdate
 
 READS = ("auto", "on")  # values of --signals with which single images are sought
@@ -105,7 +105,9 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
         return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
     facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted")}
     known = replace(_at_stage(known, update, model, reading.start, reading.inputs), drift=drift, **facts)
-    evidence = list(_evidence(update, model, reading, generator)) or _of_unread_pixels(update, model, known, clock)
+    evidence = list(_evidence(update, model, reading, generator))
+    if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
+        evidence += _of_unread_pixels(update, model, known, clock)
     return replace(known, evidence=tuple(evidence))
 
 
