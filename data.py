@@ -226,7 +226,7 @@ def load_batch(
     """
     count = len(source)
     if image_size is not None:
-        pixels = math.prod(_sides(image_size))
+        pixels = math.prod(sides(image_size))
         check_room(len(indices) * CHANNELS * pixels * FLOAT, f"a batch of {len(indices)} images of that size")
     if len(indices) > count:
         raise DataError(f"a batch of {len(indices)} images is larger than the set, which has {count}")
@@ -298,15 +298,18 @@ def _notes_on(pictures: Sequence[Image.Image]) -> list[str]:
     return notes
 
 
-def _sides(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width."""
-    return image_size if isinstance(image_size, tuple) else (image_size, image_size)
+def sides(size: int | str | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of images of a size: both, one for both, or the value of --image_size."""
+    if isinstance(size, tuple):
+        return size
+    height, _, width = str(size).lower().replace(",", "x").partition("x")
+    return int(height), int(width or height)
 
 
 def _to_tensor(images: list[Image.Image], image_size: int | tuple[int, int] | None) -> Tensor:
     """One (B, C, H, W) tensor: grey if every image is grey, RGB otherwise."""
     if image_size is not None:
-        height, width = _sides(image_size)
+        height, width = sides(image_size)
         size = (width, height)
         images = [i if i.size == size else ImageOps.fit(i, size, Image.Resampling.LANCZOS) for i in images]
     sizes = sorted({image.size for image in images})

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.match.activations import STATISTICS, ForwardLoss, ForwardMatching, course_for
+from attack.ahead import known_activations
+from attack.match.activations import STATISTICS, ForwardMatching, course_for
 from attack.match.entries import observed
 from attack.match.gradients import MatchingLoss
 from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty, StatisticsLoss, disagreement
 from attack.match.phases import Course
-from attack.match.replay import left_over, noise_share
+from attack.match.replay import left_at_most, left_over, noise_share
 from attack.match.softening import SoftenedMatching, kinked_chain
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
@@ -96,7 +97,7 @@ DEFENDED = None  # defences that the client applied already to an update from ou
 UPDATE_KIND = "gradient"  # content of an update from outside: gradient, difference (new - old weights), weights (new)
 LOCAL_LR = None  # the client's learning rate; needed for several steps, and where the update is of weights
 LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; the weights' difference is divided by rate and steps
-LOCAL_BATCHES = 1  # equal minibatches of the batch that these steps go through in turn, M
+LOCAL_BATCHES = 1  # minibatches of the batch that these steps go through in turn, M; the last may be smaller
 LOSS = "cross_entropy"  # the client's loss: cross_entropy, bce (each class by itself; one logit: two classes), mse
 LABEL_SMOOTHING = 0.0  # eps of the cross-entropy's targets, (1 - eps) onehot + eps / K
 BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
@@ -311,11 +312,8 @@ def build_objective(
     prior = Prior(settings.prior, *weights, settings.prior_power)
     statistics = update.batch_statistics(model)
     if known.is_followed:
-        chain, place = stages(model), place_of(model)
-        what = (known.start, known.inputs.to(**place), known.labels, update.gradients)
-        how = {"observed": observed(update, model), "client_loss": update.training.loss}
-        loss = ForwardLoss(chain, update.image_shape, *what, known.uncertainty, **how)
-        course = Course(()) if known.is_exact else course_for(chain[: known.start], loss, settings.tv_weight)
+        loss = known_activations(update, model, known)
+        course = Course(()) if known.is_exact else course_for(stages(model)[: known.start], loss, settings.tv_weight)
         penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
         return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)
     errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
@@ -439,7 +437,8 @@ def run_attack(
             ended_by = "abort"
     images, labels = objective.images(state)[state.leader].detach(), state.label_logits[state.leader].softmax(1)
     left = left_over(restored, model, images.clamp(0, 1), labels), noise_share(restored, model)
-    figures = recorder.finish(state, images, ended_by, config, left)
+    most = left_at_most(known, model, state.evaluations // state.copies)
+    figures = recorder.finish(state, images, ended_by, config, (*left, most))
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cli.flags import build_parser, read_flags, sides
+from cli.flags import build_parser, read_flags
 from cli.model import model_options
 from cli.output import lasting_output, refused
 from cli.runtime import INTERRUPTED, choose_device, stream
-from data import load_batch, open_source
+from data import load_batch, open_source, sides
 from network.zoo import build_model
 from update.storage import checked_name, write_tensors
 

@@ -9,21 +9,23 @@ from torch import Tensor, nn
 
 from attack.local.drift import EXACT, expected_drift
 from attack.local.local_labels import LocalLabels, labels_by_trial
-from attack.match.activations import says_enough
-from attack.prepare import Known, all_labels
+from attack.match.activations import ForwardLoss, says_enough
+from attack.match.entries import observed
+from attack.match.unbounded import unbounded_pixels
+from attack.prepare import FOLLOWED, Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
-from attack.read.evidence import of_features, of_pixels
+from attack.read.evidence import of_features, of_fitted_pixels, of_pixels
 from attack.read.reader import COLUMNS, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
-from attack.solve.budget import WorkBudget
+from attack.solve.budget import OutOfTimeError, WorkBudget
 from network.chain import input_shapes
 from network.head import Head
 from network.tracing import stages
 from network.zoo import place_of
 from update import checked
-from update.evidence import Evidence
+from update.evidence import Evidence, contradictions
 from update.shared import SharedUpdate
 
 READS = ("auto", "on")  # values of --signals with which single images are sought
@@ -102,8 +104,11 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     if reading is None:
         return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
     facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted")}
-    known = replace(known, evidence=tuple(_evidence(update, model, reading, generator)))
-    return replace(_at_stage(known, update, model, reading.start, reading.inputs), drift=drift, **facts)
+    known = replace(_at_stage(known, update, model, reading.start, reading.inputs), drift=drift, **facts)
+    evidence = list(_evidence(update, model, reading, generator))
+    if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
+        evidence += _of_unread_pixels(update, model, known, clock)
+    return replace(known, evidence=tuple(evidence))
 
 
 def _of_trial(found: LocalLabels | None) -> Iterator[Evidence]:
@@ -122,6 +127,33 @@ def _evidence(
     """What was read, against what was assumed."""
     out_of_range = [] if reading.start else of_pixels(reading.inputs.reshape(-1, *update.image_shape))
     yield from out_of_range or of_features(reading.signals.values, model, update.image_shape, generator)
+
+
+def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> ForwardLoss:
+    """What the attack lowers where the activations of all images are known; of some images it has no gradients."""
+    return ForwardLoss(
+        stages(model),
+        update.image_shape,
+        known.start,
+        known.inputs.to(**place_of(model)),
+        known.labels[: len(known.inputs)],
+        update.gradients,
+        known.uncertainty,
+        uses_gradients=None if known.is_complete else False,
+        observed=observed(update, model),
+        client_loss=update.training.loss,
+    )
+
+
+def _of_unread_pixels(update: SharedUpdate, model: nn.Module, known: Known, clock: WorkBudget) -> list[Evidence]:
+    """A word on pixels that no equations give, from the images' activations, where these are certain."""
+    says = known.says_enough and known.uncertainty <= FOLLOWED and update.training.is_plain
+    if known.pixels is not None or not says:
+        return []
+    try:
+        return of_fitted_pixels(*unbounded_pixels(known_activations(update, model, known), clock.check))
+    except OutOfTimeError:
+        return []
 
 
 def known_again(

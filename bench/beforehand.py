@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from attack.prepare import INITS
-from cli.flags import sides
 from cli.model import model_options, parse_names, server_model
 from cli.runtime import choose_device, stream
-from data import load_batch, open_source
+from data import load_batch, open_source, sides
 from network.parameters import named_by
 
 ORIGIN = "origin.json"

@@ -43,11 +43,11 @@ from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
 from cli.ahead import known_ahead
-from cli.flags import sides
 from cli.model import model_options, server_model
 from cli.runtime import enough_threads, place_named, stream
 from cli.settings import resolve, schedule_of
 from client.victim import share_update
+from data import sides
 from judge.metrics import mean_psnr
 from judge.tables import markdown
 from network.chain import index_of

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from attack.local.drift import EXACT
 from attack.prepare import Known
 from attack.read.forecast import explain
-from cli.flags import sides
 from cli.model import model_options, of_two_classes, server_model
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
+from data import sides
 from judge.pictures import save_leaks, save_schedule
 from judge.recorder import summary
 from judge.report import read_facts

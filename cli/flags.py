@@ -124,12 +124,6 @@ def image_size(text: str) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
-def sides(size: int | str) -> tuple[int, int]:
-    """Height and width of images by the value of --image_size."""
-    height, _, width = str(size).lower().replace(",", "x").partition("x")
-    return int(height), int(width or height)
-
-
 def defence(text: str) -> str:
     """An argparse type: defences that a client may apply to its update."""
     try:

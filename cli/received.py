@@ -10,10 +10,11 @@ from attack.ahead import READS
 from attack.read.batch_size import count_images
 from attack.read.origin import explained
 from cli.console import ReadingBar
-from cli.flags import checked_value, sides
+from cli.flags import checked_value
 from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
 from cli.runtime import stream
 from cli.settings import facts_of
+from data import sides
 from network.chain import below_norms
 from network.head import Head
 from network.one_logit import has_one_logit, of_two_logits

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from attack.prepare import INITS
-from cli.flags import sides
 from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
 from client.defences import defend_received
 from client.victim import share_update
-from data import Batch, DataError, load_batch, open_source, parse_indices
+from data import Batch, DataError, load_batch, open_source, parse_indices, sides
 from network.one_logit import has_one_logit
 from network.outside import is_outside, try_batch
 from update.defences import Defences

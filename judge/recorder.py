@@ -104,11 +104,12 @@ class Recorder:
         )
 
     def finish(
-        self, state: AttackState, images: Tensor, ended_by: str, config: Mapping, left: tuple[float, float]
+        self, state: AttackState, images: Tensor, ended_by: str, config: Mapping, left: tuple[float, float, float]
     ) -> dict:
         """Write the checkpoint, the pictures, config.json with the schedule as it was run, metrics.json and the report.
 
-        `left` are the shares of the update that the images leave, and that noise is, see `attack.match.replay`.
+        `left` are the shares of the update that the images leave, that noise is, and that the images may leave at most,
+        see `attack.match.replay`.
         Returns the content of metrics.json.
         """
         run = self.run
@@ -123,7 +124,7 @@ class Recorder:
         labels = state.label_logits[state.leader].argmax(1).cpu()
         figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
         is_defended = config["defence"] not in (None, "none") or bool(config["defended"])  # it is not replayed
-        evidence = [*self.evidence, *of_replay(*left, is_exact=self.known.is_exact and not is_defended)]
+        evidence = [*self.evidence, *([] if is_defended else of_replay(*left))]
         figures |= _signal_figures(self.known, evidence) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),

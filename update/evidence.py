@@ -36,7 +36,6 @@ MEAN = 2.0  # sum of the magnitudes of a mean of softmax errors, at most
 ROUNDED = 1.02  # a mean of rounded errors may be so much longer
 MOVED = 1e-6  # relative distance of running statistics that is no rounding
 FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
-REPLAYED = 1e-2  # share of the update that pixels which were read may leave: they are exact to a hundredth
 LIKE_WEIGHTS = 0.5  # cosine of a gradient with weights that are in it once, beyond which it is taken for weights
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
@@ -66,17 +65,17 @@ class Evidence:
     overrules: str = ""
 
 
-def of_replay(left: float, noise: float, *, is_exact: bool) -> list[Evidence]:
-    """A word on images that were read pixel for pixel and do not make the update.
+def of_replay(left: float, noise: float, most: float) -> list[Evidence]:
+    """A word on images that follow from the update and do not make it.
 
     Args:
         left: share of the update that the client's training leaves when it is replayed on the images.
         noise: share of the update that is noise.
-        is_exact: whether the pixels of all images were read.
+        most: share that it may leave for other reasons; infinite where nothing vouches for the images.
     """
-    if not is_exact or left <= max(REPLAYED, SURE * noise):
+    if left <= max(most, SURE * noise):
         return []
-    said = f"the training, replayed on the images that were read, leaves {left:.2g} of the update: it was another one"
+    said = f"the training, replayed on the images that were found, leaves {left:.2g} of the update: it was another one"
     return [Evidence("replay", said, left, contradicts=True)]
 
 

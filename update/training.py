@@ -1,7 +1,7 @@
 """Local training: the steps of a client before it shares its update. The client trains so, and the server imitates it.
 
 A client of FedSGD shares the gradient of its batch. A client of FedAvg (McMahan et al. 2017, arXiv 1602.05629) first
-makes N steps of plain SGD, each on the next of M equal minibatches, and shares how far the weights went:
+makes N steps of plain SGD, each on the next of M minibatches, and shares how far the weights went:
 
     w_t+1 = w_t - rate g(w_t; minibatch t mod M),        (w_0 - w_N) / (rate N) = (1/N) sum_t g(w_t; minibatch t mod M).
 
@@ -34,7 +34,8 @@ class LocalTraining:
 
     Attributes:
         steps: of plain SGD, N.
-        batches: equal minibatches that the steps go through in turn, M.
+        batches: minibatches that the steps go through in turn, M: all of one size, but for the last, which may be
+            smaller.
         rate: the learning rate; None for a single step, on which the rate has no influence.
         batchnorm: eval (running statistics), train (the minibatch's statistics; the running statistics are shared), or
             train_private (the minibatch's statistics; the running statistics are not shared).
@@ -107,14 +108,22 @@ class LocalTraining:
         """Steps times rate, the divisor of the weights' difference; 0 where gradients themselves are shared."""
         return 0.0 if self.is_one_step else self.steps * self.rate
 
+    def size(self, batch_size: int) -> int:
+        """Images in a minibatch of so many images in all; the last holds the rest, as data loaders leave it."""
+        return -(-batch_size // self.batches)
+
     def check(self, batch_size: int) -> None:
-        """Refuse a batch that does not fall into equal minibatches.
+        """Refuse a batch that does not fall into so many minibatches.
 
         Raises:
-            ValueError: the minibatches would be unequal.
+            ValueError: minibatches of one size, but for the last, would be fewer.
         """
-        if batch_size % self.batches:
-            raise ValueError(f"--local_batches {self.batches} does not divide the batch of {batch_size} images")
+        size = self.size(batch_size)
+        if -(-batch_size // size) != self.batches:
+            raise ValueError(
+                f"--local_batches {self.batches} does not divide the batch of {batch_size} images: "
+                f"minibatches of {size} are {-(-batch_size // size)}"
+            )
 
 
 FEDSGD = LocalTraining()  # one step on the whole batch
@@ -143,11 +152,11 @@ def train_locally(
 
     Args:
         model: has BatchNorm in the mode of this training, see `use_batch_statistics`.
-        images: (B, C, H, W); minibatch j holds the j-th B / M of them.
+        images: (B, C, H, W); minibatch j holds the j-th `training.size(B)` of them.
         labels: class indices (B,) or class probabilities (B, K).
         create_graph: keep the graph of all steps, so that the result can be differentiated by images and labels.
     """
-    weights, size = trainable(model), len(images) // training.batches
+    weights, size = trainable(model), training.size(len(images))
     gradients, statistics = [], []
     for step in range(training.steps):
         first = step % training.batches * size

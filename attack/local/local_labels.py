@@ -166,7 +166,7 @@ class _LabelSearch:
                     changed = labels.clone()
                     changed[slot] = label
                     yield changed
-        size = len(labels) // self.update.training.batches
+        size = self.update.training.size(len(labels))
         for i in range(len(labels)):
             for j in range(i // size * size):
                 if labels[i] != labels[j]:
@@ -176,7 +176,7 @@ class _LabelSearch:
 
     def _tried(self, labels: Tensor) -> tuple[float, Tensor]:
         """The relative squared distance that is left, and the evidence by class: the lowest class is missing most."""
-        size = len(labels) // self.update.training.batches
+        size = self.update.training.size(len(labels))
         key = tuple(label for part in labels.split(size) for label in sorted(part.tolist()))  # grey images are alike
         if key not in self._found:
             if self._found:  # without any there would be nothing to return

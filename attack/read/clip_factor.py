@@ -26,6 +26,7 @@ from attack.read.label_counts import LabelCounts
 from attack.read.layer_choice import candidate_layers, order
 from attack.read.peel import first_images
 from attack.read.random_images import SAMPLE, random_features, varies
+from attack.read.signals import Signals
 from attack.solve.budget import WorkBudget, unlimited
 from network.parametrised import with_weights
 from network.tracing import stages
@@ -57,8 +58,8 @@ def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generat
     """
     read = dataclasses.replace(update, gradients=with_weights(update.gradients, model))
     factor, is_exact = by_head(read, model, generator)
-    if not is_exact and (told := by_single_images(read, model, generator)):
-        factor, is_exact = told, True
+    if not is_exact and (told := single_images(read, model, generator)):
+        factor, is_exact = common_factor(told), True
     if factor is None or factor < LEAST:
         raise ValueError("neither the head nor any single image tells by how much the update was scaled")
     restored = times(update, factor)
@@ -122,10 +123,16 @@ def _first_guess(head: HeadGradient, sample: Tensor) -> tuple[float, bool]:
     return 1 / float(ratio[middle]), not varies(p) and 2 * head.batch_size < len(head.bias)
 
 
-def by_single_images(
-    update: SharedUpdate, model: nn.Module, generator: torch.Generator, work: float = SINGLES_WORK
-) -> float | None:
-    """s, of either sign, from certificates at the first layer that tells images apart; the surer count more."""
+def common_factor(found: Signals) -> float:
+    """s, of either sign, from the certificates of single images; the surer count more."""
+    sureness = found.uncertainty.clamp(min=torch.finfo(found.uncertainty.dtype).eps) ** -2
+    return float((found.certificates * sureness).sum() / sureness.sum())
+
+
+def single_images(
+    update: SharedUpdate, model: nn.Module, generator: torch.Generator, work: float = SINGLES_WORK, enough: int = 1
+) -> Signals | None:
+    """Images from the first layer that tells any apart without their scale, `enough` of them; None if no layer does."""
     try:
         chain = stages(copy.deepcopy(model).double().requires_grad_(False))
     except ValueError:
@@ -138,9 +145,7 @@ def by_single_images(
         span = layer.span(update.gradients, update.batch_size, like)
         if span.determined and not budget.is_spent:
             how = {"is_sparse": layer.inputs.is_sparse, "generator": generator, "budget": budget}
-            how["loss"] = update.training.loss
-            found = first_images(span, layer.layer, layer.tail, **how)
+            found = first_images(span, layer.layer, layer.tail, loss=update.training.loss, enough=enough, **how)
             if len(found):
-                sureness = found.uncertainty.clamp(min=torch.finfo(like.dtype).eps) ** -2
-                return float((found.certificates * sureness).sum() / sureness.sum())
+                return found
     return None

@@ -1,5 +1,8 @@
 """What was read from an update, against what was assumed: pixels out of range, and features that dropout has zeroed."""
 
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,11 @@ STEPS = 255  # of a pixel
 BEYOND = 2.0 / STEPS  # how far out of [0, 1] a pixel may lie for rounding's sake
 ON_GRID = 0.05  # of a step: pixels of 8 bits lie so near to whole steps once their normalisation is undone
 SHARE_ON_GRID = 0.95  # of the pixels that must
+OUTSIDE = 0.05  # how far out of [0, 1] a pixel may lie that was only fitted
+STRAYED = 0.1  # share of fitted pixels outside that is no failure of the fit: right ones leave 0.03, wrong ones 0.29
+SORTED = 10**6  # fitted pixels that their range is told from, at most
+MOST = 0.98  # share of fitted pixels whose range is told
+STRAY = 1e-3  # density of fitted pixels outside the range of their normalisation, relative to that inside
 USUAL = {  # normalisations that clients use, by what the values are: mean and standard deviation by channel
     "of one half": ((0.5,), (0.5,)),
     "of ImageNet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -42,18 +50,64 @@ def of_pixels(pixels: Tensor) -> list[Evidence]:
     return [Evidence("pixels", said, most - least, contradicts=True)]
 
 
+def of_fitted_pixels(pixels: Tensor, left: float) -> list[Evidence]:
+    """A word on pixels (N, C, H, W) that fit known activations best where nothing bounds them.
+
+    Args:
+        pixels: as `attack.match.unbounded` finds them.
+        left: share of the activations' error at grey images that they leave.
+    """
+    outside = float(((pixels < -OUTSIDE) | (pixels > 1 + OUTSIDE)).double().mean())
+    if not outside > STRAYED:
+        return []
+    some = pixels.flatten()[:: 1 + pixels.numel() // SORTED]
+    least, most = some.quantile(torch.tensor([1 - MOST, MOST]).to(pixels)).tolist()
+    fit = normalisation_around(pixels)
+    said = (
+        f"{outside:.0%} of the pixels that explain the known activations best lie outside 0 to 1, most of them between "
+        f"{least:.3g} and {most:.3g}, and leave {left:.2g} of what grey images leave: the client normalises its images "
+        f"({f'perhaps {fit}' if fit else '--mean, --std'}), or the layers below are not those that it trained "
+        "(their weights, or the layout of their kernels)"
+    )
+    return [Evidence("pixels", said, most - least, contradicts=True)]
+
+
 def normalisation_of(pixels: Tensor) -> str:
     """The flags of the usual normalisation that brings pixels (N, C, H, W) to whole steps within [0, 1]; or nothing."""
-    for name, (mean, std) in USUAL.items():
-        if len(mean) not in (1, pixels.shape[1]):
-            continue
-        m, s = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        raw = STEPS * (pixels * s + m)
-        inside = float(raw.min()) > -2 and float(raw.max()) < STEPS + 2
-        if inside and float(((raw - raw.round()).abs() < ON_GRID).double().mean()) > SHARE_ON_GRID:
-            flags = (",".join(f"{value:g}" for value in values) for values in (mean, std))
-            return "--mean {} --std {} ({})".format(*flags, name)
+    for name, raw in _undone(pixels):
+        steps = STEPS * raw
+        inside = float(raw.min()) > -BEYOND and float(raw.max()) < 1 + BEYOND
+        if inside and float(((steps - steps.round()).abs() < ON_GRID).double().mean()) > SHARE_ON_GRID:
+            return _flags_of(name)
     return ""
+
+
+def normalisation_around(pixels: Tensor) -> str:
+    """The flags of the likeliest usual normalisation of pixels (N, C, H, W) that were only fitted; or nothing.
+
+    Pixels are taken for uniform on [0, 1] before it, but for a share of STRAY that may lie anywhere: of a normalisation
+    with a standard deviation s they have the density s inside, and STRAY s outside.
+    """
+    fitting = []
+    for name, raw in _undone(pixels):
+        outside = float(((raw < -BEYOND) | (raw > 1 + BEYOND)).double().mean())
+        _, std = USUAL[name]
+        density = sum(map(math.log, std)) / len(std) + outside * math.log(STRAY)
+        fitting += [(density, name)] if outside < STRAYED else []
+    return _flags_of(max(fitting)[1]) if fitting else ""
+
+
+def _undone(pixels: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The pixels before each usual normalisation that has as many channels as they."""
+    for name, (mean, std) in USUAL.items():
+        if len(mean) in (1, pixels.shape[1]):
+            m, s = (pixels.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+            yield name, pixels * s + m
+
+
+def _flags_of(name: str) -> str:
+    mean, std = (",".join(f"{value:g}" for value in values) for values in USUAL[name])
+    return f"--mean {mean} --std {std} ({name})"
 
 
 def of_features(

@@ -7,12 +7,14 @@ little work, the declared client first, and the first under which any image is t
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import nn
 
-from attack.read.clip_factor import by_head, by_single_images, times
+from attack.read.clip_factor import by_head, common_factor, single_images, times
 from attack.read.reader import READING_WORK, glance
+from attack.read.signals import Signals
 from update.evidence import Evidence, class_sums
 from update.loss import Loss
 from update.shared import SharedUpdate
@@ -20,6 +22,9 @@ from update.shared import SharedUpdate
 GLANCE = 0.01 * READING_WORK  # of work for each supposition: some six seconds at most
 SMOOTHINGS = (0.1, 0.2, 0.05)  # of labels, that clients use
 USUAL = (0.5, 2.0, *(2.0**power for power in range(8, 25, 8)))  # factors of losses, and of AMP's loss scaling
+SEVERAL = 3  # single images that are enough to see whether they count alike
+UNEQUAL = 2e-3  # relative: factors of single images that differ by more are several
+BLURRED = 10.0  # and by so many expected errors of the images
 ROUNDED = 1e-3  # relative: a factor so close to a usual one is that one
 
 
@@ -62,14 +67,16 @@ def explained(
         generator: what starts and programmes are drawn from (on the CPU).
         tick: called now and then.
     """
-    tried, is_spanned = 0, False
-    for supposition in _suppositions(update, model, nominal, generator):
+    tried, is_spanned, singles = 0, False, _Singles(update, model, generator)
+    for supposition in _suppositions(update, model, nominal, singles):
         try:
             found = glance(supposition.update, model, generator=generator, work=GLANCE, tick=tick)
         except ValueError:  # a model that cannot be taken apart says nothing under any supposition
             return update
-        if found.told_apart:
+        if found.told_apart == supposition.update.batch_size or (found.told_apart and not singles.are_weighted):
             return supposition.result(found.told_apart)
+        if found.is_spanned and singles.are_weighted:
+            return replace(update, evidence=(*update.evidence, _of_weights(singles.found)))
         tried, is_spanned = tried + 1, is_spanned or found.is_spanned
         if not is_spanned:
             return update
@@ -77,7 +84,7 @@ def explained(
 
 
 def _suppositions(
-    update: SharedUpdate, model: nn.Module, nominal: int | None, generator: torch.Generator
+    update: SharedUpdate, model: nn.Module, nominal: int | None, singles: "_Singles"
 ) -> Iterator[Supposition]:
     """The client as declared, then others, the most frequent first, without what sums over the classes exclude."""
     sums = class_sums(update.gradients, model)
@@ -88,17 +95,40 @@ def _suppositions(
     if nominal is not None and nominal != update.batch_size:
         others = tuple(piece for piece in update.evidence if piece.overrules != "batch_size")
         yield Supposition(replace(update, batch_size=nominal, evidence=others))
-    for factor in _factors(update, model, generator):
+    for factor in _factors(update, model, singles):
         yield Supposition(times(update, factor), _of_scale(1 / factor, update.batch_size))
     if update.training.loss == Loss():
         yield from _other_losses(update, [Loss(smoothing=each) for each in SMOOTHINGS])
 
 
-def _factors(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> Iterator[float]:
+class _Singles:
+    """Images that are told apart whatever their scale is: sought once, where they are asked for."""
+
+    def __init__(self, update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> None:
+        self.update, self.model, self.generator = update, model, generator
+
+    @cached_property
+    def found(self) -> Signals | None:
+        """Several images where they are to be had, since their factors may differ; None without any."""
+        return single_images(
+            self.update, self.model, self.generator, GLANCE, enough=min(SEVERAL, self.update.batch_size)
+        )
+
+    @property
+    def are_weighted(self) -> bool:
+        """Whether the factors of single images differ by more than their errors explain."""
+        if self.found is None or len(self.found) < 2:
+            return False
+        factors, errors = self.found.certificates, self.found.uncertainty
+        return bool((factors - factors[0]).abs().max() > factors.abs().max() * (UNEQUAL + BLURRED * errors.max()))
+
+
+def _factors(update: SharedUpdate, model: nn.Module, singles: _Singles) -> Iterator[float]:
     """Factors by which the update becomes a mean: of single images, then of the head, of either sign."""
-    told = [by_single_images(update, model, generator, GLANCE)]
-    if told == [None]:
-        told = [sign * (_by_head(times(update, sign), model, generator) or 0.0) for sign in (1.0, -1.0)]
+    if singles.found is not None:
+        told = [common_factor(singles.found)]
+    else:
+        told = [sign * (_by_head(times(update, sign), model, singles.generator) or 0.0) for sign in (1.0, -1.0)]
     for factor in told:
         if factor and abs(factor - 1) > ROUNDED:
             yield usual(factor, update.batch_size)
@@ -137,6 +167,20 @@ def _other_losses(update: SharedUpdate, losses: Sequence[Loss]) -> Iterator[Supp
         said = f"its errors are those of {loss}, which was not declared: it is taken for the loss"
         training = replace(update.training, loss=loss)
         yield Supposition(replace(update, training=training), Evidence("loss", said, loss.smoothing or None))
+
+
+def _of_weights(found: Signals) -> Evidence:
+    """What is said of images whose errors have weights of their own."""
+    weights = 1 / found.certificates
+    each = sorted(zip(found.labels.tolist(), weights.tolist(), strict=True))
+    told = ", ".join(f"{weight:.3g} (label {label})" for label, weight in each)
+    spread = max(
+        (float((weights[found.labels == label] / weights[found.labels == label][0] - 1).abs().max()))
+        for label in found.labels.unique().tolist()
+    )
+    kind = "class weights, or a focal loss" if spread < UNEQUAL else "a focal loss, or weights of single images"
+    said = f"its images do not count alike: single ones have the weights {told}, where a mean has 1: {kind}"
+    return Evidence("weights", said, float(weights.max() / weights.min()), contradicts=True)
 
 
 def _nothing_fits(tried: int) -> Evidence:

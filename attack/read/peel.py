@@ -124,18 +124,20 @@ def first_images(
     generator: torch.Generator,
     budget: WorkBudget,
     loss: Loss = CROSS_ENTROPY,
+    enough: int = 1,
 ) -> Signals:
     """Some images of a determined layer, if any, where the gradient's scale is not known: their certificates tell it.
 
-    None is taken out of the gradient before the next is sought, which would need the scale. Arguments as in `unmix`.
+    None is taken out of the gradient before the next is sought, which would need the scale. `enough` images end the
+    search; the other arguments are as in `unmix`.
     """
     whole = ImageEquations(span, layer, tail, loss, paired=False)
-    search = _Peeling([whole], is_sparse, generator, budget, [span])
+    search, found = _Peeling([whole], is_sparse, generator, budget, [span]), nobody(span)
     for attempt in range(FRUITLESS):
-        found = search.round(attempt)
-        if len(found) or budget.is_spent:
-            return found
-    return nobody(span)
+        found = found.joined(unlike(search.round(attempt), found))
+        if len(found) >= enough or budget.is_spent:
+            break
+    return found
 
 
 @dataclass

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from attack.read.arithmetic import blurred, forward_errors
 from attack.read.forecast import explain
 from attack.read.head.by_random_images import recover_signals
 from attack.read.head.by_trial import unmix_head
@@ -145,6 +146,8 @@ class _Reader:
         self.candidates = {layer.name: layer for layer in layers}
         self.rows = _blank_rows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
+        self.forward = [0.0] * len(self.chain)  # relative errors of each stage's inputs, by the client's arithmetic
+        self.noise_shares: dict[str, float] = {}  # of the layers that were asked, see `Span.noise_share`
 
     def read(self) -> Reading:
         """Ask the layers in turn, then walk down from the best of them."""
@@ -152,6 +155,10 @@ class _Reader:
         if best is None:
             kind = ReadingAbortedError if self.is_aborted else ValueError
             raise kind(f"no image can be told apart: {self._why_not()}")
+        if self.update.defence == "none":  # a defence explains noise in the gradient by itself
+            noise = self.noise_shares[at.name]
+            self.forward = forward_errors(self.model, self.update.image_shape, noise, self.generator)
+            best = blurred(best, self.forward[at.index])
         return self._followed(best.surest_first(), at.index)
 
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
@@ -180,6 +187,7 @@ class _Reader:
         budget = self.budget.part(1.0 if is_last else SHARE)
         try:
             span = self._span(layer)
+            self.noise_shares[layer.name] = span.noise_share
             facts = {
                 "rank": span.rank, "dimension": span.dimension, "gap": span.gap, "determined": span.determined,
             }  # fmt: skip
@@ -335,6 +343,8 @@ class _Reader:
         if row is None:
             self._note(next(iter(self.rows)), record.reason)
             return
+        if noise is not None:
+            noise = math.hypot(noise, self.forward[index_of(self.chain, record.name)])
         weak = int(record.too_weak.sum())
         known = f"known from above, but {weak} are too weak" if weak else "known from above"
         self._note(

@@ -86,6 +86,12 @@ class Span:
         """Whether A is certified and holds nothing but mixtures of the batch's inputs."""
         return self.spanned and 0 < self.dimension <= self.batch_size and self.gap > CLEAR
 
+    @property
+    def noise_share(self) -> float:
+        """The noise in all entries of the weighted gradient, as a share of what stands out from it."""
+        entries = len(self.rows) * int(self.right.any(0).sum())
+        return self.noise * entries**0.5 / float(self.sigma.norm()) if self.rank else math.inf
+
     def inputs(self, coordinates: Tensor) -> Tensor:
         """Coordinates (N, dim A) -> inputs (N, *input_shape)."""
         return (coordinates @ self.basis).view(-1, *self.geometry.input_shape)

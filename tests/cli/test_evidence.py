@@ -29,6 +29,10 @@ def dropping():
     below = [nn.Flatten(), nn.Linear(768, 64), nn.Sigmoid()]
     return seeded(lambda: nn.Sequential(*below, nn.Dropout(0.5), nn.Linear(64, 40)))
 
+def unread():
+    return seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 5, stride=2, padding=2), nn.ReLU(), nn.Flatten(),
+                                        nn.Linear(512, 10)))
+
 def norms():
     conv = [nn.Conv2d(3, 12, 5, stride=2, padding=2), nn.BatchNorm2d(12), nn.ReLU()]
     return seeded(lambda: nn.Sequential(*conv, nn.Conv2d(12, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU(),
@@ -139,6 +143,16 @@ def test_a_declared_loss_needs_no_word(client):
 def test_what_fits_nothing_is_said_and_nothing_is_certain(client, loss, topics):
     client.attacked(client.gradients(loss))
     assert {topic for topic, piece in client.said.items() if piece["contradicts"]} >= topics
+    assert client.levels == ["unknown", "unknown"]
+
+
+def test_class_weights_are_told_by_the_weights_of_single_images(client):
+    weights = torch.linspace(0.5, 2, 10)
+    client.attacked(client.gradients(lambda z: cross_entropy(z, LABELS, weight=weights)))
+    own = 2 * weights[LABELS] / weights[LABELS].sum()
+    assert client.said["weights"]["figure"] == pytest.approx(float(own[1] / own[0]), rel=1e-4)
+    assert f"{own[0]:.3g} (label 3), {own[1]:.3g} (label 7)" in client.said["weights"]["said"]
+    assert client.said["weights"]["contradicts"]
     assert client.levels == ["unknown", "unknown"]
 
 
@@ -288,6 +302,31 @@ def test_a_forgotten_normalisation_is_read_off_the_pixels(client, mean, std):
     client.attacked(update, "--mean", mean, "--std", std, name="declared")
     assert client.said == {}
     assert client.levels == ["read", "read"]
+
+
+@pytest.mark.parametrize(("mean", "std"), [("0.5", "0.5"), ("0.485,0.456,0.406", "0.229,0.224,0.225")])
+def test_a_forgotten_normalisation_shows_where_only_features_are_read(cli, tmp_path, mean, std):
+    client = Client(cli, tmp_path, "unread")
+    m, s = (torch.tensor([float(v) for v in text.split(",")]).view(1, -1, 1, 1) for text in (mean, std))
+    update = client.gradients(pictures=(images() - m) / s)
+    client.attacked(update)
+    assert f"--mean {mean} --std {std}" in client.said["pixels"]["said"]
+    assert client.levels == ["unknown", "unknown"]
+    client.attacked(update, "--mean", mean, "--std", std, name="declared")
+    assert client.said == {}
+    assert client.levels == ["apart", "apart"]
+
+
+def test_kernels_that_were_turned_contradict_what_was_read(cli, tmp_path):
+    client = Client(cli, tmp_path, "unread")
+    update = client.gradients()
+    turned = {name: t.transpose(2, 3).contiguous() if t.dim() == 4 else t for name, t in update.items()}
+    client.net[0].weight.data = client.net[0].weight.data.transpose(2, 3).contiguous()
+    weights = tmp_path / "weights.pt"
+    torch.save(client.net.state_dict(), weights)
+    client.attacked(turned, "--weights", weights, "--n_iter", 8)
+    assert any(piece["contradicts"] for piece in client.said.values())
+    assert client.levels == ["unknown", "unknown"]
 
 
 def test_evidence_is_in_the_terminal_and_the_report(client):

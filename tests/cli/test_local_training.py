@@ -121,7 +121,7 @@ def test_a_difference_from_outside_is_unrolled_too(cli, net):
         ("--local_steps 0 --local_lr 0.1", "--local_steps"),
         ("--local_steps 2 --local_lr 0", "--local_lr"),
         ("--local_steps 2 --local_lr nan", "--local_lr"),
-        ("--local_steps 4 --local_lr 0.1 --local_batches 2", "--local_batches 2 does not divide the batch of 3 images"),
+        ("--batch_size 5 --local_steps 4 --local_lr 0.1 --local_batches 4", "minibatches of 2 are 3"),
         ("--local_steps 4 --local_lr 0.1 --local_batches 3", "not whole passes through 3 minibatches"),
         ("--local_batches 3", "not whole passes"),
         ("--local_batches 0", "--local_batches"),

@@ -54,10 +54,10 @@ def trained_by_hand(model, images, labels, training):
     return model.state_dict()
 
 
-@pytest.mark.parametrize(("steps", "batches"), [(2, 1), (4, 2), (4, 4)])
-def test_local_training_is_that_of_plain_sgd(steps, batches):
+@pytest.mark.parametrize(("count", "steps", "batches"), [(4, 2, 1), (4, 4, 2), (4, 4, 4), (3, 4, 2)])
+def test_local_training_is_that_of_plain_sgd(count, steps, batches):
     model, training = lenet(torch.float64), LocalTraining(steps, batches, 0.1)
-    images, labels = batch(dtype=torch.float64)
+    images, labels = batch(count, torch.float64)
     before = copy.deepcopy(model.state_dict())
     by_hand = trained_by_hand(model, images, labels, training)
     trained = train_locally(model, images, labels, training)
@@ -156,13 +156,13 @@ def test_an_update_that_says_nothing_of_training_is_of_one_step(tmp_path):
 
 
 def test_a_training_that_does_not_suit_the_batch_is_refused(tmp_path):
-    update = share_update(lenet(), "lenet", *batch(), 10, training=LocalTraining(2, 2, 0.1))
+    update = share_update(lenet(), "lenet", *batch(), 10, training=LocalTraining(4, 4, 0.1))
     update.save(tmp_path / "u.npz")
     tensors, text = read_tensors(tmp_path / "u.npz")
-    wrong = {"update": text["update"].replace('"batch_size": 4', '"batch_size": 3')}
+    wrong = {"update": text["update"].replace('"batch_size": 4', '"batch_size": 6')}
     with pytest.raises(ValueError, match="does not divide"):
         SharedUpdate.of(tensors, wrong, "u.npz")
-    nonsense = {"update": text["update"].replace('"steps": 2', '"steps": 0')}
+    nonsense = {"update": text["update"].replace('"steps": 4', '"steps": 0')}
     with pytest.raises(StorageError, match="not a shared update"):
         SharedUpdate.of(tensors, nonsense, "u.npz")
 

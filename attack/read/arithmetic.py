@@ -1,0 +1,64 @@
+"""How far a client's arithmetic has taken its activations from the model's: autocast computes in types of few bits.
+
+Under torch.autocast activations are rounded at every layer, forwards, before any gradient. What such a client sends
+are exact gradients of rounded activations, nearly: singular values beyond the gap and certificates, which show the
+rounding of deltas and gradients, do not show how far the activations themselves are off. But the arithmetic is one and
+the same in both directions, and how coarse it was shows in a layer's gradient: rounding to b bits leaves a share of
+ROUNDING 2^(1 - b) of it outside its rank. The attacker then lets the model run in a coarse type itself, on random
+images. These errors hardly depend on the images: of four networks random ones foretell those of real ones to 10 %.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from attack.read.random_images import random_images
+from attack.read.signals import Signals
+from network.tracing import stages
+
+COARSE = torch.bfloat16  # the type that the model is run in; errors of others are to its as their roundings are
+ROUNDING = 0.2  # of a type's eps: what rounding to it leaves outside a gradient's rank, as a share (0.1 to 0.21)
+FINE = 1e-5  # a smaller share is that of float32, whose forward errors are below all others
+FEW = 4  # random images: the errors of one are those of another, nearly
+
+
+@torch.no_grad()
+def forward_errors(
+    model: nn.Module, image_shape: Sequence[int], share: float, generator: torch.Generator
+) -> list[float]:
+    """The relative error that the client's forward pass leaves in the inputs of each stage of the model's chain.
+
+    Args:
+        model: that the server sent out.
+        image_shape: (C, H, W).
+        share: of a layer's gradient that lies outside its rank, and that nothing but rounding explains.
+        generator: what random images are drawn from (on the CPU).
+    """
+    chain = stages(copy.deepcopy(model).float())
+    if share < FINE:
+        return [0.0] * len(chain)
+    part = min(1.0, share / (ROUNDING * torch.finfo(COARSE).eps))
+    exact = random_images(tuple(image_shape), FEW, generator).to(next(model.parameters()).device)
+    rounded, errors = exact.to(COARSE), []
+    for stage in chain:
+        own = (rounded.float() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1).clamp(min=1e-30)
+        errors.append(part * float(own.max()))
+        try:
+            with torch.autocast(exact.device.type, COARSE):
+                rounded = stage.module(rounded)
+        except (RuntimeError, TypeError):  # an operation without a kernel for the type: its own rounding is left out
+            rounded = stage.module(rounded.float())
+        exact = stage.module(exact)
+    return errors
+
+
+def blurred(signals: Signals, error: float) -> Signals:
+    """The signals with another, independent relative error in their values, of as many dimensions as these have."""
+    if not error:
+        return signals
+    whole = torch.hypot(signals.uncertainty, torch.full_like(signals.uncertainty, error))
+    own, other = (signals.uncertainty / whole) ** 4, (error / whole) ** 4
+    return replace(signals, uncertainty=whole, freedom=1 / (own / signals.freedom + other / signals.values[0].numel()))
