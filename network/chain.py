@@ -7,8 +7,10 @@ run. What is true of a kind of module stands in `network.kinds`. A stage is name
 and no more. `tracing` makes a model's chain.
 """
 
+import copy
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +65,55 @@ def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
             yield stage.module
 
 
+def mixed_below(chain: Chain) -> set[str]:
+    """The names of the layers of a chain right below a BatchNorm in training mode, none inside residual stages."""
+    pairs = itertools.pairwise(chain)
+    return {below.name for below, stage in pairs if mixes_images([stage.module])}
+
+
+def shift_before(chain: Chain) -> str | None:
+    """The bias that is added right in front of the ReLU in which a chain ends; None where there is no such thing.
+
+    Its gradient is the sum, over images and positions, of the active entries' delta. A max-pool behind the ReLU hands
+    on all of delta, so it changes nothing.
+    """
+    while chain and kind_of(chain[-1].module).is_max_pool:
+        chain = chain[:-1]
+    if len(chain) < 2 or not kind_of(chain[-1].module).is_gate:
+        return None
+    return _last_bias(chain[:-1])
+
+
+def mean_before(chain: Chain) -> Tensor | None:
+    """The mean (C,), over the batch and all positions, in front of the ReLU in which a chain ends.
+
+    BatchNorm in training mode gives its outputs the mean beta; sums of several have the sum. None of anything else.
+    """
+    if len(chain) < 2 or not kind_of(chain[-1].module).is_gate:
+        return None
+    return _last_mean(chain[-2:-1])
+
+
+def _last_mean(chain: Chain) -> Tensor | None:
+    if not chain:
+        return None
+    module = chain[-1].module
+    if isinstance(module, Residual):
+        means = [_last_mean(branch) for branch in (module.body, module.shortcut)]
+        return None if any(mean is None for mean in means) else sum(means)
+    return module.bias.detach() if mixes_images([module]) and getattr(module, "bias", None) is not None else None
+
+
+def _last_bias(chain: Chain) -> str | None:
+    last = chain[-1]
+    if isinstance(last.module, Residual):
+        branches = (_last_bias(branch) for branch in (last.module.body, last.module.shortcut) if branch)
+        return next(filter(None, branches), None)
+    kind = kind_of(last.module)
+    has_bias = (kind.is_affine or kind.is_norm) and getattr(last.module, "bias", None) is not None
+    return f"{last.name}.bias" if has_bias else None
+
+
 def is_walked(chain: Chain) -> bool:
     """Whether all of a model is in its chain, and no part of it is run as a whole."""
     return not any(isinstance(stage.module, Unwalked) for stage in chain)
@@ -107,6 +158,27 @@ def substituted(chain: Chain, change: Callable[[nn.Module], Callable[[Tensor], T
         )
         for stage in chain
     ]
+
+
+Moments = Mapping[nn.Module, tuple[Tensor, Tensor]]  # mean and variance (C,) by which a layer normalises
+
+
+def with_moments(chain: Chain, moments: Moments) -> list[Stage]:
+    """The chain with each BatchNorm in eval mode by these means and variances (C,), where they are given.
+
+    By the statistics of its own batch BatchNorm does to each image what it did in training mode, and mixes none.
+    """
+
+    def change(module: nn.Module) -> nn.Module:
+        if module not in moments:
+            return module
+        fixed = copy.deepcopy(module).eval()
+        fixed.track_running_stats = True
+        fixed.running_mean.copy_(moments[module][0])
+        fixed.running_var.copy_(moments[module][1].clamp(min=0))  # rounding may have left less
+        return fixed
+
+    return substituted(chain, change)
 
 
 @torch.no_grad()

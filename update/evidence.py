@@ -37,6 +37,7 @@ ROUNDED = 1.02  # a mean of rounded errors may be so much longer
 MOVED = 1e-6  # relative distance of running statistics that is no rounding
 FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
 LIKE_WEIGHTS = 0.5  # cosine of a gradient with weights that are in it once, beyond which it is taken for weights
+STATISTICS = "statistics"  # the topic of running statistics that are not those of the images that were read
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
 PILED = 0.01  # share of entries that have the largest magnitude, exactly

@@ -15,7 +15,7 @@ from update import checked
 from update.defences import Defences
 from update.evidence import Evidence
 from update.storage import StorageError, read_tensors, write_tensors
-from update.training import FEDSGD, LocalTraining, before_averaging
+from update.training import FEDSGD, LocalTraining, batch_moments, before_averaging
 
 FORMAT = "magia-update-1"
 FACTS = "update"  # the name of the text that describes the tensors
@@ -180,6 +180,18 @@ class SharedUpdate:
         return (
             before_averaging(model, self.statistics, self.training.steps) if self.training.batchnorm == "train" else ()
         )
+
+    def batch_moments(self, model: nn.Module) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """Mean and variance by which the client's batch was normalised, by layer; empty where nothing tells them.
+
+        Of several steps they are not known: what is shared is a mean over these.
+
+        Raises:
+            ValueError: the statistics are not of the model's layers.
+        """
+        shared = self.batch_statistics(model) if self.training.is_one_step else ()
+        like = next(model.parameters())
+        return batch_moments(model, shared, like.new_zeros(self.batch_size, *self.image_shape)) if shared else {}
 
     def targets(self, model: nn.Module) -> tuple[Tensor, ...]:
         """The gradients in the order, dtype and place of `model`'s trainable parameters.

@@ -206,15 +206,41 @@ def use_batch_statistics(model: nn.Module) -> None:
     """Put the model's BatchNorm layers into training mode; their running statistics stay as the server sent them.
 
     Raises:
-        ValueError: the model has no such layers, or a layer whose running statistics have no momentum.
+        ValueError: the model has no such layers.
     """
     if not batchnorms(model):
         raise ValueError("--bn train: the model has no BatchNorm layers with running statistics")
-    for layer, name in batchnorms(model).items():
-        if layer.momentum is None:
-            raise ValueError(f"--bn train: {name} has no momentum; its running statistics are not those of a few steps")
+    for layer in batchnorms(model):
         layer.train()
         layer.track_running_stats = False
+
+
+def batch_moments(
+    model: nn.Module, statistics: Sequence[Tensor], images: Tensor
+) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Mean and variance (C,) by which each BatchNorm layer has normalised a batch, from `Trained.statistics`.
+
+    Running variances are unbiased, and those that normalise are not.
+
+    Args:
+        model: has BatchNorm in training mode.
+        statistics: of one step on one batch.
+        images: any (B, C, H, W) of the batch's shape: what counts is how many values a channel has.
+    """
+    counts: dict[nn.Module, int] = {}
+
+    def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        counts[layer] = inputs[0].numel() // inputs[0].shape[1]
+
+    hooks = [layer.register_forward_pre_hook(count) for layer in batchnorms(model)]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    pairs = zip(batchnorms(model), statistics[::2], statistics[1::2], strict=True)
+    return {layer: (mean, variance * (counts[layer] - 1) / counts[layer]) for layer, mean, variance in pairs}
 
 
 def statistic_names(model: nn.Module) -> list[str]:
@@ -244,13 +270,26 @@ def before_averaging(model: nn.Module, buffers: Mapping[str, Tensor], steps: int
 
 
 def _kept(model: nn.Module, steps: int) -> list[float]:
-    """(1 - m)^N for each shared statistic: the share of the server's statistic that is left."""
-    return [(1 - layer.momentum) ** steps for layer in batchnorms(model) for _ in range(2)]
+    """For each shared statistic the share of the server's that is left after N steps.
+
+    It is (1 - m)^N with a momentum m. Without one, running statistics are the mean over all n batches so far, and the
+    share is n / (n + N).
+    """
+    return [kept for layer in batchnorms(model) for kept in [_kept_by(layer, steps)] * 2]
+
+
+def _kept_by(layer: nn.Module, steps: int) -> float:
+    if layer.momentum is not None:
+        return (1 - layer.momentum) ** steps
+    batches = int(layer.num_batches_tracked)
+    return batches / (batches + steps)
 
 
 def _shares(layer: nn.Module, steps: int) -> list[float]:
     """The weight of each step's statistic in the running one, without the server's part; the weights sum to 1."""
-    momentum = layer.momentum or 1.0
+    if layer.momentum is None:
+        return [1 / steps] * steps
+    momentum = layer.momentum
     weights = [momentum * (1 - momentum) ** (steps - 1 - step) for step in range(steps)]
     return [weight / sum(weights) for weight in weights]
 
