@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from attack.ahead import known_activations
-from attack.match.activations import STATISTICS, ForwardMatching, course_for
+from attack.match.activations import ForwardMatching
+from attack.match.common_scale import CommonScale
 from attack.match.entries import observed
+from attack.match.followed import followed
 from attack.match.gradients import MatchingLoss
-from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty, StatisticsLoss, disagreement
+from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty, disagreement
 from attack.match.phases import Course
 from attack.match.replay import left_at_most, left_over, noise_share
 from attack.match.softening import SoftenedMatching, kinked_chain
@@ -50,7 +51,6 @@ from data import Batch
 from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
 from network.memory import is_out_of_memory
-from network.tracing import stages
 from network.zoo import place_of
 from priors import Prior, contrast
 from schedules import Schedule
@@ -201,6 +201,7 @@ class Objective:
     penalties: Sequence[Penalty] = ()
     group_weight: float = 0.0
     exact: Tensor | None = None  # leading images (N, C, H, W) that are known already
+    scale: CommonScale | None = None  # of all images, where nothing but their 8 bits tells it
 
     def __str__(self) -> str:
         return " + ".join([f"{self.matching}", f"{self.annealing.weight:g} {self.prior}", *map(repr, self.penalties)])
@@ -310,12 +311,9 @@ def build_objective(
     """
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
-    statistics = update.batch_statistics(model)
     if known.is_followed:
-        loss = known_activations(update, model, known)
-        course = Course(()) if known.is_exact else course_for(stages(model)[: known.start], loss, settings.tv_weight)
-        penalties = [Penalty("statistics", STATISTICS, StatisticsLoss(model, statistics))] if statistics else []
-        return Objective(ForwardMatching(loss, course), prior, course, pixels, penalties)
+        matching, course, penalties, scale = followed(update, model, known, settings.tv_weight)
+        return Objective(matching, prior, course, pixels, penalties, scale=scale)
     errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None
     matching = MatchingLoss(
@@ -327,7 +325,7 @@ def build_objective(
         distance=settings.distance or ("relative" if kinked else "l2"),
         known=None if errors is None else (errors, known.features),
         training=update.training,
-        statistics=statistics,
+        statistics=update.batch_statistics(model),
         observed=None if settings.distance else observed(update, model, relative=bool(kinked)),
     )
     features = FeatureLoss(model, known.features, settings.feature_distance or matching.distance, known.errors)
@@ -436,6 +434,9 @@ def run_attack(
             state.restore_best()  # in the middle of a step: the checkpoint stays the last one written
             ended_by = "abort"
     images, labels = objective.images(state)[state.leader].detach(), state.label_logits[state.leader].softmax(1)
+    if objective.scale:
+        images, said = objective.scale.read(images)
+        recorder.evidence = (*recorder.evidence, said)
     left = left_over(restored, model, images.clamp(0, 1), labels), noise_share(restored, model)
     most = left_at_most(known, model, state.evaluations // state.copies)
     figures = recorder.finish(state, images, ended_by, config, (*left, most))

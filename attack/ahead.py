@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from attack.local.drift import EXACT, expected_drift
 from attack.local.local_labels import LocalLabels, labels_by_trial
-from attack.match.activations import ForwardLoss, says_enough
-from attack.match.entries import observed
+from attack.match.activations import says_enough
+from attack.match.followed import known_activations
 from attack.match.unbounded import unbounded_pixels
 from attack.prepare import FOLLOWED, Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
-from attack.read.evidence import of_features, of_fitted_pixels, of_pixels
+from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.reader import COLUMNS, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
@@ -125,24 +125,9 @@ def _evidence(
     update: SharedUpdate, model: nn.Module, reading: Reading, generator: torch.Generator
 ) -> Iterator[Evidence]:
     """What was read, against what was assumed."""
+    yield from of_moments(update, model, reading.start, reading.inputs)
     out_of_range = [] if reading.start else of_pixels(reading.inputs.reshape(-1, *update.image_shape))
     yield from out_of_range or of_features(reading.signals.values, model, update.image_shape, generator)
-
-
-def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> ForwardLoss:
-    """What the attack lowers where the activations of all images are known; of some images it has no gradients."""
-    return ForwardLoss(
-        stages(model),
-        update.image_shape,
-        known.start,
-        known.inputs.to(**place_of(model)),
-        known.labels[: len(known.inputs)],
-        update.gradients,
-        known.uncertainty,
-        uses_gradients=None if known.is_complete else False,
-        observed=observed(update, model),
-        client_loss=update.training.loss,
-    )
 
 
 def _of_unread_pixels(update: SharedUpdate, model: nn.Module, known: Known, clock: WorkBudget) -> list[Evidence]:

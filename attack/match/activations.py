@@ -41,10 +41,6 @@ from update.loss import CROSS_ENTROPY, Loss
 # best of 0.03, 0.1 and 1 on a trained ConvNet: 58.5 dB at B=1, where 0.03 gave 54.9 and 1 gave 54.1.
 GRADIENTS = 0.1
 
-# Weight of BatchNorm's shared statistics beside the activations. A small ConvNet in training mode, B=4, ends at 21.0 dB
-# without, and at 21.6, 28.1, 28.8 and 28.6 with 1e-4, 1e-2, 0.1 and 1 of a unit.
-STATISTICS = 0.1 * UNITS
-
 # With so many activations for each pixel, gradients below have nothing to add but time.
 PLENTY = 2.0
 

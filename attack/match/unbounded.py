@@ -41,7 +41,8 @@ def unbounded_pixels(loss: ForwardLoss, tick: Callable[[], object]) -> tuple[Ten
         optimiser.zero_grad()
         activations, gradients = loss(pixels)
         total = UNITS * (activations + GRADIENTS * gradients)
-        (pixels.grad,) = torch.autograd.grad(total, pixels)
+        (gradient,) = torch.autograd.grad(total, pixels)
+        pixels.grad = gradient.contiguous()  # a strided stem's is not, and L-BFGS views it as a vector
         return total.detach()
 
     with torch.enable_grad():

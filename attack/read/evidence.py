@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from attack.read.random_images import SAMPLE, random_features
-from update.evidence import Evidence
+from network.stage import run
+from network.tracing import stages
+from update.evidence import STATISTICS, Evidence
+from update.shared import SharedUpdate
 
 STEPS = 255  # of a pixel
 BEYOND = 2.0 / STEPS  # how far out of [0, 1] a pixel may lie for rounding's sake
@@ -30,6 +33,7 @@ USUAL = {  # normalisations that clients use, by what the values are: mean and s
     "of SVHN": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "of pixels from 0 to 255": ((0.0,), (1 / STEPS,)),
 }
+OTHER_BATCH = 0.01  # relative error of variances that are not the batch's: rounding leaves 1e-5
 ZERO = 1e-4  # of the median feature: a smaller one is zero but for noise
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
 SELDOM = 0.01  # of random images: a feature that is zero in fewer is used
@@ -48,6 +52,40 @@ def of_pixels(pixels: Tensor) -> list[Evidence]:
         f": the client normalises its images, {fit}" if fit else ": the client normalises its images (--mean, --std)"
     )
     return [Evidence("pixels", said, most - least, contradicts=True)]
+
+
+def of_moments(update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> list[Evidence]:
+    """A word on shared BatchNorm statistics that are not those of the batch that was read.
+
+    Args:
+        update: the client's.
+        model: that it was computed on, BatchNorm in training mode.
+        start: the stage whose inputs are known.
+        inputs: of that stage, (N, ...).
+    """
+    moments = update.batch_moments(model)
+    if not moments or len(inputs) < update.batch_size:
+        return []
+    off: list[Tensor] = []
+
+    def compare(layer: nn.Module, seen: tuple[Tensor]) -> None:
+        own = seen[0].var((0, *range(2, seen[0].dim())), unbiased=False) + layer.eps
+        off.append((own / (moments[layer][1].clamp(min=0) + layer.eps) - 1).abs())
+
+    hooks = [layer.register_forward_pre_hook(compare) for layer in moments]
+    try:
+        with torch.no_grad():
+            run(stages(model)[start:], inputs.to(next(model.parameters())))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not off or float(torch.cat(off).median()) < OTHER_BATCH:
+        return []
+    figure = float(torch.cat(off).median())
+    said = f"BatchNorm's running statistics are off by {figure:.2g} from those of the images that were read: "
+    return [
+        Evidence(STATISTICS, said + "they are of another batch, or of another convention, and are not used", figure)
+    ]
 
 
 def of_fitted_pixels(pixels: Tensor, left: float) -> list[Evidence]:

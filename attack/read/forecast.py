@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
-from network.chain import Layer, input_shapes, measured, parametrised
+from network.chain import Layer, input_shapes, measured, mixed_below, parametrised
 from network.kinds import kind_of
 from network.kinds.affine import is_spanned
+from network.kinds.norm import MIXES
 from network.parametrised import why_no_gradient
 from network.stage import Chain, Residual
 
@@ -104,9 +105,14 @@ class _Forecast:
             told: of the chain's outputs.
         """
         found: dict[str, Step] = {}
-        shapes = input_shapes(chain, shape) if chain else []
+        shapes, is_behind_norm = input_shapes(chain, shape) if chain else [], False
         for index in reversed(range(len(chain))):
             stage, kind = chain[index], kind_of(chain[index].module)
+            if is_behind_norm and not kind.is_affine:
+                told = told if told.reason else Told(reason=MIXES)
+            is_behind_norm = kind.is_norm and kind.mixes_images(stage.module)
+            if is_behind_norm:  # a part of the equations of the layer below it
+                continue
             if isinstance(stage.module, Residual):
                 found |= self._block(stage.module, told, shapes[index])
                 told = Told(1.0)
@@ -116,7 +122,7 @@ class _Forecast:
             else:
                 reason = kind.why_not(stage.module, shapes[index], shapes[index + 1])
                 told = told if told.reason else Told(min(told.share, kind.known_share), reason)
-        return found, told
+        return found, Told(reason=MIXES) if is_behind_norm and not told.reason else told
 
     def _layer(self, layer: Layer, told: Told) -> Step:
         kind, unknowns = kind_of(layer.module), self.batch_size * math.prod(layer.input_shape)
@@ -137,7 +143,7 @@ class _Forecast:
         outputs = int(told.share * self.batch_size * math.prod(self.layers[last].output_shape))
         unknowns = found[lowest[0]].unknowns
         for name in body:
-            if name != lowest[0] and not body[name].is_determined:
+            if name != lowest[0] and not body[name].is_determined and name not in mixed_below(module.body):
                 together = Step(body[name].equations + outputs, unknowns)
                 found[name] = together if together.is_determined else body[name]
         total = sum(found[name].equations for name in lowest) + (0 if module.shortcut else outputs)

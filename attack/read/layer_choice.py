@@ -1,8 +1,9 @@
 """Which layers' inputs may be told apart from one another, and in which order that is tried.
 
 A layer is worth trying where its gradient spans its inputs (`Geometry.is_spanned`), every entry of an input lies in
-some patch, no layer from there on mixes the images of the batch, and the network behind it can be run from the layer's
-inputs and outputs alone, as it cannot inside a residual block, where the skip passes by. The head is tried last: it
+some patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot inside a
+residual block, where the skip passes by. Where a layer from there on mixes the images of the batch, no image can be
+judged by itself, and all of them are told apart at once (`attack.read.jointly`). The head is tried last: it
 tells K - 1 images apart at most, and between it and the last convolution there is mostly a pool, which ends the walk
 down.
 """
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from attack.read.signals import Tail
 from attack.read.span import Span, span_of
-from network.chain import input_shapes, unmixed_from
+from network.chain import input_shapes, mixes_images, unmixed_from
 from network.kinds import UNKNOWN, Kind, kind_of
 from network.kinds.affine import Geometry
 from network.kinds.norm import scale_and_shift
@@ -38,6 +39,8 @@ class CandidateLayer:
         behind: the kind of activation that its outputs go through; unknown behind the head.
         followers: the fully connected layers behind a fully connected one that an activation each, z above zero and s z
             below, and nothing else stands in front of: names and s.
+        mixes: whether BatchNorm in training mode is behind it.
+        centred: whether that follows right behind it.
     """
 
     name: str
@@ -49,10 +52,16 @@ class CandidateLayer:
     bias_gradient: Tensor | None
     behind: Kind
     followers: tuple[tuple[str, float], ...] = ()
+    mixes: bool = False
+    centred: bool = False
 
     def sees_everything(self, like: Tensor) -> bool:
         """Whether every entry of an input lies in some patch."""
         return bool((self.geometry.coverage(like) > 0).all())
+
+    def is_asked(self, batch_size: int) -> bool:
+        """Whether images can be told apart: of a batch that is mixed, by the zeros of a ReLU and by several patches."""
+        return not self.mixes or (self.inputs.is_sparse and self.geometry.positions > 1 and batch_size > 1)
 
     def span(self, gradients: Mapping[str, Tensor], batch_size: int, like: Tensor) -> Span:
         """The space of its inputs, on the device of `like`.
@@ -69,6 +78,7 @@ class CandidateLayer:
             batch_size,
             self.bias_gradient,
             saturating=self.behind.is_saturating,
+            centred=self.centred,
         )
 
 
@@ -78,13 +88,14 @@ def candidate_layers(
     """Every layer of the chain that its inputs and outputs suffice to run the network from, from the images up."""
     shapes, first = input_shapes(chain, image_shape), unmixed_from(chain)
     found = []
-    for index, stage in enumerate(chain[first:], first):
+    for index, stage in enumerate(chain):
         for layer, behind, beside in _entrances(stage):
             try:
                 geometry = Geometry.of(layer.module, shapes[index])
             except ValueError:
                 continue  # a kind of convolution that is not read
             rest = [*behind, *chain[index + 1 :]]
+            centred = bool(rest) and mixes_images([rest[0].module])
             found.append(
                 CandidateLayer(
                     name=layer.name,
@@ -93,9 +104,11 @@ def candidate_layers(
                     geometry=geometry,
                     inputs=kind_of_inputs(chain[:index], shapes),
                     tail=_tail(behind, beside, chain[index + 1 :]),
-                    bias_gradient=_bias_gradient(layer, rest, gradients),
+                    bias_gradient=None if centred else _bias_gradient(layer, rest, gradients),
                     behind=_activation_behind(rest),
                     followers=() if isinstance(stage.module, Residual) else _followers(chain, index),
+                    mixes=index < first,
+                    centred=centred,
                 )
             )
     return found
@@ -107,9 +120,14 @@ def order(candidates: list[CandidateLayer], batch_size: int, like: Tensor) -> li
     def promise(layer: CandidateLayer) -> tuple:
         ratio = layer.geometry.bound(like) / (batch_size * layer.geometry.positions)
         guessed = not layer.inputs.is_activation and layer.behind.has_kink  # neither zeros nor smoothness help
-        return guessed, ratio < ROOMY, not layer.geometry.overlaps, layer.index
+        is_tight = ratio < ROOMY and not layer.mixes  # what all images agree on needs no equations to spare
+        return guessed, is_tight, not layer.geometry.overlaps, layer.index
 
-    useful = [c for c in candidates if c.geometry.is_spanned(batch_size, like) and c.sees_everything(like)]
+    useful = [
+        c
+        for c in candidates
+        if c.geometry.is_spanned(batch_size, like) and c.sees_everything(like) and c.is_asked(batch_size)
+    ]
     return sorted(useful, key=promise)
 
 

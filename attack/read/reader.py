@@ -21,6 +21,7 @@ from attack.read.arithmetic import blurred, forward_errors
 from attack.read.forecast import explain
 from attack.read.head.by_random_images import recover_signals
 from attack.read.head.by_trial import unmix_head
+from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
 from attack.read.peel import Above, unmix
 from attack.read.random_images import SAMPLE, random_features, varies
@@ -31,13 +32,14 @@ from attack.solve.rounding import precision_of
 from attack.walk.layer_solve import Record
 from attack.walk.noise import is_after_relu, without_noise
 from attack.walk.walk import BatchGradients, Descent, descend
-from network.chain import index_of, input_shapes, parametrised
+from network.chain import index_of, input_shapes, parametrised, shift_before
 from network.head import Head, measured_noise
 from network.kinds import kind_of
 from network.parametrised import with_weights
 from network.stage import Chain, Stage, run
 from network.tracing import stages
 from update.shared import SharedUpdate
+from update.training import batchnorms
 
 READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
 SHARE = 0.5  # of the work left that one layer may take while others wait
@@ -219,6 +221,9 @@ class _Reader:
         if is_head and span.batch_size > 1 and layer.inputs.is_smooth and self.update.training.loss.is_cross_entropy:
             return self._smooth_head(layer, span, budget)
 
+        if layer.mixes:
+            return told_apart_jointly(span, self._upwards(layer), generator=self.generator, budget=budget)
+
         def tail(inputs: Tensor, outputs: Tensor) -> Tensor:
             budget.tick()
             return layer.tail(inputs, outputs)
@@ -226,6 +231,21 @@ class _Reader:
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
+
+    def _upwards(self, layer: CandidateLayer) -> Upwards:
+        """The network above a layer whose images are mixed further up."""
+
+        def both(inputs: Tensor) -> tuple[Tensor, Tensor]:
+            self.budget.tick()
+            features = run(self.chain[layer.index : -1], inputs)
+            return features, self.head(features)
+
+        given = self._given()
+        gradient = given.of(self.chain[-1].name, self.like)
+        if gradient is None:
+            raise ValueError("the update holds no gradient of the model's last layer")
+        shift = given.summed(shift_before(self.chain[: layer.index]), self.like)
+        return Upwards(both, gradient, self.update.training.loss, shift)
 
     def _linked(self, layer: CandidateLayer) -> Iterator[tuple[str, float]]:
         """The layers behind a fully connected one that help with it, as far as the update has them."""
@@ -310,13 +330,19 @@ class _Reader:
         return start, inputs
 
     def _descended(self, found: Signals, index: int) -> Descent:
-        loss = self.update.training.loss
-        given = BatchGradients(self.update.gradients, self.update.batch_size, self._additive(), loss)
+        given = self._given()
         how = {"generator": self.generator, "budget": self.budget}
         try:
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
+
+    def _given(self) -> BatchGradients:
+        """What the walk takes from the update."""
+        names = batchnorms(self.model)
+        moments = {names[layer]: both for layer, both in self.update.batch_moments(self.model).items()}
+        how = {"loss": self.update.training.loss, "moments": moments}
+        return BatchGradients(self.update.gradients, self.update.batch_size, self._additive(), **how)
 
     def _additive(self) -> float:
         """Noise that was added to the gradients; 0 where no more than rounding shows, or no sum of errors shows it."""

@@ -18,6 +18,11 @@ has eigenvalues in [0, 1], and 1 exactly for D^(1/2) a with a in A. T is never f
 patches, projected, and put together again, and a Chebyshev filter (Zhou, Saad, Tiago, Chelikowsky 2006) amplifies what
 has eigenvalue 1. The square root of 1 - eigenvalue is the share of the patches that lies outside R, an angle: 1e-7 for
 inputs of a float32 update, 0.1 and more for everything else. The ratio of the two is the gap that certifies dim A.
+
+Right below BatchNorm in training mode the errors delta of a channel sum to zero over the batch. G has rank B P - 1, and
+R holds the differences of patches alone. What is consistent then are the inputs whose patches, less the input's own
+mean patch, lie in R. Outside R all patches of all images have the same part: the direction of that part is `ones`, up
+to its length and sign.
 """
 
 import math
@@ -54,7 +59,9 @@ class Span:
         gap: the angle of the first vector that is not in A over the largest in it; inf where nothing else exists.
         spanned: what R holds is all patches and not everything, see `is_spanned`.
         precision: relative rounding error of the gradient's numbers.
-        ones: (c_in k^2,), the vector with patch_p(a_i)^T ones = 1 for all images and positions; None without bias.
+        ones: (c_in k^2,), the vector with patch_p(a_i)^T ones = 1 for all images and positions; None without bias. Of a
+            centred span it is that number for all, which is not known.
+        centred: whether R holds differences of patches only, as below BatchNorm in training mode.
     """
 
     geometry: Geometry
@@ -70,6 +77,7 @@ class Span:
     spanned: bool
     precision: float
     ones: Tensor | None = None
+    centred: bool = False
 
     @property
     def rank(self) -> int:
@@ -104,6 +112,7 @@ def span_of(
     bias_gradient: Tensor | None = None,
     *,
     saturating: bool = False,
+    centred: bool = False,
 ) -> Span:
     """The space of a layer's inputs from its averaged gradient, in float64 on the gradient's device.
 
@@ -117,6 +126,7 @@ def span_of(
         saturating: the layer's outputs go through a sigmoid or tanh. Its slope y (1 - y) is rounded by as much where
             it is 1e-5 as where it is 1/4, so rows of saturated outputs are no more exact than the strongest row, and
             get no more weight. (The deltas they hold are wrong, not the span: only the tail's equations see it.)
+        centred: whether BatchNorm in training mode follows right behind the layer.
 
     Raises:
         ValueError: shapes that do not fit together, or numbers that are not finite.
@@ -124,7 +134,7 @@ def span_of(
     matrix = _checked(gradient, geometry, bias_gradient)
     eps = precision_of(gradient)
     seen = geometry.seen(matrix)
-    width, bound, most = int(seen.sum()), geometry.bound(matrix), batch_size * geometry.positions
+    width, bound, most = int(seen.sum()), geometry.bound(matrix), batch_size * geometry.positions - centred
     spanned = is_spanned(batch_size, geometry.positions, len(matrix), width)
     outer, inner = torch.linalg.qr(matrix[:, seen].T)  # one tall decomposition; the rest is c_out x c_out
     rows = row_precision(inner.T, min(most, bound - 1), eps, saturating=saturating)
@@ -136,8 +146,20 @@ def span_of(
     ones = None
     if bias_gradient is not None and rank:
         ones = right.T @ ((left.T @ (rows * bias_gradient.detach().to(matrix).flatten())) / sigma)
-    basis, outside, gap = consistent_inputs(right, geometry, batch_size) if spanned else _no_inputs(right, geometry)
-    return Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones)
+    basis, outside, gap = _no_inputs(right, geometry)
+    if spanned and not (centred and geometry.positions == 1):  # of a single patch the mean is all there is
+        basis, outside, gap = consistent_inputs(right, geometry, batch_size, centred=centred)
+    if centred:
+        ones = _common(basis, right, geometry)
+    return Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones, centred)
+
+
+def _common(basis: Tensor, right: Tensor, geometry: Geometry) -> Tensor | None:
+    """The direction (c_in k^2,) of what all patches of the inputs in A have outside R; None where A is empty."""
+    if not len(basis):
+        return None
+    means = geometry.patches(basis.view(-1, *geometry.input_shape)).mean(1)
+    return torch.linalg.svd(means - means @ right.T @ right, full_matrices=False)[2][0]
 
 
 def _checked(gradient: Tensor, geometry: Geometry, bias_gradient: Tensor | None) -> Tensor:
@@ -209,13 +231,16 @@ def _no_inputs(right: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, float
     return right.new_zeros(0, math.prod(geometry.input_shape)), right.new_zeros(0), 0.0
 
 
-def consistent_inputs(right: Tensor, geometry: Geometry, most: int) -> tuple[Tensor, Tensor, float]:
+def consistent_inputs(
+    right: Tensor, geometry: Geometry, most: int, *, centred: bool = False
+) -> tuple[Tensor, Tensor, float]:
     """A's basis (dim A, n), the angle of each basis vector to R (dim A,), and the gap.
 
     Args:
         right: R (r, c_in k^2), orthonormal rows.
         geometry: of the layer.
         most: the dimension that is expected at most, B.
+        centred: whether R holds differences of patches only.
     """
     if not len(right):
         return _no_inputs(right, geometry)
@@ -226,7 +251,7 @@ def consistent_inputs(right: Tensor, geometry: Geometry, most: int) -> tuple[Ten
     size = min(most + GUARD, int((coverage > 0).sum()), geometry.positions * len(right))
     generator = torch.Generator().manual_seed(0)  # any start will do: what is found does not depend on it
     block = torch.randn(size, *geometry.input_shape, generator=generator, dtype=torch.float64).to(right) * (root > 0)
-    block, angles = leading_eigenvectors(_Consistency(right, geometry, root), block, most)
+    block, angles = leading_eigenvectors(_Consistency(right, geometry, root, centred), block, most)
     dimension, gap = _largest_gap(angles, most)
     basis = (block[:dimension] * root).flatten(1)
     if dimension:
@@ -243,21 +268,29 @@ def _single_position(right: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor,
 
 @dataclass(frozen=True)
 class _Consistency:
-    """T = D^(-1/2) E^T R^T R E D^(-1/2) on blocks of inputs (N, *input_shape); it is symmetric."""
+    """T = D^(-1/2) E^T R^T R E D^(-1/2) on blocks of inputs (N, *input_shape); it is symmetric.
+
+    Where R is centred, each input's own mean patch counts as inside it.
+    """
 
     right: Tensor
     geometry: Geometry
     root: Tensor  # diag(D)^(-1/2), (*input_shape)
+    centred: bool = False
 
     def __call__(self, block: Tensor) -> Tensor:
         """T of each input of a block."""
-        patches = self.geometry.patches(block * self.root)
-        return self.geometry.assemble((patches @ self.right.T) @ self.right) * self.root
+        return self.geometry.assemble(self._inside(self.geometry.patches(block * self.root))) * self.root
 
     def outside(self, block: Tensor) -> Tensor:
         """sqrt(1 - Rayleigh quotient), (N,), of unit vectors: computed without cancellation."""
         patches = self.geometry.patches(block * self.root)
-        return (patches - (patches @ self.right.T) @ self.right).flatten(1).norm(dim=1)
+        return (patches - self._inside(patches)).flatten(1).norm(dim=1)
+
+    def _inside(self, patches: Tensor) -> Tensor:
+        """What of patches (N, P, c_in k^2) lies in R, or is their mean."""
+        mean = patches.mean(1, keepdim=True) if self.centred else 0.0
+        return mean + ((patches - mean) @ self.right.T) @ self.right
 
 
 def _largest_gap(angles: Tensor, most: int) -> tuple[int, float]:

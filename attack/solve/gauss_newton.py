@@ -13,6 +13,7 @@ of a step.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from attack.solve.cgls import Operator, Solution, cgls
 INNER, LAST = 60, 400  # iterations of CGLS in a step: while masks change anyway, and once the residual has settled
 STEPS = 60  # at most
 HALVINGS = 6  # of a step
+EXACT = 1e-12  # relative: CGLS in float32 never gets there, and goes on for all its iterations
+COARSE, ROUNDED = 1e-2, 1e-5  # bounds of a step's tolerance where it follows the residual
 UNSETTLED, LOOK_BACK = 0.8, 2  # a residual has settled that so many steps in a row leave above this share of it
 
 
@@ -49,6 +52,37 @@ class Tangent:
         """J' y."""
         (x,) = torch.autograd.grad(self._values, self._x, y, retain_graph=True)
         return x
+
+
+class LinearisedEquations(Operator, Protocol):
+    """A J at one x, in float32, on scaled unknowns."""
+
+    def start(self) -> Tensor:
+        """No step."""
+        ...
+
+    def step(self, x: Tensor) -> Tensor:
+        """What a solution in the scaled unknowns adds to x."""
+        ...
+
+
+class Equations(Protocol):
+    """r(x) = 0, nearly."""
+
+    is_positive: bool  # whether no x is negative; its linearisation then has `within`
+    size: float  # |targets|
+
+    def residual(self, x: Tensor) -> Tensor:
+        """r(x), flat."""
+        ...
+
+    def linearised(self, x: Tensor) -> LinearisedEquations:
+        """-r' at x."""
+        ...
+
+    def held(self, x: Tensor) -> Tensor:
+        """x within its bounds."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -117,15 +151,31 @@ class Linearised:
         """With the others of x kept at zero."""
         return Linearised(self.tangent, self.rows, self.counts, self.scale * free)
 
+    def start(self) -> Tensor:
+        """No step."""
+        return torch.zeros_like(self.scale)
+
+    def step(self, x: Tensor) -> Tensor:
+        """What a solution in the scaled unknowns adds to x."""
+        return self.scale * x
+
 
 def gauss_newton(
-    equations: NonlinearEquations, start: Tensor, *, budget: WorkBudget, enough: float = math.inf
+    equations: Equations,
+    start: Tensor,
+    *,
+    budget: WorkBudget,
+    enough: float = math.inf,
+    forcing: float = 0.0,
 ) -> Solution:
     """Minimise |r(x)| from `start`; the iterations are those of CGLS.
 
     It ends `stalled` when no step lowers the residual, `settled` when it hardly falls any more, or for `iterations`. A
     residual that settles below `enough`, relative to the targets, is that of
     the solution, and steps are solved to the end from then on: what the residual hardly shows comes right last.
+
+    With `forcing`, a step's system is solved down to that times the relative residual, between COARSE and ROUNDED, and
+    no further (Eisenstat, Walker 1996): a well scaled system then takes tens of iterations a step, not hundreds.
     """
     x = equations.held(start)
     residual = equations.residual(x)
@@ -137,7 +187,9 @@ def gauss_newton(
                 stopped = "settled"
                 break
             inner, since = LAST, taken
-        step = _step(equations, x, residual, inner, budget)
+        left = lengths[-1] / equations.size
+        tolerance = max(ROUNDED, min(COARSE, forcing * left)) if forcing else EXACT
+        step = _step(equations, x, residual, inner, tolerance, budget)
         spent += step.iterations
         found = _halved(equations, x, step.x, lengths[-1])
         if found is None:
@@ -148,18 +200,20 @@ def gauss_newton(
     return Solution(x, lengths[-1] / equations.size, spent, stopped)
 
 
-def _step(equations: NonlinearEquations, x: Tensor, residual: Tensor, iterations: int, budget: WorkBudget) -> Solution:
+def _step(
+    equations: Equations, x: Tensor, residual: Tensor, iterations: int, tolerance: float, budget: WorkBudget
+) -> Solution:
     """The step of x that linearised equations ask for."""
     length = residual.norm()
     operator, target = equations.linearised(x), (residual / length).float()
     if equations.is_positive:
         operator = operator.within((x > 0) | (operator.adjoint(target) > 0))
-    step = cgls(operator, target, torch.zeros_like(operator.scale), iterations=iterations, budget=budget)
-    change = length * (operator.scale * step.x).to(x)
+    step = cgls(operator, target, operator.start(), iterations=iterations, tolerance=tolerance, budget=budget)
+    change = length * operator.step(step.x).to(x)
     return Solution(change, step.residual, step.iterations, step.stopped)
 
 
-def _halved(equations: NonlinearEquations, x: Tensor, step: Tensor, length: float) -> tuple[Tensor, Tensor] | None:
+def _halved(equations: Equations, x: Tensor, step: Tensor, length: float) -> tuple[Tensor, Tensor] | None:
     """Where the step leads, and the residual there, with as much of it as lowers the residual; None if nothing does."""
     for _ in range(HALVINGS):
         trial = equations.held(x + step)

@@ -70,7 +70,7 @@ class SolvedLayer:
     @property
     def outputs(self) -> KnownOutputs:
         """What is known of the outputs of the stage below."""
-        return KnownOutputs.of(self.u, sum(source.delta() for source in self.sources), self.noise)
+        return KnownOutputs.of(self.u, sum(source.delta(self.u) for source in self.sources), self.noise)
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ class LayerSolver:
         self, sources: list[Source], method: SolveMethod, enough: float
     ) -> tuple[Tensor, Solution, list[Source]]:
         """With the masks that leave the least residual."""
+        if not method.tries_masks:
+            return *method.solve(sources), sources
         found = settle(sources, method, enough, self.budget)
         if not found[1].residual < enough:
             other = for_other_noise(sources, method, self.budget)
@@ -139,7 +141,8 @@ class LayerSolver:
 
     def _most(self, method: SolveMethod, noise: float) -> float:
         """The residual that may be left."""
-        return max(TRUSTED, CONTRADICTED * noise) if method.is_linear else SETTLED_NOISE * noise
+        is_block = method.tries_masks and not method.is_linear
+        return SETTLED_NOISE * noise if is_block else max(TRUSTED, CONTRADICTED * noise)
 
     def _weakened(self, too_weak: Tensor, error: Tensor) -> Tensor | None:
         """These images (B,) and those that relative errors (B,) show to be too weak; None where that is too many."""

@@ -14,13 +14,18 @@ from torch import Tensor
 from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Solution
 from attack.walk.methods import SolveMethod, rows_of
-from attack.walk.sources import LayerSource, Source
-from network.known_outputs import RANGE
+from attack.walk.sources import LayerSource, Source, by_channel
+from network.known_outputs import RANGE, ZERO, KnownOutputs
 
 EXPLAINED = 0.5  # share of a channel's squared residual that one entry must explain to be changed by itself
 NOTABLE = 0.03  # share of all the squared residual that it must explain where noise might have left as much
 SINGLE_FLIPS = 16  # times that such entries are changed
 COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
+
+BALANCED = 4e-6  # of a channel's delta: the sum over active entries misses the shift's gradient by no more
+USUAL = 6.0  # times what the middle channel misses it by: what noise does to all of them
+DOUBTFUL = 20.0  # units of noise from the kink within which a mask may be changed by such a sum
+SINGLES, PAIRS, TRIPLES = 4000, 40, 16  # most doubtful entries of a channel of which one, two and three are changed
 
 Settled = tuple[Tensor, Solution, list[Source]]  # an input, the solver's word, and the sources with their masks
 
@@ -47,6 +52,58 @@ def settle(sources: list[Source], method: SolveMethod, enough: float, budget: Wo
             break
         (u, solution), sources = other, tried
     return u, solution, sources
+
+
+def balanced(outputs: KnownOutputs, shift_gradient: Tensor) -> KnownOutputs:
+    """Outputs whose masks fit the gradient of the shift in front of their ReLU, as far as few flips achieve that.
+
+    Whatever is added to a channel in front of a ReLU (by a BatchNorm, or as a bias) has the sum of the active entries'
+    delta for its gradient, to a few units of rounding. A channel where the sum misses it has a wrong mask, and the one,
+    two or three most doubtful entries that make up for the difference are flipped. This needs no solution of the layer.
+
+    Args:
+        outputs: what is known below the ReLU, (B, c, ...).
+        shift_gradient: (c,), summed over the batch.
+    """
+    delta, masked, margin = map(by_channel, (outputs.delta, outputs.masked_delta, outputs.margin))
+    size = delta.hypot(masked).norm(dim=1)  # one of the two is zero
+    missing = shift_gradient - delta.sum(1)
+    share = missing.abs() / size.clamp(min=1e-300)
+    tolerance = max(BALANCED, USUAL * float(share[size > 0].median())) if (size > 0).any() else BALANCED
+    flips = torch.zeros_like(delta, dtype=torch.bool)
+    for channel in (share > tolerance).nonzero()[:, 0].tolist():
+        doubt = (margin[channel] - ZERO).abs()
+        near = (doubt < DOUBTFUL).nonzero()[:, 0]
+        near = near[doubt[near].argsort()][:SINGLES]
+        change = masked[channel, near] - delta[channel, near]
+        chosen = _making_up(float(missing[channel]), change, tolerance * float(size[channel]))
+        flips[channel, near[chosen]] = True
+    if not flips.any():
+        return outputs
+    shape = outputs.delta.transpose(0, 1).shape
+    return outputs.flipped(flips.view(shape).transpose(0, 1))
+
+
+def _making_up(missing: float, change: Tensor, tolerance: float) -> list[int]:
+    """The first one, two or three of the changes (n,) whose sum is what is missing; none where none are."""
+    fits = ((change - missing).abs() < tolerance).nonzero()
+    if len(fits):
+        return [int(fits[0])]
+    some = change[:PAIRS]
+    place = torch.arange(len(some), device=change.device)
+    fits = ((some[:, None] + some - missing).abs() < tolerance) & (place[:, None] < place)
+    if fits.any():
+        return _earliest(fits)
+    some, place = some[:TRIPLES], place[:TRIPLES]
+    ordered = (place[:, None, None] < place[:, None]) & (place[:, None] < place)
+    fits = ((some[:, None, None] + some[:, None] + some - missing).abs() < tolerance) & ordered
+    return _earliest(fits) if fits.any() else []
+
+
+def _earliest(fits: Tensor) -> list[int]:
+    """The place, of those marked, whose indices have the least sum."""
+    places = fits.nonzero()
+    return places[places.sum(1).argmin()].tolist()
 
 
 def for_other_noise(sources: list[Source], method: SolveMethod, budget: WorkBudget) -> Settled | None:
@@ -77,8 +134,7 @@ def flip_gain(source: Source, u: Tensor) -> Tensor:
         return torch.zeros_like(source.above.delta)
     rest = source.residual(u)
     squares = rest.flatten(1).square().sum(1)  # (c_out,)
-    sign = (source.above.masked_delta - source.above.delta).sign()
-    towards = source.map.with_weight(rest).outputs(u) * sign
+    towards = source.map.with_weight(rest).outputs(u) * source.flip_direction()
     share = towards.clamp(min=0).square() / (_patch_sizes(source, u) * squares.view(source.columns)).clamp(min=1e-300)
     heard = squares * source.gradient_weights().flatten().square()
     return torch.where(near & (share > EXPLAINED), share * heard.view(source.columns), 0.0)

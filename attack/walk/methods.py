@@ -46,6 +46,7 @@ class SolveMethod(Protocol):
 
     unknowns: int
     is_linear: bool  # whether the recovery test can be made before anything is solved
+    tries_masks: bool  # whether a solve is cheap enough to try other masks, where the residual contradicts these
 
     def count(self, sources: Sequence[RowSource]) -> int:
         """Equations."""
@@ -87,6 +88,7 @@ class Alone:
     """
 
     is_linear = True
+    tries_masks = True
 
     def __init__(self, shape: Sequence[int], generator: torch.Generator, budget: WorkBudget) -> None:
         self.shape, self.unknowns = torch.Size(shape), math.prod(shape)
@@ -177,6 +179,7 @@ class _InBlock:
     """By all that is known of the block; sources give rows on a layer in it, or on its input."""
 
     is_linear = False
+    tries_masks = True
 
     def __init__(self, together: Together) -> None:
         self.together, self.unknowns = together, together.u.numel()

@@ -57,6 +57,16 @@ def _cluster(values: Tensor) -> Tensor:
     return beside(torch.where(low < GATHERED * middle, low / WITHIN, 0.0), values)
 
 
+def is_active(values: Tensor) -> Tensor:
+    """Which outputs (B, ...) of a ReLU are more than what the noise that shows below zero makes of zeros."""
+    return values > ZERO * noise_below_zero(values)
+
+
+def noise_below_zero(values: Tensor) -> Tensor:
+    """Standard deviation of the errors of outputs (B, ...) of a ReLU, by nothing but what shows below zero."""
+    return noise_of(values, torch.zeros_like(beside(size_of(values), values)), is_after_relu=True)
+
+
 def without_noise(values: Tensor, noise: Tensor) -> Tensor:
     """Outputs of a ReLU, with zeros where they are zero but for noise (broadcasts to the values)."""
     return torch.where(values > ZERO * noise, values, 0.0)

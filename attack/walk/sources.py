@@ -79,9 +79,13 @@ class LayerSource:
         errors = squares * by_channel(self.above.rounding.square())
         return (errors.sum(1) / squares.sum(1).clamp(min=1e-300)).sqrt().clamp(min=1.0)
 
-    def delta(self) -> Tensor:
-        """delta at the input."""
+    def delta(self, u: Tensor) -> Tensor:
+        """delta at the input u."""
         return self.map.inputs(self.above.delta)
+
+    def flip_direction(self) -> Tensor:
+        """The sign of what each entry's flip adds to the delta of the layer's output."""
+        return (self.above.masked_delta - self.above.delta).sign()
 
     @property
     def noise(self) -> float:
@@ -106,6 +110,99 @@ class LayerSource:
 
 
 @dataclass(frozen=True)
+class Normalisation:
+    """BatchNorm in training mode: gamma and beta, both of the update's gradients, summed over the batch, and sigma.
+
+    Attributes:
+        scale, shift: gamma and beta, (c,).
+        eps: of its variance.
+        scale_gradient, shift_gradient: B dgamma and B dbeta, (c,).
+        usual_mean, usual_deviation: of the server's running statistics, (c,), where the search begins.
+        mean, deviation: of the client's batch, (c,), where the client shares its statistics; None where not.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    eps: float
+    scale_gradient: Tensor
+    shift_gradient: Tensor
+    usual_mean: Tensor
+    usual_deviation: Tensor
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NormalisedSource(LayerSource):
+    """A layer with BatchNorm in training mode right behind it; `above` is what is known of BatchNorm's output.
+
+    Its equations are not linear, see `attack.walk.normalised`.
+    """
+
+    norm: Normalisation
+
+    def rows(self) -> list[Rows]:
+        """None that are linear."""
+        return []
+
+    @property
+    def count(self) -> int:
+        """B P, the values that each channel's mean is taken of."""
+        return self.above.values.numel() // self.above.values.shape[1]
+
+    def wide(self, each: Tensor) -> Tensor:
+        """A number for each channel, (c,), in a shape that broadcasts to the output."""
+        return each.view(self.columns)
+
+    @property
+    def known_values(self) -> Tensor:
+        """z^ (B, c, ...) where it is known; zero elsewhere."""
+        values = (self.above.values - self.wide(self.norm.shift)) / self.wide(self.norm.scale)
+        return torch.where(self.known, values, 0.0)
+
+    @property
+    def known(self) -> Tensor:
+        """Where z^ is known beyond doubt."""
+        return self.above.sure & self.wide(self.norm.scale != 0)
+
+    def forward_weights(self) -> Tensor:
+        """One over the noise of the layer's output, where it is known."""
+        noise = self.above.noise * self.wide(self.norm.usual_deviation / self.norm.scale.abs())
+        return torch.where(self.known, 1 / noise, 0.0)
+
+    def scale_weights(self) -> Tensor:
+        """One over the noise of dgamma, (c,)."""
+        size = by_channel(self.above.delta).norm(dim=1)
+        noise = (self.precision * size).hypot(size.new_tensor(self.additive))
+        return torch.where(size > CANCELLED * size.max(), 1 / noise, 0.0)
+
+    def delta_before(self, values: Tensor, deviation: Tensor) -> Tensor:
+        """delta of the layer's output from z^ (B, c, ...) and sigma (c,)."""
+        means = [self.wide(g / self.count) for g in (self.norm.shift_gradient, self.norm.scale_gradient)]
+        return self.wide(self.norm.scale / deviation) * (self.above.delta - means[0] - means[1] * values)
+
+    def normalised(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """z^ (B, c, ...) and sigma (c,) of an input u."""
+        z = self.map.outputs(u)
+        axes = (0, *range(2, z.dim()))
+        centred = z - z.mean(axes, keepdim=True)
+        deviation = (centred.square().mean(axes) + self.norm.eps).sqrt()
+        return centred / self.wide(deviation), deviation
+
+    def delta(self, u: Tensor) -> Tensor:
+        """delta at the input u."""
+        return self.map.inputs(self.delta_before(*self.normalised(u)))
+
+    def flip_direction(self) -> Tensor:
+        """The sign of what each entry's flip adds to the delta of the layer's output."""
+        return super().flip_direction() * self.wide(self.norm.scale.sign())
+
+    def residual(self, u: Tensor) -> Tensor:
+        """What the gradient leaves unexplained at u, of its shape."""
+        return self.gradient - self.map.weights(u, self.delta_before(*self.normalised(u)))
+
+
+@dataclass(frozen=True)
 class IdentitySource:
     """The input itself, known in places. It has no gradient rows, and no masks of its own to be judged by them."""
 
@@ -118,8 +215,8 @@ class IdentitySource:
         target = torch.where(known, self.above.values, 0.0)
         return [Rows(KnownRows(known), target, torch.where(known, 1 / self.above.noise, 0.0))] if known.any() else []
 
-    def delta(self) -> Tensor:
-        """delta at the input."""
+    def delta(self, u: Tensor) -> Tensor:
+        """delta at the input u."""
         return self.above.delta
 
     @property

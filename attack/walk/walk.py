@@ -22,7 +22,7 @@ Every layer leaves a `Record`. The walk ends at the first layer that is not beli
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,13 +31,17 @@ from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.rounding import precision_of
 from attack.walk.block import Together
 from attack.walk.equations import ENOUGH
+from attack.walk.gauge import Gauge
 from attack.walk.layer_solve import LayerSolver, Record, SolvedLayer
+from attack.walk.masks import balanced
 from attack.walk.methods import Alone, BlockInput, LayerInBlock, SolveMethod, rows_of
 from attack.walk.noise import beside, is_after_relu, noise_of, size_of
-from attack.walk.sources import IdentitySource, LayerSource, Source
-from network.chain import input_shapes, parametrised
+from attack.walk.normalised import BehindNorm
+from attack.walk.sources import IdentitySource, LayerSource, Normalisation, NormalisedSource, Source
+from network.chain import input_shapes, mean_before, parametrised, shift_before
 from network.kinds import kind_of, pulled_below
 from network.kinds.affine import LinearMap
+from network.kinds.norm import MIXES
 from network.known_outputs import FLOOR, KnownOutputs, UndeterminedError
 from network.stage import Chain, Residual, Stage, run
 from update.loss import CROSS_ENTROPY, Loss
@@ -74,12 +78,15 @@ class BatchGradients:
         batch_size: B.
         additive: standard deviation of noise that was added to them, beside rounding.
         loss: of each image.
+        moments: mean and variance by which BatchNorm in training mode has normalised the batch, by its name, where the
+            client shares them.
     """
 
     gradients: Mapping[str, Tensor]
     batch_size: int
     additive: float = 0.0
     loss: Loss = CROSS_ENTROPY
+    moments: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def precision(self, name: str) -> float:
         """Relative rounding error of a layer's gradient."""
@@ -88,7 +95,11 @@ class BatchGradients:
 
     def of(self, name: str, like: Tensor) -> Tensor | None:
         """B G of a layer's weight, in the dtype and place of `like`; None where the update has none."""
-        gradient = self.gradients.get(f"{name}.weight")
+        return self.summed(f"{name}.weight", like)
+
+    def summed(self, parameter: str | None, like: Tensor) -> Tensor | None:
+        """B times the gradient of a parameter, in the dtype and place of `like`; None where the update has none."""
+        gradient = self.gradients.get(parameter)
         return None if gradient is None else self.batch_size * gradient.to(like)
 
 
@@ -119,24 +130,23 @@ def descend(
     walk = _Walk(gradients, generator, budget)
     shapes = input_shapes(chain, image_shape)
     outputs = _first_outputs(chain, start, inputs, labels, gradients.loss)
-    known, walk.noises[chain[start].name] = {start: inputs}, outputs.noise
+    known, walk.noises[chain[start].name], norm = {start: inputs}, outputs.noise, None
     for index in reversed(range(start)):
         stage, began = chain[index], time.perf_counter()
         try:
             if not _is_solved_for(stage):
-                outputs = pulled_below(stage.module, outputs, shapes[index])
+                outputs, norm = walk.below(stage, outputs, norm, shapes[index], chain[:index])
                 continue
             walk.needs_all = not any(parametrised(chain[:index]))
             if walk.needs_all and walk.too_weak.any():
                 weak = int(walk.too_weak.sum())
                 raise UndeterminedError(f"pixels come of all images or of none: {weak} are too weak")
-            is_rectified = is_after_relu(chain[:index])
-            sources, method = walk.sources(stage, outputs, shapes[index], is_rectified)
-            solved = walk.solve(stage.name, sources, method, is_rectified)
+            sources, method = walk.sources(stage, outputs, norm, shapes[index], chain[:index])
+            solved = walk.solve(stage.name, sources, method, is_after_relu(chain[:index]))
         except (UndeterminedError, OutOfTimeError) as stop:
             walk.stopped(stage.name, stop, time.perf_counter() - began)
             break
-        known[index] = solved.u
+        known[index], norm = solved.u, None
         if index:
             outputs = solved.outputs
     return Descent(known, walk.inner, walk.noises, walk.records)
@@ -164,13 +174,13 @@ class _Block:
         module: the stage's module.
         above: what is known of its output.
         shape: of its input, one image's.
-        is_after_relu: whether that input is never negative.
+        below: the stages whose outputs that input is.
     """
 
     module: Residual
     above: KnownOutputs
     shape: tuple[int, ...]
-    is_after_relu: bool
+    below: Chain
 
 
 @dataclass(frozen=True)
@@ -222,37 +232,101 @@ class _Walk:
         if not self.records or self.records[-1].determined:
             self.records.append(Record(name, reason, seconds=seconds))
 
+    def below(
+        self, stage: Stage, outputs: KnownOutputs, norm: Stage | None, shape: tuple[int, ...], rest: Chain
+    ) -> tuple[KnownOutputs, Stage | None]:
+        """What is known below a stage that is not solved for; `rest` are the stages below it.
+
+        BatchNorm in training mode is handed on to the layer below it, whose equations it is a part of.
+        """
+        kind = kind_of(stage.module)
+        if norm is not None:
+            raise UndeterminedError(MIXES)
+        if kind.is_norm and kind.mixes_images(stage.module):
+            return outputs, stage
+        outputs = pulled_below(stage.module, outputs, shape)
+        if kind.is_gate:
+            shift = self.gradients.summed(shift_before([*rest, stage]), outputs.values)
+            outputs = outputs if shift is None else balanced(outputs, shift)
+        return outputs, None
+
     def sources(
-        self, stage: Stage, outputs: KnownOutputs, shape: tuple[int, ...], is_rectified: bool
+        self, stage: Stage, outputs: KnownOutputs, norm: Stage | None, shape: tuple[int, ...], below: Chain
     ) -> tuple[list[Source], SolveMethod]:
-        """All that says something of the input, of that shape, of a layer or residual stage, and how to find it."""
-        alone = Alone((len(outputs.values), *shape), self.generator, self.budget)
+        """All that says something of the input, of that shape, of a layer or residual stage, and how to find it.
+
+        Args:
+            stage: the layer, or the residual stage.
+            outputs: what is known of its outputs, or of those of the BatchNorm in training mode behind it.
+            norm: that BatchNorm, or None.
+            shape: of the input.
+            below: the stages whose outputs the input is.
+        """
         if not isinstance(stage.module, Residual):
-            return [self._layer(stage, outputs, shape)], alone
-        block = _Block(stage.module, outputs, shape, is_rectified)
+            sources = [self._layer(stage, outputs, norm, shape)]
+            return sources, self._method(sources, shape, below)
+        if norm is not None:
+            raise UndeterminedError(MIXES)
+        block = _Block(stage.module, outputs, shape, below)
         body = self._branch(stage.module.body, outputs.untold(), shape, block)
         outputs = outputs.flipped(body.flips)
         rest = outputs.untold() if body.output is None else _without(outputs, body)
         shortcut = self._branch(stage.module.shortcut, rest, shape, block)
-        return [*body.sources, *shortcut.sources], body.onward or alone
+        sources = [*body.sources, *shortcut.sources]
+        return sources, body.onward or self._method(sources, shape, below)
 
-    def _layer(self, stage: Stage, outputs: KnownOutputs, shape: tuple[int, ...]) -> LayerSource:
+    def _method(self, sources: Sequence[Source], shape: tuple[int, ...], below: Chain) -> SolveMethod:
+        """By linear equations, or by those of a layer in front of BatchNorm in training mode."""
+        how = ((self.gradients.batch_size, *shape), self.generator, self.budget)
+        if not any(isinstance(source, NormalisedSource) for source in sources):
+            return Alone(*how)
+        shift = self.gradients.summed(shift_before(below), sources[0].above.values)
+        return BehindNorm(*how, Gauge(is_after_relu(below), shift, mean_before(below)))
+
+    def _layer(self, stage: Stage, outputs: KnownOutputs, norm: Stage | None, shape: tuple[int, ...]) -> LayerSource:
         module = stage.module
         try:
             linear = LinearMap.of(module, shape)
         except ValueError as error:
             raise UndeterminedError(str(error)) from None
         width = len(module.weight)
-        return LayerSource(
-            name=stage.name,
-            map=linear,
-            bias=module.weight.new_zeros(width) if module.bias is None else module.bias.detach(),
-            above=outputs,
-            gradient=self.gradients.of(stage.name, outputs.values),
-            precision=self.gradients.precision(stage.name),
-            additive=self.gradients.additive * self.gradients.batch_size,
-            mask_error=self._mask_error().to(outputs.values),
-        )
+        facts = {
+            "name": stage.name,
+            "map": linear,
+            "bias": module.weight.new_zeros(width) if module.bias is None else module.bias.detach(),
+            "above": outputs,
+            "gradient": self.gradients.of(stage.name, outputs.values),
+            "precision": self.gradients.precision(stage.name),
+            "additive": self.gradients.additive * self.gradients.batch_size,
+            "mask_error": self._mask_error().to(outputs.values),
+        }
+        if norm is None:
+            return LayerSource(**facts)
+        if facts["gradient"] is None:
+            raise UndeterminedError("the update holds no gradient of it, and BatchNorm mixes the images")
+        return NormalisedSource(**facts, norm=self._normalisation(norm, facts["bias"], outputs.values))
+
+    def _normalisation(self, norm: Stage, bias: Tensor, like: Tensor) -> Normalisation:
+        """BatchNorm in training mode behind a layer of that bias.
+
+        Raises:
+            UndeterminedError: the update lacks a gradient of it.
+        """
+        module = norm.module
+        gradients = [self.gradients.summed(f"{norm.name}.{kind}", like) for kind in ("weight", "bias")]
+        if not module.affine or None in (None if g is None else 0 for g in gradients):
+            raise UndeterminedError(f"the update holds no gradients of {norm.name}")
+        usual = (bias, torch.ones_like(bias))
+        if module.running_mean is not None:
+            usual = module.running_mean.to(like), (module.running_var.to(like) + module.eps).sqrt()
+        mean = deviation = None
+        if norm.name in self.gradients.moments:
+            mean, variance = (moment.to(like) for moment in self.gradients.moments[norm.name])
+            mean, deviation = mean - bias, (variance.clamp(min=0) + module.eps).sqrt()
+        return Normalisation(
+            module.weight.detach(), module.bias.detach(), module.eps, *gradients, usual[0] - bias, usual[1], mean,
+            deviation,
+        )  # fmt: skip
 
     def _mask_error(self) -> Tensor:
         """(B,) of images that are too weak: with errors e of their inputs, about sqrt(e) of their delta is wrong."""
@@ -263,21 +337,23 @@ class _Walk:
     def _branch(self, chain: Chain, outputs: KnownOutputs, shape: tuple[int, ...], block: _Block) -> _Branch:
         """Down a branch to its lowest layer, which says something of the block's input."""
         branch = _Branch([], None, None, torch.zeros_like(outputs.known), None)
-        shapes, same_mask = input_shapes(chain, shape) if chain else [], True
+        shapes, same_mask, norm = input_shapes(chain, shape) if chain else [], True, None
         for index in reversed(range(len(chain))):
             stage = chain[index]
             if not _is_solved_for(stage):
-                outputs = pulled_below(stage.module, outputs, shapes[index])
+                outputs, norm = self.below(stage, outputs, norm, shapes[index], chain[:index])
                 same_mask = same_mask and not kind_of(stage.module).is_activation
                 continue
-            is_rectified = is_after_relu(chain[:index]) if index else block.is_after_relu
-            sources, method = self.sources(stage, outputs, shapes[index], is_rectified)
+            below = chain[:index] if index else block.below
+            sources, method = self.sources(stage, outputs, norm, shapes[index], below)
+            norm = None
             if index == 0:
                 return replace(branch, sources=sources)
-            if chain is block.module.body and 0 < method.count(sources) < method.unknowns:
+            is_alone = isinstance(method, Alone) and chain is block.module.body
+            if is_alone and 0 < method.count(sources) < method.unknowns:
                 in_block = LayerInBlock(self._together(block, index, outputs.delta))
                 method = in_block if in_block.count(sources) >= ENOUGH * in_block.unknowns else method
-            solved = self.solve(stage.name, sources, method, is_rectified)
+            solved = self.solve(stage.name, sources, method, is_after_relu(below))
             if isinstance(method, LayerInBlock):
                 branch = replace(branch, onward=BlockInput(method.together, rows_of(solved.sources)))
             if branch.output is None:
@@ -287,6 +363,8 @@ class _Walk:
                     branch = replace(branch, flips=flips.view_as(branch.flips))
             self.inner[stage.name] = solved.u
             outputs = solved.outputs
+        if norm is not None:
+            raise UndeterminedError(MIXES)
         return replace(branch, sources=[IdentitySource(outputs)])
 
     def _together(self, block: _Block, index: int, delta: Tensor) -> Together:
@@ -297,7 +375,7 @@ class _Walk:
             (len(delta), *block.shape),
             IdentitySource(block.above).rows(),
             delta,
-            is_positive=block.is_after_relu,
+            is_positive=is_after_relu(block.below),
             generator=self.generator,
             budget=self.budget,
         )

@@ -1,0 +1,310 @@
+"""The equations of a layer with BatchNorm in training mode right behind it: quadratic in its own input u (B, ...).
+
+With z = W * u, mean mu and deviation sigma of each channel over the batch and all positions, z^ = (z - mu) / sigma, and
+Delta the derivative of the batch's summed loss by BatchNorm's output y = gamma z^ + beta, N = B P values a channel:
+
+    delta z   = (gamma / sigma) (Delta - dbeta / N - (dgamma / N) z^),    both gradients stand in the update
+    gradient  sum_i corr(delta z_i, u_i) = B G
+    forward   gamma z^ + beta = y           wherever y is known
+    scale     sum Delta z^ = dgamma
+
+mu and sigma are always those of the present u, even where the client shares its statistics: z^ then stays normalised,
+and Gauss-Newton converges in four steps where statistics held at their shared values take nine. What this leaves open
+are the directions that BatchNorm hides, see `gauge`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attack.solve.budget import WorkBudget
+from attack.solve.cgls import Product, Solution, cgls
+from attack.solve.gauss_newton import gauss_newton
+from attack.walk.equations import ForwardRows, GradientRows, Rows, Scaling, stack
+from attack.walk.gauge import Gauge, hidden
+from attack.walk.methods import rows_of
+from attack.walk.noise import beside, relative, size_of
+from attack.walk.sources import NormalisedSource, Source
+from network.kinds.affine import LinearMap
+from network.known_outputs import FLOOR
+
+START = 150  # iterations of CGLS for the linear start
+FORCING = 0.03  # a step's system is solved down to this times the relative residual: quadratic convergence asks no more
+PATIENT = 600  # iterations of CGLS, at most, that a known input may take to come back
+EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
+FIRST, ROUNDED = 1e-5, 1e-6  # relative tolerance of that start, and of a recovery test: float32 has no more
+MOVED = 1e-2  # relative change of u by what fixes the open directions, beyond which all is solved anew
+RESCALED = 2  # steps whose place the scaling is made anew for
+
+
+def over_batch(values: Tensor, reduce: Callable = torch.sum) -> Tensor:
+    """(B, c, ...) to (c,): over images and positions."""
+    return reduce(values, (0, *range(2, values.dim())))
+
+
+@dataclass(frozen=True)
+class NormalisedAt:
+    """A source's equations at one u: z^ (B, c, ...), sigma (c,) and delta z (B, c, ...)."""
+
+    source: NormalisedSource
+    u: Tensor
+    values: Tensor
+    deviation: Tensor
+    delta: Tensor
+
+    @classmethod
+    def of(cls, source: NormalisedSource, u: Tensor) -> "NormalisedAt":
+        """With the statistics of u itself."""
+        values, deviation = source.normalised(u)
+        return cls(source, u, values, deviation, source.delta_before(values, deviation))
+
+    @classmethod
+    def before(cls, source: NormalisedSource, like: Tensor) -> "NormalisedAt":
+        """Where no u is known yet: with the server's sigma, and z^ as known, elsewhere what makes its mean zero."""
+        known, values = source.known, source.known_values
+        unknown = over_batch((~known).to(values)).clamp(min=1)
+        values = torch.where(known, values, source.wide(-over_batch(values) / unknown))
+        deviation = source.norm.usual_deviation
+        return cls(source, torch.zeros_like(like), values, deviation, source.delta_before(values, deviation))
+
+    def residuals(self) -> list[Tensor]:
+        """Targets less what u makes of them, weighted: gradient, forward, scale."""
+        s = self.source
+        off = s.wide(self.deviation) * torch.where(s.known, s.known_values - self.values, 0.0)
+        scale = s.norm.scale_gradient - over_batch(s.above.delta * self.values)
+        return [s.gradient_weights() * s.residual(self.u), s.forward_weights() * off, s.scale_weights() * scale]
+
+    def rows(self) -> list[Rows]:
+        """The linear equations for u that hold if z^, sigma and the mean are what they are here."""
+        s = self.source
+        found = [Rows(GradientRows(s.map, self.delta), s.gradient, s.gradient_weights())]
+        if s.known.any():
+            target = s.wide(s.norm.usual_mean) + s.wide(self.deviation) * s.known_values
+            found.append(Rows(ForwardRows(s.map, s.known), torch.where(s.known, target, 0.0), s.forward_weights()))
+        return found
+
+    def linearised(self) -> "LinearisedNorm":
+        """How the equations move with u, in float32."""
+        s = self.source
+        pull = -(s.norm.scale / self.deviation) * s.norm.scale_gradient / s.count
+        tensors = (
+            self.u, self.values, self.deviation, self.delta, s.wide(pull), s.gradient_weights(), s.forward_weights(),
+            s.scale_weights(), s.above.delta,
+        )  # fmt: skip
+        return LinearisedNorm(s.map.float(), *(t.float() for t in tensors))
+
+
+@dataclass(frozen=True)
+class LinearisedNorm:
+    """du to the change of gradient, forward and scale rows, weighted; see the head of this file.
+
+    With zeta = W * du, m = mean zeta and s = mean(z^ zeta):  dz^ = (zeta - m - s z^) / sigma, and
+    d delta z = pull dz^ - delta z s / sigma, pull = -(gamma / sigma) dgamma / N.
+    """
+
+    map: LinearMap
+    u: Tensor
+    values: Tensor
+    deviation: Tensor
+    delta: Tensor
+    pull: Tensor
+    gradient_weights: Tensor
+    forward_weights: Tensor
+    scale_weights: Tensor
+    above: Tensor
+
+    def _wide(self, each: Tensor) -> Tensor:
+        return each.view(-1, *(1,) * (self.values.dim() - 2))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """One tensor for each kind of rows."""
+        z = self.map.outputs(x)
+        mean, along = over_batch(z, torch.mean), over_batch(self.values * z, torch.mean)
+        moved = z - self._wide(mean) - self.values * self._wide(along)  # sigma dz^
+        unit = moved / self._wide(self.deviation)
+        bent = self.pull * unit - self.delta * self._wide(along / self.deviation)
+        gradient = self.map.weights(x, self.delta) + self.map.weights(self.u, bent)
+        scale = over_batch(self.above * unit)
+        return [self.gradient_weights * gradient, self.forward_weights * moved, self.scale_weights * scale]
+
+    def adjoint(self, y: Sequence[Tensor]) -> Tensor:
+        """Of u's shape."""
+        gradient = self.gradient_weights * y[0]
+        met = self.map.with_weight(gradient).outputs(self.u)
+        unit = self.pull * met + self._wide(self.scale_weights * y[2]) * self.above  # cotangent of dz^
+        moved = self.forward_weights * y[1] + unit / self._wide(self.deviation)
+        along = -over_batch(self.delta * met) / self.deviation - over_batch(self.values * moved)
+        count = self.values.numel() / self.values.shape[1]
+        z = moved + (self._wide(along) * self.values - self._wide(over_batch(moved))) / count
+        return self.map.inputs(self.delta, gradient) + self.map.inputs(z)
+
+
+# ----------------------------------------------------------------------------------------------------
+# All sources of one input
+
+
+@dataclass(frozen=True)
+class _Linearised:
+    """All rows of all sources as functions of x, u = scaling(x), in float32."""
+
+    norms: Sequence[LinearisedNorm]
+    rows: Sequence[Rows]
+    shapes: Sequence[torch.Size]  # of all rows' right sides, those of the norms first
+    scaling: Scaling
+    shape: torch.Size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,)."""
+        u = self.scaling.forward(x)
+        parts = [part for norm in self.norms for part in norm.forward(u)]
+        parts += [r.weight * r.operator.forward(u) for r in self.rows]
+        return torch.cat([part.flatten() for part in parts])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Of u's shape."""
+        pieces = y.split([shape.numel() for shape in self.shapes])
+        parts = [part.view(shape) for part, shape in zip(pieces, self.shapes, strict=True)]
+        found = sum(norm.adjoint(parts[3 * i : 3 * i + 3]) for i, norm in enumerate(self.norms))
+        rest = zip(self.rows, parts[3 * len(self.norms) :], strict=True)
+        return self.scaling.adjoint(found + sum(r.operator.adjoint(r.weight * part) for r, part in rest))
+
+    def start(self) -> Tensor:
+        """No step."""
+        return torch.zeros(self.shape, dtype=torch.float32, device=self.scaling.factor.device)
+
+    def step(self, x: Tensor) -> Tensor:
+        """What a solution in the scaled unknowns adds to u."""
+        return self.scaling.forward(x)
+
+
+class _Equations:
+    """All equations for u (B, ...), as `gauss_newton` takes them."""
+
+    is_positive = False
+
+    def __init__(self, sources: Sequence[Source], shape: torch.Size) -> None:
+        self.norms = [source for source in sources if isinstance(source, NormalisedSource)]
+        others = [source for source in sources if not isinstance(source, NormalisedSource)]
+        self.rows, self.shape, self.scaling, self.made = rows_of(others), shape, None, 0
+        self.like = self.norms[0].gradient.new_zeros(shape)
+        self.size = math.hypot(*(float(target.norm()) for target in self._targets()))
+
+    def _targets(self) -> list[Tensor]:
+        found = [r.weight * r.target for r in self.rows]
+        for s in self.norms:
+            found += [s.gradient_weights() * s.gradient, s.forward_weights() * s.wide(s.norm.usual_deviation)]
+        return found
+
+    def at(self, u: Tensor) -> list[NormalisedAt]:
+        """The equations of the normalised sources at u."""
+        return [NormalisedAt.of(source, u) for source in self.norms]
+
+    def held(self, u: Tensor) -> Tensor:
+        """Nothing bounds u: that it is not negative is what shows its errors."""
+        return u
+
+    def parts(self, u: Tensor) -> list[Tensor]:
+        """All residuals at u, weighted."""
+        found = [part for at in self.at(u) for part in at.residuals()]
+        return found + [r.residual(u) for r in self.rows]
+
+    def residual(self, u: Tensor) -> Tensor:
+        """The same, flat."""
+        return torch.cat([part.flatten() for part in self.parts(u)])
+
+    def linearised(self, u: Tensor) -> _Linearised:
+        """At u; the scaling of the first places serves all later ones."""
+        at = self.at(u)
+        if self.made < RESCALED:
+            self.scaling = Scaling.of([*(r for each in at for r in each.rows()), *self.rows], self.shape)
+            self.made += 1
+        shapes = [part.shape for part in self.parts(u)]
+        rough = [r.float() for r in self.rows]
+        return _Linearised([each.linearised() for each in at], rough, shapes, self.scaling.float(), self.shape)
+
+    def first(self, budget: WorkBudget) -> Tensor:
+        """u from the equations that are linear once z^ and sigma are guessed."""
+        at = [NormalisedAt.before(source, self.like) for source in self.norms]
+        rows = [*(r for each in at for r in each.rows()), *self.rows]
+        scaling = Scaling.of(rows, self.shape)
+        rough, target = stack([r.float() for r in rows])
+        start = torch.zeros(self.shape, dtype=torch.float32, device=target.device)
+        how = {"iterations": START, "budget": budget, "tolerance": FIRST}
+        found = cgls(Product(rough, scaling.float()), target, start, **how)
+        return scaling.forward(found.x.to(self.like))
+
+
+class BehindNorm:
+    """From equations that BatchNorm in training mode makes quadratic, by Gauss-Newton.
+
+    Args:
+        shape: of the input, (B, ...).
+        generator: what recovery tests are drawn from, on the CPU.
+        budget: whose clock is asked.
+        gauge: what fixes the directions that BatchNorm hides.
+    """
+
+    is_linear = False
+    tries_masks = False  # they fit BatchNorm's own gradients, see `masks.balanced`
+
+    def __init__(self, shape: Sequence[int], generator: torch.Generator, budget: WorkBudget, gauge: Gauge) -> None:
+        self.shape, self.unknowns = torch.Size(shape), math.prod(shape)
+        self.generator, self.budget, self.gauge = generator, budget, gauge
+        self._kept: _Equations | None = None
+        self.u = torch.empty(0)
+
+    def count(self, sources: Sequence[Source]) -> int:
+        """Gradient rows, known outputs, and one row of dgamma for each channel."""
+        total = sum(rows.count for source in sources for rows in source.rows())
+        for s in sources:
+            if isinstance(s, NormalisedSource):
+                heard = int((s.gradient_weights() != 0).sum())
+                total += heard * s.gradient[0].numel() + int(s.known.sum()) + heard
+        return total
+
+    def noise(self, sources: Sequence[Source]) -> float:
+        """That of the noisiest source."""
+        return max(FLOOR, *(source.noise for source in sources))
+
+    def solve(self, sources: Sequence[Source]) -> tuple[Tensor, Solution]:
+        """The input u (B, ...) and the solver's word."""
+        equations = self._kept = _Equations(sources, self.shape)
+        first = equations.first(self.budget)
+        found = gauss_newton(equations, first, budget=self.budget, forcing=FORCING)
+        self.u = self.gauge.fixed(found.x, sources)
+        if (self.u - found.x).norm() > MOVED * self.u.norm():  # BatchNorm's eps hides no factor: once more, from there
+            found = gauss_newton(equations, self.u, budget=self.budget, forcing=FORCING)
+            self.u = self.gauge.fixed(found.x, sources)
+        return self.u, found
+
+    def recovery_test(self, sources: Sequence[Source], noise: float) -> Tensor:
+        """The relative error (B,) with which a change of u comes back through the linearised equations.
+
+        Nothing that BatchNorm hides is asked back.
+        """
+        equations, u = self._kept, self.u
+        system, is_open = equations.linearised(u), hidden(sources, u)
+        play = torch.randn(self.shape, generator=self.generator, dtype=u.dtype).to(u) * beside(size_of(u), u)
+        play = is_open.without(play, u)
+        rough = play.float()
+        parts = [part for norm in system.norms for part in norm.forward(rough)]
+        parts += [r.weight * r.operator.forward(rough) for r in system.rows]
+        target = torch.cat([part.flatten() for part in parts])
+        factor = max(1.0, noise / self.noise(sources))
+        disturbance = torch.randn(target.shape, generator=self.generator).to(target) * (target != 0)
+        how = {"iterations": PATIENT, "budget": self.budget, "tolerance": ROUNDED}
+        back = cgls(system, target + factor * disturbance, system.start(), **how)
+        return relative(is_open.without(system.step(back.x).to(u) - play, u), play)
+
+    def spread(self, sources: Sequence[Source], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
+        """Standard deviation (B, C, ...) of u's errors: that of unit noise, times the noise that the residual shows."""
+        equations = self._kept
+        freedom = max(1, self.count(sources) - self.unknowns)
+        shown = solution.residual * equations.size / math.sqrt(freedom)
+        spread = equations.scaling.spread(u.shape) * shown
+        columns = [s.gradient_weights() * s.gradient for s in equations.norms]
+        loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
+        return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
