@@ -182,8 +182,8 @@ def test_explain_knows_the_mode_of_batchnorm(cli, capsys):
         flags = ["--model", "resnet18_cifar", "--num_classes", "10", "--batch_size", "4", "--bn", mode]
         assert magia.main(["--explain", *flags, "--save_dir", str(cli.folder)]) == 0
         said[mode] = capsys.readouterr().out
-    assert "the inputs of head" in said["train"]
-    assert "the inputs of head" not in said["eval"]
+    assert "BatchNorm in training mode" in said["train"]
+    assert "the inputs of body.layer2.1.conv1" in said["train"]  # all images are told apart at once, and followed
     assert (cli.folder / "explain_resnet18_cifar_B4_32_bn_train.csv").is_file()
 
 

@@ -8,7 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from client.victim import share_update
+from network.chain import with_moments
 from network.parameters import trainable
+from network.stage import run
+from network.tracing import stages
 from network.zoo import build_model
 from update.gradients import averaged_gradient
 from update.shared import SharedUpdate
@@ -167,7 +170,29 @@ def test_a_training_that_does_not_suit_the_batch_is_refused(tmp_path):
         SharedUpdate.of(tensors, nonsense, "u.npz")
 
 
-def test_a_layer_without_momentum_is_refused():
+def test_statistics_without_momentum_are_a_mean_over_all_batches():
+    """As torch keeps them: the server's model has seen n batches, the client's one more."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.Flatten(), nn.Linear(784, 10))
-    with pytest.raises(ValueError, match="1 has no momentum"):
-        use_batch_statistics(model)
+    images, labels = torch.rand(5, 3, 16, 16, generator=generator(1)), torch.arange(5)
+    for batch in range(3):
+        model(torch.rand(5, 3, 16, 16, generator=generator(10 + batch)))
+    trained = copy.deepcopy(model)
+    trained(images)  # torch's own way
+    update = share_update(model, "net", images, labels, 10, training=LocalTraining(batchnorm="train"))
+    for name, statistic in update.statistics.items():
+        assert torch.allclose(statistic, trained.state_dict()[name], rtol=1e-5)
+    mean, variance = update.batch_statistics(model)
+    seen = model[0](images)
+    assert torch.allclose(mean, seen.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(variance, seen.var((0, 2, 3)), rtol=1e-3)
+
+
+def test_moments_are_those_by_which_a_batch_is_normalised():
+    model = normed()
+    images, labels = batch()
+    update = share_update(model, "net", images, labels, 10, training=LocalTraining(batchnorm="train"))
+    chain, fixed = stages(model), with_moments(stages(model), update.batch_moments(model))
+    assert torch.allclose(run(fixed, images), run(chain, images), atol=1e-4)
+    assert torch.allclose(run(fixed, images[:1]), run(chain, images)[:1], atol=1e-4)  # which mixes no images any more
+    several = share_update(model, "net", images, labels, 10, training=LocalTraining(2, 1, 0.1, "train"))
+    assert several.batch_moments(model) == {}
