@@ -120,8 +120,9 @@ def order(candidates: list[CandidateLayer], batch_size: int, like: Tensor) -> li
     def promise(layer: CandidateLayer) -> tuple:
         ratio = layer.geometry.bound(like) / (batch_size * layer.geometry.positions)
         guessed = not layer.inputs.is_activation and layer.behind.has_kink  # neither zeros nor smoothness help
-        is_tight = ratio < ROOMY and not layer.mixes  # what all images agree on needs no equations to spare
-        return guessed, is_tight, not layer.geometry.overlaps, layer.index
+        is_tight = ratio < ROOMY
+        lone = not layer.mixes  # what is mixed lies lower, is judged by the head as well, and leads further down
+        return guessed, is_tight and lone, not layer.geometry.overlaps, lone, is_tight, layer.index
 
     useful = [
         c

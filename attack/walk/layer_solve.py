@@ -130,10 +130,8 @@ class LayerSolver:
         self, sources: list[Source], method: SolveMethod, enough: float
     ) -> tuple[Tensor, Solution, list[Source]]:
         """With the masks that leave the least residual."""
-        if not method.tries_masks:
-            return *method.solve(sources), sources
         found = settle(sources, method, enough, self.budget)
-        if not found[1].residual < enough:
+        if not found[1].residual < enough and method.tries_noise:
             other = for_other_noise(sources, method, self.budget)
             if other is not None and other[1].residual < found[1].residual:
                 found = settle(other[2], method, enough, self.budget)
@@ -141,8 +139,7 @@ class LayerSolver:
 
     def _most(self, method: SolveMethod, noise: float) -> float:
         """The residual that may be left."""
-        is_block = method.tries_masks and not method.is_linear
-        return SETTLED_NOISE * noise if is_block else max(TRUSTED, CONTRADICTED * noise)
+        return max(TRUSTED, CONTRADICTED * noise) if method.is_linear else max(method.least, SETTLED_NOISE * noise)
 
     def _weakened(self, too_weak: Tensor, error: Tensor) -> Tensor | None:
         """These images (B,) and those that relative errors (B,) show to be too weak; None where that is too many."""

@@ -46,7 +46,8 @@ class SolveMethod(Protocol):
 
     unknowns: int
     is_linear: bool  # whether the recovery test can be made before anything is solved
-    tries_masks: bool  # whether a solve is cheap enough to try other masks, where the residual contradicts these
+    tries_noise: bool  # whether masks for other noise are tried, where the residual contradicts these
+    least: float  # of a method that is not linear: a residual that is no contradiction, however small the noise is
 
     def count(self, sources: Sequence[RowSource]) -> int:
         """Equations."""
@@ -88,7 +89,8 @@ class Alone:
     """
 
     is_linear = True
-    tries_masks = True
+    tries_noise = True
+    least = 0.0
 
     def __init__(self, shape: Sequence[int], generator: torch.Generator, budget: WorkBudget) -> None:
         self.shape, self.unknowns = torch.Size(shape), math.prod(shape)
@@ -179,7 +181,8 @@ class _InBlock:
     """By all that is known of the block; sources give rows on a layer in it, or on its input."""
 
     is_linear = False
-    tries_masks = True
+    tries_noise = True
+    least = 0.0
 
     def __init__(self, together: Together) -> None:
         self.together, self.unknowns = together, together.u.numel()

@@ -248,7 +248,8 @@ class BehindNorm:
     """
 
     is_linear = False
-    tries_masks = False  # they fit BatchNorm's own gradients, see `masks.balanced`
+    tries_noise = False  # masks fit BatchNorm's own gradients, see `masks.balanced`
+    least = 3e-5  # inputs above that are off by 1e-5 leave as much; wrong masks leave 1e-4 and more
 
     def __init__(self, shape: Sequence[int], generator: torch.Generator, budget: WorkBudget, gauge: Gauge) -> None:
         self.shape, self.unknowns = torch.Size(shape), math.prod(shape)
@@ -272,7 +273,7 @@ class BehindNorm:
     def solve(self, sources: Sequence[Source]) -> tuple[Tensor, Solution]:
         """The input u (B, ...) and the solver's word."""
         equations = self._kept = _Equations(sources, self.shape)
-        first = equations.first(self.budget)
+        first = self.u if self.u.numel() else equations.first(self.budget)
         found = gauss_newton(equations, first, budget=self.budget, forcing=FORCING)
         self.u = self.gauge.fixed(found.x, sources)
         if (self.u - found.x).norm() > MOVED * self.u.norm():  # BatchNorm's eps hides no factor: once more, from there
