@@ -254,6 +254,12 @@ COMPARED = (
 )
 ALONE = (
     ("ResNet-18, trained to 62 %", "`resnet18`, trained (62 %)", (16, 24)),
+    (
+        "ResNet-18 for small images, BatchNorm in training mode",
+        "`resnet18_cifar`, trained (61 %), BatchNorm in training mode",
+        (4, 8),
+    ),
+    ("ResNet-18, BatchNorm in training mode", "`resnet18`, trained (62 %), BatchNorm in training mode", (8, 16)),
     ("MLP, six layers, ReLU, untrained", "`mlp`, ReLU, six layers of width 200, untrained", (30,)),
     (
         "`torchvision:resnet18`, 1,000 classes, 224 pixels, untrained",
