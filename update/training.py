@@ -185,13 +185,6 @@ def train_locally(
 # BatchNorm in training mode
 
 
-def batch_statistics(model: nn.Module, images: Tensor) -> tuple[Tensor, ...]:
-    """The statistics of one step on images (B, C, H, W), in the order of `Trained.statistics`. Differentiable."""
-    with _watched(model) as seen:
-        model(images)
-    return tuple(seen)
-
-
 def batchnorms(model: nn.Module) -> dict[nn.Module, str]:
     """The BatchNorm layers that keep running statistics, with their names; normalisation of pixels is no such layer."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from network.chain import mixes_images
 from network.head import features_of
-from update.training import batch_statistics, batchnorms
+from update.training import batchnorms
 
 FEATURE_DISTANCES = ("l2", "relative", "cosine")
 
@@ -54,18 +54,6 @@ class FeatureLoss:
         if self.errors is not None:
             apart = (apart - self.errors.square() * sizes).relu()
         return (apart / sizes if self.distance == "relative" else apart).sum() / len(images)
-
-
-@dataclass(frozen=True)
-class StatisticsLoss:
-    """How far BatchNorm's statistics of the images are from the client's shared statistics, `target`."""
-
-    model: nn.Module
-    target: tuple[Tensor, ...]
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """The loss of images (B, C, H, W)."""
-        return statistics_distance(batch_statistics(self.model, images), self.target)
 
 
 @dataclass(frozen=True)
