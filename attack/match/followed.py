@@ -32,7 +32,10 @@ def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> F
 
     Where BatchNorm mixes the batch, it has none either: they would not be those of images by themselves.
     """
-    chain, moments = _as_trained(update, model, known)
+    return _loss(update, model, known, *_as_trained(update, model, known))
+
+
+def _loss(update: SharedUpdate, model: nn.Module, known: Known, chain: Chain, moments: Moments) -> ForwardLoss:
     mixes = bool(moments) or mixes_images(modules(chain))
     return ForwardLoss(
         chain,
@@ -55,8 +58,8 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
     shared ones it is an ordinary layer, and the images are found one by one; else the images are run together, and
     what such a layer hides of them is held, see `common_scale`.
     """
-    below = _as_trained(update, model, known)[0][: known.start]
-    loss = known_activations(update, model, known)
+    chain, moments = _as_trained(update, model, known)
+    below, loss = chain[: known.start], _loss(update, model, known, chain, moments)
     course = Course(()) if known.is_exact else course_for(below, loss, prior_weight)
     scale = CommonScale.of(below)
     penalties = [Penalty("scale", HELD * UNITS, scale)] if scale else []

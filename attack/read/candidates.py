@@ -251,7 +251,7 @@ class ImageEquations:
         entries = self.span.basis[:, silent].T
         energies, vectors = torch.linalg.eigh(entries.T @ entries)
         other = vectors[:, 1]
-        blurred = self._turned(other @ self.rows.flatten(1)).square() * silent.double().mean()
+        blurred = self.span.turned(other @ self.rows.flatten(1)).square() * silent.double().mean()
         if energies[1] <= DISTINCT**2 * max(energies[0], blurred):
             return 0.0
         broken = (entries @ other).square()
@@ -290,22 +290,14 @@ class ImageEquations:
     def _expected_error(self, c: Tensor, x: Tensor, level: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
         """An image's expected relative error, and that error's degrees of freedom, (N,) each."""
         trace, own = _trace_of_inverse(normal)
-        turned, within = self._turned(x), (trace * level).sqrt() / c.norm(dim=1)
+        turned, within = self.span.turned(x), (trace * level).sqrt() / c.norm(dim=1)
         if self.along is not None:  # the scale is one equation, however many zeros there are
-            noise = self.span.noise * self._weak(x) / self.along.shape[1]
+            noise = self.span.noise * self.span.weak(x) / self.along.shape[1]
             within = torch.hypot(within, noise * (1 + self.span.ones.square().sum()).sqrt())
         uncertainty = torch.hypot(turned, within)
         # a turned span moves all entries of an input alike; within it, what the equations leave open is moved
         shares_of_four = (turned / uncertainty) ** 4 / self.span.right.shape[1] + (within / uncertainty) ** 4 / own
         return uncertainty, 1 / shares_of_four
-
-    def _weak(self, v: Tensor) -> Tensor:
-        """|S^-1 v| of patches or deltas (..., P r) in the gradient's singular vectors."""
-        return (v.unflatten(-1, (-1, self.span.rank)) / self.span.sigma).flatten(-2).norm(dim=-1)
-
-    def _turned(self, x: Tensor) -> Tensor:
-        """Relative error of inputs with x (..., P r) by noise that turns the span."""
-        return self.span.noise * self.span.right.shape[1] ** 0.5 * self._weak(x) / x.norm(dim=-1)
 
     def _noise(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What noise makes of true images with x (N, P r) and y = U^T delta (N, P, r): two numbers each, (N,).
@@ -316,9 +308,9 @@ class ImageEquations:
         shows. Images whose errors nearly cancel have such an x and y.
         """
         span, y = self.span, u.flatten(1)
-        y_weak, x_weak, y_length, x_length = self._weak(y), self._weak(x), y.norm(dim=1), x.norm(dim=1)
+        y_weak, x_weak, y_length, x_length = self.span.weak(y), self.span.weak(x), y.norm(dim=1), x.norm(dim=1)
         turned_out = span.noise * len(span.left) ** 0.5 * y_weak / y_length.clamp(min=1e-200)
-        expected = turned_out + self._turned(x) + span.noise * x_weak * y_weak / span.batch_size
+        expected = turned_out + self.span.turned(x) + span.noise * x_weak * y_weak / span.batch_size
         return expected, torch.maximum(x_length * y_weak, y_length * x_weak) / span.batch_size
 
     def solve(self, c: Tensor, zeros: Tensor, labels: Tensor, budget: WorkBudget) -> tuple[Tensor, Tensor, Tensor]:

@@ -178,13 +178,10 @@ def _expected_error(span: Span, c: Tensor, zeros: Tensor, off: Tensor, scale_err
     Noise turns the span, moves a ray within it as far as its zeros are moved, and the common factor has an error of its
     own; the disagreement with the head shows all of them.
     """
-    geometry, right = span.geometry, span.right
-    patches = geometry.patches(span.inputs(c))
+    patches = span.geometry.patches(span.inputs(c))
     if span.centred:
         patches = patches - patches.mean(1, keepdim=True)
-    x = patches @ right.T
-    weak = (x / span.sigma).flatten(1).norm(dim=1)
-    turned = span.noise * right.shape[1] ** 0.5 * weak / x.flatten(1).norm(dim=1)
+    turned = span.turned((patches @ span.right.T).flatten(1))
     at_zeros = (c @ span.basis) * zeros
     within = at_zeros.norm(dim=1) / zeros.sum(1).clamp(min=1).sqrt() * c.shape[1] ** 0.5 / c.norm(dim=1)
     shown = torch.hypot(torch.hypot(turned, within), off.norm() / off.numel() ** 0.5)

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -240,7 +241,7 @@ class _Reader:
             features = run(self.chain[layer.index : -1], inputs)
             return features, self.head(features)
 
-        given = self._given()
+        given = self._given
         gradient = given.of(self.chain[-1].name, self.like)
         if gradient is None:
             raise ValueError("the update holds no gradient of the model's last layer")
@@ -330,13 +331,14 @@ class _Reader:
         return start, inputs
 
     def _descended(self, found: Signals, index: int) -> Descent:
-        given = self._given()
+        given = self._given
         how = {"generator": self.generator, "budget": self.budget}
         try:
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
 
+    @cached_property
     def _given(self) -> BatchGradients:
         """What the walk takes from the update."""
         names = batchnorms(self.model)

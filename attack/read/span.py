@@ -104,6 +104,14 @@ class Span:
         """Coordinates (N, dim A) -> inputs (N, *input_shape)."""
         return (coordinates @ self.basis).view(-1, *self.geometry.input_shape)
 
+    def weak(self, v: Tensor) -> Tensor:
+        """|S^-1 v| of patches or deltas (..., P r) in the gradient's singular vectors."""
+        return (v.unflatten(-1, (-1, self.rank)) / self.sigma).flatten(-2).norm(dim=-1)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Relative error of inputs with x (..., P r) by noise that turns the span."""
+        return self.noise * self.right.shape[1] ** 0.5 * self.weak(x) / x.norm(dim=-1)
+
 
 def span_of(
     gradient: Tensor,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from attack.walk.noise import is_active, noise_below_zero
-from attack.walk.sources import IdentitySource, NormalisedSource, Source, by_channel
+from attack.walk.sources import IdentitySource, NormalisedSource, Source, by_channel, over_batch, wide
 from network.known_outputs import ZERO, UndeterminedError
 
 GATHERED = 3e-5  # of u's size: entries of a channel this close to its lowest are zeros of the ReLU, as that is
@@ -65,7 +65,7 @@ class Hidden:
 
     def _unshifted(self, values: Tensor) -> Tensor:
         for place, channels in zip(self.places, self.channels, strict=True):
-            mean = (values * place).sum((0, *range(2, values.dim()))) / (len(values) * place.sum())
+            mean = over_batch(values * place) / (len(values) * place.sum())
             values = values - wide(mean * channels, values) * place
         return values
 
@@ -79,7 +79,7 @@ def hidden(sources: Sequence[Source], u: Tensor) -> Hidden:
     places = _places(norms, u)
     channels = []
     for place in places:
-        seen = sum((each * place).transpose(0, 1).flatten(1).sum(1) for each in known) if known else 0.0
+        seen = sum(by_channel(each * place).sum(1) for each in known) if known else 0.0
         channels.append((seen + u.new_zeros(u.shape[1])) == 0)
     return Hidden(not known, places, tuple(channels))
 
@@ -183,11 +183,11 @@ class Gauge:
 
         Returns u, and the columns whose shift is still open.
         """
-        active, size = is_active(u), by_channel(delta).norm(dim=1)
+        active, size, width = is_active(u), by_channel(delta).norm(dim=1), self._width(u, is_open)
         for place, some in zip(is_open.places, untold, strict=True):
             # until it is decided, what is lowest in an open column counts as a zero
-            active = torch.where(wide(some, u) & (place > 0), u > self._width(u, is_open), active)
-        sums = (delta * active).sum((0, *range(2, u.dim())))
+            active = torch.where(wide(some, u) & (place > 0), u > width, active)
+        sums = over_batch(delta * active)
         left = [some.clone() for some in untold]
         for channel in torch.stack(untold).any(0).nonzero()[:, 0].tolist():
             places = [index for index, some in enumerate(untold) if some[channel]]
@@ -207,7 +207,7 @@ class Gauge:
             for index, is_on in zip(places, tried[0][1], strict=True):
                 left[index][channel] = is_on
         if self.mean is not None and len(is_open.places) == 1 and float(is_open.places[0].mean()) == 1.0:
-            below = self.mean - u.mean((0, *range(2, u.dim())))
+            below = self.mean - over_batch(u, torch.mean)
             u, left = u + wide(torch.where(left[0], below, 0.0), u), [torch.zeros_like(left[0])]
         return u, left
 
@@ -235,7 +235,7 @@ def factor_by_shift(u: Tensor, delta: Tensor, shift_gradient: Tensor) -> tuple[f
     Raises:
         UndeterminedError: too few channels agree. One whose active entries are not told from its zeros says anything.
     """
-    sums = (delta * is_active(u)).sum((0, *range(2, u.dim())))
+    sums = over_batch(delta * is_active(u))
     loud = shift_gradient.abs() > LOUD * shift_gradient.abs().max()
     factors = (sums / shift_gradient)[loud]
     alike = (factors[:, None] / factors - 1).abs() < AGREED
@@ -259,11 +259,6 @@ def _by_deviations(u: Tensor, sources: Sequence[NormalisedSource]) -> float | No
     return float(factor) if off < OTHERS else None
 
 
-def wide(each: Tensor, values: Tensor) -> Tensor:
-    """A number for each channel, (..., C), in a shape that broadcasts to values (B, C, ...)."""
-    return each.view(*each.shape, *(1,) * (values.dim() - 2))
-
-
 def _column(values: Tensor, place: Tensor) -> Tensor:
     """The entries (C, n) of each channel at some positions, of all images."""
     return by_channel(values)[:, place.expand(values.shape[0], *values.shape[2:]).flatten() > 0]
@@ -280,7 +275,7 @@ def _by_means(u: Tensor, patterns: Tensor, sources: Sequence[NormalisedSource]) 
     rows, missing = [], []
     for source in sources:
         met = source.map.outputs(patterns).flatten(2)[..., 0] if u.dim() > 2 else source.map.outputs(patterns)
-        mean = source.map.outputs(u).mean((0, *range(2, u.dim())))
+        mean = over_batch(source.map.outputs(u), torch.mean)
         rows.append((met / source.norm.deviation).T)  # (c_out, n)
         missing.append((source.norm.mean - mean) / source.norm.deviation)
     rows, missing = torch.cat(rows), torch.cat(missing)

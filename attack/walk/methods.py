@@ -75,6 +75,17 @@ def rows_of(sources: Sequence[RowSource]) -> list[Rows]:
     return [rows for source in sources for rows in source.rows()]
 
 
+def noisiest(sources: Sequence[RowSource]) -> float:
+    """The noise of the noisiest source."""
+    return max(FLOOR, *(source.noise for source in sources))
+
+
+def by_loudness(spread: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Errors (B, 1, ...) of an input, channel by channel: as loud as each is in weighted gradients (c_out, C, ...)."""
+    loud = sum(g.square().sum((0, *range(2, g.dim()))) for g in gradients)  # (C,)
+    return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (spread.dim() - 2))
+
+
 # ----------------------------------------------------------------------------------------------------
 # Alone
 
@@ -104,7 +115,7 @@ class Alone:
 
     def noise(self, sources: Sequence[RowSource]) -> float:
         """That of the noisiest source."""
-        return max(FLOOR, *(source.noise for source in sources))
+        return noisiest(sources)
 
     def solve(self, sources: Sequence[RowSource]) -> tuple[Tensor, Solution]:
         """The input u (B, ...) and the solver's word."""
@@ -135,10 +146,7 @@ class Alone:
         system = self._system(sources)
         spread = system.scaling.spread(u.shape) * (solution.residual * system.target.norm() / math.sqrt(freedom))
         columns = [r.weight * r.target for r in rows if isinstance(r.operator, GradientRows)]
-        if not columns:
-            return spread
-        loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
-        return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
+        return by_loudness(spread, columns) if columns else spread
 
     def _solved(self, system: "_System", target: Tensor, start: Tensor | None = None) -> Solution:
         """The scaled unknowns with which the rows come closest to a target."""

@@ -14,7 +14,7 @@ are the directions that BatchNorm hides, see `gauge`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,24 +25,17 @@ from attack.solve.cgls import Product, Solution, cgls
 from attack.solve.gauss_newton import gauss_newton
 from attack.walk.equations import ForwardRows, GradientRows, Rows, Scaling, stack
 from attack.walk.gauge import Gauge, hidden
-from attack.walk.methods import rows_of
+from attack.walk.methods import by_loudness, noisiest, rows_of
 from attack.walk.noise import beside, relative, size_of
-from attack.walk.sources import NormalisedSource, Source
+from attack.walk.sources import NormalisedSource, Source, over_batch, wide
 from network.kinds.affine import LinearMap
-from network.known_outputs import FLOOR
 
 START = 150  # iterations of CGLS for the linear start
 FORCING = 0.03  # a step's system is solved down to this times the relative residual: quadratic convergence asks no more
-PATIENT = 600  # iterations of CGLS, at most, that a known input may take to come back
-EVEN = 0.1  # rounding is relative: an input channel's errors go with its gradient's size, but for this share
+RECOVERY = 600  # iterations of CGLS, at most, that a known input may take to come back
 FIRST, ROUNDED = 1e-5, 1e-6  # relative tolerance of that start, and of a recovery test: float32 has no more
 MOVED = 1e-2  # relative change of u by what fixes the open directions, beyond which all is solved anew
 RESCALED = 2  # steps whose place the scaling is made anew for
-
-
-def over_batch(values: Tensor, reduce: Callable = torch.sum) -> Tensor:
-    """(B, c, ...) to (c,): over images and positions."""
-    return reduce(values, (0, *range(2, values.dim())))
 
 
 @dataclass(frozen=True)
@@ -116,16 +109,13 @@ class LinearisedNorm:
     scale_weights: Tensor
     above: Tensor
 
-    def _wide(self, each: Tensor) -> Tensor:
-        return each.view(-1, *(1,) * (self.values.dim() - 2))
-
     def forward(self, x: Tensor) -> list[Tensor]:
         """One tensor for each kind of rows."""
         z = self.map.outputs(x)
         mean, along = over_batch(z, torch.mean), over_batch(self.values * z, torch.mean)
-        moved = z - self._wide(mean) - self.values * self._wide(along)  # sigma dz^
-        unit = moved / self._wide(self.deviation)
-        bent = self.pull * unit - self.delta * self._wide(along / self.deviation)
+        moved = z - wide(mean, z) - self.values * wide(along, z)  # sigma dz^
+        unit = moved / wide(self.deviation, z)
+        bent = self.pull * unit - self.delta * wide(along / self.deviation, z)
         gradient = self.map.weights(x, self.delta) + self.map.weights(self.u, bent)
         scale = over_batch(self.above * unit)
         return [self.gradient_weights * gradient, self.forward_weights * moved, self.scale_weights * scale]
@@ -134,11 +124,11 @@ class LinearisedNorm:
         """Of u's shape."""
         gradient = self.gradient_weights * y[0]
         met = self.map.with_weight(gradient).outputs(self.u)
-        unit = self.pull * met + self._wide(self.scale_weights * y[2]) * self.above  # cotangent of dz^
-        moved = self.forward_weights * y[1] + unit / self._wide(self.deviation)
+        unit = self.pull * met + wide(self.scale_weights * y[2], met) * self.above  # cotangent of dz^
+        moved = self.forward_weights * y[1] + unit / wide(self.deviation, met)
         along = -over_batch(self.delta * met) / self.deviation - over_batch(self.values * moved)
         count = self.values.numel() / self.values.shape[1]
-        z = moved + (self._wide(along) * self.values - self._wide(over_batch(moved))) / count
+        z = moved + (wide(along, met) * self.values - wide(over_batch(moved), met)) / count
         return self.map.inputs(self.delta, gradient) + self.map.inputs(z)
 
 
@@ -158,7 +148,10 @@ class _Linearised:
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,)."""
-        u = self.scaling.forward(x)
+        return self.of_change(self.scaling.forward(x))
+
+    def of_change(self, u: Tensor) -> Tensor:
+        """The same of a change of u itself."""
         parts = [part for norm in self.norms for part in norm.forward(u)]
         parts += [r.weight * r.operator.forward(u) for r in self.rows]
         return torch.cat([part.flatten() for part in parts])
@@ -190,6 +183,8 @@ class _Equations:
         others = [source for source in sources if not isinstance(source, NormalisedSource)]
         self.rows, self.shape, self.scaling, self.made = rows_of(others), shape, None, 0
         self.like = self.norms[0].gradient.new_zeros(shape)
+        of_norms = ((s.gradient, s.above.values, s.norm.scale_gradient) for s in self.norms)
+        self.shapes = [part.shape for parts in of_norms for part in parts] + [r.target.shape for r in self.rows]
         self.size = math.hypot(*(float(target.norm()) for target in self._targets()))
 
     def _targets(self) -> list[Tensor]:
@@ -206,14 +201,10 @@ class _Equations:
         """Nothing bounds u: that it is not negative is what shows its errors."""
         return u
 
-    def parts(self, u: Tensor) -> list[Tensor]:
-        """All residuals at u, weighted."""
-        found = [part for at in self.at(u) for part in at.residuals()]
-        return found + [r.residual(u) for r in self.rows]
-
     def residual(self, u: Tensor) -> Tensor:
-        """The same, flat."""
-        return torch.cat([part.flatten() for part in self.parts(u)])
+        """All residuals at u, weighted, flat."""
+        parts = [part for at in self.at(u) for part in at.residuals()]
+        return torch.cat([part.flatten() for part in parts + [r.residual(u) for r in self.rows]])
 
     def linearised(self, u: Tensor) -> _Linearised:
         """At u; the scaling of the first places serves all later ones."""
@@ -221,9 +212,8 @@ class _Equations:
         if self.made < RESCALED:
             self.scaling = Scaling.of([*(r for each in at for r in each.rows()), *self.rows], self.shape)
             self.made += 1
-        shapes = [part.shape for part in self.parts(u)]
-        rough = [r.float() for r in self.rows]
-        return _Linearised([each.linearised() for each in at], rough, shapes, self.scaling.float(), self.shape)
+        norms, rough = [each.linearised() for each in at], [r.float() for r in self.rows]
+        return _Linearised(norms, rough, self.shapes, self.scaling.float(), self.shape)
 
     def first(self, budget: WorkBudget) -> Tensor:
         """u from the equations that are linear once z^ and sigma are guessed."""
@@ -268,7 +258,7 @@ class BehindNorm:
 
     def noise(self, sources: Sequence[Source]) -> float:
         """That of the noisiest source."""
-        return max(FLOOR, *(source.noise for source in sources))
+        return noisiest(sources)
 
     def solve(self, sources: Sequence[Source]) -> tuple[Tensor, Solution]:
         """The input u (B, ...) and the solver's word."""
@@ -290,13 +280,10 @@ class BehindNorm:
         system, is_open = equations.linearised(u), hidden(sources, u)
         play = torch.randn(self.shape, generator=self.generator, dtype=u.dtype).to(u) * beside(size_of(u), u)
         play = is_open.without(play, u)
-        rough = play.float()
-        parts = [part for norm in system.norms for part in norm.forward(rough)]
-        parts += [r.weight * r.operator.forward(rough) for r in system.rows]
-        target = torch.cat([part.flatten() for part in parts])
+        target = system.of_change(play.float())
         factor = max(1.0, noise / self.noise(sources))
         disturbance = torch.randn(target.shape, generator=self.generator).to(target) * (target != 0)
-        how = {"iterations": PATIENT, "budget": self.budget, "tolerance": ROUNDED}
+        how = {"iterations": RECOVERY, "budget": self.budget, "tolerance": ROUNDED}
         back = cgls(system, target + factor * disturbance, system.start(), **how)
         return relative(is_open.without(system.step(back.x).to(u) - play, u), play)
 
@@ -305,7 +292,5 @@ class BehindNorm:
         equations = self._kept
         freedom = max(1, self.count(sources) - self.unknowns)
         shown = solution.residual * equations.size / math.sqrt(freedom)
-        spread = equations.scaling.spread(u.shape) * shown
         columns = [s.gradient_weights() * s.gradient for s in equations.norms]
-        loud = sum(c.square().sum((0, *range(2, c.dim()))) for c in columns)  # (C,)
-        return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (u.dim() - 2))
+        return by_loudness(equations.scaling.spread(u.shape) * shown, columns)

@@ -1,5 +1,6 @@
 """What says something of a layer's input: the layer's own equations, or the input itself, known in places."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -152,7 +153,7 @@ class NormalisedSource(LayerSource):
 
     def wide(self, each: Tensor) -> Tensor:
         """A number for each channel, (c,), in a shape that broadcasts to the output."""
-        return each.view(self.columns)
+        return wide(each, self.above.values)
 
     @property
     def known_values(self) -> Tensor:
@@ -234,6 +235,16 @@ class IdentitySource:
 
 
 Source = LayerSource | IdentitySource
+
+
+def over_batch(values: Tensor, reduce: Callable = torch.sum) -> Tensor:
+    """(B, c, ...) to (c,): over images and positions."""
+    return reduce(values, (0, *range(2, values.dim())))
+
+
+def wide(each: Tensor, values: Tensor) -> Tensor:
+    """A number for each channel, (..., c), in a shape that broadcasts to values (B, c, ...)."""
+    return each.view(*each.shape, *(1,) * (values.dim() - 2))
 
 
 def by_channel(t: Tensor) -> Tensor:
