@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -26,8 +26,10 @@ from network.head import Head
 from network.parametrised import why_no_gradient
 from network.tracing import stages, why_not_walked
 from schedules import Schedule
+from update.batchnorm import use_batch_statistics
+from update.declared import declared
+from update.evidence import Evidence
 from update.shared import SharedUpdate
-from update.training import use_batch_statistics
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
@@ -79,6 +81,16 @@ def introduction(
     )
 
 
+def show_remarks(evidence: Sequence[Evidence], idle: Sequence[str], notes: Sequence[str], quiet: bool) -> None:
+    """Say what the update says of itself, which flags change nothing, and, even if quiet, what was assumed."""
+    for piece in evidence if not quiet else ():
+        print(f"{'contradiction' if piece.contradicts else 'the update says'}: {piece.said}")
+    for line in idle if not quiet else ():
+        print(line)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr if quiet else sys.stdout)
+
+
 def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
     """What the clients did to the update, and the privacy that it buys; empty where they did nothing."""
     if update.defence == "none":
@@ -97,8 +109,8 @@ def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
 def _how_trained(update: SharedUpdate, known: Known) -> str:
     """How local training is taken: for one gradient, or unrolled; empty for one step with BatchNorm in eval mode."""
     training, said = update.training, []
-    if not training.is_one_step:
-        said = [f"{training.steps} local steps through {training.batches} minibatches, steps x rate {training.reach:g}"]
+    if not training.is_gradient:
+        said = [f"{training}, steps x rate {training.steps * training.rate:g}"]
         far = known.drift is not None and known.drift >= EXACT
         if known.is_followed:
             said.append(f"taken for one gradient, expected drift {known.drift:.1e}")
@@ -165,6 +177,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
     model = of_two_classes(model, settings, shape)
     if mode:
         use_batch_statistics(model)
+    _show_client(settings)
     try:
         chain = stages(model)
     except ValueError as error:
@@ -190,6 +203,18 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print(f"run as a whole: {reason}; {STILL_ATTACKED}")
     print(f"table and picture: {stem}.csv, .md, .png")
     return 0
+
+
+def _show_client(settings: argparse.Namespace) -> None:
+    """Print how the client trains, where the update is no plain gradient.
+
+    Raises:
+        ValueError: settings that do not go together, or do not suit the batch.
+    """
+    training = declared(vars(settings))
+    training.check(settings.batch_size)
+    if not (training.is_gradient and training.optimiser.clip is None):
+        print(f"the client: {training}; what follows holds for the images of one step at the server's weights")
 
 
 def show_note(note: str) -> None:
