@@ -18,7 +18,7 @@ Columns that were found leave the exact row space of the other images, in which 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -45,6 +45,7 @@ SAME = 1e-4  # columns whose cosine comes as close to 1 are one
 DEPENDENT = 1e-5  # a column with less of it outside the others is a mixture of them
 FRUITLESS = 8  # rounds in a row that find no further column
 ELSEWHERE = 0.1  # how far a round starts from the analysis, for each round before it without a column
+DRAWS = 2  # of noise, by which the images' errors are measured
 PASSES = 3  # of the final least squares over images and columns in turn
 MOST = 2.0  # share of another column that is sought in a column
 WHOLE = 0.15  # steps of 1/255, root mean square, within which an image's pixels count as whole: 0.289 by chance
@@ -75,12 +76,19 @@ class Images:
         columns: (m, B), d_i of each image.
         residual: share of the movement that images and columns do not explain.
         sums: (B,), the bias's part of each image: 1 but for noise.
+        is_open: (B,), whether an image may hold a share of another, which the zeros do not tell.
     """
 
     inputs: Tensor
     columns: Tensor
     residual: float
     sums: Tensor
+    is_open: Tensor
+
+    def pick(self, index: Tensor) -> "Images":
+        """The images in another order."""
+        parts = {"inputs": self.inputs, "sums": self.sums, "is_open": self.is_open}
+        return replace(self, columns=self.columns[:, index], **{name: part[index] for name, part in parts.items()})
 
 
 class ColumnSearch:
@@ -331,7 +339,29 @@ class ColumnSearch:
         rows, columns = _alternating(columns, moved, ~zeros)
         residual = float((columns @ rows - moved).norm() / moved.norm())
         sums, rows = rows[:, -1], rows[:, :-1] / rows[:, -1:]
-        return Images(rows @ self.span.right, columns / self.rows[:, None] * sums, residual, sums)
+        own = zeros.double().T @ (~zeros).double()  # (B, B): units that are off for one image and on for another
+        is_open = (own.fill_diagonal_(float("inf")) < AGREEING).any(0)
+        return Images(rows @ self.span.right, columns / self.rows[:, None] * sums, residual, sums, is_open)
+
+    def errors(self, images: Images, generator: torch.Generator) -> Tensor:
+        """Expected relative errors (B,), root mean square: what as much noise once more changes, and the span's turn.
+
+        The inputs are B numbers each in the rows of R, which noise mixes; and noise turns R itself.
+        """
+        q = images.inputs @ self.span.right.T
+        columns = self.rows[:, None] * images.columns
+        on, moved = columns != 0, torch.cat([self.span.left * self.span.sigma, self.bias[:, None]], 1)
+        clean, changes = self._refitted(columns, moved, on), []
+        for _ in range(DRAWS):
+            drawn = torch.randn(moved.shape, generator=generator, dtype=moved.dtype).to(moved)
+            noisy = self._refitted(columns, moved + self.span.noise * drawn * self.live[:, None], on)
+            changes.append((noisy - clean).square().sum(1))
+        turned = self.span.noise**2 * self.span.right.shape[1] * (q / self.span.sigma).square().sum(1)
+        return ((torch.stack(changes).mean(0) + turned) / q.square().sum(1)).sqrt()
+
+    def _refitted(self, columns: Tensor, moved: Tensor, on: Tensor) -> Tensor:
+        rows, _ = _alternating(columns, moved, on)
+        return rows[:, :-1] / rows[:, -1:]
 
 
 def off_levels(images: Tensor) -> Tensor:

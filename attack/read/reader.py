@@ -71,6 +71,7 @@ class Reading:
             N, and the order another, where a layer was asked and no walk led from it.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
+        order: the images of each step, where there are several and their order was found; None: in turn, or not known.
     """
 
     signals: Signals
@@ -80,6 +81,7 @@ class Reading:
     recovered: dict[str, Tensor]
     seconds: float
     is_aborted: bool = False
+    order: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.signals)
