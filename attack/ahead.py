@@ -88,7 +88,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     drift, reading, features, is_aborted = None, None, torch.empty(0), False
     clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
     if means.reads:
-        if not update.training.is_one_step:
+        if not update.training.is_gradient:
             drift = expected_drift(update, model, generator, clock)
         try:
             reading = _read(update, model, means, generator, drift, clock)
@@ -290,7 +290,7 @@ def _local_labels(
     """Labels by trial after several steps, or the order of those that are known; None where there is no use for one."""
     training = update.training
     needed = training.batches > 1 if labels is not None else means.reads
-    if training.is_one_step or not needed:
+    if training.is_gradient or not needed:
         return None
     try:
         return labels_by_trial(update, model, generator, labels, budget=clock)

@@ -26,8 +26,8 @@ from network.head import Head
 from network.parametrised import why_no_gradient
 from network.tracing import stages, why_not_walked
 from schedules import Schedule
+from update.batchnorm import use_batch_statistics
 from update.shared import SharedUpdate
-from update.training import use_batch_statistics
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
@@ -97,7 +97,7 @@ def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
 def _how_trained(update: SharedUpdate, known: Known) -> str:
     """How local training is taken: for one gradient, or unrolled; empty for one step with BatchNorm in eval mode."""
     training, said = update.training, []
-    if not training.is_one_step:
+    if not training.is_gradient:
         said = [f"{training.steps} local steps through {training.batches} minibatches, steps x rate {training.reach:g}"]
         far = known.drift is not None and known.drift >= EXACT
         if known.in_steps:

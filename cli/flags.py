@@ -26,10 +26,10 @@ from network.zoo import ACTIVATIONS, MODELS
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
 from update import checked
+from update.batchnorm import BATCHNORMS
 from update.defences import Defences
 from update.loss import LOSSES
 from update.received import KINDS
-from update.training import BATCHNORMS
 
 SIGNALS = ("auto", "on", "off", "ica")
 DTYPES = ("float32", "float64")

@@ -10,7 +10,7 @@ from attack.match.phases import Course
 from attack.match.softening import kinked_chain
 from attack.optimise.budget import Annealing
 from attack.prepare import Known
-from update.training import batchnorms
+from update.batchnorm import batchnorms
 
 SELECTION = ("sel_mode", "sel_k", "sel_l_iter", "sig_a", "sig_b", "resample")
 GRADIENTS = ("distance", "soften", "alpha", "subset_loss", "rescale")  # how the batch's gradient is matched

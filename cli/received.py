@@ -22,11 +22,11 @@ from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
 from network.zoo import ALL_OPTIONS
+from update.batchnorm import use_batch_statistics
 from update.evidence import Evidence, of_gradients, of_statistics
 from update.received import averaged_gradients, recognised, statistics
 from update.shared import FACTS, SharedUpdate, is_of_update
 from update.storage import ENTERED, StorageError, read_tensors, read_text, room_for
-from update.training import use_batch_statistics
 from update.weights import load_weights
 
 CHANGED = ("entries", "optimiser", "kind")  # topics of evidence that leaves ranks and suppositions without a meaning
@@ -62,7 +62,7 @@ def received_update(
 
 def _examined(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> SharedUpdate:
     """The update as its own numbers say that it was made, with the evidence."""
-    if not update.training.is_one_step:
+    if not update.training.is_gradient:
         return update
     gradients, evidence = of_gradients(
         update.gradients,

@@ -68,7 +68,7 @@ def _check_room(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     flags += [f"--restarts {settings.restarts}"] if settings.restarts > 1 else []
     flags += [f"--history {settings.history}"] if settings.optimizer == "lbfgs" else []
     training = update.training
-    if not training.is_one_step and not known.is_followed:  # every step's weights and gradient are kept
+    if not training.is_gradient and not known.is_followed:  # every step's weights and gradient are kept
         weights = sum(gradient.numel() for gradient in update.gradients.values())
         need += 2 * training.steps * weights * pixels.dtype.itemsize
         flags.append(f"{training.steps} local steps")

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from network.parameters import trainable
+from update.batchnorm import statistic_names
 from update.layouts import hint, in_torch_layout
 from update.names import by_names_of
 from update.storage import StorageError
-from update.training import statistic_names
 
 KINDS = ("gradient", "difference", "weights")
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from network.parameters import trainable
 from update import checked
+from update.batchnorm import batch_moments, before_averaging
 from update.defences import Defences
 from update.evidence import Evidence
 from update.storage import StorageError, read_tensors, write_tensors
-from update.training import FEDSGD, LocalTraining, batch_moments, before_averaging
+from update.training import FEDSGD, LocalTraining
 
 FORMAT = "magia-update-1"
 FACTS = "update"  # the name of the text that describes the tensors

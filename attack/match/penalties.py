@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from network.chain import mixes_images
 from network.head import features_of
-from update.training import batchnorms
+from update.batchnorm import batchnorms
 
 FEATURE_DISTANCES = ("l2", "relative", "cosine")
 

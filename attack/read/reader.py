@@ -41,8 +41,8 @@ from network.kinds import kind_of
 from network.parametrised import with_weights
 from network.stage import Chain, Stage, run
 from network.tracing import stages
+from update.batchnorm import batchnorms
 from update.shared import SharedUpdate
-from update.training import batchnorms
 
 READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
 SHARE = 0.5  # of the work left that one layer may take while others wait

@@ -16,7 +16,7 @@ from network.kinds import pulled_below
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
 from network.stage import run
-from update.training import batchnorms
+from update.batchnorm import batchnorms
 
 
 @pytest.fixture(scope="module")
