@@ -222,7 +222,8 @@ def _known(
     place = place_of(model)
     if signals is not None:
         signals = signals.to(place["device"])
-        features = signals.values[: update.training.size(update.batch_size)] if in_steps else signals.values
+        first = update.training.sizes_of(update.batch_size)[0] if in_steps else len(signals)
+        features = signals.values[:first]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
     labels = all_labels(signals, labels)

@@ -23,8 +23,9 @@ from update.training import LocalTraining
 
 
 def is_one_pass(training: LocalTraining) -> bool:
-    """Whether each image was used at one of several steps, all of them on a way that is a combination of gradients."""
-    return training.steps == training.batches > 1
+    """Whether each image was used at one of several steps, and weights are a known combination of their gradients."""
+    optimiser = training.optimiser
+    return training.passes == 1 and not training.is_one_step and optimiser.is_linear and optimiser.clip is None
 
 
 class ClosedSystem:

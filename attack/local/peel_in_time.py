@@ -17,6 +17,7 @@ near: the errors of later steps may have made differences of labels part of the 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from attack.read.span import Span
 from attack.solve.budget import OutOfTimeError, WorkBudget
 
 PAIRED = 30.0  # expected errors by which a true image's certificate may be off: up to 13 were seen, of others 700
+UNPAIRED = 1e-2  # but never by more
 CLEAR_LABEL = 10.0  # times its own mismatch that the next best label's must be
 UNCLEAR = 1e-4  # and at least this
 REPLAYED = 10.0  # times what the images' expected errors leave that a replay may leave: right ones leave 0.1 to 2.6
@@ -178,6 +180,7 @@ class PeelInTime:
                 budget=budget,
                 loss=system.training.loss,
                 given=self._beside(found),
+                enough=partial(self._are_enough, size),
             )
             self.budget.returned(budget)
             own = own.pick(self._speaks_for_itself(own))
@@ -188,13 +191,17 @@ class PeelInTime:
             system.learn(own.values, own.labels)
         return found
 
+    def _are_enough(self, size: int, found: Signals) -> bool:
+        """Whether so many of the images speak for themselves."""
+        return len(found) >= size and int(self._speaks_for_itself(found).sum()) >= size
+
     def _speaks_for_itself(self, found: Signals) -> Tensor:
         """Whether each image's certificate is as exact as its values, and its label no other's, (N,)."""
         equations = self._equations()
         mismatch = equations.mismatch(found.values.flatten(1) @ self.span.basis.T)
         best, other = mismatch.topk(2, dim=1, largest=False)[0].T
         is_clear = other > (CLEAR_LABEL * best).clamp(min=UNCLEAR)
-        return is_clear & ((found.certificates - 1).abs() < PAIRED * found.uncertainty)
+        return is_clear & ((found.certificates - 1).abs() < (PAIRED * found.uncertainty).clamp(max=UNPAIRED))
 
     def _beside(self, found: Signals) -> Signals:
         """Images of earlier steps, their deltas as they count beside an image of the present one."""

@@ -81,6 +81,7 @@ def unmix(
     above: Sequence[Above] = (),
     loss: Loss = CROSS_ENTROPY,
     given: Signals | None = None,
+    enough: Callable[[Signals], bool] = lambda found: False,
 ) -> Signals:
     """Tell the images of a determined layer apart, as many as possible, surest first.
 
@@ -98,6 +99,7 @@ def unmix(
         loss: the client's, of each image.
         given: images that are known already, with the deltas that they have in the gradient; None: none. They are taken
             out beforehand, and are not among those found.
+        enough: whether the images found so far end the search.
 
     Raises:
         ValueError: the layer does not determine its inputs.
@@ -112,7 +114,7 @@ def unmix(
         layers += [ImageEquations(each.span, each.layer, each.tail, loss) for each in useful]
         slopes = [each.slope for each in useful]
     given = nobody(span) if given is None else given
-    search = _Peeling(layers, is_sparse, generator, budget, slopes=slopes, given=given)
+    search = _Peeling(layers, is_sparse, generator, budget, slopes=slopes, given=given, enough=enough)
     with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
         search.run()
     found = unlike(search.found.surest_first(), given)  # the surest of several, if they are one
@@ -149,7 +151,8 @@ class _Peeling:
     """One search.
 
     `rests` is what the images found so far leave of the spans, of this layer and of the layers above, and `slopes` are
-    those of the activations between these layers. `given` are the images known beforehand, `found` those of all passes.
+    those of the activations between these layers. `given` are the images known beforehand, `found` those of all passes,
+    of which some may be `enough`.
     """
 
     layers: list[ImageEquations]
@@ -160,6 +163,7 @@ class _Peeling:
     slopes: Sequence[float] = ()
     linked: bool = False
     given: Signals | None = None
+    enough: Callable[[Signals], bool] = lambda found: False
 
     def __post_init__(self) -> None:
         self.found = self.whole.nobody()
@@ -183,14 +187,14 @@ class _Peeling:
         for _ in range(PASSES):
             self._peel()
             is_complete = len(self.given) + len(self.found) == self.found.batch_size
-            if is_complete or not len(self.found) or self.budget.is_spent:
+            if is_complete or not len(self.found) or self.budget.is_spent or self.enough(self.found):
                 break
 
     def _peel(self) -> None:
         """Take images out one after the other, until nothing is left or no proposal is an image."""
         self.rests = self._without(self.given) if len(self.given) else [layer.span for layer in self.layers]
         before, own, fruitless = self.found, self.whole.nobody(), 0
-        while self.rest.dimension and fruitless < FRUITLESS and not self.budget.is_spent:
+        while self.rest.dimension and fruitless < FRUITLESS and not (self.budget.is_spent or self.enough(self.found)):
             new = unlike(self.round(fruitless), self.given.joined(own))
             fruitless = 0 if len(new) else fruitless + 1
             self.linked ^= fruitless > 0  # keep to the kind of programme that brings images

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attack.local.closed_system import ClosedSystem
 from attack.local.peel_in_time import PeelInTime
-from attack.read.arithmetic import blurred, forward_errors
+from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights
 from attack.read.forecast import explain
 from attack.read.head.by_random_images import recover_signals
 from attack.read.head.by_trial import unmix_head
@@ -176,16 +176,10 @@ class _Reader:
             kind = ReadingAbortedError if self.is_aborted else ValueError
             raise kind(f"no image can be told apart: {self._why_not()}")
         if self.update.defence == "none":  # a defence explains noise in the gradient by itself
-            noise = max(0.0, self.noise_shares[at.name] - self._rounding_of_weights(at.name))
+            noise = max(0.0, self.noise_shares[at.name] - rounding_of_weights(self.update, self.model, at.name))
             self.forward = forward_errors(self.model, self.update.image_shape, noise, self.generator)
             best = blurred(best, self.forward[at.index])
         return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at.index)
-
-    def _rounding_of_weights(self, name: str) -> float:
-        """The share of a layer's gradient that rounding is, where the gradient is a difference of weights."""
-        reach, weight = self.update.training.reach, self.model.get_parameter(f"{name}.weight").detach()
-        gradient = self.update.gradients[f"{name}.weight"]
-        return precision_of(weight) * float(weight.norm() / (reach * gradient.norm())) if reach else 0.0
 
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
         """The most images that one of the layers tells apart, and the layer; None where none tells any."""
