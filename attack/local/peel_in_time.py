@@ -20,15 +20,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attack.local.closed_system import ClosedSystem
 from attack.read.by_zeros import told_by_zeros
 from attack.read.candidates import ImageEquations, by_position, nobody
+from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.peel import unmix
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.solve.budget import OutOfTimeError, WorkBudget
+from network.chain import index_of
+from network.tracing import stages
+from update.shared import SharedUpdate
 
 PAIRED = 30.0  # expected errors by which a true image's certificate may be off: up to 13 were seen, of others 700
 UNPAIRED = 1e-2  # but never by more
@@ -38,6 +42,29 @@ REPLAYED = 10.0  # times what the images' expected errors leave that a replay ma
 CLOSE = 1e-2  # but never a larger share of the layer's gradient: a training that breaks the network repeats nothing
 SWAPS = 1.0  # times the same, from which on another order of the images is tried
 ROUNDS = 12  # of such trials, at most
+
+
+def peel_in_time(
+    update: SharedUpdate, model: nn.Module, name: str, span: Span, generator: torch.Generator, budget: WorkBudget
+) -> Signals:
+    """The images of a client's one pass that a layer tells apart, in the order of their steps.
+
+    Args:
+        update: the client's.
+        model: that the server sent out.
+        name: of the layer, one of `candidate_layers`.
+        span: of its part of the update.
+        generator: what programmes and starts are drawn from (on the CPU).
+        budget: images that are not found before its work or its time is spent are omitted.
+
+    Raises:
+        ValueError: the layers above it depend on more than its inputs.
+    """
+    system = ClosedSystem(update, model, index_of(stages(model), name))
+    layers = candidate_layers(system.chain, update.image_shape, update.gradients)
+    (layer,) = (layer for layer in layers if layer.name == name)
+    gradient = update.gradients[f"{name}.weight"]
+    return PeelInTime(system, layer, span, gradient, generator, budget).told_apart()
 
 
 @dataclass(frozen=True)
@@ -52,7 +79,8 @@ class PeelInTime:
     """One layer's images.
 
     Args:
-        system: the network above.
+        system: the network from the layer's stage up.
+        layer: one of the system's own `candidate_layers`.
         span: of the layer's part of the update.
         gradient: of the layer's weight in the update.
         generator: what programmes and starts are drawn from (on the CPU).
@@ -60,9 +88,15 @@ class PeelInTime:
     """
 
     def __init__(
-        self, system: ClosedSystem, span: Span, gradient: Tensor, generator: torch.Generator, budget: WorkBudget
+        self,
+        system: ClosedSystem,
+        layer: CandidateLayer,
+        span: Span,
+        gradient: Tensor,
+        generator: torch.Generator,
+        budget: WorkBudget,
     ) -> None:
-        self.system, self.span, self.generator, self.budget = system, span, generator, budget
+        self.system, self.layer, self.span, self.generator, self.budget = system, layer, span, generator, budget
         self.gradient = gradient.reshape(len(span.rows), -1).to(span.basis) * span.rows[:, None]
 
     def told_apart(self) -> Signals:
@@ -79,7 +113,7 @@ class PeelInTime:
     def _all_by_zeros(self) -> Signals | None:
         """All images of the batch, where their zeros tell them and their replay is the update; None where not."""
         span = self.span
-        if not self.system.layer.inputs.is_sparse or not 1 < span.dimension == span.batch_size:
+        if not self.layer.inputs.is_sparse or not 1 < span.dimension == span.batch_size:
             return None
         c, zeros = told_by_zeros(self._equations(), self.generator, self.budget)
         if len(c) < span.batch_size:
@@ -142,7 +176,7 @@ class PeelInTime:
         system.restart()
         for part in order.parts:
             system.learn(values[part], order.labels[part])
-        replayed = system.update[f"{system.layer.name}.weight"].reshape(self.gradient.shape)
+        replayed = system.update[f"{self.layer.name}.weight"].reshape(self.gradient.shape)
         return float((replayed * self.span.rows[:, None] - self.gradient).norm() / self.gradient.norm())
 
     def _expected(self, found: Signals) -> float:
@@ -167,7 +201,7 @@ class PeelInTime:
 
     def _peeled(self) -> Signals:
         """The images of one step after the other, as far as the network above is known."""
-        system, layer, found = self.system, self.system.layer, nobody(self.span)
+        system, layer, found = self.system, self.layer, nobody(self.span)
         system.restart()
         for step, size in enumerate(system.sizes):
             budget = self.budget.part(1 / (len(system.sizes) - step))
@@ -223,5 +257,4 @@ class PeelInTime:
 
     def _equations(self) -> ImageEquations:
         """Of a single image of the present step."""
-        layer = self.system.layer
-        return ImageEquations(self._own_span(), layer.layer, layer.tail, self.system.training.loss)
+        return ImageEquations(self._own_span(), self.layer.layer, self.layer.tail, self.system.training.loss)

@@ -59,9 +59,10 @@ def forward_errors(
 
 def rounding_of_weights(update: SharedUpdate, model: nn.Module, name: str) -> float:
     """The share of a layer's gradient that rounding is, where the gradient is a difference of weights; else 0."""
-    reach, weight = update.training.reach, model.get_parameter(f"{name}.weight").detach()
-    gradient = update.gradients[f"{name}.weight"]
-    return precision_of(weight) * float(weight.norm() / (reach * gradient.norm())) if reach else 0.0
+    if update.training.is_gradient:
+        return 0.0
+    weight, gradient = model.get_parameter(f"{name}.weight").detach(), update.gradients[f"{name}.weight"]
+    return precision_of(weight) * float(weight.norm() / (update.training.reach * gradient.norm()))
 
 
 def blurred(signals: Signals, error: float) -> Signals:

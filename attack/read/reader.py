@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.local.closed_system import ClosedSystem
-from attack.local.peel_in_time import PeelInTime
+from attack.local.peel_in_time import peel_in_time
 from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights
 from attack.read.forecast import explain
 from attack.read.head.by_random_images import recover_signals
@@ -35,7 +35,7 @@ from attack.solve.rounding import precision_of
 from attack.walk.layer_solve import Record
 from attack.walk.noise import is_after_relu, without_noise
 from attack.walk.walk import BatchGradients, Descent, descend
-from network.chain import index_of, input_shapes, parametrised, shift_before
+from network.chain import index_of, input_shapes, is_parametrised, parametrised, shift_before
 from network.head import Head, measured_noise
 from network.kinds import kind_of
 from network.parametrised import with_weights
@@ -236,9 +236,7 @@ class _Reader:
 
     def _told_apart(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
         if self.in_steps:
-            system = ClosedSystem(self.update, self.model, layer.name)
-            gradient = self.update.gradients[f"{layer.name}.weight"]
-            return PeelInTime(system, span, gradient, self.generator, budget).told_apart()
+            return peel_in_time(self.update, self.model, layer.name, span, self.generator, budget)
         is_head = layer.index == len(self.chain) - 1
         if is_head and span.batch_size > 1 and layer.inputs.is_smooth and self.update.training.loss.is_cross_entropy:
             return self._smooth_head(layer, span, budget)
@@ -339,7 +337,7 @@ class _Reader:
 
     def _in_steps(self, found: Signals, layer: CandidateLayer) -> Reading:
         """The images found at a layer, each at the weights of its own step."""
-        system = ClosedSystem(self.update, self.model, layer.name)
+        system = ClosedSystem(self.update, self.model, layer.index)
         features, errors = system.at_the_head(found.values, found.labels)
         signals = replace(found, values=features, deltas=errors)
         return self._reading(signals, *self._inverted(layer.index, found.values))
@@ -351,11 +349,14 @@ class _Reader:
         return Reading(signals, start, inputs, layers, self.recovered, seconds, is_aborted, self.in_steps)
 
     def _inverted(self, start: int, inputs: Tensor) -> tuple[int, Tensor]:
-        """The lowest stage to which exact inverses of single stages lead from the inputs of `start`, and its inputs."""
+        """The lowest stage to which exact inverses of single stages lead from the inputs of `start`, and its inputs.
+
+        In steps a stage with parameters has others at each of them.
+        """
         while start:
             module, shape = self.chain[start - 1].module, self.shapes[start - 1]
             below = kind_of(module).inverted(module, inputs, shape)
-            if below is None:
+            if below is None or (self.in_steps and is_parametrised(module)):
                 break
             start, inputs = start - 1, below
         return start, inputs

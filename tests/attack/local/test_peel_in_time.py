@@ -5,9 +5,12 @@ import torch
 from passes import OnePass, generator
 
 from attack.local.closed_system import ClosedSystem, is_one_pass
-from attack.local.peel_in_time import PeelInTime
+from attack.local.peel_in_time import peel_in_time
+from attack.read.layer_choice import candidate_layers
 from attack.read.reader import read_layers
 from attack.solve.budget import WorkBudget
+from network.chain import index_of
+from network.tracing import stages
 from update.optimiser import LocalOptimiser
 from update.training import LocalTraining
 
@@ -37,7 +40,7 @@ def test_what_is_read_at_the_head_is_that_of_each_images_own_step():
     scene = OnePass("convnet", 4, 2, 0.5)
     reading = scene.read()
     which, _ = scene.matched(reading)
-    truth = scene.truth(len(scene.net._chain_of_stages) - 1)[which]
+    truth = scene.truth(index_of(stages(scene.net), "head"))[which]
     assert ((reading.signals.values - truth).norm(dim=1) < 1e-5 * truth.norm(dim=1)).all()
 
 
@@ -77,17 +80,17 @@ def test_a_training_that_breaks_the_network_leaves_nothing_that_is_certain_and_w
 
 
 def _told_apart(scene, work):
-    system = ClosedSystem(scene.update, scene.net, "head")
-    span = system.layer.span(scene.update.gradients, len(scene.steps), torch.zeros(1, dtype=torch.float64))
-    how = (scene.update.gradients["head.weight"], generator(), WorkBudget(work))
+    layers = candidate_layers(stages(scene.net), scene.update.image_shape, scene.update.gradients)
+    like = torch.zeros(1, dtype=torch.float64)
+    span = layers[-1].span(scene.update.gradients, len(scene.steps), like)
     with torch.no_grad():
-        return PeelInTime(system, span, *how).told_apart()
+        return peel_in_time(scene.update, scene.net, "head", span, generator(), WorkBudget(work))
 
 
 @pytest.mark.parametrize("rules", [{}, {"momentum": 0.9, "weight_decay": 0.01, "prox": 0.1}])
 def test_the_network_above_a_layer_makes_the_clients_own_steps(rules):
     scene = OnePass("convnet", 5, 3, 0.1, sizes=(2, 2, 1), rules=rules)
-    system, inputs = ClosedSystem(scene.update, scene.net, "conv3"), scene.truth(4)
+    system, inputs = ClosedSystem(scene.update, scene.net, 4), scene.truth(4)
     for part in scene.parts:
         system.learn(inputs[part], scene.batch.labels[part])
     assert set(system.update) == {"conv3.weight", "conv3.bias", "head.weight", "head.bias"}
