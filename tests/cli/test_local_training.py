@@ -155,6 +155,8 @@ def test_one_pass_of_minibatches_is_read_step_by_step_and_its_pictures_follow(cl
     assert figures["exact_way"] is True
     assert figures["psnr_mean"] > 30
     assert "read step by step" in cli.out
+    (head,) = (row for row in figures["layers"] if row["layer"] == "head")
+    assert head["relative_error"] < 1e-4
 
 
 def test_a_resumed_run_keeps_what_was_read_step_by_step(cli):
