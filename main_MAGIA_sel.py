@@ -413,6 +413,7 @@ def run_attack(
             compare(began["digests"], digests)
         restored, scale = scaled_update(update, model, settings)
         state, objective, known = prepare(restored, model, settings, granted, began)
+        restored = known.ordered(restored)
         config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
         config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
         known = open_record(run, config, state, known, model, truth, began, digests)

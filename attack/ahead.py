@@ -1,13 +1,15 @@
 """What the server knows before the first step: read from the update, unmixed, inferred, or granted."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from attack.local.closed_system import is_one_pass
 from attack.local.drift import EXACT, expected_drift
+from attack.local.first_layer import NoSuchLayerError, read_first_layer
 from attack.local.local_labels import LocalLabels, labels_by_trial
 from attack.match.activations import says_enough
 from attack.match.followed import known_activations
@@ -17,10 +19,10 @@ from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
-from attack.read.reader import COLUMNS, Reading, ReadingAbortedError, read_layers
+from attack.read.reader import COLUMNS, OUT_OF_TIME, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
-from network.chain import input_shapes
+from network.chain import input_shapes, is_walked
 from network.head import Head
 from network.tracing import stages
 from network.zoo import place_of
@@ -35,7 +37,10 @@ READS = ("auto", "on")  # values of --signals with which single images are sough
 FOREIGN = 0.5
 
 # Entries of a checkpoint that say what was known before the first step.
-KEPT = ("signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "local_labels", "layers", "evidence")
+KEPT = (
+    "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order", "local_labels",
+    "layers", "evidence",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,11 +105,12 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     labels = infer_labels(means.label_strategy, update, model, means.granted)
     signals = None if reading is None else reading.signals
     local_labels = None if signals else _local_labels(update, model, means, generator, labels, clock)
-    known = _known(update, model, signals, features, labels, local_labels)
+    steps = _steps(update, len(reading)) if reading and reading.in_steps else ()
+    known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
         return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted")}
-    known = replace(_at_stage(known, update, model, reading.start, reading.inputs), drift=drift, **facts)
+    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "order")}
+    known = _at_stage(replace(known, drift=drift, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
@@ -155,6 +161,7 @@ def known_again(
         "layers": _layer_rows(began["layers"]),
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
+        "order": _order(began["order"], update),
     }
     signals = local_labels = None
     if began["signals"] is not None:
@@ -165,12 +172,20 @@ def known_again(
     if signals is None and means.signals == "ica":
         features = unmixed_features(update, model, generator=generator)
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    known = _known(update, model, signals, features, labels, local_labels)
+    in_steps = checked.switch(began["in_steps"], "in_steps") and signals is not None
+    steps = _steps(update, len(signals)) if in_steps else ()
+    known = _known(update, model, signals, features, labels, local_labels, steps)
     if signals is not None:
         chain = stages(model)
         start = checked.whole(began["start"], "start", most=len(chain) - 1)
         shape = (len(signals), *input_shapes(chain, update.image_shape)[start])
-        known = _at_stage(known, update, model, start, checked.tensor(began["inputs"], "inputs", shape, torch.float64))
+        known = _at_stage(
+            replace(known, **facts),
+            update,
+            model,
+            start,
+            checked.tensor(began["inputs"], "inputs", shape, torch.float64),
+        )
     evidence = tuple(_piece(piece) for piece in checked.sequence(began["evidence"], "evidence"))
     return replace(known, drift=drift, evidence=evidence, **facts)
 
@@ -192,6 +207,18 @@ def _layer_rows(rows: object) -> list[dict]:
     return found
 
 
+def _order(held: object, update: SharedUpdate) -> tuple[tuple[int, ...], ...] | None:
+    """The images of each step from a checkpoint."""
+    if held is None:
+        return None
+    steps, last = checked.sequence(held, "order"), update.batch_size - 1
+    parts = [checked.sequence(images, "a step of order") for images in steps]
+    order = tuple(tuple(checked.whole(image, "order", most=last) for image in images) for images in parts)
+    if len(order) != update.training.steps:
+        raise checked.DamagedError(f"order has {len(order)} steps, the training {update.training.steps}")
+    return order
+
+
 def _piece(held: object) -> Evidence:
     """A piece of evidence from a checkpoint."""
     held = checked.mapping(held, "a piece of evidence", tuple(vars(Evidence("", ""))))
@@ -209,16 +236,23 @@ def _known(
     features: Tensor,
     labels: Tensor | None,
     local_labels: LocalLabels | None,
+    steps: Sequence[int],
 ) -> Known:
-    """Signals, features and labels, where the model is."""
+    """Signals, features at the server's weights, and labels, where the model is."""
     place = place_of(model)
     if signals is not None:
         signals = signals.to(place["device"])
-        features = signals.values
+        features = signals.values[: steps.count(0) if steps else None]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
     labels = all_labels(signals, labels)
-    return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels)
+    return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels, steps=steps)
+
+
+def _steps(update: SharedUpdate, count: int) -> list[int]:
+    """The steps of so many images, in the order of the steps."""
+    sizes = update.training.sizes_of(update.batch_size)
+    return [step for step, size in enumerate(sizes) for _ in range(size)][:count]
 
 
 def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> Known:
@@ -226,7 +260,7 @@ def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, 
     place, below = place_of(model), stages(model)[:start]
     inputs = inputs.to(place["device"])
     pixels = None if start else inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
-    enough = says_enough(below, update.image_shape, inputs)
+    enough = says_enough(below, update.image_shape, inputs) and (is_walked(below) or not known.in_steps)
     return replace(known, start=start, inputs=inputs, pixels=pixels, says_enough=enough)
 
 
@@ -238,17 +272,58 @@ def _read(
     drift: float | None,
     clock: WorkBudget,
 ) -> Reading:
-    """A reading of the update; of one that has drifted a little, all images or nothing, and no surer than the drift.
+    """A reading of the update: of several steps at a fully connected first layer, else along the way.
+
+    Raises:
+        ValueError: nothing can be read; the message says why.
+    """
+    if drift is None:
+        return read_layers(update, model, **_limits(means, generator, clock))
+    try:
+        return read_first_layer(update, model, generator=generator, budget=clock)
+    except NoSuchLayerError:
+        return _along_the_way(update, model, means, generator, drift, clock)
+    except OutOfTimeError:
+        raise ReadingAbortedError(OUT_OF_TIME) from None
+    except ValueError as error:
+        try:
+            return _along_the_way(update, model, means, generator, drift, clock)
+        except ValueError as other:
+            raise type(other)(f"{error}; {other}") from None
+
+
+def _limits(means: Means, generator: torch.Generator, clock: WorkBudget) -> dict[str, object]:
+    left = max(0.0, clock.deadline - time.perf_counter())
+    return {"generator": generator, "max_seconds": left, "tick": means.tick}
+
+
+def _along_the_way(
+    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, drift: float, clock: WorkBudget
+) -> Reading:
+    """A reading of several steps: of one pass step by step, of others as a gradient, where they hardly drift.
 
     Raises:
         ValueError: nothing can be read, or the update has drifted too far to be read as a gradient.
     """
-    if drift is not None and not drift < EXACT:
+    how = _limits(means, generator, clock)
+    if is_one_pass(update.training):
+        try:
+            return read_layers(update, model, in_steps=True, **how)
+        except ValueError as error:
+            if isinstance(error, ReadingAbortedError) or not drift < EXACT:
+                raise
+    return _as_gradient(update, model, drift, **how)
+
+
+def _as_gradient(update: SharedUpdate, model: nn.Module, drift: float, **how: object) -> Reading:
+    """A reading of an update that has drifted a little: of all images or none, and no surer than the drift.
+
+    Raises:
+        ValueError: nothing can be read, or the update has drifted too far.
+    """
+    if not drift < EXACT:
         raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
-    left = max(0.0, clock.deadline - time.perf_counter())
-    reading = read_layers(update, model, generator=generator, max_seconds=left, tick=means.tick)
-    if drift is None:
-        return reading
+    reading = read_layers(update, model, **how)
     if len(reading) < update.batch_size:
         raise ValueError(f"{len(reading)} of {update.batch_size} images told apart after local training, not all")
     uncertainty = torch.hypot(reading.signals.uncertainty, torch.full_like(reading.signals.uncertainty, drift))

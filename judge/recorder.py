@@ -228,6 +228,8 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "start": known.start,
         "inputs": known.inputs,
         "drift": known.drift,
+        "in_steps": known.in_steps,
+        "order": known.order,
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],
@@ -289,8 +291,11 @@ def _signal_figures(known: Known, evidence: Sequence[Evidence]) -> dict:
         return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said
     confidence = signals.confidence * (not contradictions(evidence))
     columns = (signals.labels, signals.certificates, confidence, signals.uncertainty, signals.residuals)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    columns = [column.tolist() for column in columns]
     names = ("label", "certificate", "confidence", "uncertainty", "residual")
+    if known.in_steps:
+        columns, names = [*columns, known.steps], (*names, "step")
+    rows = zip(*columns, strict=True)
     return {
         "signals_found": len(signals),
         "signals_rank": len(signals),

@@ -268,6 +268,9 @@ class ColumnSearch:
         Raises:
             OutOfTimeError: the budget's clock has run out.
         """
+        if self.size == 1:  # the movement is the image
+            c = self.along.new_ones(1)
+            return [Column(c, self.zeros(c, *SETTLING[-1]))]
         found: list[Column] = []  # most zeros first
         first, fruitless = None, 0
         while len(found) < self.size and fruitless < FRUITLESS:

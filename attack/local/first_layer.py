@@ -25,8 +25,7 @@ from network.stage import Chain, Stage, run
 from network.tracing import stages
 from update.shared import SharedUpdate
 
-# Steps of 1/255, root mean square, from whole ones within which every pixel is rounded to the right one: six deviations.
-ROUNDED = 0.08
+ROUNDED = 0.08  # steps of 1/255, rms, from whole ones within which every pixel is rounded to the right one
 ENOUGH = 1e-6  # share of the update that an order may leave; float32 weights leave 4e-6 at a rate of 0.01
 REPLAYED = 1e-3  # and beyond which no order is believed: a wrong one leaves 1e-2 and more
 TOLD = 1e-7  # relative error of images whose pixels are whole steps: that of float32 numbers

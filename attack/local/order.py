@@ -21,7 +21,7 @@ from update.training import LocalTraining
 
 ROUNDS, STEPS = 5, 3  # of Levenberg-Marquardt, at most, and its steps before weights are rounded
 TOGETHER = 64  # weights of A by which the training is differentiated at once
-MOST = 640  # weights of A, at most
+MOST = 128  # weights of A, at most
 RULE = DampingRule(first=1e-8, refused=10.0, accepted=0.1, patience=3)
 
 
@@ -65,10 +65,9 @@ class Training:
             if f"{stage.name}.weight" in self.goal or f"{stage.name}.bias" in self.goal:
                 inputs = torch.cat([each[stage.name][0] for each in past])
                 deltas = torch.cat([share * each[stage.name][1] for share, each in zip(self.shares, past, strict=True)])
-                for name, mean in (("weight", lambda: deltas.T @ inputs), ("bias", lambda: deltas.sum(0))):
-                    goal = self.goal.get(f"{stage.name}.{name}")
-                    if goal is not None:
-                        parts.append((mean() - goal).flatten() / goal.norm())
+                moved = {"weight": deltas.T @ inputs, "bias": deltas.sum(0)}
+                goals = {name: self.goal.get(f"{stage.name}.{name}") for name in moved}
+                parts += [(moved[n] - goal).flatten() / goal.norm() for n, goal in goals.items() if goal is not None]
         return torch.cat(parts) / len(parts) ** 0.5
 
     def _step(self, step: int, own: Tensor, past: Sequence[dict]) -> dict[str, tuple[Tensor, Tensor]]:
