@@ -359,8 +359,12 @@ class ColumnSearch:
             drawn = torch.randn(moved.shape, generator=generator, dtype=moved.dtype).to(moved)
             noisy = self._refitted(columns, moved + self.span.noise * drawn * self.live[:, None], on)
             changes.append((noisy - clean).square().sum(1))
-        turned = self.span.noise**2 * self.span.right.shape[1] * (q / self.span.sigma).square().sum(1)
-        return ((torch.stack(changes).mean(0) + turned) / q.square().sum(1)).sqrt()
+        changed = (torch.stack(changes).mean(0) / q.square().sum(1)).sqrt()
+        return torch.hypot(changed, self.turned(q))
+
+    def turned(self, q: Tensor) -> Tensor:
+        """Relative errors (N,) of images with coordinates q (N, B), by noise that turns R."""
+        return self.span.turned(q)
 
     def _refitted(self, columns: Tensor, moved: Tensor, on: Tensor) -> Tensor:
         rows, _ = _alternating(columns, moved, on)

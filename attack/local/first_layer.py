@@ -1,31 +1,35 @@
-"""All images of a client that trained for any number of steps, from a fully connected first layer with a ReLU.
+"""All images of a client that trained for any number of steps, from a fully connected first layer.
 
-Its columns give the images (`columns`). Each column d_i points roughly like the delta of its image under the mean of
-the weights before and after training, which only the right label gives. Which image was in which step is then sought in
-the rest of the update (`order`).
+The layer's movement has rank B and spans the images, whatever happened above (`columns`). Behind a ReLU, exact zeros of
+the movement tell the images, without labels and without the order of the steps, which is sought afterwards. Behind any
+other activation independent component analysis gives images that are off by some percent; from there images and order
+are fitted to the whole training (`unrolled`).
+
+A column d_i points roughly like the delta of its image at the mean of the layer's weights before and after training.
+Of the deltas that all labels give, only that of the right one does.
 """
 
 import copy
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from attack.local.columns import ColumnSearch, Images, off_levels
-from attack.local.order import Training, found_order
+from attack.local.columns import ColumnSearch, off_levels
+from attack.local.unrolled import Solution, Training, solve_training
 from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.reader import COLUMNS, Reading
 from attack.read.signals import Signals
 from attack.solve.budget import WorkBudget
 from network.chain import input_shapes
 from network.kinds import kind_of
-from network.kinds.affine import Affine
 from network.stage import Chain, Stage, run
 from network.tracing import stages
 from update.shared import SharedUpdate
 
 ROUNDED = 0.08  # steps of 1/255, rms, from whole ones within which every pixel is rounded to the right one
+LEVELS = 255
 ENOUGH = 1e-6  # share of the update that an order may leave; float32 weights leave 4e-6 at a rate of 0.01
 REPLAYED = 1e-3  # and beyond which no order is believed: a wrong one leaves 1e-2 and more
 TOLD = 1e-7  # relative error of images whose pixels are whole steps: that of float32 numbers
@@ -33,7 +37,7 @@ OPEN = 1.0  # relative error of an image that may hold a share of another
 
 
 class NoSuchLayerError(ValueError):
-    """The model does not begin with a fully connected layer and a ReLU, or its movement is no sum over images."""
+    """The model does not begin with a fully connected layer, or the layer's movement is no sum over images."""
 
 
 def read_first_layer(
@@ -46,128 +50,158 @@ def read_first_layer(
         ValueError: not all images were found; the message says how many.
         OutOfTimeError: the budget's clock has run out.
     """
-    began = time.perf_counter()
-    chain = stages(copy.deepcopy(model).double().requires_grad_(False))
-    layer = _first_layer(chain, update)
-    below, shapes = chain[: layer.index], input_shapes(chain, update.image_shape)
+    return _FirstLayer(update, model).read(generator, budget)
 
-    def pixels(inputs: Tensor) -> Tensor:
-        for stage, shape in zip(reversed(below), reversed(shapes[: layer.index]), strict=True):
+
+class _FirstLayer:
+    """The layer, what lies below and above it, and its movement."""
+
+    def __init__(self, update: SharedUpdate, model: nn.Module) -> None:
+        self.update, self.training, self.size = update, update.training, update.batch_size
+        chain = stages(copy.deepcopy(model).double().requires_grad_(False))
+        self.layer = _first_layer(chain, update)
+        self.below, self.chain = chain[: self.layer.index], chain[self.layer.index :]
+        self.shapes = input_shapes(chain, update.image_shape)[: self.layer.index]
+        self.weights = self._before_and_after()
+
+    def read(self, generator: torch.Generator, budget: WorkBudget) -> Reading:
+        """All images, with labels and, where it was found, the order of the steps."""
+        began = time.perf_counter()
+        span = self.layer.span(self.update.gradients, self.size, self.layer.layer.weight)
+        if span.rank < self.size:
+            raise ValueError(f"{self.layer.name} has moved in {span.rank} directions for {self.size} images")
+        search = ColumnSearch(span, self.layer.bias_gradient, self.weights, self.pixels)
+        how = self._by_zeros if self.layer.behind.is_gate else self._by_training
+        inputs, labels, order, uncertainty, left = how(search, generator, budget)
+        pixels = self.pixels(inputs)
+        if bool((off_levels(pixels) < ROUNDED).all()):
+            pixels = (LEVELS * pixels).round() / LEVELS
+            inputs, uncertainty = run(self.below, pixels).flatten(1), torch.full_like(uncertainty, TOLD)
+        if order is not None and not self.training.shuffle:  # the images of one minibatch after those of another
+            first = torch.tensor([image for part in order[: self.training.batches] for image in part]).to(labels)
+            inputs, pixels, labels, uncertainty = (part[first] for part in (inputs, pixels, labels, uncertainty))
+            order = None
+        seconds, signals = time.perf_counter() - began, self._signals(inputs, labels, uncertainty, left)
+        facts = {"rank": span.rank, "dimension": span.dimension, "gap": span.gap, "spanned": True, "determined": True}
+        row = dict.fromkeys(COLUMNS) | facts | {
+            "layer": self.layer.name, "positions": 1, "rank_bound": self.size, "residual": left,
+            "uncertainty": float(uncertainty.max()), "seconds": seconds,
+            "note": f"{self.size} of {self.size} images told apart, whatever their steps",
+        }  # fmt: skip
+        return Reading(signals, 0, pixels, [row], {self.layer.name: inputs}, seconds, order=order)
+
+    def pixels(self, inputs: Tensor) -> Tensor:
+        """The images (N, C, H, W) whose inputs of the layer are these (N, n)."""
+        for stage, shape in zip(reversed(self.below), reversed(self.shapes), strict=True):
             inputs = kind_of(stage.module).inverted(stage.module, inputs, shape)
-        return inputs.view(-1, *update.image_shape)
+            if inputs is None:
+                raise NoSuchLayerError(f"{stage.name} in front of {self.layer.name} cannot be undone")
+        return inputs.view(-1, *self.update.image_shape)
 
-    span = layer.span(update.gradients, update.batch_size, layer.layer.weight)
-    if span.rank < update.batch_size:
-        raise ValueError(f"{layer.name} has moved in {span.rank} directions for {update.batch_size} images")
-    search = ColumnSearch(span, layer.bias_gradient, _before_and_after(layer, update), pixels)
-    found = search.found(generator, budget)
-    if len(found) < update.batch_size:
-        raise ValueError(f"{len(found)} of {update.batch_size} images have enough zeros at {layer.name} to be found")
-    images = search.told_by_levels(search.images(found))
-    uncertainty = search.errors(images, generator)
-    uncertainty = torch.where(images.is_open, OPEN, uncertainty)
-    shown = pixels(images.inputs)
-    if bool((off_levels(shown) < ROUNDED).all()):
-        shown = (shown * 255).round() / 255
-        images = replace(images, inputs=run(below, shown).flatten(1))
-        uncertainty = torch.full_like(uncertainty, TOLD)
-    labels = _labels(layer, images, update)
-    order = _order(chain[layer.index :], layer, images.inputs, labels, update, budget)
-    if order is not None and not update.training.shuffle:  # in the order of their steps, as minibatches in turn
-        first = torch.tensor([image for part in order[: update.training.batches] for image in part]).to(labels)
-        images, labels, uncertainty, order = images.pick(first), labels[first], uncertainty[first], None
-        shown = shown[first]
-    signals = _signals(chain, layer, images, labels, uncertainty, update)
-    seconds = time.perf_counter() - began
-    facts = {"rank": span.rank, "dimension": span.dimension, "gap": span.gap, "spanned": True, "determined": True}
-    row = dict.fromkeys(COLUMNS) | facts | {
-        "layer": layer.name, "positions": 1, "rank_bound": update.batch_size, "residual": images.residual,
-        "uncertainty": float(uncertainty.max()), "seconds": seconds,
-        "note": f"{update.batch_size} of {update.batch_size} images told apart by their zeros",
-    }  # fmt: skip
-    return Reading(signals, 0, shown, [row], {layer.name: images.inputs}, seconds, order=order)
+    # ------------------------------------------------------------------------------------------------
+    # The two ways
+
+    def _by_zeros(self, search: ColumnSearch, generator: torch.Generator, budget: WorkBudget) -> tuple:
+        """Images from the zeros of their columns, then labels, then the order if the rest of the update tells it."""
+        found = search.found(generator, budget)
+        if len(found) < self.size:
+            name = self.layer.name
+            raise ValueError(f"{len(found)} of {self.size} images have zeros enough at {name} to be told apart")
+        images = search.told_by_levels(search.images(found))
+        uncertainty = torch.where(images.is_open, OPEN, search.errors(images, generator))
+        labels = self._labels(images.inputs, images.columns)
+        order = None
+        if self.training.batches > 1 and self._is_plain:
+            basis = torch.linalg.qr(images.inputs.T)[0].T
+            try:
+                solved = self._solved(images.inputs @ basis.T, labels, basis, None, budget)
+                order = solved.order if solved.left < REPLAYED else None
+            except ValueError:  # the order is left open
+                pass
+        return images.inputs, labels, order, uncertainty, images.residual
+
+    def _by_training(self, search: ColumnSearch, generator: torch.Generator, budget: WorkBudget) -> tuple:
+        """Images and order together, from the images that independent component analysis gives."""
+        if not self._is_plain:
+            raise NoSuchLayerError("what follows the first layer is more than layers and activations")
+        span = search.span
+        guess = search.guesses(torch.eye(self.size).to(span.right), generator, 0.0)
+        columns = (span.left * span.sigma) @ torch.linalg.inv(guess) / search.rows[:, None]
+        labels = self._labels(guess @ span.right, columns)
+        solved = self._solved(guess, labels, span.right, search.along, budget)
+        if solved.left > REPLAYED:
+            raise ValueError(f"images fitted to the whole training leave {solved.left:.1e} of the update")
+        mixed = (solved.variance / solved.inputs.square().sum(1)).sqrt()
+        uncertainty = torch.hypot(mixed, search.turned(solved.inputs))
+        return solved.inputs @ span.right, labels, solved.order, uncertainty, solved.left
+
+    def _labels(self, inputs: Tensor, columns: Tensor) -> Tensor:
+        """The label (B,) of each image whose delta points most nearly along its column (m, B).
+
+        What lies above the layer is taken at the server's weights.
+        """
+        (weight, bias), (last, last_bias) = self.weights
+        outputs = (inputs @ ((weight + last) / 2).T + (bias + last_bias) / 2).requires_grad_()
+        with torch.enable_grad():
+            logits, fits = self.layer.tail(inputs, outputs), []
+            for label in range(logits.shape[1]):
+                loss = self.training.loss.each(logits, torch.full_like(outputs[:, 0], label).long()).sum()
+                (delta,) = torch.autograd.grad(loss, outputs, retain_graph=True)
+                fits.append(nn.functional.cosine_similarity(delta, columns.T))
+        return torch.stack(fits, 1).argmax(1)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether nothing but linear layers and activations follow."""
+        return all(kind_of(s.module).is_activation or isinstance(s.module, nn.Linear) for s in self._layers)
+
+    @property
+    def _layers(self) -> Chain:
+        return [stage for stage in self.chain if not kind_of(stage.module).is_reshape]
+
+    def _solved(
+        self, inputs: Tensor, labels: Tensor, basis: Tensor, along: Tensor | None, budget: WorkBudget
+    ) -> Solution:
+        """The whole training, on images with coordinates (B, r) in a basis (r, n)."""
+        module, names = self.layer.layer, [f"{stage.name}.bias" for stage in self._layers]
+        first = nn.Linear(len(basis), module.out_features, module.bias is not None).to(basis).requires_grad_(False)
+        first.weight.copy_(module.weight @ basis.T)
+        first.bias.copy_(module.bias)
+        names += [f"{self._layers[0].name}.weight", f"{self._layers[-1].name}.weight"]
+        goal = {name: self.update.gradients[name].to(basis) for name in names if name in self.update.gradients}
+        goal[f"{self.layer.name}.weight"] = goal[f"{self.layer.name}.weight"] @ basis.T
+        training = Training([Stage(self.layer.name, first), *self._layers[1:]], labels, self.training, goal)
+        return solve_training(training, inputs, along, enough=ENOUGH, budget=budget)
+
+    # ------------------------------------------------------------------------------------------------
+
+    def _before_and_after(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """The layer's weight and bias before and after the training."""
+        module, combination = self.layer.layer, self.training.combination()
+        moved = [self.update.gradients[f"{self.layer.name}.{name}"].to(module.weight) for name in ("weight", "bias")]
+        before = module.weight, module.bias
+        if self.training.is_gradient:
+            return before, before
+        return before, tuple(combination.alpha * w - combination.total * g for w, g in zip(before, moved, strict=True))
+
+    def _signals(self, inputs: Tensor, labels: Tensor, uncertainty: Tensor, left: float) -> Signals:
+        """Features and softmax errors of the images at the server's weights."""
+        features, ones = run(self.chain[:-1], inputs), torch.ones_like(uncertainty)
+        errors = self.training.loss.errors(self.chain[-1].module(features), labels)
+        return Signals(features, labels, errors, left * ones, ones, uncertainty, ones, self.size)
 
 
 def _first_layer(chain: Chain, update: SharedUpdate) -> CandidateLayer:
-    """The fully connected layer that a chain begins with, if a ReLU follows and its inputs give the images.
+    """The fully connected layer with bias that a chain begins with.
 
     Raises:
-        NoSuchLayerError: there is none.
+        NoSuchLayerError: there is none, or its movement is no sum over images.
     """
     optimiser = update.training.optimiser
     if not optimiser.is_linear or optimiser.clip is not None or update.defence != "none":
         raise NoSuchLayerError("the first layer's movement is no sum over images")
     for layer in candidate_layers(chain, update.image_shape, update.gradients)[:1]:
-        is_first = not any(isinstance(kind_of(stage.module), Affine) for stage in chain[: layer.index])
-        is_plain = is_first and all(kind_of(stage.module).is_reshape for stage in chain[: layer.index])
-        if isinstance(layer.layer, nn.Linear) and is_plain and layer.behind.is_gate and layer.bias_gradient is not None:
+        is_first = not any(kind_of(stage.module).is_affine for stage in chain[: layer.index])
+        if is_first and isinstance(layer.layer, nn.Linear) and layer.bias_gradient is not None:
             return layer
-    raise NoSuchLayerError("the model does not begin with a fully connected layer with bias and a ReLU")
-
-
-def _before_and_after(layer: CandidateLayer, update: SharedUpdate) -> list[tuple[Tensor, Tensor]]:
-    """The layer's weight and bias before and after the training."""
-    module, combination = layer.layer, update.training.combination()
-    moved = [update.gradients[f"{layer.name}.{name}"].to(module.weight) for name in ("weight", "bias")]
-    before = module.weight, module.bias
-    total = 0.0 if update.training.is_gradient else combination.total
-    return [before, tuple(combination.alpha * w - total * g for w, g in zip(before, moved, strict=True))]
-
-
-def _labels(layer: CandidateLayer, images: Images, update: SharedUpdate) -> Tensor:
-    """The label (B,) of each image whose delta points most nearly along its column, at the mean weights of the layer.
-
-    What lies above the layer is taken at the server's weights.
-    """
-    (weight, bias), (last, last_bias) = _before_and_after(layer, update)
-    outputs = images.inputs @ ((weight + last) / 2).T + (bias + last_bias) / 2
-    outputs.requires_grad_()
-    with torch.enable_grad():
-        logits, fits = layer.tail(images.inputs, outputs), []
-        for label in range(logits.shape[1]):
-            labels = torch.full((len(outputs),), label, device=outputs.device)
-            (delta,) = torch.autograd.grad(update.training.loss.each(logits, labels).sum(), outputs, retain_graph=True)
-            fits.append(nn.functional.cosine_similarity(delta, images.columns.T))
-    return torch.stack(fits, 1).argmax(1)
-
-
-def _order(
-    chain: Chain, layer: CandidateLayer, inputs: Tensor, labels: Tensor, update: SharedUpdate, budget: WorkBudget
-) -> tuple[tuple[int, ...], ...] | None:
-    """The images of each step; None where a search is not possible or leaves more of the update than noise."""
-    if update.training.batches == 1:
-        return None
-    plain = [stage for stage in chain if not kind_of(stage.module).is_reshape]
-    if not all(kind_of(stage.module).is_activation or isinstance(stage.module, nn.Linear) for stage in plain):
-        return None
-    basis = torch.linalg.qr(inputs.T)[0]  # (n, B): the images are in it, so the first layer acts on B numbers
-    first = nn.Linear(basis.shape[1], layer.geometry.output_shape[0]).to(basis).requires_grad_(False)
-    first.weight.copy_(layer.layer.weight @ basis)
-    first.bias.copy_(layer.layer.bias)
-    names = [f"{layer.name}.weight", *(f"{stage.name}.bias" for stage in plain), f"{plain[-1].name}.weight"]
-    goal = {name: update.gradients[name].to(basis) for name in names if name in update.gradients}
-    goal[names[0]] = goal[names[0]] @ basis
-    training = Training([Stage(layer.name, first), *plain[1:]], inputs @ basis, labels, update.training, goal)
-    try:
-        found = found_order(training, enough=ENOUGH, budget=budget)
-    except ValueError:
-        return None
-    return found.order if found.left < REPLAYED else None
-
-
-def _signals(
-    chain: Chain, layer: CandidateLayer, images: Images, labels: Tensor, uncertainty: Tensor, update: SharedUpdate
-) -> Signals:
-    """Features and softmax errors of the images at the server's weights."""
-    features = run(chain[layer.index : -1], images.inputs)
-    errors = update.training.loss.errors(chain[-1].module(features), labels)
-    return Signals(
-        features,
-        labels,
-        errors,
-        torch.full_like(uncertainty, images.residual),
-        images.sums,
-        uncertainty,
-        torch.ones_like(uncertainty),
-        update.batch_size,
-    )
+    raise NoSuchLayerError("the model does not begin with a fully connected layer with bias")
