@@ -114,8 +114,7 @@ class _FirstLayer:
         if self.training.batches > 1 and self._is_plain:
             basis = torch.linalg.qr(images.inputs.T)[0].T
             try:
-                solved = self._solved(images.inputs @ basis.T, labels, basis, None, budget)
-                order = solved.order if solved.left < REPLAYED else None
+                order = self._solved(images.inputs @ basis.T, labels, basis, None, budget).order
             except ValueError:  # the order is left open
                 pass
         return images.inputs, labels, order, uncertainty, images.residual

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from attack.solve.budget import WorkBudget
-from attack.solve.levenberg import DampingRule, levenberg
+from attack.solve.levenberg import DampingRule, LevenbergSolution, levenberg
 from network.stage import Chain, Stage
 from update.training import LocalTraining
 
@@ -35,13 +35,13 @@ class Solution:
     """What was found.
 
     Attributes:
-        order: as in `LocalTraining.order`.
+        order: as in `LocalTraining.order`; None where none explains the update.
         inputs: (B, r), the images' coordinates.
         left: the share of the update that the training on them leaves.
         variance: (B,), of the error of each image's coordinates, summed; zero where they were given.
     """
 
-    order: tuple[tuple[int, ...], ...]
+    order: tuple[tuple[int, ...], ...] | None
     inputs: Tensor
     left: float
     variance: Tensor
@@ -242,14 +242,24 @@ def solve_training(
         before = cost
     order, own, left = best
     if not free:
-        return Solution(order, own, left, own.new_zeros(count))
+        return Solution(order if left < CLOSE else None, own, left, own.new_zeros(count))
+    if places.unknowns and left >= CLOSE:  # passes that are nearly alike: images are told, their order is not
+        own, weights = split(x[0])
+        variance = _variance(found, everything)[:free].view(inputs.shape).sum(1)
+        return Solution(None, own, float(training.left(own, places.weights(weights)).norm()), variance)
     weights = places.of(order, own)
 
     def alone(x: Tensor) -> Tensor:
         return torch.cat([training.left(x.view(inputs.shape), weights), scale(x.view(inputs.shape))])
 
     found = levenberg(_Fit(alone), own.reshape(1, -1), POLISH, iterations=POLISHED, budget=budget)
-    own, f = found.x.view(inputs.shape), alone(found.x[0])
-    spread = torch.linalg.pinv(found.normal[0], hermitian=True).diagonal().view(inputs.shape).sum(1)
-    noise = float(f.square().sum()) / max(1, len(f) - free)
-    return Solution(order, own, float(training.left(own, weights).norm()), noise * spread)
+    own = found.x.view(inputs.shape)
+    variance = _variance(found, alone).view(inputs.shape).sum(1)
+    return Solution(order, own, float(training.left(own, weights).norm()), variance)
+
+
+def _variance(found: LevenbergSolution, residual: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of each unknown (d,), if what is left is noise that all equations share."""
+    f = residual(found.x[0])
+    noise = float(f.square().sum()) / max(1, len(f) - found.x.shape[1])
+    return noise * torch.linalg.pinv(found.normal[0], hermitian=True).diagonal()
