@@ -9,6 +9,7 @@ A column d_i points roughly like the delta of its image at the mean of the layer
 Of the deltas that all labels give, only that of the right one does.
 """
 
+import contextlib
 import copy
 import time
 from collections.abc import Sequence
@@ -113,10 +114,8 @@ class _FirstLayer:
         order = None
         if self.training.batches > 1 and self._is_plain:
             basis = torch.linalg.qr(images.inputs.T)[0].T
-            try:
+            with contextlib.suppress(ValueError):  # too large a system: the order is left open
                 order = self._solved(images.inputs @ basis.T, labels, basis, None, budget).order
-            except ValueError:  # the order is left open
-                pass
         return images.inputs, labels, order, uncertainty, images.residual
 
     def _by_training(self, search: ColumnSearch, generator: torch.Generator, budget: WorkBudget) -> tuple:
