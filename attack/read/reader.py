@@ -51,6 +51,7 @@ COLUMNS = (
     "layer", "positions", "rank_bound", "rank", "dimension", "gap", "spanned", "determined", "residual", "uncertainty",
     "seconds", "note",
 )  # fmt: skip
+EXPLAINED = 3.0  # units of the rounding of weights that noise in a difference of weights may be
 ROUNDED = 10.0  # units of rounding beyond which what the head's rows sum to is noise that was added
 
 
@@ -176,10 +177,17 @@ class _Reader:
             kind = ReadingAbortedError if self.is_aborted else ValueError
             raise kind(f"no image can be told apart: {self._why_not()}")
         if self.update.defence == "none":  # a defence explains noise in the gradient by itself
-            noise = max(0.0, self.noise_shares[at.name] - rounding_of_weights(self.update, self.model, at.name))
-            self.forward = forward_errors(self.model, self.update.image_shape, noise, self.generator)
+            self.forward = forward_errors(self.model, self.update.image_shape, self._noise_share(at), self.generator)
             best = blurred(best, self.forward[at.index])
         return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at.index)
+
+    def _noise_share(self, layer: CandidateLayer) -> float:
+        """The share of a layer's gradient that is noise, and not the rounding of weights whose difference it is."""
+        share, floor = self.noise_shares[layer.name], self._floor(layer)
+        if floor is None:
+            return share
+        gradient = self.update.gradients[f"{layer.name}.weight"]
+        return max(0.0, share - EXPLAINED * float(floor.norm() / gradient.norm()))
 
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
         """The most images that one of the layers tells apart, and the layer; None where none tells any."""
@@ -232,7 +240,11 @@ class _Reader:
         return found if found is not None and len(found) else None
 
     def _span(self, layer: CandidateLayer) -> Span:
-        return layer.span(self.update.gradients, self.update.batch_size, self.like)
+        return layer.span(self.update.gradients, self.update.batch_size, self.like, self._floor(layer))
+
+    def _floor(self, layer: CandidateLayer) -> Tensor | None:
+        """The error of each row that is known beforehand; None of a gradient."""
+        return rounding_of_weights(self.update, self.model, layer.name) if self.in_steps else None
 
     def _told_apart(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
         if self.in_steps:
