@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from attack.local.closed_system import is_one_pass
 from attack.local.drift import EXACT, expected_drift
 from attack.local.local_labels import LocalLabels, labels_by_trial
 from attack.match.activations import says_enough
@@ -35,7 +36,10 @@ READS = ("auto", "on")  # values of --signals with which single images are sough
 FOREIGN = 0.5
 
 # Entries of a checkpoint that say what was known before the first step.
-KEPT = ("signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "local_labels", "layers", "evidence")
+KEPT = (
+    "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "local_labels", "layers",
+    "evidence",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,11 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     labels = infer_labels(means.label_strategy, update, model, means.granted)
     signals = None if reading is None else reading.signals
     local_labels = None if signals else _local_labels(update, model, means, generator, labels, clock)
-    known = _known(update, model, signals, features, labels, local_labels)
+    in_steps = reading is not None and reading.in_steps
+    known = _known(update, model, signals, features, labels, local_labels, in_steps=in_steps)
     if reading is None:
         return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted")}
+    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "in_steps")}
     known = replace(_at_stage(known, update, model, reading.start, reading.inputs), drift=drift, **facts)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
@@ -155,6 +160,7 @@ def known_again(
         "layers": _layer_rows(began["layers"]),
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
+        "in_steps": checked.switch(began["in_steps"], "in_steps"),
     }
     signals = local_labels = None
     if began["signals"] is not None:
@@ -165,7 +171,7 @@ def known_again(
     if signals is None and means.signals == "ica":
         features = unmixed_features(update, model, generator=generator)
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    known = _known(update, model, signals, features, labels, local_labels)
+    known = _known(update, model, signals, features, labels, local_labels, in_steps=facts["in_steps"])
     if signals is not None:
         chain = stages(model)
         start = checked.whole(began["start"], "start", most=len(chain) - 1)
@@ -209,12 +215,15 @@ def _known(
     features: Tensor,
     labels: Tensor | None,
     local_labels: LocalLabels | None,
+    *,
+    in_steps: bool = False,
 ) -> Known:
-    """Signals, features and labels, where the model is."""
+    """Signals, features at the server's weights, and labels, where the model is."""
     place = place_of(model)
     if signals is not None:
         signals = signals.to(place["device"])
-        features = signals.values
+        first = update.training.sizes_of(update.batch_size)[0] if in_steps else len(signals)
+        features = signals.values[:first]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
     labels = all_labels(signals, labels)
@@ -238,17 +247,33 @@ def _read(
     drift: float | None,
     clock: WorkBudget,
 ) -> Reading:
-    """A reading of the update; of one that has drifted a little, all images or nothing, and no surer than the drift.
+    """A reading of the update: of one pass step by step, of other trainings as a gradient, where they hardly drift.
 
     Raises:
         ValueError: nothing can be read, or the update has drifted too far to be read as a gradient.
     """
-    if drift is not None and not drift < EXACT:
-        raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
     left = max(0.0, clock.deadline - time.perf_counter())
-    reading = read_layers(update, model, generator=generator, max_seconds=left, tick=means.tick)
+    how = {"generator": generator, "max_seconds": left, "tick": means.tick}
     if drift is None:
-        return reading
+        return read_layers(update, model, **how)
+    if is_one_pass(update.training):
+        try:
+            return read_layers(update, model, in_steps=True, **how)
+        except ValueError as error:
+            if isinstance(error, ReadingAbortedError) or not drift < EXACT:
+                raise
+    return _as_gradient(update, model, drift, **how)
+
+
+def _as_gradient(update: SharedUpdate, model: nn.Module, drift: float, **how: object) -> Reading:
+    """A reading of an update that has drifted a little: of all images or none, and no surer than the drift.
+
+    Raises:
+        ValueError: nothing can be read, or the update has drifted too far.
+    """
+    if not drift < EXACT:
+        raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
+    reading = read_layers(update, model, **how)
     if len(reading) < update.batch_size:
         raise ValueError(f"{len(reading)} of {update.batch_size} images told apart after local training, not all")
     uncertainty = torch.hypot(reading.signals.uncertainty, torch.full_like(reading.signals.uncertainty, drift))

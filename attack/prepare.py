@@ -42,6 +42,7 @@ class Known:
         inputs: (N, ...), the inputs of that stage.
         pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
+        in_steps: whether the images were read in the order of a client's steps, each at its own step's weights.
         drift: expected of the client's local training, see `attack.local.drift`; None of a single step.
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
@@ -57,6 +58,7 @@ class Known:
     inputs: Tensor | None = None
     pixels: Tensor | None = None
     says_enough: bool = True
+    in_steps: bool = False
     drift: float | None = None
     local_labels: LocalLabels | None = None
     evidence: tuple[Evidence, ...] = ()
@@ -73,7 +75,7 @@ class Known:
     @property
     def is_followed(self) -> bool:
         """Whether what is known of all images takes the place of the gradient, rather than standing beside it."""
-        is_exact = self.says_enough and self.uncertainty <= FOLLOWED
+        is_exact = self.says_enough and self.uncertainty <= FOLLOWED and not self.in_steps
         return self.is_complete and (self.pixels is not None or is_exact)
 
     @property
@@ -89,7 +91,7 @@ class Known:
     @property
     def errors(self) -> Tensor | None:
         """Expected relative errors (M,) of the features that signals gave; None of others."""
-        return self.signals.uncertainty.to(self.features) if self.signals else None
+        return self.signals.uncertainty[: len(self.features)].to(self.features) if self.signals else None
 
     @property
     def is_exact(self) -> bool:

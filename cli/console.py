@@ -112,7 +112,9 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
     if not training.is_gradient:
         said = [f"{training}, steps x rate {training.steps * training.rate:g}"]
         far = known.drift is not None and known.drift >= EXACT
-        if known.is_followed:
+        if known.in_steps:
+            said.append("read step by step")
+        elif known.is_followed:
             said.append(f"taken for one gradient, expected drift {known.drift:.1e}")
         else:
             said.append(f"unrolled: expected drift {known.drift:.1e} is beyond {EXACT:g}" if far else "unrolled")

@@ -228,6 +228,7 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "start": known.start,
         "inputs": known.inputs,
         "drift": known.drift,
+        "in_steps": known.in_steps,
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],

@@ -17,7 +17,9 @@ from torch import nn
 
 from attack.read.random_images import random_images
 from attack.read.signals import Signals
+from attack.solve.rounding import precision_of
 from network.tracing import stages
+from update.shared import SharedUpdate
 
 COARSE = torch.bfloat16  # the type that the model is run in; errors of others are to its as their roundings are
 ROUNDING = 0.2  # of a type's eps: what rounding to it leaves outside a gradient's rank, as a share (0.1 to 0.21)
@@ -53,6 +55,13 @@ def forward_errors(
             rounded = stage.module(rounded.float())
         exact = stage.module(exact)
     return errors
+
+
+def rounding_of_weights(update: SharedUpdate, model: nn.Module, name: str) -> float:
+    """The share of a layer's gradient that rounding is, where the gradient is a difference of weights; else 0."""
+    reach, weight = update.training.reach, model.get_parameter(f"{name}.weight").detach()
+    gradient = update.gradients[f"{name}.weight"]
+    return precision_of(weight) * float(weight.norm() / (reach * gradient.norm())) if reach else 0.0
 
 
 def blurred(signals: Signals, error: float) -> Signals:

@@ -9,7 +9,7 @@ down.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -58,6 +58,10 @@ class CandidateLayer:
     def sees_everything(self, like: Tensor) -> bool:
         """Whether every entry of an input lies in some patch."""
         return bool((self.geometry.coverage(like) > 0).all())
+
+    def at_any_step(self, gradients: Mapping[str, Tensor]) -> "CandidateLayer":
+        """The layer, for an update of several steps: a BatchNorm behind it changes, and tells no bias gradient."""
+        return replace(self, bias_gradient=gradients.get(f"{self.name}.bias"))
 
     def is_asked(self, batch_size: int) -> bool:
         """Whether images can be told apart: of a batch that is mixed, by the zeros of a ReLU and by several patches."""

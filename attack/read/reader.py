@@ -18,7 +18,9 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from attack.read.arithmetic import blurred, forward_errors
+from attack.local.closed_system import ClosedSystem
+from attack.local.peel_in_time import PeelInTime
+from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights
 from attack.read.forecast import explain
 from attack.read.head.by_random_images import recover_signals
 from attack.read.head.by_trial import unmix_head
@@ -61,7 +63,7 @@ class Reading:
     """What a network's gradient says of N of the batch's B images.
 
     Attributes:
-        signals: of the N images at the head, surest first.
+        signals: of the N images at the head, surest first, or step by step.
         start: index in the chain of the deepest stage whose inputs are known for all N images.
         inputs: (N, ...) float64, the inputs of that stage, in the same order; images themselves where `start` is 0.
         layers: one row for each linear or convolutional layer that was asked or walked through, from the images up:
@@ -71,6 +73,8 @@ class Reading:
             N, and the order another, where a layer was asked and no walk led from it.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
+        in_steps: whether the images are in the order of a client's steps, signals and inputs those at each step's own
+            weights.
     """
 
     signals: Signals
@@ -80,6 +84,7 @@ class Reading:
     recovered: dict[str, Tensor]
     seconds: float
     is_aborted: bool = False
+    in_steps: bool = False
 
     def __len__(self) -> int:
         return len(self.signals)
@@ -90,6 +95,7 @@ def read_layers(
     model: nn.Module,
     *,
     generator: torch.Generator,
+    in_steps: bool = False,
     max_seconds: float = math.inf,
     tick: Callable[[], object] = lambda: None,
 ) -> Reading:
@@ -99,6 +105,7 @@ def read_layers(
         update: the client's.
         model: that it was computed on.
         generator: what starts, programmes and recovery tests are drawn from (on the CPU).
+        in_steps: whether the client's one pass is followed step by step; else the update is taken for a gradient.
         max_seconds: of wall time, after which the reading is aborted. It decides nothing else: work is what is counted.
         tick: called now and then.
 
@@ -110,7 +117,7 @@ def read_layers(
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
     budget = WorkBudget(READING_WORK, deadline=time.perf_counter() + max_seconds, tick=tick)
     update = replace(update, gradients=with_weights(update.gradients, model))
-    return _Reader(update, model, generator, budget).read()
+    return _Reader(update, model, generator, budget, in_steps=in_steps).read()
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,16 @@ def glance(
 class _Reader:
     """One reading: the network in float64, the budget, and the rows of the layers asked so far."""
 
-    def __init__(self, update: SharedUpdate, model: nn.Module, generator: torch.Generator, budget: WorkBudget) -> None:
+    def __init__(
+        self,
+        update: SharedUpdate,
+        model: nn.Module,
+        generator: torch.Generator,
+        budget: WorkBudget,
+        *,
+        in_steps: bool = False,
+    ) -> None:
+        self.in_steps = in_steps
         self.update, self.model, self.generator, self.budget = update, model, generator, budget
         stages(model)  # refuses one that is not what its graph says, which a copy would not show
         self.began, self.is_aborted = time.perf_counter(), False
@@ -146,6 +162,7 @@ class _Reader:
         self.head = self.chain[-1].module
         self.like = self.head.weight.new_zeros(1)
         layers = candidate_layers(self.chain, update.image_shape, update.gradients)
+        layers = [layer.at_any_step(update.gradients) for layer in layers] if in_steps else layers
         self.candidates = {layer.name: layer for layer in layers}
         self.rows = _blank_rows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
@@ -159,10 +176,10 @@ class _Reader:
             kind = ReadingAbortedError if self.is_aborted else ValueError
             raise kind(f"no image can be told apart: {self._why_not()}")
         if self.update.defence == "none":  # a defence explains noise in the gradient by itself
-            noise = self.noise_shares[at.name]
+            noise = max(0.0, self.noise_shares[at.name] - rounding_of_weights(self.update, self.model, at.name))
             self.forward = forward_errors(self.model, self.update.image_shape, noise, self.generator)
             best = blurred(best, self.forward[at.index])
-        return self._followed(best.surest_first(), at.index)
+        return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at.index)
 
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
         """The most images that one of the layers tells apart, and the layer; None where none tells any."""
@@ -218,6 +235,10 @@ class _Reader:
         return layer.span(self.update.gradients, self.update.batch_size, self.like)
 
     def _told_apart(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        if self.in_steps:
+            system = ClosedSystem(self.update, self.model, layer.name)
+            gradient = self.update.gradients[f"{layer.name}.weight"]
+            return PeelInTime(system, span, gradient, self.generator, budget).told_apart()
         is_head = layer.index == len(self.chain) - 1
         if is_head and span.batch_size > 1 and layer.inputs.is_smooth and self.update.training.loss.is_cross_entropy:
             return self._smooth_head(layer, span, budget)
@@ -312,13 +333,22 @@ class _Reader:
             inputs = descent.inputs[start]
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        start, inputs = self._inverted(start, inputs)
         features = run(self.chain[index:-1], found.values)
         errors = self.update.training.loss.errors(self.head(features), found.labels)
+        return self._reading(replace(found, values=features, deltas=errors), *self._inverted(start, inputs))
+
+    def _in_steps(self, found: Signals, layer: CandidateLayer) -> Reading:
+        """The images found at a layer, each at the weights of its own step."""
+        system = ClosedSystem(self.update, self.model, layer.name)
+        features, errors = system.at_the_head(found.values, found.labels)
         signals = replace(found, values=features, deltas=errors)
+        return self._reading(signals, *self._inverted(layer.index, found.values))
+
+    def _reading(self, signals: Signals, start: int, inputs: Tensor) -> Reading:
+        """What was found at the head and at the deepest stage."""
         seconds, layers = time.perf_counter() - self.began, list(self.rows.values())
         is_aborted = self.is_aborted or self.budget.is_out_of_time
-        return Reading(signals, start, inputs, layers, self.recovered, seconds, is_aborted)
+        return Reading(signals, start, inputs, layers, self.recovered, seconds, is_aborted, self.in_steps)
 
     def _inverted(self, start: int, inputs: Tensor) -> tuple[int, Tensor]:
         """The lowest stage to which exact inverses of single stages lead from the inputs of `start`, and its inputs."""

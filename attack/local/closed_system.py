@@ -1,0 +1,130 @@
+"""The part of a network above a layer, in training: a closed system on the inputs of that layer.
+
+A client that goes through its images once uses each image at one step, with the weights of that step. The layer and all
+above it change by gradients that the layer's inputs and the labels give, however far the layers below drift. So whoever
+knows these inputs knows the weights above at every step, and what this part of the network adds to the update:
+
+    W_t = alpha_t W_0 - sum_{s<t} beta_t,s g_s(W_s; inputs and labels of step s)
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from attack.read.layer_choice import CandidateLayer, candidate_layers
+from network.chain import modules
+from network.parametrised import is_made
+from network.stage import Chain, run
+from network.tracing import stages
+from update.shared import SharedUpdate
+from update.training import LocalTraining
+
+
+def is_one_pass(training: LocalTraining) -> bool:
+    """Whether each image was used at one of several steps, and weights are a known combination of their gradients."""
+    optimiser = training.optimiser
+    return training.passes == 1 and not training.is_one_step and optimiser.is_linear and optimiser.clip is None
+
+
+class ClosedSystem:
+    """A layer and the network above it, at the weights of one step after the other.
+
+    Args:
+        update: of a client that made one pass.
+        model: that the server sent out; it stays as it is.
+        name: of the layer, one of `candidate_layers`.
+
+    Attributes:
+        layer: the layer, at the present weights; so is all of `above`, the chain from the layer's stage on.
+        sizes: images in each step.
+        counts: how much an image of each step counts in the update, where 1 is its share in a mean over all images.
+
+    Raises:
+        ValueError: the layers above depend on more than the inputs of this layer; the message says why.
+    """
+
+    def __init__(self, update: SharedUpdate, model: nn.Module, name: str) -> None:
+        own = copy.deepcopy(model).double().requires_grad_(False)
+        chain = stages(own)
+        self.layer: CandidateLayer = {
+            layer.name: layer for layer in candidate_layers(chain, update.image_shape, update.gradients)
+        }[name]
+        self.above: Chain = chain[self.layer.index :]
+        if self.layer.mixes:
+            raise ValueError("BatchNorm in training mode mixes the images of a step above it")
+        self.training, count = update.training, update.batch_size
+        self.sizes = [len(part) for part in self.training.schedule(count)]
+        self._table = self.training.coefficients()
+        last = self._table.beta[-1]
+        self.counts = (last * count / (last.sum() * torch.tensor(self.sizes))).tolist()
+        self._weights = _trained(own, chain, self.layer.index, update.gradients)
+        self._first = {name: weight.clone() for name, weight in self._weights.items()}
+        self._learnt: list[dict[str, Tensor]] = []
+
+    @property
+    def step(self) -> int:
+        """The step at whose weights the network is."""
+        return len(self._learnt)
+
+    def restart(self) -> None:
+        """Back to the weights that the server sent out."""
+        self._learnt = []
+        self._move()
+
+    def learn(self, inputs: Tensor, labels: Tensor) -> None:
+        """Make the next step, on the layer's inputs (b, ...) with labels (b,)."""
+        for weight in self._weights.values():
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            loss = self.training.loss.each(run(self.above, inputs), labels).mean()
+            gradients = torch.autograd.grad(loss, list(self._weights.values()), materialize_grads=True)
+        for weight in self._weights.values():
+            weight.requires_grad_(False)
+        self._learnt.append(dict(zip(self._weights, gradients, strict=True)))
+        self._move()
+
+    def at_the_head(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and softmax errors of images, from the layer's inputs (N, ...), in the order of their steps."""
+        self.restart()
+        features, errors, first = [], [], 0
+        while first < len(inputs):
+            part = slice(first, first + self.sizes[self.step])
+            features.append(run(self.above[:-1], inputs[part]))
+            errors.append(self.training.loss.errors(run(self.above[-1:], features[-1]), labels[part]))
+            self.learn(inputs[part], labels[part])
+            first = part.stop
+        return torch.cat(features), torch.cat(errors)
+
+    @property
+    def update(self) -> dict[str, Tensor]:
+        """The part of the update that the steps made so far are, by parameter name."""
+        last = self._table.beta[-1]
+        shares = (last / last.sum()).tolist()
+        return {
+            name: sum(share * own[name] for share, own in zip(shares, self._learnt, strict=False))
+            for name in self._weights
+        }
+
+    def _move(self) -> None:
+        """To the weights after the steps made so far."""
+        alpha, beta = float(self._table.alpha[self.step]), self._table.beta[self.step].tolist()
+        for name, weight in self._weights.items():
+            moved = sum(factor * own[name] for factor, own in zip(beta, self._learnt, strict=False))
+            weight.copy_(alpha * self._first[name] - moved)
+
+
+def _trained(model: nn.Module, chain: Chain, index: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that are trained in the stages from `index` on, by name.
+
+    Raises:
+        ValueError: one of them is also used below, or is made of others.
+    """
+    held = {id(p) for module in modules(chain[index:]) if isinstance(module, nn.Module) for p in module.parameters()}
+    below = {id(p) for module in modules(chain[:index]) if isinstance(module, nn.Module) for p in module.parameters()}
+    if any(is_made(module) for module in modules(chain[index:]) if isinstance(module, nn.Module)):
+        raise ValueError("weights above it are made of other parameters")
+    if held & below:
+        raise ValueError("weights above it are used below as well")
+    return {name: p for name, p in model.named_parameters() if id(p) in held and name in gradients}
