@@ -26,6 +26,7 @@ from attack.read.head.by_random_images import recover_signals
 from attack.read.head.by_trial import unmix_head
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
+from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
 from attack.read.random_images import SAMPLE, random_features, varies
 from attack.read.signals import Signals
@@ -42,6 +43,7 @@ from network.parametrised import with_weights
 from network.stage import Chain, Stage, run
 from network.tracing import stages
 from update.batchnorm import batchnorms
+from update.evidence import Evidence
 from update.shared import SharedUpdate
 
 READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
@@ -66,15 +68,13 @@ class Reading:
         signals: of the N images at the head, surest first, or step by step.
         start: index in the chain of the deepest stage whose inputs are known for all N images.
         inputs: (N, ...) float64, the inputs of that stage, in the same order; images themselves where `start` is 0.
-        layers: one row for each linear or convolutional layer that was asked or walked through, from the images up:
-            layer, positions, rank_bound, rank, dimension, gap, spanned, determined, residual, uncertainty, seconds,
-            note; None where nothing was measured.
+        layers: a row of `COLUMNS` for each layer that was asked or walked through, images first; None: not measured.
         recovered: inputs (n, ...) of every layer and residual stage that were believed, by its name; n may be less than
             N, and the order another, where a layer was asked and no walk led from it.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
-        in_steps: whether the images are in the order of a client's steps, signals and inputs those at each step's own
-            weights.
+        in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
+        doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
     """
 
     signals: Signals
@@ -85,6 +85,8 @@ class Reading:
     seconds: float
     is_aborted: bool = False
     in_steps: bool = False
+    doubts: tuple[Evidence, ...] = ()
+    drift: float | None = None
 
     def __len__(self) -> int:
         return len(self.signals)
@@ -96,6 +98,7 @@ def read_layers(
     *,
     generator: torch.Generator,
     in_steps: bool = False,
+    work: float = READING_WORK,
     max_seconds: float = math.inf,
     tick: Callable[[], object] = lambda: None,
 ) -> Reading:
@@ -106,6 +109,7 @@ def read_layers(
         model: that it was computed on.
         generator: what starts, programmes and recovery tests are drawn from (on the CPU).
         in_steps: whether the client's one pass is followed step by step; else the update is taken for a gradient.
+        work: that the search may take.
         max_seconds: of wall time, after which the reading is aborted. It decides nothing else: work is what is counted.
         tick: called now and then.
 
@@ -115,7 +119,7 @@ def read_layers(
     """
     if update.is_rescaled:  # its images' errors have other lengths than the equations give them
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
-    budget = WorkBudget(READING_WORK, deadline=time.perf_counter() + max_seconds, tick=tick)
+    budget = WorkBudget(work, deadline=time.perf_counter() + max_seconds, tick=tick)
     update = replace(update, gradients=with_weights(update.gradients, model))
     return _Reader(update, model, generator, budget, in_steps=in_steps).read()
 
@@ -179,7 +183,7 @@ class _Reader:
             noise = max(0.0, self.noise_shares[at.name] - rounding_of_weights(self.update, self.model, at.name))
             self.forward = forward_errors(self.model, self.update.image_shape, noise, self.generator)
             best = blurred(best, self.forward[at.index])
-        return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at.index)
+        return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at)
 
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
         """The most images that one of the layers tells apart, and the layer; None where none tells any."""
@@ -321,9 +325,10 @@ class _Reader:
     # ------------------------------------------------------------------------------------------------
     # Down
 
-    def _followed(self, found: Signals, index: int) -> Reading:
-        """The images found at a stage, at the deepest stage that leads from there."""
-        start, inputs = index, found.values
+    def _followed(self, found: Signals, at: CandidateLayer) -> Reading:
+        """The images found at a layer, at the deepest stage that leads from there."""
+        index, start, inputs = at.index, at.index, found.values
+        doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
         if found.complete:
             descent = self._descended(found, index)
             for record in descent.records:
@@ -335,7 +340,8 @@ class _Reader:
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
         features = run(self.chain[index:-1], found.values)
         errors = self.update.training.loss.errors(self.head(features), found.labels)
-        return self._reading(replace(found, values=features, deltas=errors), *self._inverted(start, inputs))
+        signals = replace(found, values=features, deltas=errors)
+        return replace(self._reading(signals, *self._inverted(start, inputs)), doubts=doubts)
 
     def _in_steps(self, found: Signals, layer: CandidateLayer) -> Reading:
         """The images found at a layer, each at the weights of its own step."""
@@ -429,11 +435,9 @@ class _Reader:
     def _why_not(self) -> str:
         """In a line, what came of each layer that was asked, and how many were not worth asking."""
         asked = [f"{row['layer']}: {row['note']}" for row in self.rows.values() if row["note"]]
-        others = len(self.rows) - len(asked)
+        others, size = len(self.rows) - len(asked), self.update.batch_size
         if others:
-            asked.append(
-                f"{others} layers have too many positions or too few channels for {self.update.batch_size} images"
-            )
+            asked.append(f"{others} layers have too many positions or too few channels for {size} images")
         return "; ".join(asked)
 
 
