@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from attack.local.as_gradient import judged
 from attack.local.closed_system import is_one_pass
-from attack.local.drift import EXACT, expected_drift
 from attack.local.local_labels import LocalLabels, labels_by_trial
 from attack.match.activations import says_enough
 from attack.match.followed import known_activations
@@ -18,7 +18,8 @@ from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
-from attack.read.reader import COLUMNS, Reading, ReadingAbortedError, read_layers
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from network.chain import input_shapes, is_walked
@@ -34,6 +35,8 @@ READS = ("auto", "on")  # values of --signals with which single images are sough
 # Share of the update that a trial of labels leaves, beyond which the declared training is doubted: five steps of plain
 # SGD leave 4e-4 on a small network, five with momentum 0.57, five of Adam 0.85.
 FOREIGN = 0.5
+
+ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one gradient
 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
@@ -85,13 +88,11 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     Raises:
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
-    drift, reading, features, is_aborted = None, None, torch.empty(0), False
+    reading, features, is_aborted = None, torch.empty(0), False
     clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
     if means.reads:
-        if not update.training.is_gradient:
-            drift = expected_drift(update, model, generator, clock)
         try:
-            reading = _read(update, model, means, generator, drift, clock)
+            reading = _read(update, model, means, generator, clock)
         except ValueError as error:
             if means.signals == "on":
                 raise ValueError(f"--signals on: {error}") from None
@@ -107,9 +108,9 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     steps = _steps(update, len(reading)) if reading and reading.in_steps else ()
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
-        return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted")}
-    known = _at_stage(replace(known, drift=drift, **facts), update, model, reading.start, reading.inputs)
+        return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
+    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "drift")}
+    known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
@@ -130,6 +131,7 @@ def _evidence(
     update: SharedUpdate, model: nn.Module, reading: Reading, generator: torch.Generator
 ) -> Iterator[Evidence]:
     """What was read, against what was assumed."""
+    yield from reading.doubts
     yield from of_moments(update, model, reading.start, reading.inputs)
     out_of_range = [] if reading.start else of_pixels(reading.inputs.reshape(-1, *update.image_shape))
     yield from out_of_range or of_features(reading.signals.values, model, update.image_shape, generator)
@@ -255,40 +257,45 @@ def _read(
     model: nn.Module,
     means: Means,
     generator: torch.Generator,
-    drift: float | None,
     clock: WorkBudget,
 ) -> Reading:
-    """A reading of the update: of one pass step by step, of other trainings as a gradient, where they hardly drift.
+    """A reading of the update: of one pass step by step, of other trainings as a gradient.
 
     Raises:
-        ValueError: nothing can be read, or the update has drifted too far to be read as a gradient.
+        ValueError: nothing can be read, or the training does not replay on what was.
     """
     left = max(0.0, clock.deadline - time.perf_counter())
     how = {"generator": generator, "max_seconds": left, "tick": means.tick}
-    if drift is None:
+    if update.training.is_gradient:
         return read_layers(update, model, **how)
     if is_one_pass(update.training):
         try:
             return read_layers(update, model, in_steps=True, **how)
         except ValueError as error:
-            if isinstance(error, ReadingAbortedError) or not drift < EXACT:
+            if isinstance(error, ReadingAbortedError):
                 raise
-    return _as_gradient(update, model, drift, **how)
+    return _as_gradient(update, model, **how)
 
 
-def _as_gradient(update: SharedUpdate, model: nn.Module, drift: float, **how: object) -> Reading:
-    """A reading of an update that has drifted a little: of all images or none, and no surer than the drift.
+def _as_gradient(update: SharedUpdate, model: nn.Module, **how: object) -> Reading:
+    """A reading of an update that may have drifted a little: of all images or none, and no surer than the drift.
 
     Raises:
-        ValueError: nothing can be read, or the update has drifted too far.
+        ValueError: nothing can be read, or the training does not replay on what was.
     """
-    if not drift < EXACT:
-        raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
-    reading = read_layers(update, model, **how)
+    reading = read_layers(update, model, work=ATTEMPT * READING_WORK, **how)
     if len(reading) < update.batch_size:
         raise ValueError(f"{len(reading)} of {update.batch_size} images told apart after local training, not all")
-    uncertainty = torch.hypot(reading.signals.uncertainty, torch.full_like(reading.signals.uncertainty, drift))
-    return replace(reading, signals=replace(reading.signals, uncertainty=uncertainty))
+    found = judged(update, model, reading.start, reading.inputs, reading.signals.labels)
+    if found.is_one_step:
+        said = (
+            f"the declared training, replayed above the images that were told apart, leaves {found.left:.2g} of the "
+            f"update, and one step {found.left_by_one:.2g}: the client made one step"
+        )
+        return replace(reading, doubts=(Evidence("training", said, found.left, contradicts=True),))
+    if not found.is_certified:
+        raise ValueError(f"replayed on the images of a gradient, the training leaves {found.left:.2g} of the update")
+    return replace(reading, signals=found.drifted(reading.signals), drift=found.drift, doubts=())
 
 
 def _local_labels(

@@ -29,7 +29,9 @@ from update import checked
 from update.batchnorm import BATCHNORMS
 from update.defences import Defences
 from update.loss import LOSSES
+from update.optimiser import OPTIMISERS
 from update.received import KINDS
+from update.training import PRECISIONS
 
 SIGNALS = ("auto", "on", "off", "ica")
 DTYPES = ("float32", "float64")
@@ -124,6 +126,12 @@ def image_size(text: str) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
+def sizes(text: str) -> int | str:
+    """An argparse type: a number of minibatches, or the sizes of several."""
+    parts = [number(int, 1, 10**6)(part) for part in text.split(",")]
+    return parts[0] if len(parts) == 1 else ",".join(map(str, parts))
+
+
 def defence(text: str) -> str:
     """An argparse type: defences that a client may apply to its update."""
     try:
@@ -168,7 +176,13 @@ TYPES: dict[str, Callable[[str], object]] = {
     "update_kind": one_of(KINDS),
     "local_lr": _positive,
     "local_steps": number(int, 1, 10_000),
-    "local_batches": _size,
+    "local_batches": sizes,
+    "local_optimizer": one_of(OPTIMISERS),
+    "local_momentum": number(float, 0, 1),
+    "local_weight_decay": _weight,
+    "local_prox": _weight,
+    "local_clip": _positive,
+    "local_precision": one_of(PRECISIONS),
     "loss": one_of(LOSSES),
     "label_smoothing": number(float, 0, 0.99),
     "bn": one_of(BATCHNORMS),

@@ -9,8 +9,6 @@ from cli.runtime import stream
 from network.one_logit import has_one_logit, with_two_logits
 from network.zoo import ALL_OPTIONS, build_model
 from update.evidence import Evidence
-from update.loss import Loss
-from update.training import LocalTraining
 from update.weights import load_checkpoint
 
 
@@ -58,12 +56,6 @@ AS_TWO_CLASSES = Evidence(
     "the model has one logit z: it is attacked as one of two classes with the logits 0 and z",
     overrules="loss",
 )
-
-
-def local_training(settings: argparse.Namespace) -> LocalTraining:
-    """How the client trains: one step of FedSGD, unless the flags say otherwise."""
-    loss = Loss(settings.loss, settings.label_smoothing)
-    return LocalTraining(settings.local_steps, settings.local_batches, settings.local_lr, settings.bn, loss)
 
 
 def parse_names(text: str | None) -> list[str]:

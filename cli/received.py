@@ -11,7 +11,7 @@ from attack.read.batch_size import count_images
 from attack.read.origin import explained
 from cli.console import ReadingBar
 from cli.flags import checked_value
-from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
+from cli.model import AS_TWO_CLASSES, model_options, of_two_classes, parse_names, server_model
 from cli.runtime import stream
 from cli.settings import facts_of
 from data import sides
@@ -23,10 +23,12 @@ from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
 from network.zoo import ALL_OPTIONS
 from update.batchnorm import use_batch_statistics
+from update.declared import declared
 from update.evidence import Evidence, of_gradients, of_statistics
 from update.received import averaged_gradients, recognised, statistics
 from update.shared import FACTS, SharedUpdate, is_of_update
 from update.storage import ENTERED, StorageError, read_tensors, read_text, room_for
+from update.training import LocalTraining
 from update.weights import load_weights
 
 CHANGED = ("entries", "optimiser", "kind")  # topics of evidence that leaves ranks and suppositions without a meaning
@@ -116,7 +118,7 @@ def _with_checked_facts(update: SharedUpdate, settings: argparse.Namespace) -> S
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no option of a model")
         facts = facts_of(update, settings).items()
-        read = {name: checked_value(name, value) for name, value in facts if value is not None}
+        read = {n: checked_value(n, value) for n, value in facts if value is not None and not isinstance(value, bool)}
         return replace(update, options={name: read[name] for name in update.options if name in read})
     except ValueError as error:
         raise StorageError(f"{settings.update}: {error}") from None
@@ -132,14 +134,14 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     if not settings.weights and not is_file(settings.model):
         raise ValueError(f"{source} does not hold the model's weights: set --weights to those that the server sent out")
     shape = (settings.channels, *sides(settings.image_size))
-    rate, training = _rate(settings), local_training(settings)
+    training = _declared(settings)
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
     freeze(model, named_by(model, parse_names(settings.frozen)))
     tensors, text = read_tensors(source, most=room_for(model))
     notes += [text[ENTERED]] if ENTERED in text else []
     tensors, said = recognised(tensors, model, shape, source)
-    gradients = averaged_gradients(tensors, model, settings.update_kind, rate, source)
+    gradients = averaged_gradients(tensors, model, settings.update_kind, training.combination(), source)
     found, counted = statistics(tensors, model, settings.update_kind)
     if training.batchnorm == "train" and settings.update_kind == "gradient":
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
@@ -147,7 +149,7 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     if has_one_logit(model, shape):
         evidence.append(AS_TWO_CLASSES)
         gradients, model = of_two_logits(gradients, Head.of(model)), of_two_classes(model, settings, shape)
-    training = replace(training, batchnorm=mode, loss=local_training(settings).loss)
+    training = replace(training, batchnorm=mode, loss=declared(vars(settings)).loss)
     update = SharedUpdate(
         gradients=gradients,
         weights={},
@@ -197,12 +199,16 @@ def _counted(update: SharedUpdate, model: nn.Module, *, reads: bool) -> SharedUp
     return replace(update, batch_size=counted, evidence=(*update.evidence, evidence))
 
 
-def _rate(settings: argparse.Namespace) -> float:
-    """The learning rate times the local steps; 1 for gradients, which have no learning rate."""
+def _declared(settings: argparse.Namespace) -> LocalTraining:
+    """How the client is said to have trained.
+
+    Raises:
+        ValueError: gradients are said to come of several steps, or weights of a rate that is not said.
+    """
+    training = declared(vars(settings))
     if settings.update_kind == "gradient":
-        if settings.local_lr is not None or settings.local_steps > 1:
+        if training.rate is not None or not training.is_gradient:
             raise ValueError("--local_lr and --local_steps belong to --update_kind difference or weights")
-        return 1.0
-    if settings.local_lr is None:
+    elif training.rate is None:
         raise ValueError(f"--update_kind {settings.update_kind} needs --local_lr, the client's learning rate")
-    return local_training(settings).rate * settings.local_steps
+    return training

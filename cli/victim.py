@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.prepare import INITS
-from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
+from cli.model import AS_TWO_CLASSES, model_options, of_two_classes, parse_names, server_model
 from cli.received import received_update
 from cli.runtime import stream
 from client.defences import defend_received
@@ -18,9 +18,11 @@ from client.victim import share_update
 from data import Batch, DataError, load_batch, open_source, parse_indices, sides
 from network.one_logit import has_one_logit
 from network.outside import is_outside, try_batch
+from update.declared import declared
 from update.defences import Defences
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
+from update.training import LocalTraining
 
 
 def victim(
@@ -58,11 +60,23 @@ def victim(
         settings.num_classes,
         options=options,
         frozen=parse_names(settings.frozen),
-        training=local_training(settings),
+        training=_training(settings),
         defence=settings.defence,
         generator=stream(settings.seed, "defence"),
     )
     return replace(update, notes=tuple(notes), evidence=evidence), model, batch
+
+
+def _training(settings: argparse.Namespace) -> LocalTraining:
+    """How the simulated client trains.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    training = declared(vars(settings))
+    if training.precision != "float32" and settings.dtype != "float32":
+        raise ValueError(f"--local_precision {training.precision}: autocast leaves float64 as it is: --dtype float32")
+    return training
 
 
 def save_batch(settings: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 from update import checked
 
 OPTIMISERS = ("sgd", "adam", "adamw")
+NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam: torch's own
 DECAY = {"adamw": 0.01}  # torch's own weight decay, where it is not 0
 TINY = 1e-6  # by which torch's clipping enlarges the norm
@@ -84,7 +85,7 @@ class LocalOptimiser:
                 raise ValueError(f"--local_{name} {value:g}: a finite number, at least 0")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"--local_clip {self.clip:g}: a finite number above 0")
-        self.factors(1, 1)  # raises on an unknown schedule
+        self._factors(1)  # raises on an unknown schedule
 
     @property
     def decay(self) -> float:
@@ -102,11 +103,11 @@ class LocalOptimiser:
         return self.prox if self.is_linear else 0.0
 
     def __str__(self) -> str:
-        said = [self.name]
+        said = ["plain SGD" if self == LocalOptimiser() else NAMES[self.name]]
         said += [f"momentum {self.momentum:g}{' (Nesterov)' if self.nesterov else ''}"] if self.momentum else []
         said += [f"weight decay {self.decay:g}"] if self.decay else []
         said += [f"FedProx mu {self.prox:g}"] if self.prox else []
-        said += [f"rates {self.schedule}"] if self.schedule != "constant" else []
+        said += [f"schedule {self.schedule}"] if self.schedule != "constant" else []
         said += [f"gradients clipped to {self.clip:g}"] if self.clip else []
         return ", ".join(said)
 
@@ -114,7 +115,27 @@ class LocalOptimiser:
         """What the base rate is multiplied by at each of so many steps, which are so many passes.
 
         Raises:
-            ValueError: an unknown schedule, or factors of another number of steps.
+            ValueError: factors of another number of steps.
+        """
+        self.check(steps, passes)
+        found = self._factors(steps)
+        return [factor for factor in found for _ in range(steps // len(found))]
+
+    def check(self, steps: int, passes: int) -> None:
+        """Refuse a list of factors for another number of steps.
+
+        Raises:
+            ValueError: there are as many neither as steps nor as passes.
+        """
+        listed = self._factors(1) if "," in self.schedule else []
+        if listed and len(listed) not in (steps, passes):
+            raise ValueError(f"--local_schedule has {len(listed)} factors, for {steps} steps in {passes} passes")
+
+    def _factors(self, steps: int) -> list[float]:
+        """The factors of so many steps, or the factors that the schedule lists.
+
+        Raises:
+            ValueError: an unknown schedule.
         """
         name, *numbers = self.schedule.split(":")
         try:
@@ -128,14 +149,11 @@ class LocalOptimiser:
                 if every >= 1:
                     return [factor ** (step // every) for step in range(steps)]
             listed = _positive(name.split(",")) if not numbers and "," in name else []
-        except (ValueError, TypeError, IndexError):
+        except (ValueError, TypeError, IndexError, OverflowError):
             listed = []
         if not listed:
             raise ValueError(f"--local_schedule {self.schedule[:40]!r}: choose one of {SCHEDULES}")
-        if steps > 1 and len(listed) not in (steps, passes):
-            raise ValueError(f"--local_schedule has {len(listed)} factors, for {steps} steps in {passes} passes")
-        each = steps // len(listed) if steps > 1 else 1
-        return [factor for factor in listed for _ in range(each)]
+        return listed
 
     def in_units_of(self, rate: float) -> "LocalOptimiser":
         """The same rule for gradients that carry the base rate: w - factor (rate g + ...)."""

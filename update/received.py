@@ -5,7 +5,8 @@ difference   new weights - old weights, which most servers average
 weights      the new weights, which a Flower client returns
 
 A difference is -rate times the averaged gradient, with rate the learning rate times the local steps. After several
-steps the averaged gradient is the mean along the way, see `update.training`.
+steps the averaged gradient is a mean along the way; momentum, weight decay and the like decide on its weights, see
+`update.training.Combination`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from update.batchnorm import statistic_names
 from update.layouts import hint, in_torch_layout
 from update.names import by_names_of
 from update.storage import StorageError
+from update.training import Combination
 
 KINDS = ("gradient", "difference", "weights")
 
@@ -41,7 +43,7 @@ def recognised(
 
 
 def averaged_gradients(
-    tensors: dict[str, Tensor], model: nn.Module, kind: str, rate: float, source: str
+    tensors: dict[str, Tensor], model: nn.Module, kind: str, combination: Combination, source: str
 ) -> dict[str, Tensor]:
     """The averaged gradient of every trainable parameter, by name and in the model's order.
 
@@ -50,7 +52,7 @@ def averaged_gradients(
             are ignored.
         model: the model with the weights that the server sent out.
         kind: one of `KINDS`.
-        rate: learning rate times local steps; without meaning for gradients.
+        combination: of which the new weights are, by the client's training; without meaning for gradients.
         source: the file's name in messages.
 
     Raises:
@@ -67,7 +69,7 @@ def averaged_gradients(
     for name in tensors:
         if name not in state:
             raise StorageError(f"{source}: {name!r} is not in the model, which begins with {next(iter(state))!r}")
-    return {name: _gradient(tensors[name], parameter, kind, rate) for name, parameter in parameters.items()}
+    return {name: _gradient(tensors[name], parameter, kind, combination) for name, parameter in parameters.items()}
 
 
 def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -96,9 +98,10 @@ def _check_fit(name: str, tensor: Tensor, parameter: Tensor, source: str) -> Non
         raise StorageError(f"{source}: {name!r} must hold floating-point numbers, not {tensor.dtype}")
 
 
-def _gradient(tensor: Tensor, parameter: Tensor, kind: str, rate: float) -> Tensor:
+def _gradient(tensor: Tensor, parameter: Tensor, kind: str, combination: Combination) -> Tensor:
     """In the tensor's own type: from its rounding the attack tells how exact the numbers are."""
     if kind == "gradient":
         return tensor
-    moved = tensor.double() if kind == "difference" else tensor.double() - parameter.detach().cpu().double()
-    return (moved / -rate).to(tensor.dtype)
+    old = parameter.detach().cpu().double()
+    moved = tensor.double() if kind == "difference" else tensor.double() - old
+    return combination.of_move(old, moved).to(tensor.dtype)

@@ -105,7 +105,7 @@ class LocalTraining:
             raise ValueError(
                 "--local_lr times --local_weight_decay and --local_prox must be below 1: weights would turn"
             )
-        self.optimiser.factors(self.steps, self.passes)  # raises where their number does not suit
+        self.optimiser.check(self.steps, self.passes)
 
     @property
     def is_one_step(self) -> bool:
@@ -121,6 +121,16 @@ class LocalTraining:
     def is_plain(self) -> bool:
         """Whether the update is the mean of the images' own gradients, none of which depends on another image."""
         return self.is_gradient and not self.uses_batch_statistics and self.optimiser.clip is None
+
+    def __str__(self) -> str:
+        """The steps in words, but for loss and BatchNorm, which are said apart."""
+        done = "one step" if self.is_one_step else f"{self.steps} steps"
+        rate = f" at rate {self.rate:g}" if self.rate else ""
+        named = f"minibatches of {', '.join(map(str, self.sizes))}" if self.sizes else f"{self.batches} minibatches"
+        through = " on the whole batch" if self.batches == 1 else f", through {named} in turn"
+        through += ", in another order each pass" if self.shuffle else ""
+        coarse = f", activations in {self.precision}" if self.precision != "float32" else ""
+        return f"{done} of {self.optimiser}{rate}{through}{coarse}"
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -273,6 +283,10 @@ class Combination:
     def difference(self, old: Tensor, new: Tensor) -> Tensor:
         """The weighted mean gradient along the way, from the weights before and after the training."""
         return ((old if self.alpha == 1 else self.alpha * old) - new) / self.total
+
+    def of_move(self, old: Tensor, moved: Tensor) -> Tensor:
+        """The same from the weights before, and how far they have moved."""
+        return (moved if self.alpha == 1 else moved + (1 - self.alpha) * old) / -self.total
 
     def mean(self, gradients: Sequence[Tensor]) -> Tensor:
         """The same from one parameter's gradients at each step."""

@@ -19,6 +19,7 @@ from network.zoo import build_model
 from update.gradients import averaged_gradient
 from update.received import KINDS, averaged_gradients, recognised
 from update.storage import read_tensors
+from update.training import LocalTraining
 
 NET = """
 import torch
@@ -310,7 +311,7 @@ def test_every_form_and_kind_is_the_same_gradient(tmp_path, form, kind):
     path = client.write(client.tensors(kind), form)
     tensors, notes = recognised(read_tensors(path)[0], client.model, (3, 16, 16), str(path))
     assert notes == []
-    found = averaged_gradients(tensors, client.model, kind, client.rate, str(path))
+    found = averaged_gradients(tensors, client.model, kind, LocalTraining(rate=client.rate).combination(), str(path))
     assert list(found) == list(client.gradients)
     for name, gradient in client.gradients.items():
         if kind == "gradient":
