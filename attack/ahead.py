@@ -88,23 +88,24 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     Raises:
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
-    reading, features, is_aborted = None, torch.empty(0), False
+    reading, failure, features = None, None, torch.empty(0)
     clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
     if means.reads:
         try:
             reading = _read(update, model, means, generator, clock)
         except ValueError as error:
-            if means.signals == "on":
-                raise ValueError(f"--signals on: {error}") from None
-            is_aborted = isinstance(error, ReadingAbortedError)
+            failure = error
     elif means.signals == "ica":
         try:
             features = unmixed_features(update, model, generator=generator)
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    signals = None if reading is None else reading.signals
-    local_labels = None if signals else _local_labels(update, model, means, generator, labels, clock)
+    local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
+    reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
+    if reading is None and failure is not None and means.signals == "on":
+        raise ValueError(f"--signals on: {failure}")
+    is_aborted, signals = isinstance(failure, ReadingAbortedError), None if reading is None else reading.signals
     steps = _steps(update, len(reading)) if reading and reading.in_steps else ()
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
@@ -275,6 +276,25 @@ def _read(
             if isinstance(error, ReadingAbortedError):
                 raise
     return _as_gradient(update, model, **how)
+
+
+def _by_labels(
+    update: SharedUpdate,
+    model: nn.Module,
+    means: Means,
+    generator: torch.Generator,
+    found: LocalLabels | None,
+    clock: WorkBudget,
+) -> Reading | None:
+    """A reading of the head in one pass from labels and minibatches that were found by trial; None where it fails."""
+    if found is None or not (means.reads and found.is_believed and is_one_pass(update.training)):
+        return None
+    left = max(0.0, clock.deadline - time.perf_counter())
+    how = {"generator": generator, "max_seconds": left, "tick": means.tick}
+    try:
+        return read_layers(update, model, in_steps=True, labels=found.labels, **how)
+    except ValueError:
+        return None
 
 
 def _as_gradient(update: SharedUpdate, model: nn.Module, **how: object) -> Reading:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.local.closed_system import ClosedSystem
+from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
 from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights
 from attack.read.head.by_random_images import recover_signals
@@ -94,6 +95,7 @@ def read_layers(
     *,
     generator: torch.Generator,
     in_steps: bool = False,
+    labels: Tensor | None = None,
     work: float = READING_WORK,
     max_seconds: float = math.inf,
     tick: Callable[[], object] = lambda: None,
@@ -105,6 +107,7 @@ def read_layers(
         model: that it was computed on.
         generator: what starts, programmes and recovery tests are drawn from (on the CPU).
         in_steps: whether the client's one pass is followed step by step; else the update is taken for a gradient.
+        labels: (B,) in the order of these steps, where they are known: the head alone is asked then.
         work: that the search may take.
         max_seconds: of wall time, after which the reading is aborted. It decides nothing else: work is what is counted.
         tick: called now and then.
@@ -117,7 +120,7 @@ def read_layers(
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
     budget = WorkBudget(work, deadline=time.perf_counter() + max_seconds, tick=tick)
     update = replace(update, gradients=with_weights(update.gradients, model))
-    return _Reader(update, model, generator, budget, in_steps=in_steps).read()
+    return _Reader(update, model, generator, budget, in_steps=in_steps, labels=labels).read()
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,9 @@ class _Reader:
         budget: WorkBudget,
         *,
         in_steps: bool = False,
+        labels: Tensor | None = None,
     ) -> None:
-        self.in_steps = in_steps
+        self.in_steps, self.labels = in_steps, labels
         self.update, self.model, self.generator, self.budget = update, model, generator, budget
         stages(model)  # refuses one that is not what its graph says, which a copy would not show
         self.began, self.is_aborted = time.perf_counter(), False
@@ -191,7 +195,8 @@ class _Reader:
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
         """The most images that one of the layers tells apart, and the layer; None where none tells any."""
         best, at = None, None
-        waiting = order(list(self.candidates.values()), self.update.batch_size, self.like)
+        asked = [layer for layer in self.candidates.values() if self.labels is None or self._is_head(layer)]
+        waiting = order(asked, self.update.batch_size, self.like)
         for layer in waiting:
             found = self._asked(layer, is_last=layer is waiting[-1])
             if found is not None and (best is None or len(found) > len(best)):
@@ -247,9 +252,13 @@ class _Reader:
 
     def _told_apart(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
         if self.in_steps:
-            return peel_in_time(self.update, self.model, layer.name, span, self.generator, budget)
-        is_head = layer.index == len(self.chain) - 1
-        if is_head and span.batch_size > 1 and layer.inputs.is_smooth and self.update.training.loss.is_cross_entropy:
+            return self._told_apart_in_steps(layer, span, budget)
+        if (
+            self._is_head(layer)
+            and span.batch_size > 1
+            and layer.inputs.is_smooth
+            and self.update.training.loss.is_cross_entropy
+        ):
             return self._smooth_head(layer, span, budget)
 
         if layer.mixes:
@@ -262,6 +271,17 @@ class _Reader:
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
+
+    def _is_head(self, layer: CandidateLayer) -> bool:
+        return layer.index == len(self.chain) - 1
+
+    def _told_apart_in_steps(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        what, how = (self.update, self.model), (self.generator, budget)
+        if not (self._is_head(layer) and layer.inputs.is_smooth):
+            return peel_in_time(*what, layer.name, span, *how)
+        if self.labels is None:
+            raise ValueError("behind a smooth activation its images are told by their labels and minibatches alone")
+        return features_in_steps(*what, span, self.labels, *how)
 
     def _upwards(self, layer: CandidateLayer) -> Upwards:
         """The network above a layer whose images are mixed further up."""
