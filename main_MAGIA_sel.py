@@ -29,7 +29,7 @@ from attack.match.followed import followed
 from attack.match.gradients import MatchingLoss
 from attack.match.penalties import Penalty, disagreement
 from attack.match.phases import Course
-from attack.match.replay import left_at_most, left_over, noise_share
+from attack.match.replay import replayed
 from attack.match.softening import SoftenedMatching, kinked_chain
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
@@ -437,9 +437,8 @@ def run_attack(
     if objective.scale:
         images, said = objective.scale.read(images)
         recorder.evidence = (*recorder.evidence, said)
-    left = left_over(restored, model, images.clamp(0, 1), labels), noise_share(restored, model)
-    most = left_at_most(known, model, state.evaluations // state.copies)
-    figures = recorder.finish(state, images, ended_by, config, (*left, most))
+    replay = replayed(restored, model, known, images.clamp(0, 1), labels, state.evaluations // state.copies)
+    figures = recorder.finish(state, images, ended_by, config, replay)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 
 

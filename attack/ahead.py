@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from attack.local.as_gradient import judged
 from attack.local.closed_system import is_one_pass
-from attack.local.drift import EXACT, expected_drift
 from attack.local.first_layer import NoSuchLayerError, read_first_layer
 from attack.local.local_labels import LocalLabels, labels_by_trial
 from attack.match.activations import says_enough
@@ -19,7 +19,8 @@ from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
-from attack.read.reader import COLUMNS, OUT_OF_TIME, Reading, ReadingAbortedError, read_layers
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from network.chain import input_shapes, is_walked
@@ -35,6 +36,8 @@ READS = ("auto", "on")  # values of --signals with which single images are sough
 # Share of the update that a trial of labels leaves, beyond which the declared training is doubted: five steps of plain
 # SGD leave 4e-4 on a small network, five with momentum 0.57, five of Adam 0.85.
 FOREIGN = 0.5
+
+ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one gradient
 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
@@ -86,31 +89,32 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     Raises:
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
-    drift, reading, features, is_aborted = None, None, torch.empty(0), False
+    reading, failure, features = None, None, torch.empty(0)
     clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
     if means.reads:
-        if not update.training.is_gradient:
-            drift = expected_drift(update, model, generator, clock)
         try:
-            reading = _read(update, model, means, generator, drift, clock)
+            reading = _read(update, model, means, generator, clock)
         except ValueError as error:
-            if means.signals == "on":
-                raise ValueError(f"--signals on: {error}") from None
-            is_aborted = isinstance(error, ReadingAbortedError)
+            failure = error
     elif means.signals == "ica":
         try:
             features = unmixed_features(update, model, generator=generator)
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    signals = None if reading is None else reading.signals
-    local_labels = None if signals else _local_labels(update, model, means, generator, labels, clock)
+    local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
+    reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
+    if reading is None and failure is not None and means.signals == "on":
+        raise ValueError(f"--signals on: {failure}")
+    is_aborted, signals = isinstance(failure, ReadingAbortedError), None if reading is None else reading.signals
     steps = _steps(update, len(reading)) if reading and reading.in_steps else ()
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
-        return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "order")}
-    known = _at_stage(replace(known, drift=drift, **facts), update, model, reading.start, reading.inputs)
+        return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
+    facts = {
+        name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "drift", "order")
+    }
+    known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
@@ -131,6 +135,7 @@ def _evidence(
     update: SharedUpdate, model: nn.Module, reading: Reading, generator: torch.Generator
 ) -> Iterator[Evidence]:
     """What was read, against what was assumed."""
+    yield from reading.doubts
     yield from of_moments(update, model, reading.start, reading.inputs)
     out_of_range = [] if reading.start else of_pixels(reading.inputs.reshape(-1, *update.image_shape))
     yield from out_of_range or of_features(reading.signals.values, model, update.image_shape, generator)
@@ -269,7 +274,6 @@ def _read(
     model: nn.Module,
     means: Means,
     generator: torch.Generator,
-    drift: float | None,
     clock: WorkBudget,
 ) -> Reading:
     """A reading of the update: of several steps at a fully connected first layer, else along the way.
@@ -277,17 +281,17 @@ def _read(
     Raises:
         ValueError: nothing can be read; the message says why.
     """
-    if drift is None:
+    if update.training.is_gradient:
         return read_layers(update, model, **_limits(means, generator, clock))
     try:
         return read_first_layer(update, model, generator=generator, budget=clock)
     except NoSuchLayerError:
-        return _along_the_way(update, model, means, generator, drift, clock)
+        return _along_the_way(update, model, means, generator, clock)
     except OutOfTimeError:
         raise ReadingAbortedError(OUT_OF_TIME) from None
     except ValueError as error:
         try:
-            return _along_the_way(update, model, means, generator, drift, clock)
+            return _along_the_way(update, model, means, generator, clock)
         except ValueError as other:
             raise type(other)(f"{error}; {other}") from None
 
@@ -298,36 +302,60 @@ def _limits(means: Means, generator: torch.Generator, clock: WorkBudget) -> dict
 
 
 def _along_the_way(
-    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, drift: float, clock: WorkBudget
+    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, clock: WorkBudget
 ) -> Reading:
-    """A reading of several steps: of one pass step by step, of others as a gradient, where they hardly drift.
+    """A reading of several steps: of one pass step by step, of other trainings as a gradient.
 
     Raises:
-        ValueError: nothing can be read, or the update has drifted too far to be read as a gradient.
+        ValueError: nothing can be read, or the training does not replay on what was.
     """
     how = _limits(means, generator, clock)
     if is_one_pass(update.training):
         try:
             return read_layers(update, model, in_steps=True, **how)
         except ValueError as error:
-            if isinstance(error, ReadingAbortedError) or not drift < EXACT:
+            if isinstance(error, ReadingAbortedError):
                 raise
-    return _as_gradient(update, model, drift, **how)
+    return _as_gradient(update, model, **how)
 
 
-def _as_gradient(update: SharedUpdate, model: nn.Module, drift: float, **how: object) -> Reading:
-    """A reading of an update that has drifted a little: of all images or none, and no surer than the drift.
+def _by_labels(
+    update: SharedUpdate,
+    model: nn.Module,
+    means: Means,
+    generator: torch.Generator,
+    found: LocalLabels | None,
+    clock: WorkBudget,
+) -> Reading | None:
+    """A reading of the head in one pass from labels and minibatches that were found by trial; None where it fails."""
+    if found is None or not (means.reads and found.is_believed and is_one_pass(update.training)):
+        return None
+    how = _limits(means, generator, clock)
+    try:
+        return read_layers(update, model, in_steps=True, labels=found.labels, **how)
+    except ValueError:
+        return None
+
+
+def _as_gradient(update: SharedUpdate, model: nn.Module, **how: object) -> Reading:
+    """A reading of an update that may have drifted a little: of all images or none, and no surer than the drift.
 
     Raises:
-        ValueError: nothing can be read, or the update has drifted too far.
+        ValueError: nothing can be read, or the training does not replay on what was.
     """
-    if not drift < EXACT:
-        raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
-    reading = read_layers(update, model, **how)
+    reading = read_layers(update, model, work=ATTEMPT * READING_WORK, **how)
     if len(reading) < update.batch_size:
         raise ValueError(f"{len(reading)} of {update.batch_size} images told apart after local training, not all")
-    uncertainty = torch.hypot(reading.signals.uncertainty, torch.full_like(reading.signals.uncertainty, drift))
-    return replace(reading, signals=replace(reading.signals, uncertainty=uncertainty))
+    found = judged(update, model, reading.start, reading.inputs, reading.signals.labels)
+    if found.is_one_step:
+        said = (
+            f"the declared training, replayed above the images that were told apart, leaves {found.left:.2g} of the "
+            f"update, and one step {found.left_by_one:.2g}: the client made one step"
+        )
+        return replace(reading, doubts=(Evidence("training", said, found.left, contradicts=True),))
+    if not found.is_certified:
+        raise ValueError(f"replayed on the images of a gradient, the training leaves {found.left:.2g} of the update")
+    return replace(reading, signals=found.drifted(reading.signals), drift=found.drift, doubts=())
 
 
 def _local_labels(

@@ -45,7 +45,7 @@ class Known:
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
         steps: the step of each of the N images, ascending, where each was read at its own step's weights; else empty.
         order: the images of each step, where it was found and is not that of minibatches in turn; else None.
-        drift: expected of the client's local training, see `attack.local.drift`; None of a single step.
+        drift: of several steps that were read as one gradient, see `attack.local.as_gradient`; else None.
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
         layers, recovered, seconds, is_aborted: of the reading, see `attack.read.reader.Reading`; a resumed run has no
@@ -83,6 +83,11 @@ class Known:
     def in_steps(self) -> bool:
         """Whether the images were read in the order of a client's steps."""
         return bool(self.steps)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the client's steps, made again on what was read, were found to make the update."""
+        return self.in_steps or self.drift is not None
 
     @property
     def is_followed(self) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from attack.local.drift import EXACT
 from attack.prepare import Known
 from attack.read.forecast import explain
 from cli.model import model_options, of_two_classes, server_model
@@ -20,7 +19,7 @@ from judge.recorder import summary
 from judge.report import read_facts
 from judge.run_directory import RunDirectory
 from judge.tables import aligned, markdown, write_csv
-from judge.verdict import NAMES
+from judge.verdict import NAMES, percent
 from network.chain import first_layer
 from network.head import Head
 from network.parametrised import why_no_gradient
@@ -111,13 +110,12 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
     training, said = update.training, []
     if not training.is_gradient:
         said = [f"{training}, steps x rate {training.steps * training.rate:g}"]
-        far = known.drift is not None and known.drift >= EXACT
         if known.in_steps:
             said.append("read step by step")
         elif known.is_followed:
-            said.append(f"taken for one gradient, expected drift {known.drift:.1e}")
+            said.append("taken for one gradient" + (f", drift {known.drift:.1e}" if known.drift is not None else ""))
         else:
-            said.append(f"unrolled: expected drift {known.drift:.1e} is beyond {EXACT:g}" if far else "unrolled")
+            said.append("unrolled")
         if known.local_labels is not None:
             use = "labels by trial" if known.local_labels.is_believed else "no labels by trial"
             ended = ", --max_seconds stopped their search" if known.local_labels.is_aborted else ""
@@ -136,12 +134,22 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not quiet:
         print(f"verdict: {verdict_line(run.path)}")
+        print(_replay_line(figures))
         print(f"report: {run.path}/report.html")
         print(f"pictures: {run.path}/" + ("comparison.png" if "psnr_mean" in figures else "reconstruction.png"))
     print(summary(figures))
     if ended_by in ("interrupt", "abort"):
         return INTERRUPTED
     return int(ended_by == "non-finite" or not has_images or bool(run.failures))
+
+
+def _replay_line(figures: Mapping) -> str:
+    """What the client's training, made again on the pictures, leaves of the update."""
+    left = figures["unexplained"]
+    said = "no finite number" if left is None else f"{percent(left)} of the update"
+    noise = f"noise is {percent(figures['noise_share'])}"
+    words = {True: "; the steps on what was read make it", False: "; so nothing is certain", None: ""}
+    return f"replay: the client's training on these pictures leaves {said}, {noise}{words[figures['replays']]}"
 
 
 def verdict_line(path: Path) -> str:

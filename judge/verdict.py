@@ -192,7 +192,15 @@ def _of_evidence(figures: Mapping) -> list[str]:
             f"Trained on as was assumed, these pictures leave {percent(left)} of the update unexplained; "
             f"noise is {percent(figures['noise_share'])} of it."
         )
+    if figures["replays"] is not None:
+        said.append(CERTIFICATES[figures["replays"]])
     return said
+
+
+CERTIFICATES = {
+    True: "The client's steps, made again on what was found, make the update: that is the certificate.",
+    False: "The client's steps, made again on what was found, do not make the update, so nothing is called certain.",
+}
 
 
 def _images(count: int, total: int) -> str:

@@ -66,20 +66,6 @@ class Evidence:
     overrules: str = ""
 
 
-def of_replay(left: float, noise: float, most: float) -> list[Evidence]:
-    """A word on images that follow from the update and do not make it.
-
-    Args:
-        left: share of the update that the client's training leaves when it is replayed on the images.
-        noise: share of the update that is noise.
-        most: share that it may leave for other reasons; infinite where nothing vouches for the images.
-    """
-    if left <= max(most, SURE * noise):
-        return []
-    said = f"the training, replayed on the images that were found, leaves {left:.2g} of the update: it was another one"
-    return [Evidence("replay", said, left, contradicts=True)]
-
-
 def contradictions(evidence: Iterable[Evidence]) -> list[Evidence]:
     """Those pieces that contradict what was declared."""
     return [piece for piece in evidence if piece.contradicts]

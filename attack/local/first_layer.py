@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from attack.local.columns import ColumnSearch, off_levels
 from attack.local.unrolled import Solution, Training, solve_training
 from attack.read.layer_choice import CandidateLayer, candidate_layers
-from attack.read.reader import COLUMNS, Reading
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import Reading
 from attack.read.signals import Signals
 from attack.solve.budget import WorkBudget
 from network.chain import input_shapes

@@ -2,7 +2,6 @@ import pytest
 import torch
 from conftest import generator
 
-from attack.local.drift import expected_drift
 from attack.local.local_labels import labels_by_trial
 from attack.solve.budget import WorkBudget
 from client.victim import share_update
@@ -49,18 +48,6 @@ def test_without_the_heads_gradient_there_are_no_labels():
         labels_by_trial(update, net, generator())
 
 
-def test_drift_grows_with_the_rate_and_is_told_before_any_image_is_known():
-    drifts = []
-    for rate in (1e-4, 1e-3, 1e-2):
-        update, net, _ = shared(LocalTraining(4, 1, rate))
-        drifts.append(expected_drift(update, net, generator()))
-        plain = shared(LocalTraining())[0].gradients
-        true = sum((update.gradients[n] - plain[n]).square().sum() for n in plain).sqrt()
-        true = float(true / sum(g.square().sum() for g in plain.values()).sqrt())
-        assert 0.2 * true < drifts[-1] < 5 * true
-    assert drifts == sorted(drifts)
-
-
 def test_the_clock_ends_the_search_with_the_best_labels_so_far():
     update, net, _ = shared(LocalTraining(4, 2, 0.1))
     ticks = []
@@ -72,9 +59,3 @@ def test_the_clock_ends_the_search_with_the_best_labels_so_far():
     assert not whole.is_aborted
     assert whole.distance < out.distance
     assert len(ticks) > 10
-
-
-def test_the_clock_leaves_the_drift_of_one_batch():
-    update, net, _ = shared(LocalTraining(4, 1, 0.01))
-    first = expected_drift(update, net, generator(), WorkBudget(deadline=0.0))
-    assert 0 < first <= expected_drift(update, net, generator())
