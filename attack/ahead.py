@@ -41,8 +41,8 @@ ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one 
 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
-    "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order", "local_labels",
-    "layers", "evidence",
+    "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
+    "is_explained", "local_labels", "layers", "evidence",
 )  # fmt: skip
 
 
@@ -111,9 +111,8 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
         return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    facts = {
-        name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "drift", "order")
-    }
+    names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "is_explained")
+    facts = {name: getattr(reading, name) for name in names}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
@@ -167,6 +166,7 @@ def known_again(
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
         "order": _order(began["order"], update),
+        "is_explained": checked.switch(began["is_explained"], "is_explained"),
     }
     signals = local_labels = None
     if began["signals"] is not None:

@@ -45,6 +45,7 @@ class Known:
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
         steps: the step of each of the N images, ascending, where each was read at its own step's weights; else empty.
         order: the images of each step, where it was found and is not that of minibatches in turn; else None.
+        is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
         drift: of several steps that were read as one gradient, see `attack.local.as_gradient`; else None.
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
@@ -62,6 +63,7 @@ class Known:
     says_enough: bool = True
     steps: Sequence[int] = ()
     order: tuple[tuple[int, ...], ...] | None = None
+    is_explained: bool = False
     drift: float | None = None
     local_labels: LocalLabels | None = None
     evidence: tuple[Evidence, ...] = ()

@@ -112,6 +112,8 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
         said = [f"{training}, steps x rate {training.steps * training.rate:g}"]
         if known.in_steps:
             said.append("read step by step")
+        elif known.is_explained:
+            said.append("read at the first layer" + ("" if known.order else ", whatever the order of the steps"))
         elif known.is_followed:
             said.append("taken for one gradient" + (f", drift {known.drift:.1e}" if known.drift is not None else ""))
         else:
@@ -149,7 +151,10 @@ def _replay_line(figures: Mapping) -> str:
     said = "no finite number" if left is None else f"{percent(left)} of the update"
     noise = f"noise is {percent(figures['noise_share'])}"
     words = {True: "; the steps on what was read make it", False: "; so nothing is certain", None: ""}
-    return f"replay: the client's training on these pictures leaves {said}, {noise}{words[figures['replays']]}"
+    ending = words[figures["replays"]]
+    if figures["explains_first_layer"] and not figures["replays"]:
+        ending = "; the order of the steps is not known, but the images make all of the first layer's movement"
+    return f"replay: the client's training on these pictures leaves {said}, {noise}{ending}"
 
 
 def verdict_line(path: Path) -> str:

@@ -133,7 +133,8 @@ class Recorder:
             "evidence": [asdict(piece) for piece in evidence],
             "unexplained": _in_json(replay.left),
             "noise_share": replay.noise,
-            "replays": replay.is_certificate if replay.is_needed else None,
+            "replays": replay.makes_update if replay.is_needed else None,
+            "explains_first_layer": replay.explains_first_layer,
             "evaluations": state.evaluations,
             "steps": state.step,
             "seconds": round(state.seconds, 3),
@@ -231,6 +232,7 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "drift": known.drift,
         "in_steps": known.in_steps,
         "order": known.order,
+        "is_explained": known.is_explained,
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],
@@ -273,7 +275,7 @@ def _in_json(value: object) -> object:
 
 def _training_figures(known: Known) -> dict:
     """The keys of metrics.json for local training; empty for a single step."""
-    if not known.is_replayed and known.local_labels is None:
+    if not (known.is_replayed or known.is_explained or known.local_labels is not None):
         return {}
     tried, figures = known.local_labels, {"exact_way": known.is_followed, "local_drift": _in_json(known.drift)}
     if tried is None:

@@ -24,6 +24,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from attack.local.levels import off_levels
 from attack.read.span import Span
 from attack.solve.budget import WorkBudget
 from attack.solve.ica import fast_ica
@@ -49,7 +50,6 @@ DRAWS = 2  # of noise, by which the images' errors are measured
 PASSES = 3  # of the final least squares over images and columns in turn
 MOST = 2.0  # share of another column that is sought in a column
 WHOLE = 0.15  # steps of 1/255, root mean square, within which an image's pixels count as whole: 0.289 by chance
-LEVELS = 255.0
 OUTSIDE, NOISES = 1e-3, 100.0  # pixels may lie outside [0, 1] by so much, and so many times the noise
 
 
@@ -369,12 +369,6 @@ class ColumnSearch:
     def _refitted(self, columns: Tensor, moved: Tensor, on: Tensor) -> Tensor:
         rows, _ = _alternating(columns, moved, on)
         return rows[:, :-1] / rows[:, -1:]
-
-
-def off_levels(images: Tensor) -> Tensor:
-    """How far pixels of images (N, C, H, W) are from whole steps of 1/255, in steps, (N,): 0.289 by chance, rms."""
-    values = LEVELS * images.flatten(1)
-    return (values - values.round()).square().mean(1).sqrt()
 
 
 def _alternating(columns: Tensor, moved: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attack.local.columns import ColumnSearch, off_levels
+from attack.local.columns import ColumnSearch
+from attack.local.levels import snapped
 from attack.local.unrolled import Solution, Training, solve_training
 from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.layer_rows import COLUMNS
@@ -30,8 +31,6 @@ from network.stage import Chain, Stage, run
 from network.tracing import stages
 from update.shared import SharedUpdate
 
-ROUNDED = 0.08  # steps of 1/255, rms, from whole ones within which every pixel is rounded to the right one
-LEVELS = 255
 ENOUGH = 1e-6  # share of the update that an order may leave; float32 weights leave 4e-6 at a rate of 0.01
 REPLAYED = 1e-3  # and beyond which no order is believed: a wrong one leaves 1e-2 and more
 TOLD = 1e-7  # relative error of images whose pixels are whole steps: that of float32 numbers
@@ -75,11 +74,11 @@ class _FirstLayer:
         search = ColumnSearch(span, self.layer.bias_gradient, self.weights, self.pixels)
         how = self._by_zeros if self.layer.behind.is_gate else self._by_training
         inputs, labels, order, uncertainty, left = how(search, generator, budget)
-        pixels = self.pixels(inputs)
-        if bool((off_levels(pixels) < ROUNDED).all()):
-            pixels = (LEVELS * pixels).round() / LEVELS
-            inputs, uncertainty = run(self.below, pixels).flatten(1), torch.full_like(uncertainty, TOLD)
-        if order is not None and not self.training.shuffle:  # the images of one minibatch after those of another
+        pixels, is_whole = snapped(inputs, span.right, self.pixels, lambda images: run(self.below, images))
+        inputs = run(self.below, pixels).flatten(1)
+        uncertainty = torch.where(is_whole, TOLD, uncertainty)
+        is_ordered = order is not None
+        if is_ordered and not self.training.shuffle:  # the images of one minibatch after those of another
             first = torch.tensor([image for part in order[: self.training.batches] for image in part]).to(labels)
             inputs, pixels, labels, uncertainty = (part[first] for part in (inputs, pixels, labels, uncertainty))
             order = None
@@ -90,7 +89,8 @@ class _FirstLayer:
             "uncertainty": float(uncertainty.max()), "seconds": seconds,
             "note": f"{self.size} of {self.size} images told apart, whatever their steps",
         }  # fmt: skip
-        return Reading(signals, 0, pixels, [row], {self.layer.name: inputs}, seconds, order=order)
+        told = {"order": order, "is_explained": bool(is_whole.all()) or is_ordered}
+        return Reading(signals, 0, pixels, [row], {self.layer.name: inputs}, seconds, **told)
 
     def pixels(self, inputs: Tensor) -> Tensor:
         """The images (N, C, H, W) whose inputs of the layer are these (N, n)."""

@@ -232,7 +232,7 @@ def solve_training(
     best = places.rounded(start[1]), inputs, torch.inf
     for _ in range(ROUNDS if places.unknowns else 0):
         found = levenberg(_Fit(everything), x, RULE, iterations=STEPS, budget=budget)
-        x, cost = found.x, float(found.cost)
+        moved, x, cost = found.x - x, found.x, float(found.cost)
         own, weights = split(x[0])
         order = places.rounded(weights)
         left = float(training.left(own, places.of(order, own)).norm())
@@ -244,8 +244,9 @@ def solve_training(
     if not free:
         return Solution(order if left < CLOSE else None, own, left, own.new_zeros(count))
     if places.unknowns and left >= CLOSE:  # passes that are nearly alike: images are told, their order is not
+        # What the last steps have moved is about what further ones would.
         own, weights = split(x[0])
-        variance = _variance(found, everything)[:free].view(inputs.shape).sum(1)
+        variance = (_variance(found, everything) + moved[0].square())[:free].view(inputs.shape).sum(1)
         return Solution(None, own, float(training.left(own, places.weights(weights)).norm()), variance)
     weights = places.of(order, own)
 
