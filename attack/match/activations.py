@@ -23,6 +23,7 @@ is far from the client's (ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the s
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -126,7 +127,7 @@ class ForwardLoss:
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
             inputs = torch.where(inputs > DEAD * uncertainty * entry, inputs, 0.0)
-        delta = _delta(chain[start:], inputs, labels, client_loss)
+        delta = client_loss.delta(partial(run, chain[start:]), inputs, labels)
         end -= self.is_rectified or before is not None
         shape = (len(inputs), *input_shapes(chain, image_shape)[end])
         self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
@@ -170,11 +171,6 @@ class ForwardLoss:
             layers = enumerate(zip(own, self.sizes, strict=True))
             errors += (self.entries.of_one(p, at) / size for at, (p, size) in layers)
         return errors
-
-
-def _delta(tail: Chain, inputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    leaf = inputs.detach().clone().requires_grad_()
-    return loss.delta(run(tail, leaf), labels, leaf)
 
 
 def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_AT) -> Course:

@@ -23,6 +23,7 @@ Every layer leaves a `Record`. The walk ends at the first layer that is not beli
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -159,9 +160,7 @@ def _is_solved_for(stage: Stage) -> bool:
 
 def _first_outputs(chain: Chain, start: int, inputs: Tensor, labels: Tensor, loss: Loss) -> KnownOutputs:
     """What is known of the outputs below `start`, by one backward pass of the stages above."""
-    leaf = inputs.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        delta = loss.delta(run(chain[start:], leaf), labels, leaf)
+    delta = loss.delta(partial(run, chain[start:]), inputs, labels)
     nothing = torch.zeros_like(beside(size_of(inputs), inputs))  # beyond rounding, and what shows below zero
     return KnownOutputs.of(inputs, delta, noise_of(inputs, nothing, is_after_relu=is_after_relu(chain[:start])))
 
