@@ -138,12 +138,13 @@ def descend(
             if not _is_solved_for(stage):
                 outputs, norm = walk.below(stage, outputs, norm, shapes[index], chain[:index])
                 continue
-            walk.needs_all = not any(parametrised(chain[:index]))
-            if walk.needs_all and walk.too_weak.any():
+            needs_all = not any(parametrised(chain[:index]))
+            if needs_all and walk.too_weak.any():
                 weak = int(walk.too_weak.sum())
                 raise UndeterminedError(f"pixels come of all images or of none: {weak} are too weak")
             sources, method = walk.sources(stage, outputs, norm, shapes[index], chain[:index])
-            solved = walk.solve(stage.name, sources, method, is_after_relu(chain[:index]))
+            how = {"is_rectified": is_after_relu(chain[:index]), "needs_all": needs_all}
+            solved = walk.solve(stage.name, sources, method, **how)
         except (UndeterminedError, OutOfTimeError) as stop:
             walk.stopped(stage.name, stop, time.perf_counter() - began)
             break
@@ -209,15 +210,17 @@ class _Walk:
         self.records: list[Record] = []
         self.inner: dict[str, Tensor] = {}
         self.noises: dict[str, Tensor] = {}
-        self.too_weak, self.needs_all = torch.zeros(gradients.batch_size, dtype=torch.bool), False
+        self.too_weak = torch.zeros(gradients.batch_size, dtype=torch.bool)
 
-    def solve(self, name: str, sources: list[Source], method: SolveMethod, is_rectified: bool) -> SolvedLayer:
+    def solve(
+        self, name: str, sources: list[Source], method: SolveMethod, *, is_rectified: bool, needs_all: bool
+    ) -> SolvedLayer:
         """A layer's input; its record is kept.
 
         Raises:
             UndeterminedError: it is not believed.
         """
-        solver = LayerSolver(self.budget, self.too_weak, self.needs_all)
+        solver = LayerSolver(self.budget, self.too_weak, needs_all)
         solved = solver.solve(name, sources, method, is_after_relu=is_rectified)
         self.records.append(solved.record)
         if not solved.record.determined:
@@ -352,7 +355,7 @@ class _Walk:
             if is_alone and 0 < method.count(sources) < method.unknowns:
                 in_block = LayerInBlock(self._together(block, index, outputs.delta))
                 method = in_block if in_block.count(sources) >= ENOUGH * in_block.unknowns else method
-            solved = self.solve(stage.name, sources, method, is_after_relu(below))
+            solved = self.solve(stage.name, sources, method, is_rectified=is_after_relu(below), needs_all=False)
             if isinstance(method, LayerInBlock):
                 branch = replace(branch, onward=BlockInput(method.together, rows_of(solved.sources)))
             if branch.output is None:
