@@ -42,6 +42,11 @@ def test_the_commands_of_the_source_document_resolve_as_written(command):
         assert getattr(settings, name) == type(given[name])(text)
 
 
+def test_a_subset_term_without_weight_is_not_computed(cli):
+    run = cli("--alpha", 1, "--n_iter", 2)
+    assert {float(row["loss_subset"]) for row in trace_of(run)} == {0.0}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_selection_mode_runs_and_follows_its_schedule(cli, curves, mode):
     run = cli("--sel_mode", mode, "--sel_k", 2, "--sel_l_iter", 3, "--sig_a", -1, "--sig_b", 2)
