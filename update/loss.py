@@ -11,6 +11,7 @@ All three have errors that are affine in the target,
 so that whoever knows the logits knows the errors of every label at once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +86,11 @@ class Loss:
         """dl/dz (B, K) of each image's own loss."""
         return self.unlabelled(logits) - self.pull(logits.shape[-1]) * self.targets(labels, logits)
 
-    def delta(self, logits: Tensor, labels: Tensor, inputs: Tensor) -> Tensor:
-        """The derivative of each image's own loss by the `inputs` (B, ...) that the logits were computed from."""
-        (delta,) = torch.autograd.grad(self.each(logits, labels).sum(), inputs)
+    def delta(self, above: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        """The derivative of each image's own loss by its input (B, ...) of the network `above`, which gives logits."""
+        leaf = inputs.detach().requires_grad_()
+        with torch.enable_grad():
+            (delta,) = torch.autograd.grad(self.each(above(leaf), labels).sum(), leaf)
         return delta
 
 

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from network.parameters import trainable
 from update import checked
-from update.batchnorm import BATCHNORMS, batchnorms, shares, watched
+from update.batchnorm import BATCHNORMS, batchnorms, shares, statistics_seen
 from update.loss import CROSS_ENTROPY, Loss
 from update.optimiser import LocalOptimiser
 
@@ -327,11 +327,12 @@ def train_locally(
     factors = training.optimiser.factors(training.steps, training.passes)
     for part, factor in zip(training.schedule(len(images)), factors, strict=True):
         named, part = dict(zip(names, walk.weights, strict=True)), part.to(images.device)
-        with watched(model) as seen, _arithmetic(training, images):
+        with statistics_seen(model) as seen, _arithmetic(training, images):
             logits = functional_call(model, named, (images[part],))
         mean = training.loss.each(logits.to(images.dtype), labels[part]).mean()
         gradients = torch.autograd.grad(mean, tuple(walk.weights), create_graph=create_graph)
-        statistics.append([statistic if create_graph else statistic.detach() for statistic in seen])
+        both = [statistic for pair in seen.values() for statistic in pair]
+        statistics.append([statistic if create_graph else statistic.detach() for statistic in both])
         with torch.set_grad_enabled(create_graph):
             brought.append(walk.direction(gradients))
             if not training.is_gradient:

@@ -87,9 +87,8 @@ class ImageEquations:
 
     def deltas(self, c: Tensor, labels: Tensor) -> Tensor:
         """Gradient of each candidate's loss by the layer's output, (N, *output_shape)."""
-        outputs = self._outputs(c).detach().requires_grad_()
-        with torch.enable_grad():
-            return self.loss.delta(self.tail(self.span.inputs(c), outputs), labels, outputs)
+        inputs = self.span.inputs(c)
+        return self.loss.delta(lambda outputs: self.tail(inputs, outputs), self._outputs(c), labels)
 
     def all_deltas(self, c: Tensor) -> Tensor:
         """The same for every label, (N, K, *output_shape)."""

@@ -79,7 +79,7 @@ class Client:
 @pytest.fixture(autouse=True)
 def short_glances(monkeypatch):
     """These images are told apart in no time, or never."""
-    monkeypatch.setattr(origin, "GLANCE", 2e7)
+    monkeypatch.setattr(origin, "GLANCE", 5e6)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_an_honest_update_says_nothing(client):
     assert client.levels == ["read", "read"]
 
 
-@pytest.mark.parametrize("factor", [2.0, 0.5, 65536.0, 0.37, -1.0, -2.0])
+@pytest.mark.parametrize("factor", [2.0, 65536.0, 0.37, -1.0, -2.0])
 def test_a_factor_and_a_sign_are_found(client, factor):
     client.attacked({name: factor * g for name, g in client.gradients().items()})
     assert client.said["scale"]["figure"] == pytest.approx(factor, rel=1e-4)

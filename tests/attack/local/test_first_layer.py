@@ -131,7 +131,7 @@ def test_a_share_of_another_image_that_zeros_leave_open_is_taken_out_by_whole_pi
     """Image 1 is off wherever image 0 is, so column 0 and half of column 1 have the zeros of column 0."""
     truth = images(3).images.flatten(1).double()
     columns = torch.randn(60, 3, generator=generator(4), dtype=torch.float64)
-    columns[:30, :2], columns[30:40, 1], columns[40:, 2] = 0, 0, 0
+    columns[:30, :2], columns[30:40, 1], columns[40:, 2], columns[45:47, 0] = 0, 0, 0, 0
     weight, geometry = torch.zeros(60, 768, dtype=torch.float64), Geometry((768,), (60,))
     span = span_of((columns @ truth).float(), geometry, 3, columns.sum(1).float())
     search = ColumnSearch(span, columns.sum(1), [(weight, weight[:, 0])], lambda x: x.view(-1, 3, 16, 16))
