@@ -331,7 +331,7 @@ def train_locally(
             logits = functional_call(model, named, (images[part],))
         mean = training.loss.each(logits.to(images.dtype), labels[part]).mean()
         gradients = torch.autograd.grad(mean, tuple(walk.weights), create_graph=create_graph)
-        both = [statistic for pair in seen.values() for statistic in pair]
+        both = [statistic for layer in batchnorms(model) if layer in seen for statistic in seen[layer]]
         statistics.append([statistic if create_graph else statistic.detach() for statistic in both])
         with torch.set_grad_enabled(create_graph):
             brought.append(walk.direction(gradients))
