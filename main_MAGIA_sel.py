@@ -1,7 +1,6 @@
 """MAGIA: reconstruct the images of a whole batch from one averaged gradient, without inferring labels first.
 
     python main_MAGIA_sel.py                                        # 16 bundled images, defaults below
-    python main_MAGIA_sel.py --sel_mode constk --sel_k 2            # a constant subset of two images: the default
     python main_MAGIA_sel.py --preset paper --batch_size 8          # the published settings
     python main_MAGIA_sel.py --dataset folder --data_path photos    # your own images
     python main_MAGIA_sel.py --update update.safetensors            # somebody's update, no truth at hand
@@ -100,6 +99,7 @@ LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; the weights' dif
 LOCAL_BATCHES = 1  # minibatches of the batch that these steps go through in turn, M; the last may be smaller
 LOSS = "cross_entropy"  # the client's loss: cross_entropy, bce (each class by itself; one logit: two classes), mse
 LABEL_SMOOTHING = 0.0  # eps of the cross-entropy's targets, (1 - eps) onehot + eps / K
+CLASS_WEIGHTS = None  # the cross-entropy's weights of the K classes, e.g. 1,2.5,0.5 (None: 1, or read off the update)
 BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds

@@ -61,8 +61,13 @@ AS_TWO_CLASSES = Evidence(
 
 
 def local_training(settings: argparse.Namespace) -> LocalTraining:
-    """How the client trains: one step of FedSGD, unless the flags say otherwise."""
-    loss = Loss(settings.loss, settings.label_smoothing)
+    """How the client trains: one step of FedSGD, unless the flags say otherwise.
+
+    Raises:
+        ValueError: flags that contradict each other.
+    """
+    loss = Loss(settings.loss, settings.label_smoothing, tuple(settings.class_weights or ()))
+    loss.check(settings.num_classes)
     return LocalTraining(settings.local_steps, settings.local_batches, settings.local_lr, settings.bn, loss)
 
 

@@ -167,6 +167,7 @@ def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, ob
     training = update.training
     facts |= {"local_steps": training.steps, "local_batches": training.batches, "local_lr": training.rate}
     facts |= {"loss": training.loss.name, "label_smoothing": training.loss.smoothing}
+    facts |= {"class_weights": list(training.loss.weights) or None}
     return facts | {"bn": training.batchnorm, "channels": channels} | update.options
 
 

@@ -38,6 +38,7 @@ MOVED = 1e-6  # relative distance of running statistics that is no rounding
 FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
 LIKE_WEIGHTS = 0.5  # cosine of a gradient with weights that are in it once, beyond which it is taken for weights
 STATISTICS = "statistics"  # the topic of running statistics that are not those of the images that were read
+SCALE = "scale"  # the topic of a factor of the whole update
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
 PILED = 0.01  # share of entries that have the largest magnitude, exactly
@@ -351,7 +352,7 @@ def of_gradients(
             found.append(_of_decay(sums, len(names) < len(trainable(model))))
         if sums.is_other_loss:
             found.append(_of_loss(sums, loss))
-        elif sums.reaches is not None and sums.reaches > MEAN * ROUNDED and not sums.decay:
+        elif _is_too_long(sums, loss):
             found.append(_of_length(sums))
     chance = None if found else normalised_by_batch(gradients, below_norms, model)
     if chance is not None and (chance < FLAT) != uses_batch_statistics:
@@ -389,12 +390,17 @@ def _of_loss(sums: ClassSums, loss: Loss) -> Evidence:
     return Evidence("loss", said, sums.share, contradicts=True)
 
 
+def _is_too_long(sums: ClassSums, loss: Loss) -> bool:
+    """Whether the errors are too long for a mean; class weights may have been summed and divided by the images."""
+    return sums.reaches is not None and sums.reaches > MEAN * ROUNDED and not (sums.decay or loss.weights)
+
+
 def _of_length(sums: ClassSums) -> Evidence:
     said = (
         f"the magnitudes of the head's bias gradient sum to {sums.reaches:.3g}, and those of a mean of softmax errors "
         "to 2 at most: a sum and no mean, or a loss that was scaled"
     )
-    return Evidence("scale", said, sums.reaches, contradicts=True)
+    return Evidence(SCALE, said, sums.reaches, contradicts=True)
 
 
 def _of_mode(chance: float, uses_batch_statistics: bool) -> Evidence:

@@ -39,7 +39,7 @@ class LocalTraining:
         rate: the learning rate; None for a single step, on which the rate has no influence.
         batchnorm: eval (running statistics), train (the minibatch's statistics; the running statistics are shared), or
             train_private (the minibatch's statistics; the running statistics are not shared).
-        loss: of each image; a minibatch's is their mean.
+        loss: of each image; a minibatch's is their mean, or with class weights their weighted mean.
 
     Raises:
         ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0.
@@ -67,13 +67,10 @@ class LocalTraining:
             elif name == "batchnorm":
                 checked.word(value, "training.batchnorm")
             elif name == "loss":
-                loss = checked.mapping(value, "training.loss", ("name", "smoothing"))
-                checked.word(loss["name"], "training.loss.name")
-                checked.real(loss["smoothing"], "training.loss.smoothing", 0)
+                facts = {**facts, "loss": Loss.stated(value)}
             elif name != "rate":
                 raise checked.DamagedError(f"training has {name!r}, which is none of its facts")
-        loss = facts.get("loss")
-        return cls(**{**facts, "loss": CROSS_ENTROPY if loss is None else Loss(loss["name"], loss["smoothing"])})
+        return cls(**facts)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batches"):
@@ -162,7 +159,7 @@ def train_locally(
         first = step % training.batches * size
         part = slice(first, first + size)
         with _watched(model) as seen:
-            mean = training.loss.each(functional_call(model, weights, (images[part],)), labels[part]).mean()
+            mean = training.loss.in_mean(functional_call(model, weights, (images[part],)), labels[part]).mean()
         gradients.append(torch.autograd.grad(mean, tuple(weights.values()), create_graph=create_graph))
         statistics.append([statistic if create_graph else statistic.detach() for statistic in seen])
         if not training.is_one_step:

@@ -37,17 +37,18 @@ def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> F
 
 def _loss(update: SharedUpdate, model: nn.Module, known: Known, chain: Chain, moments: Moments) -> ForwardLoss:
     mixes = bool(moments) or mixes_images(modules(chain))
+    labels = known.labels[: len(known.inputs)]
     return ForwardLoss(
         chain,
         update.image_shape,
         known.start,
         known.inputs.to(**place_of(model)),
-        known.labels[: len(known.inputs)],
+        labels,
         update.gradients,
         known.uncertainty,
         uses_gradients=None if known.is_complete and not mixes else False,
         observed=observed(update, model),
-        client_loss=update.training.loss,
+        client_loss=update.training.loss.of_batch(labels),
     )
 
 

@@ -314,7 +314,9 @@ class _Reader:
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
         start, inputs = self._inverted(start, inputs)
         features = run(self.chain[index:-1], found.values)
-        errors = self.update.training.loss.errors(self.head(features), found.labels)
+        loss = self.update.training.loss
+        loss = loss.of_batch(found.labels) if found.complete else loss
+        errors = loss.errors(self.head(features), found.labels)
         signals = replace(found, values=features, deltas=errors)
         seconds, layers = time.perf_counter() - self.began, list(self.rows.values())
         is_aborted = self.is_aborted or self.budget.is_out_of_time
@@ -334,6 +336,7 @@ class _Reader:
         given = self._given
         how = {"generator": self.generator, "budget": self.budget}
         try:
+            given = replace(given, loss=given.loss.of_batch(found.labels))
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])

@@ -146,12 +146,50 @@ def test_what_fits_nothing_is_said_and_nothing_is_certain(client, loss, topics):
     assert client.levels == ["unknown", "unknown"]
 
 
-def test_class_weights_are_told_by_the_weights_of_single_images(client):
-    weights = torch.linspace(0.5, 2, 10)
-    client.attacked(client.gradients(lambda z: cross_entropy(z, LABELS, weight=weights)))
-    own = 2 * weights[LABELS] / weights[LABELS].sum()
+WEIGHTS_OF_TEN = torch.linspace(0.5, 2, 10)
+
+
+def weighted_sum(z, labels=LABELS):
+    return (WEIGHTS_OF_TEN[labels] * cross_entropy(z, labels, reduction="none")).mean()
+
+
+def focal(z):
+    own = z.softmax(1).gather(1, LABELS[:, None])[:, 0]
+    return ((1 - own) ** 2 * cross_entropy(z, LABELS, reduction="none")).mean()
+
+
+def test_class_weights_are_read_off_single_images(client):
+    client.attacked(client.gradients(lambda z: cross_entropy(z, LABELS, weight=WEIGHTS_OF_TEN)))
+    own = 2 * WEIGHTS_OF_TEN[LABELS] / WEIGHTS_OF_TEN[LABELS].sum()
     assert client.said["weights"]["figure"] == pytest.approx(float(own[1] / own[0]), rel=1e-4)
     assert f"{own[0]:.3g} (label 3), {own[1]:.3g} (label 7)" in client.said["weights"]["said"]
+    assert not client.said["weights"]["contradicts"]
+    assert client.levels == ["read", "read"]
+
+
+@pytest.mark.parametrize("loss", [weighted_sum, focal])
+def test_other_weights_of_single_images_are_attacked_alike(client, loss):
+    client.attacked(client.gradients(loss))
+    assert "or a focal loss" in client.said["weights"]["said"]
+    assert client.levels == ["read", "read"]
+
+
+@pytest.mark.parametrize("loss", [lambda z: cross_entropy(z, LABELS, weight=WEIGHTS_OF_TEN), weighted_sum])
+def test_declared_class_weights_need_no_word(client, loss):
+    client.attacked(client.gradients(loss), "--class_weights", ",".join(map(str, WEIGHTS_OF_TEN.tolist())))
+    assert client.said == {}
+    assert client.levels == ["read", "read"]
+
+
+def test_class_weights_that_the_client_did_not_have_are_contradicted(client):
+    client.attacked(client.gradients(), "--class_weights", ",".join(map(str, WEIGHTS_OF_TEN.tolist())))
+    assert client.said["weights"]["contradicts"]
+    assert client.levels == ["unknown", "unknown"]
+
+
+def test_images_of_one_label_that_weigh_differently_have_no_class_weights(client):
+    same, each = torch.tensor([3, 3]), torch.tensor([1.0, 3.0])
+    client.attacked(client.gradients(lambda z: (each * cross_entropy(z, same, reduction="none")).mean()))
     assert client.said["weights"]["contradicts"]
     assert client.levels == ["unknown", "unknown"]
 
