@@ -60,7 +60,9 @@ def received_update(
     return update, model
 
 
-def _examined(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> SharedUpdate:
+def _examined(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace, rounding: dict[str, Tensor] | None = None
+) -> SharedUpdate:
     """The update as its own numbers say that it was made, with the evidence."""
     if not update.training.is_one_step:
         return update
@@ -71,6 +73,7 @@ def _examined(update: SharedUpdate, model: nn.Module, settings: argparse.Namespa
         below_norms=below_norms(stages_if_walked(model) or []),
         uses_batch_statistics=update.training.uses_batch_statistics,
         rate=None if settings.update_kind == "gradient" else settings.local_lr,
+        rounding=rounding,
         is_defended=update.defence != "none",
     )
     return replace(update, gradients=gradients, evidence=(*update.evidence, *evidence))
@@ -165,7 +168,7 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
         notes=(*notes, *said),
     )
     update.check(source)
-    update = _examined(update, model, settings)
+    update = _examined(update, model, settings, rounding)
     if settings.batch_size is None:
         if not training.is_plain:
             raise ValueError("the batch size is read off one step with BatchNorm in eval mode: set --batch_size")

@@ -15,7 +15,7 @@ from torch import nn
 from attack.read.clip_factor import by_head, common_factor, single_images, times, weighed
 from attack.read.reader import READING_WORK, glance
 from attack.read.signals import Signals
-from update.evidence import SCALE, Evidence, class_sums
+from update.evidence import LOSS, SCALE, Evidence
 from update.loss import Loss
 from update.shared import SharedUpdate
 
@@ -92,8 +92,7 @@ def _suppositions(
     update: SharedUpdate, model: nn.Module, nominal: int | None, singles: "_Singles"
 ) -> Iterator[Supposition]:
     """The client as declared, then others, the most frequent first, without what sums over the classes exclude."""
-    sums = class_sums(update.gradients, model)
-    if update.training.loss.is_cross_entropy and sums is not None and sums.is_other_loss:
+    if any(piece.topic == LOSS for piece in update.evidence):
         yield from _other_losses(update, [Loss("bce"), Loss("mse")])
         return
     yield Supposition(update)
@@ -180,7 +179,7 @@ def _other_losses(update: SharedUpdate, losses: Sequence[Loss]) -> Iterator[Supp
     for loss in losses:
         said = f"its errors are those of {loss}, which was not declared: it is taken for the loss"
         training = replace(update.training, loss=loss)
-        yield Supposition(replace(update, training=training), Evidence("loss", said, loss.smoothing or None))
+        yield Supposition(replace(update, training=training), Evidence(LOSS, said, loss.smoothing or None))
 
 
 def _class_weights(update: SharedUpdate, found: Signals | None) -> Iterator[Supposition]:

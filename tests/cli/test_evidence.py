@@ -251,6 +251,16 @@ def test_weights_in_a_gradients_place_are_noticed(client):
     assert "--update_kind gradient" in client.said["kind"]["said"]
 
 
+@pytest.mark.parametrize("rate", [1e-4, 1e-5, 1e-6])
+def test_coarsely_rounded_weights_say_nothing_of_their_client(client, rate):
+    new = {
+        name: (p - rate * g).detach()
+        for (name, p), g in zip(client.net.named_parameters(), client.gradients().values(), strict=True)
+    }
+    client.attacked(new, "--update_kind", "weights", "--local_lr", rate, "--signals", "off")
+    assert client.said == {}
+
+
 def test_a_step_of_adam_is_told_from_plain_sgd(client):
     old = {name: p.detach().clone() for name, p in client.net.named_parameters()}
     optimiser = torch.optim.Adam(client.net.parameters(), 1e-3)
