@@ -34,11 +34,12 @@ from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
-from cli.ahead import known_ahead, scaled_update
+from cli.ahead import known_ahead
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
 from cli.digests import compare, digests_of
 from cli.flags import read_flags
+from cli.layouts import prepared
 from cli.no_effect import without_effect
 from cli.output import lasting_output, refused
 from cli.provenance import provenance
@@ -407,8 +408,8 @@ def run_attack(
     with run.restored():
         if began:
             compare(began["digests"], digests)
-        restored, scale = scaled_update(update, model, settings)
-        state, objective, known = prepare(restored, model, settings, granted, began)
+        restored, scale, model, *ready = prepared(prepare, update, model, settings, granted, began)
+        state, objective, known = ready
         config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
         config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
         known = open_record(run, config, state, known, model, truth, began, digests)
@@ -416,9 +417,7 @@ def run_attack(
     evidence = (*restored.evidence, *known.evidence)
     recorder = Recorder(run, truth, known, **pace, checkpoint=began, digests=digests, evidence=evidence)
     if not settings.quiet:
-        print(introduction(update, settings, objective, known, model, run.path))
-        for piece in evidence:
-            print(f"{'contradiction' if piece.contradicts else 'the update says'}: {piece.said}")
+        print(introduction(update, settings, objective, known, model, run.path, evidence))
         for line in without_effect(given, settings, known, model, objective.annealing):
             print(line)
     for note in notes:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -26,6 +26,7 @@ from network.head import Head
 from network.parametrised import why_no_gradient
 from network.tracing import stages, why_not_walked
 from schedules import Schedule
+from update.evidence import Evidence
 from update.shared import SharedUpdate
 from update.training import use_batch_statistics
 
@@ -55,9 +56,18 @@ class ReadingBar(tqdm):
 
 
 def introduction(
-    update: SharedUpdate, settings: argparse.Namespace, objective: object, known: Known, model: nn.Module, path: Path
+    update: SharedUpdate,
+    settings: argparse.Namespace,
+    objective: object,
+    known: Known,
+    model: nn.Module,
+    path: Path,
+    evidence: Iterable[Evidence],
 ) -> str:
-    """The batch, the objective, what was read, how the client trained if not in one step, and where results go."""
+    """The batch, the objective, what was read, how the client trained if not in one step, and where results go.
+
+    Below that each piece of evidence has a line.
+    """
     shape = "x".join(map(str, update.image_shape))
     source = settings.update or f"{settings.dataset}, labels {settings.labels}"
     found = f"signals: none used{_why_not_walked(model)}"
@@ -76,6 +86,7 @@ def introduction(
         f"{settings.model}, {settings.num_classes} classes{selection} | {objective}\n"
         f"{found}\n"
         f"{settings.optimizer}, {settings.dtype} | {path}"
+        + "".join(f"\n{'contradiction' if e.contradicts else 'the update says'}: {e.said}" for e in evidence)
     )
 
 

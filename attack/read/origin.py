@@ -15,7 +15,7 @@ from torch import nn
 from attack.read.clip_factor import by_head, common_factor, single_images, times, weighed
 from attack.read.reader import READING_WORK, glance
 from attack.read.signals import Signals
-from update.evidence import LOSS, SCALE, Evidence
+from update.evidence import FIT, LOSS, SCALE, Evidence
 from update.loss import Loss
 from update.shared import SharedUpdate
 
@@ -230,4 +230,4 @@ def _nothing_fits(tried: int) -> Evidence:
         "a layer's gradient spans the inputs of its images, but no image fits the client as declared, nor any of "
         f"{tried - 1} others (sums, scales, signs, losses): the loss, the optimiser, the steps or the model may differ"
     )
-    return Evidence("fit", said, None, contradicts=True)
+    return Evidence(FIT, said, None, contradicts=True)

@@ -363,18 +363,6 @@ def test_a_forgotten_normalisation_shows_where_only_features_are_read(cli, tmp_p
     is_named_and_then_taken(client, mean, std, "apart")
 
 
-def test_kernels_that_were_turned_contradict_what_was_read(cli, tmp_path):
-    client = Client(cli, tmp_path, "unread")
-    update = client.gradients()
-    turned = {name: t.transpose(2, 3).contiguous() if t.dim() == 4 else t for name, t in update.items()}
-    client.net[0].weight.data = client.net[0].weight.data.transpose(2, 3).contiguous()
-    weights = tmp_path / "weights.pt"
-    torch.save(client.net.state_dict(), weights)
-    client.attacked(turned, "--weights", weights, "--n_iter", 8)
-    assert any(piece["contradicts"] for piece in client.said.values())
-    assert client.levels == ["unknown", "unknown"]
-
-
 def test_evidence_is_in_the_terminal_and_the_report(client):
     client.attacked({name: 2 * g for name, g in client.gradients().items()})
     assert "the update says: it is the sum over 2 images, not their mean" in client.cli.out
