@@ -11,7 +11,7 @@ from tqdm import tqdm
 from attack.local.drift import EXACT
 from attack.prepare import Known
 from attack.read.forecast import explain
-from cli.model import model_options, of_two_classes, server_model
+from cli.model import local_training, model_options, server_model, two_classes
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
 from data import sides
@@ -26,7 +26,7 @@ from network.head import Head
 from network.parametrised import why_no_gradient
 from network.tracing import stages, why_not_walked
 from schedules import Schedule
-from update.evidence import Evidence
+from update.evidence import REPLAY, Evidence
 from update.shared import SharedUpdate
 from update.training import use_batch_statistics
 
@@ -132,6 +132,9 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
     elif not has_images:
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not quiet:
+        for piece in figures["evidence"]:
+            if piece["topic"] == REPLAY:
+                print(f"contradiction: {piece['said']}")
         print(f"verdict: {verdict_line(run.path)}")
         print(f"report: {run.path}/report.html")
         print(f"pictures: {run.path}/" + ("comparison.png" if "psnr_mean" in figures else "reconstruction.png"))
@@ -173,7 +176,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
     model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
     title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
-    model = of_two_classes(model, settings, shape)
+    model = two_classes(model, local_training(settings), settings.model, shape).model
     if mode:
         use_batch_statistics(model)
     try:

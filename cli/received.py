@@ -11,13 +11,13 @@ from attack.read.batch_size import count_images, noise_of_weights
 from attack.read.origin import explained
 from cli.console import ReadingBar
 from cli.flags import checked_value
-from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
+from cli.model import local_training, model_options, parse_names, server_model, two_classes
 from cli.runtime import stream
 from cli.settings import facts_of
 from data import sides
 from network.chain import below_norms
 from network.head import Head
-from network.one_logit import has_one_logit, of_two_logits
+from network.one_logit import of_two_logits
 from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
@@ -96,7 +96,7 @@ def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
     notes: list[str] = []
     facts = (update.model, update.image_shape, update.num_classes, update.options)
     model = server_model(settings, *facts, notes.append)
-    model = of_two_classes(model, settings, update.image_shape)
+    model, _, _ = two_classes(model, update.training, update.model, update.image_shape)
     tensors, _ = read_tensors(settings.update, wanted=is_of_update, most=room_for(model))
     update = update.holding(tensors, settings.update)
     if update.weights and not settings.weights:
@@ -148,11 +148,9 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     if training.batchnorm == "train" and settings.update_kind == "gradient":
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
     mode, evidence = of_statistics(found, counted, model, training, is_given="bn" in given)
-    if has_one_logit(model, shape):
-        evidence.append(AS_TWO_CLASSES)
+    model, training, as_two = two_classes(model, replace(training, batchnorm=mode), settings.model, shape)
+    if as_two:
         gradients, rounding = (of_two_logits(each, Head.of(model)) for each in (gradients, rounding))
-        model = of_two_classes(model, settings, shape)
-    training = replace(training, batchnorm=mode, loss=local_training(settings).loss)
     update = SharedUpdate(
         gradients=gradients,
         weights={},
@@ -164,7 +162,7 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
         training=training,
         statistics=found if training.batchnorm == "train" else {},
         defence=settings.defended or "none",
-        evidence=tuple(evidence),
+        evidence=(*evidence, *as_two),
         notes=(*notes, *said),
     )
     update.check(source)

@@ -122,15 +122,15 @@ class Recorder:
         if self.trace.rows:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
-        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
         is_defended = config["defence"] not in (None, "none") or bool(config["defended"])  # it is not replayed
-        evidence = [*self.evidence, *([] if is_defended else of_replay(*left))]
-        figures |= _signal_figures(self.known, evidence) | _training_figures(self.known)
+        self.evidence = (*self.evidence, *([] if is_defended else of_replay(*left)))
+        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
+        figures |= _signal_figures(self.known, self.evidence) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),
             "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
             "layers": [{name: _in_json(value) for name, value in row.items()} for row in self.known.layers],
-            "evidence": [asdict(piece) for piece in evidence],
+            "evidence": [asdict(piece) for piece in self.evidence],
             "unexplained": left[0] if math.isfinite(left[0]) else None,
             "noise_share": left[1],
             "evaluations": state.evaluations,

@@ -42,6 +42,7 @@ STATISTICS = "statistics"  # the topic of running statistics that are not those 
 SCALE = "scale"  # the topic of a factor of the whole update
 PIXELS = "pixels"  # the topic of pixels that no image has
 FIT = "fit"  # the topic of a client that no supposition fits
+REPLAY = "replay"  # the topic of a training that does not give the update when it is replayed
 LOSS = "loss"  # the topic of a loss that was not declared
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
@@ -82,7 +83,7 @@ def of_replay(left: float, noise: float, most: float) -> list[Evidence]:
     if left <= max(most, SURE * noise):
         return []
     said = f"the training, replayed on the images that were found, leaves {left:.2g} of the update: it was another one"
-    return [Evidence("replay", said, left, contradicts=True)]
+    return [Evidence(REPLAY, said, left, contradicts=True)]
 
 
 def contradictions(evidence: Iterable[Evidence]) -> list[Evidence]:
