@@ -79,9 +79,10 @@ def weighed(
         return update
     read = dataclasses.replace(update, gradients=with_weights(update.gradients, model))
     found = single_images(read, model, generator, work)
-    if found is None:
+    factor = 0.0 if found is None else common_factor(found)
+    if factor <= 0:  # nothing tells it, or the update has the wrong sign
         return update
-    loss = update.training.loss.divided(common_factor(found))
+    loss = update.training.loss.divided(factor)
     return dataclasses.replace(update, training=dataclasses.replace(update.training, loss=loss))
 
 

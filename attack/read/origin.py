@@ -5,6 +5,7 @@ An image that is told apart fits equations with more witnesses than unknowns. Un
 little work, the declared client first, and the first under which any image is told apart is the client's.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -137,8 +138,13 @@ class _Singles:
 
 
 def _factors(update: SharedUpdate, model: nn.Module, singles: _Singles) -> Iterator[float]:
-    """Factors by which the update becomes a mean: of single images, then of the head, of either sign."""
-    if singles.found is not None:
+    """Factors by which the update becomes a mean: of single images, then of the head, of either sign.
+
+    With class weights the size of a factor is that of the weights, which are taken relative to the batch's anyway.
+    """
+    if singles.found is not None and update.training.loss.is_open:
+        told = [math.copysign(1.0, common_factor(singles.found))]
+    elif singles.found is not None:
         told = [common_factor(singles.found)]
     else:
         told = [sign * (_by_head(times(update, sign), model, singles.generator) or 0.0) for sign in (1.0, -1.0)]

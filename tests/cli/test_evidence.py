@@ -181,6 +181,14 @@ def test_declared_class_weights_need_no_word(client, loss):
     assert client.levels == ["read", "read"]
 
 
+def test_a_wrong_sign_is_found_under_declared_class_weights(client):
+    update = client.gradients(lambda z: cross_entropy(z, LABELS, weight=WEIGHTS_OF_TEN))
+    turned = {name: -g for name, g in update.items()}
+    client.attacked(turned, "--class_weights", ",".join(map(str, WEIGHTS_OF_TEN.tolist())))
+    assert client.said["scale"]["figure"] == -1
+    assert client.levels == ["read", "read"]
+
+
 def test_class_weights_that_the_client_did_not_have_are_contradicted(client):
     client.attacked(client.gradients(), "--class_weights", ",".join(map(str, WEIGHTS_OF_TEN.tolist())))
     assert client.said["weights"]["contradicts"]
