@@ -206,8 +206,8 @@ def _class_weights(update: SharedUpdate, found: Signals | None) -> Iterator[Supp
         classes[label] = float(weights[found.labels == label].mean())
     training = replace(update.training, loss=replace(update.training.loss, weights=tuple(classes)))
     is_torchs = abs(float(weights.sum()) / update.batch_size - 1) < UNEQUAL or rest
-    kind = "class weights" if is_torchs else "class weights whose sum is no divisor, or a focal loss"
-    said = f"its images do not count alike: {_weights_told(found)}, where a mean has 1: {kind}, taken for class weights"
+    kind = "" if is_torchs else "a focal loss, or class weights divided by the number of images, "
+    said = f"its images do not count alike: {_weights_told(found)}, where a mean has 1: {kind}taken for class weights"
     figure = float(weights.max() / weights.min())
     yield Supposition(replace(update, training=training), Evidence("weights", said, figure, overrules="class_weights"))
 
