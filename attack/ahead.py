@@ -17,7 +17,7 @@ from attack.match.unbounded import unbounded_pixels
 from attack.prepare import FOLLOWED, Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
-from attack.read.clip_factor import unscaled
+from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.layer_rows import COLUMNS
 from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
@@ -70,11 +70,16 @@ class Means:
         return self.signals in READS
 
 
-def with_scale(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[SharedUpdate, float | None]:
+def with_scale(
+    update: SharedUpdate, model: nn.Module, generator: torch.Generator, *, reads: bool
+) -> tuple[SharedUpdate, float | None]:
     """The update as long as it was before its clients shortened it, and the factor that undoes that.
 
-    The factor is None where they did not, or where nothing tells it.
+    The factor is None where they did not, or where nothing tells it. Class weights are taken relative to the batch's
+    where single images are read.
     """
+    if reads and update.training.is_plain:
+        update = weighed(update, model, generator=generator)
     if not update.is_rescaled:
         return update, None
     try:

@@ -121,16 +121,16 @@ class Recorder:
         if self.trace.rows:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
-        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
         is_defended = config["defence"] not in (None, "none") or bool(config["defended"])  # it is not replayed
-        evidence = [*self.evidence, *([] if is_defended else replay.evidence)]
-        is_sure = replay.is_certificate and not contradictions(evidence)
+        self.evidence = (*self.evidence, *([] if is_defended else replay.evidence))
+        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
+        is_sure = replay.is_certificate and not contradictions(self.evidence)
         figures |= _signal_figures(self.known, is_sure=is_sure) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),
             "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
             "layers": [{name: _in_json(value) for name, value in row.items()} for row in self.known.layers],
-            "evidence": [asdict(piece) for piece in evidence],
+            "evidence": [asdict(piece) for piece in self.evidence],
             "unexplained": _in_json(replay.left),
             "noise_share": replay.noise,
             "replays": replay.makes_update if replay.is_needed else None,

@@ -32,12 +32,18 @@ UNBALANCED = 3e-3  # share of G beyond which its sum over the classes is no roun
 SURE = 8.0  # standard deviations by which a weight decay must differ from zero
 LEFT = 0.5  # share of the sum that a weight decay may leave unexplained
 FILLED = 3.0  # noise leaves G's smallest singular value no smaller than this part of what its columns sum to
+ROUNDINGS = 4.0  # standard deviations of what rounding makes of the sums over the classes
 MEAN = 2.0  # sum of the magnitudes of a mean of softmax errors, at most
 ROUNDED = 1.02  # a mean of rounded errors may be so much longer
 MOVED = 1e-6  # relative distance of running statistics that is no rounding
 FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
 LIKE_WEIGHTS = 0.5  # cosine of a gradient with weights that are in it once, beyond which it is taken for weights
 STATISTICS = "statistics"  # the topic of running statistics that are not those of the images that were read
+SCALE = "scale"  # the topic of a factor of the whole update
+PIXELS = "pixels"  # the topic of pixels that no image has
+FIT = "fit"  # the topic of a client that no supposition fits
+REPLAY = "replay"  # the topic of a training that does not give the update when it is replayed
+LOSS = "loss"  # the topic of a loss that was not declared
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
 PILED = 0.01  # share of entries that have the largest magnitude, exactly
@@ -94,8 +100,13 @@ class ClassSums:
     reaches: float | None
 
 
-def class_sums(gradients: Mapping[str, Tensor], model: nn.Module) -> ClassSums | None:
-    """The sums over the classes of the model's head; None where the head is not linear or has no gradient."""
+def class_sums(
+    gradients: Mapping[str, Tensor], model: nn.Module, rounding: Mapping[str, Tensor] | None = None
+) -> ClassSums | None:
+    """The sums over the classes of the model's head; None where the head is not linear or has no gradient.
+
+    `rounding` is as in `of_gradients`.
+    """
     try:
         head = Head.of(model)
     except ValueError:
@@ -116,11 +127,12 @@ def class_sums(gradients: Mapping[str, Tensor], model: nn.Module) -> ClassSums |
     unexplained = left if explains else sums
     least = float(torch.linalg.svdvals(whole)[-1])
     is_noise = float(unexplained.norm()) / math.sqrt(len(whole)) < FILLED * least
+    rounded = float(rounding[head.weight].double().norm()) if rounding else 0.0
     return ClassSums(
         share=float(sums.norm()) / size,
         decay=decay if explains else 0.0,
         error=error,
-        is_other_loss=float(unexplained.norm()) > UNBALANCED * size and not is_noise,
+        is_other_loss=float(unexplained.norm()) > max(UNBALANCED * size, ROUNDINGS * rounded) and not is_noise,
         reaches=None if bias is None else float(bias.detach().double().abs().sum()),
     )
 
@@ -229,21 +241,37 @@ def normalised_by_batch(gradients: Mapping[str, Tensor], pairs: Sequence[str], m
 # Entries
 
 
-def of_entries(gradients: Mapping[str, Tensor], rate: float | None, declared: bool) -> list[Evidence]:
+def of_entries(
+    gradients: Mapping[str, Tensor],
+    rate: float | None,
+    declared: bool,
+    rounding: Mapping[str, Tensor] | None = None,
+) -> list[Evidence]:
     """What the entries say was done to them after training.
 
     Args:
         gradients: by parameter name.
         rate: by which a difference of weights was divided; None for gradients.
         declared: whether a defence was declared that does such things.
+        rounding: standard deviation of each entry by the rounding of new weights, by parameter name; or None.
     """
-    tensors = [gradient.detach().double().cpu() for gradient in gradients.values() if gradient.numel() >= MANY]
+    many = {name: g.detach().double().cpu() for name, g in gradients.items() if g.numel() >= MANY}
+    tensors = list(many.values())
     if not tensors:
         return []
     found = [] if rate is None else _alike(tensors, rate)
-    for look in (_pruned, _signed, _truncated, _quantised):  # the first explains the others
-        found = found or look(tensors, declared)
+    steps = min(_steps(g, (rounding or {}).get(name)) for name, g in many.items())
+    for look, least in LOOKS:  # the first explains the others
+        found = found or (look(tensors, declared) if steps > least else [])
     return found
+
+
+def _steps(tensor: Tensor, rounding: Tensor | None) -> float:
+    """How many units of its rounding the median entry has that is not zero."""
+    moved = tensor != 0
+    if rounding is None or not moved.any():
+        return math.inf
+    return float((tensor[moved].abs() / (rounding.to(tensor)[moved] * math.sqrt(12))).median())
 
 
 def _pruned(tensors: Sequence[Tensor], declared: bool) -> list[Evidence]:
@@ -303,6 +331,11 @@ def _alike(tensors: Sequence[Tensor], rate: float) -> list[Evidence]:
     return [Evidence("optimiser", said, share, True)]
 
 
+# What entries are looked at for, and how many units of their rounding they must have: fewer leave as few magnitudes,
+# and as many zeros, without any other reason.
+LOOKS = ((_pruned, 10), (_signed, 10), (_truncated, 100), (_quantised, 2 * LEVELS))
+
+
 # ----------------------------------------------------------------------------------------------------
 # All together
 
@@ -315,6 +348,7 @@ def of_gradients(
     below_norms: Sequence[str] = (),
     uses_batch_statistics: bool = False,
     rate: float | None = None,
+    rounding: Mapping[str, Tensor] | None = None,
     is_defended: bool = False,
 ) -> tuple[dict[str, Tensor], list[Evidence]]:
     """The gradients of one step without weight decay, and what they say of how they were made.
@@ -326,10 +360,11 @@ def of_gradients(
         below_norms: names of the layers right below a BatchNorm.
         uses_batch_statistics: whether BatchNorm was declared to be in training mode.
         rate: by which a difference of weights was divided; None for gradients.
+        rounding: standard deviation of each entry by the rounding of new weights, by parameter name; or None.
         is_defended: whether a defence was declared, which explains odd entries and sums.
     """
-    found = _of_kind(gradients, model, rate) or of_entries(gradients, rate, is_defended)
-    sums = class_sums(gradients, model) if loss.is_cross_entropy and not (found or is_defended) else None
+    found = _of_kind(gradients, model, rate) or of_entries(gradients, rate, is_defended, rounding)
+    sums = class_sums(gradients, model, rounding) if loss.is_cross_entropy and not (found or is_defended) else None
     if sums is not None:
         if sums.decay:
             names = decayed_parameters(gradients, model, sums.decay)
@@ -337,7 +372,7 @@ def of_gradients(
             found.append(_of_decay(sums, len(names) < len(trainable(model))))
         if sums.is_other_loss:
             found.append(_of_loss(sums, loss))
-        elif sums.reaches is not None and sums.reaches > MEAN * ROUNDED and not sums.decay:
+        elif _is_too_long(sums, loss):
             found.append(_of_length(sums))
     chance = None if found else normalised_by_batch(gradients, below_norms, model)
     if chance is not None and (chance < FLAT) != uses_batch_statistics:
@@ -372,7 +407,12 @@ def _of_loss(sums: ClassSums, loss: Loss) -> Evidence:
         f"the head's gradient sums over the classes to {sums.share:.2g} of its size, where {loss}'s sums to zero: "
         "the loss is another (--loss bce or mse?), or the head's weights are not those that the client began with"
     )
-    return Evidence("loss", said, sums.share, contradicts=True)
+    return Evidence(LOSS, said, sums.share, contradicts=True)
+
+
+def _is_too_long(sums: ClassSums, loss: Loss) -> bool:
+    """Whether the errors are too long for a mean; class weights may have been summed and divided by the images."""
+    return sums.reaches is not None and sums.reaches > MEAN * ROUNDED and not (sums.decay or loss.weights)
 
 
 def _of_length(sums: ClassSums) -> Evidence:
@@ -380,7 +420,7 @@ def _of_length(sums: ClassSums) -> Evidence:
         f"the magnitudes of the head's bias gradient sum to {sums.reaches:.3g}, and those of a mean of softmax errors "
         "to 2 at most: a sum and no mean, or a loss that was scaled"
     )
-    return Evidence("scale", said, sums.reaches, contradicts=True)
+    return Evidence(SCALE, said, sums.reaches, contradicts=True)
 
 
 def _of_mode(chance: float, uses_batch_statistics: bool) -> Evidence:

@@ -75,7 +75,7 @@ class ClosedSystem:
         for weight in self._weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad():
-            loss = self.training.loss.each(run(self.above, inputs), labels).mean()
+            loss = self.training.loss.in_mean(run(self.above, inputs), labels).mean()
             gradients = torch.autograd.grad(loss, list(self._weights.values()), materialize_grads=True)
         for weight in self._weights.values():
             weight.requires_grad_(False)

@@ -91,7 +91,10 @@ class Training:
                 x = self._forward(stage, step, x, past)
             else:
                 x, slopes[stage.name] = jvp(stage.module, (x,), (torch.ones_like(x),))
-        delta = self.rule.loss.errors(x, self.labels) * own[:, None]
+        loss = self.rule.loss
+        if loss.is_open:  # with class weights a minibatch's loss is divided by the mean weight of its images
+            own = own / (own @ loss.of_classes(x)[self.labels])
+        delta = loss.errors(x, self.labels) * own[:, None]
         for stage in reversed(self.chain):
             if isinstance(stage.module, nn.Linear):
                 made[stage.name] = inputs[stage.name], delta

@@ -14,7 +14,7 @@ from network.chain import is_walked
 from network.head import measured_noise
 from network.parameters import trainable
 from network.tracing import stages
-from update.evidence import SURE, Evidence
+from update.evidence import REPLAY, SURE, Evidence
 from update.optimiser import LocalOptimiser
 from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally
@@ -70,7 +70,7 @@ class Replay:
         said += ": it was another one"
         if self.nearest is not None:
             said += f"; nearest comes {self.nearest[0]}, which leaves {self.nearest[1]:.2g}"
-        return [Evidence("replay", said, self.left, contradicts=True)]
+        return [Evidence(REPLAY, said, self.left, contradicts=True)]
 
     @property
     def is_certificate(self) -> bool:

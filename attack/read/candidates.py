@@ -95,13 +95,10 @@ class ImageEquations:
         outputs = self._outputs(c).detach().requires_grad_()
         with torch.enable_grad():
             logits = self.tail(self.span.inputs(c), outputs)
-            classes, unlabelled = logits.shape[1], self.loss.unlabelled(logits.detach())
+            unlabelled = self.loss.unlabelled(logits.detach())
             free = torch.autograd.grad((unlabelled * logits).sum(), outputs, retain_graph=True)[0]
             each = [torch.autograd.grad(logit.sum(), outputs, retain_graph=True)[0] for logit in logits.T]
-        own = torch.stack(each, 1)
-        if self.loss.smoothing:
-            own = torch.lerp(own, own.mean(1, keepdim=True), self.loss.smoothing)
-        return (free[:, None] - self.loss.pull(classes) * own).detach()
+        return self.loss.all_deltas(free, torch.stack(each, 1)).detach()
 
     def moved_deltas(self, c: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The deltas, and their derivatives by each coordinate, (N, dim A, *output_shape).

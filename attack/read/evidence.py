@@ -10,7 +10,7 @@ from attack.read.random_images import SAMPLE, random_features
 from network.stage import run
 from network.tracing import stages
 from network.watched import watched
-from update.evidence import STATISTICS, Evidence
+from update.evidence import PIXELS, STATISTICS, Evidence
 from update.shared import SharedUpdate
 
 STEPS = 255  # of a pixel
@@ -52,7 +52,7 @@ def of_pixels(pixels: Tensor) -> list[Evidence]:
     said += (
         f": the client normalises its images, {fit}" if fit else ": the client normalises its images (--mean, --std)"
     )
-    return [Evidence("pixels", said, most - least, contradicts=True)]
+    return [Evidence(PIXELS, said, most - least, contradicts=True)]
 
 
 def of_moments(update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> list[Evidence]:
@@ -102,7 +102,7 @@ def of_fitted_pixels(pixels: Tensor, left: float) -> list[Evidence]:
         f"({f'perhaps {fit}' if fit else '--mean, --std'}), or the layers below are not those that it trained "
         "(their weights, or the layout of their kernels)"
     )
-    return [Evidence("pixels", said, most - least, contradicts=True)]
+    return [Evidence(PIXELS, said, most - least, contradicts=True)]
 
 
 def normalisation_of(pixels: Tensor) -> str:

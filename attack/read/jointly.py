@@ -65,6 +65,9 @@ class Upwards:
         count, classes = logits.shape
         every = torch.arange(classes, device=logits.device).repeat(count)
         errors = self.loss.errors(logits.repeat_interleave(classes, 0), every).view(count, classes, classes)
+        if self.loss.is_open:  # their length is not known before the labels, and their direction is
+            labels = torch.cosine_similarity(errors, told[:, None], dim=2).argmax(1)
+            return labels, told, self.loss.of_batch(labels).errors(logits, labels)
         labels = (errors - told[:, None]).norm(dim=2).argmin(1)
         return labels, told, errors[torch.arange(count), labels]
 
@@ -165,7 +168,7 @@ def _by_shift(values: Tensor, upwards: Upwards) -> tuple[float, float]:
     (labels, *_), factor, error = upwards.judged(values), 1.0, 0.0
     for _ in range(AGAIN):
         scaled = factor * values
-        delta = upwards.loss.delta(lambda inputs: upwards.run(inputs)[1], scaled, labels)
+        delta = upwards.loss.of_batch(labels).delta(lambda inputs: upwards.run(inputs)[1], scaled, labels)
         more, error = factor_by_shift(scaled, delta, upwards.shift_gradient)
         factor *= more
     return factor, error

@@ -368,7 +368,9 @@ class _Reader:
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
         features = run(self.chain[index:-1], found.values)
-        errors = self.update.training.loss.errors(self.head(features), found.labels)
+        loss = self.update.training.loss
+        loss = loss.of_batch(found.labels) if found.complete else loss
+        errors = loss.errors(self.head(features), found.labels)
         signals = replace(found, values=features, deltas=errors)
         return replace(self._reading(signals, *self._inverted(start, inputs)), doubts=doubts)
 
@@ -402,6 +404,7 @@ class _Reader:
         given = self._given
         how = {"generator": self.generator, "budget": self.budget}
         try:
+            given = replace(given, loss=given.loss.of_batch(found.labels))
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
