@@ -68,3 +68,15 @@ def two_classes(model: nn.Module, training: LocalTraining, name: str, image_shap
         raise ValueError(f"--loss mse: {name} has one logit, and its loss is taken for binary cross-entropy")
     training = replace(training, loss=replace(training.loss, name=CROSS_ENTROPY.name))
     return TwoClasses(with_two_logits(model), training, (AS_TWO_CLASSES,))
+
+
+def parse_names(text: str | None) -> list[str]:
+    """The names in a list such as "head.bias, conv1"; none in None.
+
+    Raises:
+        ValueError: a name is empty, and would fit every parameter.
+    """
+    names = [name.strip() for name in text.split(",")] if text is not None else []
+    if "" in names:
+        raise ValueError(f"--frozen {text!r}: a name is missing before or after a comma")
+    return names
