@@ -7,6 +7,7 @@ from attack.solve.budget import WorkBudget
 from client.victim import share_update
 from data import load_batch, open_source
 from network.zoo import build_model
+from update.optimiser import LocalOptimiser
 from update.training import LocalTraining
 
 
@@ -59,3 +60,36 @@ def test_the_clock_ends_the_search_with_the_best_labels_so_far():
     assert not whole.is_aborted
     assert whole.distance < out.distance
     assert len(ticks) > 10
+
+
+def test_labels_of_32_images_in_minibatches_of_8_take_few_trainings():
+    """Each is of one image a step: the whole search costs less than 300 trainings of all images."""
+    update, net, labels = shared(LocalTraining(4, 4, 0.03), count=32, labels="random")
+    said = []
+    trial = labels_by_trial(update, net, generator(), work=2.5e10, say=said.append)
+    counts = torch.bincount(labels, minlength=20)
+    right = torch.minimum(counts, torch.bincount(trial.labels, minlength=20)).sum()
+    assert right >= 28
+    assert trial.is_believed
+    assert said[0].startswith("labels by trial, start 1 of")
+    assert "the best leave" in said[0]
+
+
+def test_the_search_keeps_to_its_budget_of_work():
+    update, net, _ = shared(LocalTraining(4, 2, 0.1), count=8, labels="random")
+    asked = []
+    budget = WorkBudget(tick=lambda: asked.append(1))
+    few = labels_by_trial(update, net, generator(), budget=budget, work=5e8)
+    assert not few.is_aborted
+    assert len(asked) < 15  # 5e8 multiplications are ten trainings of four steps
+    more = labels_by_trial(update, net, generator(), work=2e10)
+    assert more.distance <= few.distance
+
+
+def test_weighted_minibatches_and_momentum_are_searched_as_they_are():
+    rules = LocalOptimiser(momentum=0.9, schedule="linear")
+    update, net, labels = shared(LocalTraining(4, 2, 0.03, optimiser=rules, sizes=(3, 1)))
+    trial = labels_by_trial(update, net, generator())
+    assert [sorted(part.tolist()) for part in trial.labels.split([3, 1])] == [
+        sorted(part.tolist()) for part in labels.split([3, 1])
+    ]
