@@ -44,16 +44,22 @@ FITTING = 0.02  # relative squared distance at which no other start is tried
 BELIEVED = 0.25
 
 
+Order = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class LocalLabels:
     """Labels (B,) in the order of the minibatches, and their relative squared distance from the head's update.
 
-    `is_aborted` says whether the clock has ended the search: they are the best labels tried by then.
+    `order` are the images of each step, where the client shuffles and goes through them several times: those of the
+    first pass in turn; else None. `is_aborted` says whether the clock has ended the search: they are the best labels
+    tried by then.
     """
 
     labels: Tensor
     distance: float
     is_aborted: bool = False
+    order: Order | None = None
 
     @classmethod
     def restored(cls, state: object, batch_size: int, num_classes: int) -> "LocalLabels":
@@ -62,11 +68,13 @@ class LocalLabels:
         Raises:
             ValueError: an entry is damaged, or of another batch; the message names the entry.
         """
-        held = checked.mapping(state, "local_labels", ("labels", "distance", "is_aborted"))
+        held = checked.mapping(state, "local_labels", ("labels", "distance", "order", "is_aborted"))
+        order = held["order"]
         return cls(
             checked.indices(held["labels"], "local_labels.labels", batch_size, num_classes),
             checked.real(held["distance"], "local_labels.distance", 0, finite=False),
             checked.switch(held["is_aborted"], "local_labels.is_aborted"),
+            order if order is None else checked.order(order, "local_labels.order", batch_size),
         )
 
     @property
@@ -101,30 +109,51 @@ def labels_by_trial(
     """
     search = _LabelSearch(update, model, given is not None, budget or unlimited(), work, say)
     labels = search.shown() if given is None else given
+    trial = Trial(labels, search.in_turn)
     try:
         for start in range(STARTS):
-            search.descend(labels, f"start {start + 1} of {STARTS} at most")
+            search.descend(trial, f"start {start + 1} of {STARTS} at most")
             best = search.best()
             if best.distance < FITTING or search.is_spent:
                 break
-            labels = search.shaken(best.labels, generator)
+            trial = Trial(search.shaken(best.labels, generator), search.in_turn)
     except OutOfTimeError:
         return replace(search.best(), is_aborted=True)
     return search.best()
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Labels (B,), and the images of each step."""
+
+    labels: Tensor
+    order: Order
+
+    @property
+    def key(self) -> tuple:
+        """The same for comparison."""
+        return tuple(self.labels.tolist()), self.order
+
+
+@dataclass(frozen=True)
 class _Change:
-    """Labels that take the place of others: of one image, or of two that are swapped."""
+    """Labels of one image, or of two that are swapped, that take the place of others; or two images of one pass."""
 
     images: tuple[int, ...]
     labels: tuple[int, ...]
+    steps: tuple[int, ...] = ()  # of a pass, in which the two images are swapped
 
-    def applied(self, labels: Tensor) -> Tensor:
-        """The labels (B,) with this change."""
-        changed = labels.clone()
+    def applied(self, trial: Trial) -> Trial:
+        """The labels and the order with this change."""
+        if self.steps:
+            other = dict(zip(self.images, self.images[::-1], strict=True))
+            order = list(trial.order)
+            for step in self.steps:
+                order[step] = tuple(other.get(image, image) for image in order[step])
+            return replace(trial, order=tuple(order))
+        changed = trial.labels.clone()
         changed[list(self.images)] = changed.new_tensor(self.labels)
-        return changed
+        return replace(trial, labels=changed)
 
 
 @dataclass
@@ -137,7 +166,7 @@ class _LabelSearch:
     budget: WorkBudget
     left: float
     say: Callable[[str], object]
-    _found: dict[tuple[int, ...], float] = field(default_factory=dict)
+    _found: dict[tuple, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         head, names = Head.of(self.model), list(trainable(self.model))
@@ -148,22 +177,21 @@ class _LabelSearch:
         self._goal = [targets[index] for index in self._own]
         self._size = sum(float(each.square().sum()) for each in self._goal)
         weight, training = head.layer.weight, self.update.training
-        parts = training.schedule(count)
+        self.in_turn: Order = tuple(tuple(part.tolist()) for part in training.schedule(count))
+        is_open = training.shuffle and training.order is None and training.batches > 1
+        self._open_passes = range(1, training.passes) if is_open else range(0)
         # one grey image a step, with the mean of the step's labels; two, where BatchNorm asks for a variance
         self._copies, steps = 1 + training.uses_batch_statistics, training.steps
         self._training: LocalTraining = replace(
             training, batches=steps, sizes=(self._copies,) * steps, order=None, shuffle=False
         )
         self._grey = weight.new_full((self._copies * steps, *self.update.image_shape), GREY)
-        self._share = weight.new_zeros(training.steps, count)  # of each image in each step's target
-        for step, part in enumerate(parts):
-            self._share[step, part.to(weight.device)] = 1 / len(part)
         feature = features_of(self.model, self._grey[:2])[0].detach()
         self._direction = feature / feature.norm()  # (d,)
         combination = training.combination()
-        shares = (combination.shares / combination.shares.sum()).to(weight)
-        # what an image's label moves by itself, at the server's weights: a multiple of the grey feature
-        self._reach = (shares[:, None] * self._share).sum(0) * training.loss.pull(self.update.num_classes)
+        # what a step's target moves by itself, at the server's weights: a multiple of the grey feature
+        pull = training.loss.pull(self.update.num_classes)
+        self._reach = (pull * combination.shares / combination.shares.sum()).to(weight)  # (N,)
         self._moved = float(feature.square().sum() + sum(1 for each in self._goal if each.dim() == 1)) / self._size
         self._cost = training.steps * (OVERHEAD + BACKWARD * multiplications(self.model, self.update.image_shape))
 
@@ -175,7 +203,8 @@ class _LabelSearch:
     def best(self) -> LocalLabels:
         """The best labels tried so far."""
         key = min(self._found, key=self._found.__getitem__)
-        return LocalLabels(torch.tensor(key, device=self._grey.device), self._found[key])
+        order = key[1] if self._open_passes else None
+        return LocalLabels(torch.tensor(key[0], device=self._grey.device), self._found[key], order=order)
 
     def shown(self) -> Tensor:
         """Labels (B,) to begin with: the classes of lowest evidence, each as often as the evidence bears."""
@@ -195,21 +224,21 @@ class _LabelSearch:
         order = torch.randperm(len(labels), generator=generator)
         return torch.where(is_new, drawn, labels.cpu()[order]).to(labels.device)
 
-    def descend(self, labels: Tensor, where: str) -> None:
+    def descend(self, trial: Trial, where: str) -> None:
         """Down from these labels, by the changes that the derivative foretells to be best, while any comes closer."""
-        distance = self._tried(labels)
+        distance = self._tried(trial)
         while not self.is_spent:
             self.say(f"labels by trial, {where}: the best leave {self.best().distance:.3f}")
-            closer = self._closer(labels, distance)
+            closer = self._closer(trial, distance)
             if closer is None:
                 break
-            labels, distance = closer, self._tried(closer)
+            trial, distance = closer, self._tried(closer)
 
-    def _closer(self, labels: Tensor, distance: float) -> Tensor | None:
-        """Labels that come closer by several changes or by one, None where the most promising ones do not."""
-        changes = self._promising(labels)
+    def _closer(self, trial: Trial, distance: float) -> Trial | None:
+        """A trial that comes closer by several changes or by one, None where the most promising ones do not."""
+        changes = self._promising(trial)
         for count in TOGETHER:
-            several = labels
+            several = trial
             for change in _apart(changes, count):
                 several = change.applied(several)
             if len(changes) > 1 and not self.is_spent and self._tried(several) < distance:
@@ -217,46 +246,63 @@ class _LabelSearch:
         for change in changes:
             if self.is_spent:
                 break
-            if self._tried(changed := change.applied(labels)) < distance:
+            if self._tried(changed := change.applied(trial)) < distance:
                 return changed
         return None
 
-    def _promising(self, labels: Tensor) -> list[_Change]:
+    def _promising(self, trial: Trial) -> list[_Change]:
         """The changes of one label and the swaps of two that the derivative and their own square say most of."""
-        slopes, count = self._slopes(labels), len(labels)  # (B, K)
-        own = slopes.gather(1, labels[:, None])
-        worth = slopes - own  # of another label
-        changes = worth + 2 * self._moved * self._reach.square()[:, None]
+        labels, share, slopes = trial.labels, self._shares(trial.order), self._slopes(trial)
+        count, by_image = len(labels), share.T @ slopes  # (B, K)
+        reach = (share * self._reach[:, None]).sum(0)  # (B,)
+        worth = by_image - by_image.gather(1, labels[:, None])  # of another label
+        changes = worth + 2 * self._moved * reach.square()[:, None] + (math.inf if self.is_fixed else 0.0)
         changes[torch.arange(count), labels] = math.inf
         between = worth[:, labels]  # (i, j): image i with the label of j
-        swaps = between + between.T + 2 * self._moved * (self._reach[:, None] - self._reach).square()
-        alike = (self._share.T[:, None] == self._share.T).all(2) | (labels[:, None] == labels)
+        swaps = between + between.T + 2 * self._moved * (reach[:, None] - reach).square()
+        alike = (share.T[:, None] == share.T).all(2) | (labels[:, None] == labels)
         swaps[alike | torch.ones_like(alike).tril()] = math.inf
-        flat = torch.cat([(math.inf if self.is_fixed else 0.0) + changes.flatten(), swaps.flatten()])
-        found = []
-        for index in flat.argsort()[:TRIED].tolist():
-            if not flat[index] < math.inf:
-                break
-            if index < changes.numel():
-                found.append(_Change((index // changes.shape[1],), (index % changes.shape[1],)))
-            else:
-                i, j = divmod(index - changes.numel(), count)
-                found.append(_Change((i, j), (int(labels[j]), int(labels[i]))))
+        found = [(float(changes[i, k]), _Change((i,), (k,))) for i, k in _least(changes, TRIED)]
+        for i, j in _least(swaps, TRIED):
+            found.append((float(swaps[i, j]), _Change((i, j), (int(labels[j]), int(labels[i])))))
+        for which in self._open_passes:
+            found += self._of_pass(trial, slopes, which)
+        return [change for _, change in sorted(found, key=lambda each: each[0])[:TRIED]]
+
+    def _of_pass(self, trial: Trial, slopes: Tensor, which: int) -> list[tuple[float, _Change]]:
+        """Swaps of two images between the steps of one pass, and what the derivative says that they are worth."""
+        batches, labels, found = self.update.training.batches, trial.labels.tolist(), []
+        place = {image: s for s in range(which * batches, (which + 1) * batches) for image in trial.order[s]}
+        own = slopes[:, trial.labels].tolist()  # (N, B)
+        for i, first in place.items():
+            for j, second in place.items():
+                if first < second and labels[i] != labels[j]:
+                    worth = (own[first][j] - own[first][i]) / len(trial.order[first])
+                    worth += (own[second][i] - own[second][j]) / len(trial.order[second])
+                    found.append((worth, _Change((i, j), (), (first, second))))
         return found
 
-    def _slopes(self, labels: Tensor) -> Tensor:
-        """The derivative (B, K) of the distance by each image's target."""
+    def _slopes(self, trial: Trial) -> Tensor:
+        """The derivative (N, K) of the distance by the target of each step."""
         self.budget.check()
         self.left -= SLOPES * self._cost
-        targets = self._targets(labels).requires_grad_()
+        targets = self._targets(trial).requires_grad_()
         with torch.enable_grad():
             distance = self._distance(targets, create_graph=True)
             (slopes,) = torch.autograd.grad(distance, targets)
-        return torch.nan_to_num(self._share.T @ slopes)
+        return torch.nan_to_num(slopes)
 
-    def _targets(self, labels: Tensor) -> Tensor:
+    def _shares(self, order: Order) -> Tensor:
+        """The share (N, B) of each image in the target of each step."""
+        shares = self._grey.new_zeros(len(order), self.update.batch_size)
+        for step, images in enumerate(order):
+            shares[step, list(images)] = 1 / len(images)
+        return shares
+
+    def _targets(self, trial: Trial) -> Tensor:
         """The mean label (N, K) of each step."""
-        return self._share @ nn.functional.one_hot(labels, self.update.num_classes).to(self._share)
+        shares = self._shares(trial.order)
+        return shares @ nn.functional.one_hot(trial.labels, self.update.num_classes).to(shares)
 
     def _distance(self, targets: Tensor, *, create_graph: bool) -> Tensor:
         """The relative squared distance that training on grey images with these targets leaves in the head's update."""
@@ -265,16 +311,21 @@ class _LabelSearch:
         left = [goal - average[index] for goal, index in zip(self._goal, self._own, strict=True)]
         return sum(each.square().sum() for each in left) / self._size
 
-    def _tried(self, labels: Tensor) -> float:
+    def _tried(self, trial: Trial) -> float:
         """The distance that these labels leave."""
-        key = tuple(labels.tolist())
-        if key not in self._found:
+        if trial.key not in self._found:
             if self._found:  # without any there would be nothing to return
                 self.budget.check()
             self.left -= self._cost
-            distance = float(self._distance(self._targets(labels), create_graph=False))
-            self._found[key] = distance if math.isfinite(distance) else math.inf
-        return self._found[key]
+            distance = float(self._distance(self._targets(trial), create_graph=False))
+            self._found[trial.key] = distance if math.isfinite(distance) else math.inf
+        return self._found[trial.key]
+
+
+def _least(worth: Tensor, count: int) -> list[tuple[int, int]]:
+    """The places of the least finite entries (n, m)."""
+    flat = worth.flatten()
+    return [divmod(i, worth.shape[1]) for i in flat.argsort()[:count].tolist() if flat[i] < math.inf]
 
 
 def _apart(changes: list[_Change], count: int) -> list[_Change]:

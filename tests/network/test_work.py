@@ -7,10 +7,8 @@ from network.zoo import build_model
 
 
 def test_multiplications_are_weights_times_places():
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2, groups=2), nn.Flatten()
-    )
-    model.append(nn.Linear(8 * 7 * 7, 10))
+    convolutions = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 8, 3, stride=2, groups=2)]
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 7 * 7, 10))
     by_hand = 4 * 3 * 9 * 16 * 16 + 8 * 2 * 9 * 7 * 7 + 10 * 8 * 7 * 7
     assert multiplications(model, (3, 16, 16)) == by_hand
 

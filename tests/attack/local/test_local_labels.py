@@ -2,7 +2,8 @@ import pytest
 import torch
 from conftest import generator
 
-from attack.local.local_labels import labels_by_trial
+from attack.local.local_labels import LocalLabels, labels_by_trial
+from attack.prepare import Known
 from attack.solve.budget import WorkBudget
 from client.victim import share_update
 from data import load_batch, open_source
@@ -93,3 +94,27 @@ def test_weighted_minibatches_and_momentum_are_searched_as_they_are():
     assert [sorted(part.tolist()) for part in trial.labels.split([3, 1])] == [
         sorted(part.tolist()) for part in labels.split([3, 1])
     ]
+
+
+def test_the_order_of_a_shuffling_client_is_sought_with_its_labels():
+    training = LocalTraining(6, 2, 0.03, shuffle=True)
+    net = build_model("lenet", image_shape=(3, 16, 16), num_classes=20, generator=generator(1))
+    batch = load_batch(
+        open_source("sample", None), range(4), labels="unique", num_classes=20, generator=generator(2), image_size=16
+    )
+    update = share_update(net, "lenet", batch.images, batch.labels, 20, training=training, generator=generator(8))
+    own = training.shuffled(4, generator(8))
+    assert len({frozenset(map(frozenset, own.order[first : first + 2])) for first in (0, 2, 4)}) > 1
+    trial = labels_by_trial(update, net, generator())
+    assert sorted(trial.labels.tolist()) == sorted(batch.labels.tolist())
+    right = [
+        len({*trial.labels[list(mine)].tolist()} & {*batch.labels[list(theirs)].tolist()})
+        for mine, theirs in zip(trial.order, own.order, strict=True)
+    ]
+    assert sum(right) >= 8  # of 12, of which chance has 6
+    kept = LocalLabels.restored(vars(trial), 4, 20)
+    assert kept.order == trial.order
+    with pytest.raises(ValueError, match=r"local_labels\.order 4"):
+        LocalLabels.restored(vars(trial) | {"order": [[4]]}, 4, 20)
+    known = Known(4, None, torch.empty(0), None, local_labels=trial)
+    assert known.as_trained(update).training.order == trial.order
