@@ -309,7 +309,7 @@ def prepare(
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
-    return state, build_objective(update, model, known, pixels, settings), known
+    return state, build_objective(known.as_trained(update), model, known, pixels, settings), known
 
 
 def build_objective(
@@ -414,7 +414,6 @@ def run_attack(
             compare(began["digests"], digests)
         restored, scale, model, *ready = prepared(prepare, update, model, settings, granted, began)
         state, objective, known = ready
-        restored = known.ordered(restored)
         config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
         config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
         known = open_record(run, config, state, known, model, truth, began, digests)
@@ -438,7 +437,8 @@ def run_attack(
     if objective.scale:
         images, said = objective.scale.read(images)
         recorder.evidence = (*recorder.evidence, said)
-    replay = replayed(restored, model, known, images.clamp(0, 1), labels, state.evaluations // state.copies)
+    trained = known.as_trained(restored)
+    replay = replayed(trained, model, known, images.clamp(0, 1), labels, state.evaluations // state.copies)
     figures = recorder.finish(state, images, ended_by, config, replay)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 

@@ -56,6 +56,7 @@ class Means:
         max_seconds: after which a reading, or a search for labels, is aborted.
         tick: called now and then while either goes on.
         granted: the true labels (B,), where --label_strategy known grants them.
+        say: called with a line on what goes on, where that has one.
     """
 
     signals: str
@@ -63,6 +64,7 @@ class Means:
     max_seconds: float
     tick: Callable[[], object]
     granted: Tensor | None = None
+    say: Callable[[str], object] = str
 
     @property
     def reads(self) -> bool:
@@ -221,9 +223,7 @@ def _order(held: object, update: SharedUpdate) -> tuple[tuple[int, ...], ...] | 
     """The images of each step from a checkpoint."""
     if held is None:
         return None
-    steps, last = checked.sequence(held, "order"), update.batch_size - 1
-    parts = [checked.sequence(images, "a step of order") for images in steps]
-    order = tuple(tuple(checked.whole(image, "order", most=last) for image in images) for images in parts)
+    order = checked.order(held, "order", update.batch_size)
     if len(order) != update.training.steps:
         raise checked.DamagedError(f"order has {len(order)} steps, the training {update.training.steps}")
     return order
@@ -377,6 +377,6 @@ def _local_labels(
     if training.is_gradient or not needed:
         return None
     try:
-        return labels_by_trial(update, model, generator, labels, budget=clock)
+        return labels_by_trial(update, model, generator, labels, budget=clock, say=means.say)
     except ValueError:
         return None

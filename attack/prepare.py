@@ -77,10 +77,6 @@ class Known:
         """Whether the inputs of a stage are known of every image of the batch."""
         return self.inputs is not None and len(self.inputs) == self.batch_size
 
-    def ordered(self, update: SharedUpdate) -> SharedUpdate:
-        """The update, with the order of its steps, where that was found."""
-        return replace(update, training=replace(update.training, order=self.order)) if self.order else update
-
     @property
     def in_steps(self) -> bool:
         """Whether the images were read in the order of a client's steps."""
@@ -90,6 +86,13 @@ class Known:
     def is_replayed(self) -> bool:
         """Whether the client's steps, made again on what was read, were found to make the update."""
         return self.in_steps or self.drift is not None
+
+    def as_trained(self, update: SharedUpdate) -> SharedUpdate:
+        """The update with the order of the client's images in its steps, where that was sought and is believed."""
+        order, tried = self.order, self.local_labels
+        if order is None and tried is not None and tried.is_believed:
+            order = tried.order
+        return update if order is None else replace(update, training=replace(update.training, order=order))
 
     @property
     def is_followed(self) -> bool:

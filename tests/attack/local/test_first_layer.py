@@ -104,7 +104,7 @@ def test_an_order_that_the_client_drew_is_handed_on():
     known = read_ahead(client.update, client.net, Means("on", "optimise", 1e9, lambda: None), generator(3))
     assert known.is_exact
     assert sorted(sum(known.order, ())) == [0, 1, 2, 3]
-    again = known.ordered(client.update)
+    again = known.as_trained(client.update)
     assert left_over(again, client.net, known.pixels, known.labels) < 1e-4
     assert left_over(client.update, client.net, known.pixels, known.labels) > 1e-3
 
