@@ -308,7 +308,7 @@ def prepare(
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
-    return state, build_objective(update, model, known, pixels, settings), known
+    return state, build_objective(known.as_trained(update), model, known, pixels, settings), known
 
 
 def build_objective(
@@ -436,7 +436,8 @@ def run_attack(
     if objective.scale:
         images, said = objective.scale.read(images)
         recorder.evidence = (*recorder.evidence, said)
-    replay = replayed(restored, model, known, images.clamp(0, 1), labels, state.evaluations // state.copies)
+    trained = known.as_trained(restored)
+    replay = replayed(trained, model, known, images.clamp(0, 1), labels, state.evaluations // state.copies)
     figures = recorder.finish(state, images, ended_by, config, replay)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 

@@ -55,6 +55,7 @@ class Means:
         max_seconds: after which a reading, or a search for labels, is aborted.
         tick: called now and then while either goes on.
         granted: the true labels (B,), where --label_strategy known grants them.
+        say: called with a line on what goes on, where that has one.
     """
 
     signals: str
@@ -62,6 +63,7 @@ class Means:
     max_seconds: float
     tick: Callable[[], object]
     granted: Tensor | None = None
+    say: Callable[[str], object] = str
 
     @property
     def reads(self) -> bool:
@@ -332,6 +334,6 @@ def _local_labels(
     if training.is_gradient or not needed:
         return None
     try:
-        return labels_by_trial(update, model, generator, labels, budget=clock)
+        return labels_by_trial(update, model, generator, labels, budget=clock, say=means.say)
     except ValueError:
         return None

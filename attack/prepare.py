@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from attack.local.local_labels import LocalLabels
 from attack.read.signals import Signals
 from update.evidence import Evidence
+from update.shared import SharedUpdate
 
 # Expected relative error up to which activations are matched in the gradient's place. On LeNet, B = 8, they bring 30.5
 # dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
@@ -81,6 +82,12 @@ class Known:
     def is_replayed(self) -> bool:
         """Whether the client's steps, made again on what was read, were found to make the update."""
         return self.in_steps or self.drift is not None
+
+    def as_trained(self, update: SharedUpdate) -> SharedUpdate:
+        """The update with the order of the client's images in its steps, where that was sought and is believed."""
+        if self.local_labels is None or not self.local_labels.is_believed or self.local_labels.order is None:
+            return update
+        return replace(update, training=replace(update.training, order=self.local_labels.order))
 
     @property
     def is_followed(self) -> bool:

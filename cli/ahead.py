@@ -38,7 +38,7 @@ def known_ahead(
     """
     seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
     with ReadingBar(quiet=settings.quiet) as bar:
-        means = Means(settings.signals, settings.label_strategy, seconds, bar.update, granted)
+        means = Means(settings.signals, settings.label_strategy, seconds, bar.update, granted, bar.set_description)
         generator = stream(settings.seed, "signals")
         if began is not None:
             return known_again(update, model, means, generator, began)
