@@ -28,7 +28,7 @@ from attack.solve.levenberg import DampingRule, levenberg
 from network.head import Head
 from update.shared import SharedUpdate
 
-STARTS = 12  # from which the features are sought; the first is mostly enough
+STARTS = 8  # from which the features are sought; the first is mostly enough
 ITERATIONS = 60  # of each, at most; those that converge take 9 to 20
 TOGETHER = 128  # columns of the Jacobian that are computed at once
 
@@ -208,18 +208,24 @@ class _HeadInSteps:
         gram_factor, gram_failed = torch.linalg.cholesky_ex(gram)
         if failed or gram_failed:
             return q.new_full((size,), math.inf), q.new_ones(size)
-        transposed, squares, costs = self.jacobian(q), [], []
+        transposed = self.jacobian(q)
+        inside, turned = (
+            [],
+            [],
+        )  # (K, r) and (B, d) each: what noise is in the span, and how it turns features out of it
         for _ in range(NOISES):
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(q)
-            inside = noise @ span.right.T
-            turned = size * torch.cholesky_solve(counted @ (noise - inside @ span.right), gram_factor)  # (B, d)
-            column = torch.randn(len(weight), 1, generator=generator, dtype=torch.float64).to(q)
-            seen = torch.cat([inside, column], 1)[:, : self.target.shape[1]]
-            f = jvp(lambda z: self.trained(q, z)[0], (torch.zeros_like(weighted),), (turned @ weight.T,))[1] - seen
-            moved = -torch.cholesky_solve((transposed @ f.flatten())[:, None], factor)
-            squares.append(moved.view(size, -1).square().sum(1) + turned.square().sum(1))
-            costs.append(float((f.flatten() + transposed.T @ moved[:, 0]).square().sum()))
-        variance, mean = torch.var_mean(torch.stack(squares), 0)
-        shown = math.sqrt(cost / (sum(costs) / NOISES))
+            inside.append(noise @ span.right.T)
+            turned.append(size * torch.cholesky_solve(counted @ (noise - inside[-1] @ span.right), gram_factor))
+        column = torch.randn(NOISES, len(weight), 1, generator=generator, dtype=torch.float64).to(q)
+        seen = torch.cat([torch.stack(inside), column], 2)[:, :, : self.target.shape[1]]
+        off, lengths = (torch.stack([t @ weight.T for t in turned]), torch.stack([t.square().sum(1) for t in turned]))
+        still = torch.zeros_like(weighted)
+        pulled = vmap(lambda z: jvp(lambda missing: self.trained(q, missing)[0], (still,), (z,))[1])(off)
+        f = (pulled - seen).flatten(1)  # (draws, K (r + 1))
+        moved = -torch.cholesky_solve(transposed @ f.T, factor).T  # (draws, B r)
+        variance, mean = torch.var_mean(moved.view(len(f), size, -1).square().sum(2) + lengths, 0)
+        left = float((f + moved @ transposed).square().sum(1).mean())
+        shown = math.sqrt(cost / left)
         noise = span.noise if shown < EXPLAINED * span.noise else shown
         return mean.sqrt() * noise, (2 * mean.square() / variance).clamp(1, weight.shape[1])

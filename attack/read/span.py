@@ -26,7 +26,7 @@ to its length and sign.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,13 @@ class Span:
         """Coordinates (N, dim A) -> inputs (N, *input_shape)."""
         return (coordinates @ self.basis).view(-1, *self.geometry.input_shape)
 
+    def with_ones(self, bias_gradient: Tensor) -> "Span":
+        """The span with the vector `ones` that G maps to this (c_out,) gradient of the bias."""
+        if not self.rank:
+            return self
+        across = self.left.T @ (self.rows * bias_gradient.detach().to(self.rows).flatten())
+        return replace(self, ones=self.right.T @ (across / self.sigma))
+
     def weak(self, v: Tensor) -> Tensor:
         """|S^-1 v| of patches or deltas (..., P r) in the gradient's singular vectors."""
         return (v.unflatten(-1, (-1, self.rank)) / self.sigma).flatten(-2).norm(dim=-1)
@@ -153,15 +160,12 @@ def span_of(
     rank = int((sigma[: min(most, bound)] > EDGE * noise * (len(matrix) ** 0.5 + width**0.5)).sum())
     left, sigma = left[:, :rank], sigma[:rank]
     right = matrix.new_zeros(rank, matrix.shape[1]).masked_scatter_(seen.expand(rank, -1), right[:rank] @ outer.T)
-    ones = None
-    if bias_gradient is not None and rank:
-        ones = right.T @ ((left.T @ (rows * bias_gradient.detach().to(matrix).flatten())) / sigma)
     basis, outside, gap = _no_inputs(right, geometry)
     if spanned and not (centred and geometry.positions == 1):  # of a single patch the mean is all there is
         basis, outside, gap = consistent_inputs(right, geometry, batch_size, centred=centred)
-    if centred:
-        ones = _common(basis, right, geometry)
-    return Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones, centred)
+    ones = _common(basis, right, geometry) if centred else None
+    span = Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones, centred)
+    return span if bias_gradient is None or centred else span.with_ones(bias_gradient)
 
 
 def _common(basis: Tensor, right: Tensor, geometry: Geometry) -> Tensor | None:
