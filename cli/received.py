@@ -24,7 +24,8 @@ from network.tracing import stages_if_walked
 from network.zoo import ALL_OPTIONS
 from update.batchnorm import use_batch_statistics
 from update.declared import declared
-from update.evidence import Evidence, of_gradients, of_statistics
+from update.evidence import Evidence, of_statistics
+from update.examined import of_gradients
 from update.received import averaged_gradients, new_weights, recognised, statistics
 from update.shared import FACTS, SharedUpdate, is_of_update
 from update.storage import ENTERED, StorageError, read_tensors, read_text, room_for

@@ -16,7 +16,7 @@ from torch import nn
 from attack.read.clip_factor import by_head, common_factor, single_images, times, weighed
 from attack.read.reader import READING_WORK, glance
 from attack.read.signals import Signals
-from update.evidence import FIT, LOSS, SCALE, Evidence
+from update.evidence import ERRORS, FIT, LOSS, SCALE, Evidence
 from update.loss import Loss
 from update.shared import SharedUpdate
 
@@ -69,6 +69,7 @@ def explained(
         tick: called now and then.
     """
     tried, is_spanned, singles = 0, False, _Singles(update, model, generator)
+    has_tiny_errors = any(piece.topic == ERRORS for piece in update.evidence)  # rounding may keep images from fitting
     for supposition in _suppositions(update, model, nominal, singles):
         try:
             found = glance(
@@ -80,11 +81,14 @@ def explained(
             )
         except ValueError:  # a model that cannot be taken apart says nothing under any supposition
             return update
-        if found.told_apart == supposition.update.batch_size or (found.told_apart and not singles.are_weighted):
+        is_believed = found.told_apart and not (has_tiny_errors or singles.are_weighted)
+        if found.told_apart == supposition.update.batch_size or is_believed:
             return supposition.result(found.told_apart)
         tried, is_spanned = tried + 1, is_spanned or found.is_spanned
         if not is_spanned:
             return update
+    if has_tiny_errors:
+        return update
     said = _of_weights(singles.found) if singles.are_weighted else _nothing_fits(tried)
     return replace(update, evidence=(*update.evidence, said))
 

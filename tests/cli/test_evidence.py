@@ -133,6 +133,18 @@ def test_a_declared_loss_needs_no_word(client):
     assert client.levels == ["read", "read"]
 
 
+def test_a_network_that_has_learnt_its_images_is_no_other_client(client):
+    optimiser = torch.optim.Adam(client.net.parameters(), 0.003)
+    while (loss := cross_entropy(client.net(images()), LABELS)) > 1e-6:
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    torch.save(client.net.state_dict(), client.folder / "weights.pt")
+    client.attacked(client.gradients(), "--weights", client.folder / "weights.pt")
+    assert client.said["errors"]["figure"] < 1e-5
+    assert not any(piece["contradicts"] for piece in client.said.values())
+
+
 @pytest.mark.parametrize(
     ("loss", "topics"),
     [
