@@ -59,7 +59,7 @@ def forward_errors(
 
 def rounding_of_weights(update: SharedUpdate, model: nn.Module, name: str) -> float:
     """The share of a layer's gradient that rounding is, where the gradient is a difference of weights; else 0."""
-    reach, weight = update.training.reach, model.get_parameter(f"{name}.weight").detach()
+    reach, weight = update.training.reach, model.get_submodule(name).weight.detach()
     gradient = update.gradients[f"{name}.weight"]
     return precision_of(weight) * float(weight.norm() / (reach * gradient.norm())) if reach else 0.0
 
