@@ -165,7 +165,8 @@ class SharedUpdate:
     @property
     def is_rescaled(self) -> bool:
         """Whether the clients may have shortened the update below the length of an averaged gradient."""
-        return Defences.parse(self.defence).rescale
+        is_clipped = self.training.is_gradient and self.training.optimiser.clip is not None
+        return is_clipped or Defences.parse(self.defence).rescale
 
     def strength(self) -> float:
         """Root mean square over all entries of the gradients."""

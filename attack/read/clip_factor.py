@@ -62,7 +62,9 @@ def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generat
         factor, is_exact = common_factor(told), True
     if factor is None or factor < LEAST:
         raise ValueError("neither the head nor any single image tells by how much the update was scaled")
-    restored = times(update, factor)
+    training = update.training
+    optimiser = dataclasses.replace(training.optimiser, clip=None)  # the restored gradient is as long as it was
+    restored = dataclasses.replace(times(update, factor), training=dataclasses.replace(training, optimiser=optimiser))
     is_exact &= not Defences.parse(update.defence).uneven
     return dataclasses.replace(restored, defence="none") if is_exact else restored, factor
 

@@ -21,6 +21,11 @@ from update.loss import Loss
 PAIRED = 100.0  # expected errors by which a certificate may be off: of true images up to 13 were seen, of others 190
 LEFT = 1e-3  # share of a layer's gradient that one step on its images may leave
 NOISY = 30.0  # or so many times what noise is of it
+FINE = 1e-4  # share of a layer's gradient that noise may be: with more, deltas name wrong labels
+BLURRED = 3.0  # or so many times what the expected errors of the images move
+DRAWS = 3  # of such errors
+SWEEPS = 20  # through the images, at most, in the search of their labels
+MOST = 10**8  # numbers that all images with all labels may take
 
 
 def against_one_step(
@@ -46,41 +51,79 @@ def against_one_step(
             "where a mean has 1"
         )
         return (_of_other_steps(said, float(off.max())),)
-    if found.complete or not 1 < span.dimension == found.batch_size:
+    if found.complete or not 1 < span.dimension == found.batch_size or span.noise_share > FINE:
         return ()
     try:
-        left = left_of_one_step(equations, generator, budget)
+        found = left_of_one_step(equations, generator, budget)
     except OutOfTimeError:
         return ()
-    if left is None or left <= max(LEFT, NOISY * span.noise_share):
+    if found is None or found[0] <= max(LEFT, NOISY * span.noise_share, BLURRED * found[1]):
         return ()
-    said = f"one step on the images that zeros tell apart leaves {left:.2g} of the part of {layer.name}"
-    return (_of_other_steps(said, left),)
+    said = f"one step on the images that zeros tell apart leaves {found[0]:.2g} of the part of {layer.name}"
+    return (_of_other_steps(said, found[0]),)
 
 
-def left_of_one_step(equations: ImageEquations, generator: torch.Generator, budget: WorkBudget) -> float | None:
+def left_of_one_step(
+    equations: ImageEquations, generator: torch.Generator, budget: WorkBudget
+) -> tuple[float, float] | None:
     """The share of the layer's weighted gradient that one step on its images leaves, with their best labels.
 
-    None where zeros do not tell all images apart.
+    Beside it stands by how much of the gradient this moves where the images are moved by their expected errors. None
+    where zeros do not tell all images apart.
 
     Raises:
         OutOfTimeError: the budget's clock has run out.
     """
     span = equations.span
-    c, _ = told_by_zeros(equations, generator, budget)
-    if len(c) < span.batch_size:
-        return None
-    patches = (span.geometry.patches(span.inputs(c)) @ span.right.T).flatten(0, 1)  # (B P, r)
     goal = span.batch_size * span.sigma[:, None] * span.left.T  # (r, c_out)
+    c, zeros = told_by_zeros(equations, generator, budget)
+    if len(c) < span.batch_size or len(c) * equations.all_deltas(c[:1]).shape[1] * goal.numel() > MOST:
+        return None
+    every = _contributions(equations, c)
+    labels = _best_labels(every, goal, _nearest_labels(equations, c, goal), budget)
+    left, moved = _made(every, labels) - goal, 0.0
+    errors = equations.by_zeros(c, zeros)[1] * c.norm(dim=1) / c.shape[1] ** 0.5
+    for _ in range(DRAWS):
+        other = c + errors[:, None] * torch.randn(c.shape, generator=generator, dtype=c.dtype).to(c)
+        moved = max(moved, float((_made(_contributions(equations, other), labels) - goal - left).norm()))
+    return float(left.norm() / goal.norm()), moved / float(goal.norm())
+
+
+def _nearest_labels(equations: ImageEquations, c: Tensor, goal: Tensor) -> Tensor:
+    """The labels (B,) whose deltas come nearest to those with which the inputs make the goal (r, c_out)."""
+    span, every = equations.span, equations.all_deltas(c)
+    patches = (span.geometry.patches(span.inputs(c)) @ span.right.T).flatten(0, 1)  # (B P, r)
     deltas = torch.linalg.lstsq(patches.T, goal).solution.view(len(c), 1, -1)
-    every = equations.all_deltas(c)
     own = (by_position(every.flatten(0, 1)) * span.rows).view(*every.shape[:2], -1)  # (B, K, P c_out)
-    best = own[torch.arange(len(c)), (own - deltas).norm(dim=2).argmin(1)]
-    return _share(patches.T @ best.view(len(patches), -1) - goal, goal)
+    return (own - deltas).norm(dim=2).argmin(1)
 
 
-def _share(left: Tensor, whole: Tensor) -> float:
-    return float(left.norm() / whole.norm())
+def _best_labels(every: Tensor, goal: Tensor, labels: Tensor, budget: WorkBudget) -> Tensor:
+    """The labels (B,) that leave least of the goal (r, c_out), changed one at a time until none leaves less."""
+    left = _made(every, labels) - goal
+    for _ in range(SWEEPS):
+        before = labels.clone()
+        for i in range(len(every)):
+            budget.check()
+            others = left - every[i, labels[i]] + every[i]
+            best = int(others.flatten(1).norm(dim=1).argmin())
+            labels[i], left = best, others[best]
+        if torch.equal(before, labels):
+            break
+    return labels
+
+
+def _contributions(equations: ImageEquations, c: Tensor) -> Tensor:
+    """What each input of c (B, dim A) adds to B times the gradient with each label, (B, K, r, c_out)."""
+    span, every = equations.span, equations.all_deltas(c)
+    patches = span.geometry.patches(span.inputs(c)) @ span.right.T  # (B, P, r)
+    deltas = (by_position(every.flatten(0, 1)) * span.rows).unflatten(0, every.shape[:2])  # (B, K, P, c_out)
+    return patches.transpose(1, 2)[:, None] @ deltas
+
+
+def _made(every: Tensor, labels: Tensor) -> Tensor:
+    """The sum (r, c_out) over the inputs, each with its label."""
+    return every[torch.arange(len(labels), device=labels.device), labels].sum(0)
 
 
 def _of_other_steps(said: str, figure: float) -> Evidence:

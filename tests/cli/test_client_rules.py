@@ -153,3 +153,11 @@ def test_clipped_gradients_of_one_step_are_shared_clipped(cli):
     norm = sum(float(g.square().sum()) for g in update.gradients.values()) ** 0.5
     assert norm == pytest.approx(0.01, rel=1e-3)
     assert update.training.optimiser == LocalOptimiser(clip=0.01)
+
+
+def test_the_gradient_of_one_clipped_step_is_read_as_that_of_a_clipping_defence(cli):
+    flags = ["--labels", "unique", "--num_classes", 20, "--signals", "auto"]
+    run = cli("--local_clip", 0.01, *flags)
+    assert metrics_of(run)["signals_found"] == 3
+    assert config_of(run)["scale"] > 1
+    assert metrics_of(run)["unexplained"] < 1
