@@ -1,7 +1,7 @@
 """What the server knows before the first step: read from the update, unmixed, inferred, or granted."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,10 +18,11 @@ from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
 from attack.read.clip_factor import unscaled
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
-from attack.read.reader import COLUMNS, READING_WORK, Reading, ReadingAbortedError, read_layers
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
-from network.chain import input_shapes
+from network.chain import input_shapes, is_walked
 from network.head import Head
 from network.tracing import stages
 from network.zoo import place_of
@@ -89,30 +90,30 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     Raises:
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
-    reading, features, is_aborted = None, torch.empty(0), False
+    reading, failure, features = None, None, torch.empty(0)
     clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
     if means.reads:
         try:
             reading = _read(update, model, means, generator, clock)
         except ValueError as error:
-            if means.signals == "on":
-                raise ValueError(f"--signals on: {error}") from None
-            is_aborted = isinstance(error, ReadingAbortedError)
+            failure = error
     elif means.signals == "ica":
         try:
             features = unmixed_features(update, model, generator=generator)
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    signals = None if reading is None else reading.signals
-    local_labels = None if signals else _local_labels(update, model, means, generator, labels, clock)
-    in_steps = reading is not None and reading.in_steps
-    known = _known(update, model, signals, features, labels, local_labels, in_steps=in_steps)
+    local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
+    reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
+    if reading is None and failure is not None and means.signals == "on":
+        raise ValueError(f"--signals on: {failure}")
+    is_aborted, signals = isinstance(failure, ReadingAbortedError), None if reading is None else reading.signals
+    steps = _steps(update, len(reading)) if reading and reading.in_steps else ()
+    known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
         return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    kept = ("layers", "recovered", "seconds", "is_aborted", "in_steps", "drift")
-    facts = {name: getattr(reading, name) for name in kept}
-    known = replace(_at_stage(known, update, model, reading.start, reading.inputs), **facts)
+    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "drift")}
+    known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
@@ -164,7 +165,6 @@ def known_again(
         "layers": _layer_rows(began["layers"]),
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
-        "in_steps": checked.switch(began["in_steps"], "in_steps"),
     }
     signals = local_labels = None
     if began["signals"] is not None:
@@ -175,12 +175,20 @@ def known_again(
     if signals is None and means.signals == "ica":
         features = unmixed_features(update, model, generator=generator)
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    known = _known(update, model, signals, features, labels, local_labels, in_steps=facts["in_steps"])
+    in_steps = checked.switch(began["in_steps"], "in_steps") and signals is not None
+    steps = _steps(update, len(signals)) if in_steps else ()
+    known = _known(update, model, signals, features, labels, local_labels, steps)
     if signals is not None:
         chain = stages(model)
         start = checked.whole(began["start"], "start", most=len(chain) - 1)
         shape = (len(signals), *input_shapes(chain, update.image_shape)[start])
-        known = _at_stage(known, update, model, start, checked.tensor(began["inputs"], "inputs", shape, torch.float64))
+        known = _at_stage(
+            replace(known, **facts),
+            update,
+            model,
+            start,
+            checked.tensor(began["inputs"], "inputs", shape, torch.float64),
+        )
     evidence = tuple(_piece(piece) for piece in checked.sequence(began["evidence"], "evidence"))
     return replace(known, drift=drift, evidence=evidence, **facts)
 
@@ -219,19 +227,23 @@ def _known(
     features: Tensor,
     labels: Tensor | None,
     local_labels: LocalLabels | None,
-    *,
-    in_steps: bool = False,
+    steps: Sequence[int],
 ) -> Known:
     """Signals, features at the server's weights, and labels, where the model is."""
     place = place_of(model)
     if signals is not None:
         signals = signals.to(place["device"])
-        first = update.training.sizes_of(update.batch_size)[0] if in_steps else len(signals)
-        features = signals.values[:first]
+        features = signals.values[: steps.count(0) if steps else None]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
     labels = all_labels(signals, labels)
-    return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels)
+    return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels, steps=steps)
+
+
+def _steps(update: SharedUpdate, count: int) -> list[int]:
+    """The steps of so many images, in the order of the steps."""
+    sizes = update.training.sizes_of(update.batch_size)
+    return [step for step, size in enumerate(sizes) for _ in range(size)][:count]
 
 
 def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> Known:
@@ -239,7 +251,7 @@ def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, 
     place, below = place_of(model), stages(model)[:start]
     inputs = inputs.to(place["device"])
     pixels = None if start else inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
-    enough = says_enough(below, update.image_shape, inputs)
+    enough = says_enough(below, update.image_shape, inputs) and (is_walked(below) or not known.in_steps)
     return replace(known, start=start, inputs=inputs, pixels=pixels, says_enough=enough)
 
 
@@ -266,6 +278,25 @@ def _read(
             if isinstance(error, ReadingAbortedError):
                 raise
     return _as_gradient(update, model, **how)
+
+
+def _by_labels(
+    update: SharedUpdate,
+    model: nn.Module,
+    means: Means,
+    generator: torch.Generator,
+    found: LocalLabels | None,
+    clock: WorkBudget,
+) -> Reading | None:
+    """A reading of the head in one pass from labels and minibatches that were found by trial; None where it fails."""
+    if found is None or not (means.reads and found.is_believed and is_one_pass(update.training)):
+        return None
+    left = max(0.0, clock.deadline - time.perf_counter())
+    how = {"generator": generator, "max_seconds": left, "tick": means.tick}
+    try:
+        return read_layers(update, model, in_steps=True, labels=found.labels, **how)
+    except ValueError:
+        return None
 
 
 def _as_gradient(update: SharedUpdate, model: nn.Module, **how: object) -> Reading:

@@ -43,7 +43,7 @@ class Known:
         inputs: (N, ...), the inputs of that stage.
         pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
-        in_steps: whether the images were read in the order of a client's steps, each at its own step's weights.
+        steps: the step of each of the N images, ascending, where each was read at its own step's weights; else empty.
         drift: of several steps that were read as one gradient, see `attack.local.as_gradient`; else None.
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
@@ -59,7 +59,7 @@ class Known:
     inputs: Tensor | None = None
     pixels: Tensor | None = None
     says_enough: bool = True
-    in_steps: bool = False
+    steps: Sequence[int] = ()
     drift: float | None = None
     local_labels: LocalLabels | None = None
     evidence: tuple[Evidence, ...] = ()
@@ -72,6 +72,11 @@ class Known:
     def is_complete(self) -> bool:
         """Whether the inputs of a stage are known of every image of the batch."""
         return self.inputs is not None and len(self.inputs) == self.batch_size
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the images were read in the order of a client's steps."""
+        return bool(self.steps)
 
     @property
     def is_replayed(self) -> bool:
@@ -87,7 +92,7 @@ class Known:
     @property
     def is_followed(self) -> bool:
         """Whether what is known of all images takes the place of the gradient, rather than standing beside it."""
-        is_exact = self.says_enough and self.uncertainty <= FOLLOWED and not self.in_steps
+        is_exact = self.says_enough and self.uncertainty <= FOLLOWED
         return self.is_complete and (self.pixels is not None or is_exact)
 
     @property

@@ -272,7 +272,7 @@ def _in_json(value: object) -> object:
 
 def _training_figures(known: Known) -> dict:
     """The keys of metrics.json for local training; empty for a single step."""
-    if known.drift is None and known.local_labels is None:
+    if not known.is_replayed and known.local_labels is None:
         return {}
     tried, figures = known.local_labels, {"exact_way": known.is_followed, "local_drift": _in_json(known.drift)}
     if tried is None:
@@ -291,8 +291,11 @@ def _signal_figures(known: Known, *, is_sure: bool) -> dict:
         return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said
     confidence = signals.confidence * is_sure
     columns = (signals.labels, signals.certificates, confidence, signals.uncertainty, signals.residuals)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    columns = [column.tolist() for column in columns]
     names = ("label", "certificate", "confidence", "uncertainty", "residual")
+    if known.in_steps:
+        columns, names = [*columns, known.steps], (*names, "step")
+    rows = zip(*columns, strict=True)
     return {
         "signals_found": len(signals),
         "signals_rank": len(signals),

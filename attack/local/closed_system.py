@@ -1,20 +1,19 @@
-"""The part of a network above a layer, in training: a closed system on the inputs of that layer.
+"""The part of a network from a stage up, in training: a closed system on the inputs of that stage.
 
-A client that goes through its images once uses each image at one step, with the weights of that step. The layer and all
-above it change by gradients that the layer's inputs and the labels give, however far the layers below drift. So whoever
+A client that goes through its images once uses each image at one step, with the weights of that step. The stages from
+there up change by gradients that the stage's inputs and the labels give, however far the stages below drift. So whoever
 knows these inputs knows the weights above at every step, and what this part of the network adds to the update:
 
     W_t = alpha_t W_0 - sum_{s<t} beta_t,s g_s(W_s; inputs and labels of step s)
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from attack.read.layer_choice import CandidateLayer, candidate_layers
-from network.chain import modules
+from network.chain import mixes_images, modules
 from network.parametrised import is_made
 from network.stage import Chain, run
 from network.tracing import stages
@@ -29,37 +28,34 @@ def is_one_pass(training: LocalTraining) -> bool:
 
 
 class ClosedSystem:
-    """A layer and the network above it, at the weights of one step after the other.
+    """A network from a stage up, at the weights of one step after the other.
 
     Args:
         update: of a client that made one pass.
         model: that the server sent out; it stays as it is.
-        name: of the layer, one of `candidate_layers`.
+        index: of the stage, in the model's chain.
 
     Attributes:
-        layer: the layer, at the present weights; so is all of `above`, the chain from the layer's stage on.
+        chain: of the network, in float64, from the stage on at the present weights; below it at the server's.
         sizes: images in each step.
         counts: how much an image of each step counts in the update, where 1 is its share in a mean over all images.
 
     Raises:
-        ValueError: the layers above depend on more than the inputs of this layer; the message says why.
+        ValueError: the stages depend on more than the inputs of the first of them; the message says why.
     """
 
-    def __init__(self, update: SharedUpdate, model: nn.Module, name: str) -> None:
+    def __init__(self, update: SharedUpdate, model: nn.Module, index: int) -> None:
         own = copy.deepcopy(model).double().requires_grad_(False)
-        chain = stages(own)
-        self.layer: CandidateLayer = {
-            layer.name: layer for layer in candidate_layers(chain, update.image_shape, update.gradients)
-        }[name]
-        self.above: Chain = chain[self.layer.index :]
-        if self.layer.mixes:
-            raise ValueError("BatchNorm in training mode mixes the images of a step above it")
+        self.chain: Chain = stages(own)
+        self.above = self.chain[index:]
+        if mixes_images(modules(self.above)):
+            raise ValueError("BatchNorm in training mode mixes the images of a step")
         self.training, count = update.training, update.batch_size
-        self.sizes = [len(part) for part in self.training.schedule(count)]
+        self.sizes = self.training.sizes_of(count)
         self._table = self.training.coefficients()
         last = self._table.beta[-1]
         self.counts = (last * count / (last.sum() * torch.tensor(self.sizes))).tolist()
-        self._weights = _trained(own, chain, self.layer.index, update.gradients)
+        self._weights = _trained(own, self.chain, index, update.gradients)
         self._first = {name: weight.clone() for name, weight in self._weights.items()}
         self._learnt: list[dict[str, Tensor]] = []
 
@@ -74,7 +70,7 @@ class ClosedSystem:
         self._move()
 
     def learn(self, inputs: Tensor, labels: Tensor) -> None:
-        """Make the next step, on the layer's inputs (b, ...) with labels (b,)."""
+        """Make the next step, on the stage's inputs (b, ...) with labels (b,)."""
         for weight in self._weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad():
@@ -85,21 +81,38 @@ class ClosedSystem:
         self._learnt.append(dict(zip(self._weights, gradients, strict=True)))
         self._move()
 
+    def parts(self, count: int) -> Iterator[slice]:
+        """The images of each step, of so many in the order of the steps."""
+        first = 0
+        for size in self.sizes:
+            if first < count:
+                yield slice(first, min(count, first + size))
+            first += size
+
     def at_the_head(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and softmax errors of images, from the layer's inputs (N, ...), in the order of their steps."""
+        """Features and softmax errors of images, from the stage's inputs (N, ...), in the order of their steps."""
         self.restart()
-        features, errors, first = [], [], 0
-        while first < len(inputs):
-            part = slice(first, first + self.sizes[self.step])
+        features, errors = [], []
+        for part in self.parts(len(inputs)):
             features.append(run(self.above[:-1], inputs[part]))
             errors.append(self.training.loss.errors(run(self.above[-1:], features[-1]), labels[part]))
             self.learn(inputs[part], labels[part])
-            first = part.stop
         return torch.cat(features), torch.cat(errors)
+
+    def deltas(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """The derivative of each image's own loss by the stage's inputs (N, ...), in the order of their steps."""
+        self.restart()
+        found = []
+        for part in self.parts(len(inputs)):
+            leaf = inputs[part].detach().clone().requires_grad_()
+            with torch.enable_grad():
+                found.append(self.training.loss.delta(run(self.above, leaf), labels[part], leaf))
+            self.learn(inputs[part], labels[part])
+        return torch.cat(found)
 
     @property
     def update(self) -> dict[str, Tensor]:
-        """The part of the update that the steps made so far are, by parameter name."""
+        """What the steps made so far add to the update, by parameter name."""
         last = self._table.beta[-1]
         shares = (last / last.sum()).tolist()
         return {

@@ -20,15 +20,19 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attack.local.closed_system import ClosedSystem
 from attack.read.by_zeros import told_by_zeros
 from attack.read.candidates import ImageEquations, by_position, nobody
+from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.peel import unmix
 from attack.read.signals import Signals
 from attack.read.span import Span
-from attack.solve.budget import OutOfTimeError, WorkBudget
+from attack.solve.budget import WorkBudget
+from network.chain import index_of
+from network.tracing import stages
+from update.shared import SharedUpdate
 
 PAIRED = 30.0  # expected errors by which a true image's certificate may be off: up to 13 were seen, of others 700
 UNPAIRED = 1e-2  # but never by more
@@ -38,13 +42,43 @@ REPLAYED = 10.0  # times what the images' expected errors leave that a replay ma
 CLOSE = 1e-2  # but never a larger share of the layer's gradient: a training that breaks the network repeats nothing
 SWAPS = 1.0  # times the same, from which on another order of the images is tried
 ROUNDS = 12  # of such trials, at most
+SCALINGS = 8  # steps of Newton's method to the scale at which a certificate is 1
+STRIDE = 0.1  # largest step of the scale's logarithm
+NUDGE = 1e-4  # of the scale's logarithm, by which certificates are differentiated
+SHARE = 0.2  # of the work for single steps, where zeros have not told all images
+
+
+def peel_in_time(
+    update: SharedUpdate, model: nn.Module, name: str, span: Span, generator: torch.Generator, budget: WorkBudget
+) -> Signals:
+    """The images of a client's one pass that a layer tells apart, in the order of their steps.
+
+    Args:
+        update: the client's.
+        model: that the server sent out.
+        name: of the layer, one of `candidate_layers`.
+        span: of its part of the update.
+        generator: what programmes and starts are drawn from (on the CPU).
+        budget: images that are not found before its work or its time is spent are omitted.
+
+    Raises:
+        ValueError: the layers above it depend on more than its inputs.
+        OutOfTimeError: the budget's clock has run out before anything was certain.
+    """
+    system = ClosedSystem(update, model, index_of(stages(model), name))
+    layers = candidate_layers(system.chain, update.image_shape, update.gradients)
+    (layer,) = (layer for layer in layers if layer.name == name)
+    gradient = update.gradients[f"{name}.weight"]
+    return PeelInTime(system, layer, span, gradient, generator, budget).told_apart()
 
 
 @dataclass(frozen=True)
 class _Order:
-    """Which images, as indices (b,), are in each step, and the labels (B,) of all."""
+    """Which images, as indices (b,), are in each step; the coordinates (B, dim A), zeros and labels (B,) of all."""
 
     parts: list[Tensor]
+    c: Tensor
+    zeros: Tensor
     labels: Tensor
 
 
@@ -52,7 +86,8 @@ class PeelInTime:
     """One layer's images.
 
     Args:
-        system: the network above.
+        system: the network from the layer's stage up.
+        layer: one of the system's own `candidate_layers`.
         span: of the layer's part of the update.
         gradient: of the layer's weight in the update.
         generator: what programmes and starts are drawn from (on the CPU).
@@ -60,17 +95,20 @@ class PeelInTime:
     """
 
     def __init__(
-        self, system: ClosedSystem, span: Span, gradient: Tensor, generator: torch.Generator, budget: WorkBudget
+        self,
+        system: ClosedSystem,
+        layer: CandidateLayer,
+        span: Span,
+        gradient: Tensor,
+        generator: torch.Generator,
+        budget: WorkBudget,
     ) -> None:
-        self.system, self.span, self.generator, self.budget = system, span, generator, budget
+        self.system, self.layer, self.span, self.generator, self.budget = system, layer, span, generator, budget
         self.gradient = gradient.reshape(len(span.rows), -1).to(span.basis) * span.rows[:, None]
 
     def told_apart(self) -> Signals:
         """The images found, in the order of their steps: all of each step but, maybe, the last."""
-        try:
-            found = self._all_by_zeros()
-        except OutOfTimeError:
-            return nobody(self.span)
+        found = self._all_by_zeros()
         return self._peeled() if found is None else found
 
     # ------------------------------------------------------------------------------------------------
@@ -78,51 +116,74 @@ class PeelInTime:
 
     def _all_by_zeros(self) -> Signals | None:
         """All images of the batch, where their zeros tell them and their replay is the update; None where not."""
-        span = self.span
-        if not self.system.layer.inputs.is_sparse or not 1 < span.dimension == span.batch_size:
+        span = self._scaled_span
+        if span is None or not self.layer.inputs.is_sparse or not 1 < span.dimension == span.batch_size:
             return None
-        c, zeros = told_by_zeros(self._equations(), self.generator, self.budget)
+        c, zeros = told_by_zeros(self._equations(span), self.generator, self.budget)
         if len(c) < span.batch_size:
             return None
-        order = self._ordered(c)
-        found = self._described(c, zeros, order)
-        expected, left = self._expected(found), self._left(c, order)
-        for _ in range(ROUNDS):
+        order = self._ordered(c, zeros)
+        found = self._described(order)
+        expected, left = self._expected(found), self._left_in(order)
+        for _ in range(0 if self.is_rough else ROUNDS):
             if left <= SWAPS * expected:
                 break
-            swapped = min(self._swapped(order), key=lambda other: self._left(c, other))
-            if self._left(c, swapped) >= left:
+            swapped = min(self._swapped(order), key=self._left_in)
+            if self._left_in(swapped) >= left:
                 break
-            order, left = swapped, self._left(c, swapped)
-        return self._described(c, zeros, order) if left <= min(CLOSE, REPLAYED * expected) else None
+            order, left = swapped, self._left_in(swapped)
+        return self._described(order) if left <= min(CLOSE, REPLAYED * expected) else None
 
-    def _ordered(self, c: Tensor) -> _Order:
+    @property
+    def is_rough(self) -> bool:
+        """Whether a BatchNorm behind the layer, which the client trains, tells the scale of inputs, nearly."""
+        return self.span.ones is None
+
+    @property
+    def _scaled_span(self) -> Span | None:
+        """The span with what tells the scale of inputs; None where nothing does."""
+        if not self.is_rough:
+            return self.span
+        told = self.layer.bias_gradient
+        return None if told is None else self.span.with_ones(told)
+
+    def _ordered(self, c: Tensor, zeros: Tensor) -> _Order:
         """Step after step, the images whose deltas the tail gives best."""
-        system, deltas = self.system, self._deltas(c)
-        values, rest = self.span.inputs(c), torch.arange(len(c), device=c.device)
-        parts, labels = [], torch.zeros(len(c), dtype=torch.long, device=c.device)
+        system, deltas, c = self.system, self._deltas(c), c.clone()
+        parts, labels, rest = [], torch.zeros_like(c[:, 0], dtype=torch.long), torch.arange(len(c), device=c.device)
         system.restart()
         for size, count in zip(system.sizes, system.counts, strict=True):
             off, own = self._off(c[rest], deltas[rest] / count)
-            nearest = off.argsort()[:size]
-            parts.append(rest[nearest])
-            labels[parts[-1]] = own[nearest]
-            system.learn(values[parts[-1]], labels[parts[-1]])
-            rest = rest[off.argsort()[size:]]
-        return _Order(parts, labels)
+            order = off.argsort()
+            part = rest[order[:size]]
+            labels[part] = own[order[:size]]
+            if self.is_rough:
+                c[part] = self._paired(c[part], zeros[part], labels[part])
+            system.learn(self.span.inputs(c[part]), labels[part])
+            parts.append(part)
+            rest = rest[order[size:]]
+        return _Order(parts, c, zeros, labels)
+
+    def _paired(self, c: Tensor, zeros: Tensor, labels: Tensor) -> Tensor:
+        """Coordinates (b, dim A) of images of the present step, scaled such that their certificates are 1."""
+        equations = self._equations()
+        for _ in range(SCALINGS):
+            certificates, slope = _certificates(equations, c, zeros, labels)
+            c = c * ((1 - certificates) / slope).clamp(-STRIDE, STRIDE).exp()[:, None]
+        return c
 
     def _deltas(self, c: Tensor) -> Tensor:
         """The deltas (B, P c_out) with which these inputs give the gradient, their rows weighted as in the span."""
         span = self.span
         patches = span.geometry.patches(span.inputs(c)) @ span.right.T
         goal = span.batch_size * span.sigma[:, None] * span.left.T  # (r, c_out)
-        return torch.linalg.lstsq(patches.flatten(0, 1).T, goal).solution.view(len(c), -1)
+        return torch.linalg.lstsq(patches.flatten(0, 1).T, goal).solution.reshape(len(c), -1)
 
     def _off(self, c: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
         """How far the tail's deltas are from these (N, P c_out), relative to them, and with which label, (N,) each."""
         every = self._equations().all_deltas(c)
         own = by_position(every.flatten(0, 1)) * self.span.rows
-        off = (own.view(*every.shape[:2], -1) - deltas[:, None]).norm(dim=2) / deltas.norm(dim=1, keepdim=True)
+        off = (own.reshape(*every.shape[:2], -1) - deltas[:, None]).norm(dim=2) / deltas.norm(dim=1, keepdim=True)
         return off.min(1)
 
     def _swapped(self, order: _Order) -> Iterator[_Order]:
@@ -135,14 +196,19 @@ class PeelInTime:
                         parts[later][i], parts[earlier][j] = order.parts[earlier][j], order.parts[later][i]
                         yield replace(order, parts=parts)
 
-    def _left(self, c: Tensor, order: _Order) -> float:
-        """The share of the layer's weighted gradient that a replay of the training leaves."""
+    def _left_in(self, order: _Order) -> float:
+        """The share of the layer's weighted gradient that a replay of the training in this order leaves."""
         self.budget.check()
-        values, system = self.span.inputs(c), self.system
+        each = torch.cat(order.parts)
+        return self._left(self.span.inputs(order.c[each]), order.labels[each])
+
+    def _left(self, values: Tensor, labels: Tensor) -> float:
+        """The same of inputs (B, ...) with labels (B,), in the order of their steps."""
+        system = self.system
         system.restart()
-        for part in order.parts:
-            system.learn(values[part], order.labels[part])
-        replayed = system.update[f"{system.layer.name}.weight"].reshape(self.gradient.shape)
+        for part in system.parts(len(values)):
+            system.learn(values[part], labels[part])
+        replayed = system.update[f"{self.layer.name}.weight"].reshape(self.gradient.shape)
         return float((replayed * self.span.rows[:, None] - self.gradient).norm() / self.gradient.norm())
 
     def _expected(self, found: Signals) -> float:
@@ -152,12 +218,18 @@ class PeelInTime:
         blurred = (sizes * found.uncertainty).norm() / (self.span.batch_size * self.gradient.norm())
         return float(torch.hypot(blurred, blurred.new_tensor(self.span.noise_share)))
 
-    def _described(self, c: Tensor, zeros: Tensor, order: _Order) -> Signals:
+    def _described(self, order: _Order) -> Signals:
         """The images as signals, step by step, the surest of a step first."""
         found = nobody(self.span)
         self.system.restart()
         for part in order.parts:
-            own = self._equations().described(c[part], zeros[part], order.labels[part]).surest_first()
+            equations, c, zeros = self._equations(self._scaled_span), order.c[part], order.zeros[part]
+            own = equations.described(c, zeros, order.labels[part])
+            if self.is_rough:  # the scale is that of the certificates, and what told it nearly says nothing of errors
+                _, slope = _certificates(equations, c, zeros, own.labels)
+                scale = equations.pairing_noise(c, own.deltas) / slope.abs()
+                own = replace(own, uncertainty=torch.hypot(equations.by_zeros(c, zeros)[1], scale))
+            own = own.surest_first()
             found = found.joined(own)
             self.system.learn(own.values, own.labels)
         return found
@@ -167,10 +239,10 @@ class PeelInTime:
 
     def _peeled(self) -> Signals:
         """The images of one step after the other, as far as the network above is known."""
-        system, layer, found = self.system, self.system.layer, nobody(self.span)
+        system, layer, found = self.system, self.layer, nobody(self.span)
         system.restart()
         for step, size in enumerate(system.sizes):
-            budget = self.budget.part(1 / (len(system.sizes) - step))
+            budget = self.budget.part(SHARE / (len(system.sizes) - step))
             own = unmix(
                 self._own_span(),
                 layer.layer,
@@ -187,9 +259,10 @@ class PeelInTime:
             own = own.pick(own.residuals.argsort()[:size]).surest_first()
             found = found.joined(own)
             if len(own) < size:
-                break
+                return found
             system.learn(own.values, own.labels)
-        return found
+        is_certified = self._left(found.values, found.labels) <= min(CLOSE, REPLAYED * self._expected(found))
+        return found if is_certified else found.pick(torch.arange(system.sizes[0], device=found.labels.device))
 
     def _are_enough(self, size: int, found: Signals) -> bool:
         """Whether so many of the images speak for themselves."""
@@ -216,12 +289,17 @@ class PeelInTime:
     # ------------------------------------------------------------------------------------------------
     # At the present step
 
-    def _own_span(self) -> Span:
-        """The span, scaled such that an image of the present step counts as one of a mean."""
-        count = self.system.counts[self.system.step]
-        return replace(self.span, sigma=self.span.sigma / count, noise=self.span.noise / count)
+    def _own_span(self, span: Span | None = None) -> Span:
+        """A span (None: the layer's own), scaled such that an image of the present step counts as one of a mean."""
+        span, count = span or self.span, self.system.counts[self.system.step]
+        return replace(span, sigma=span.sigma / count, noise=span.noise / count)
 
-    def _equations(self) -> ImageEquations:
-        """Of a single image of the present step."""
-        layer = self.system.layer
-        return ImageEquations(self._own_span(), layer.layer, layer.tail, self.system.training.loss)
+    def _equations(self, span: Span | None = None) -> ImageEquations:
+        """Of a single image of the present step, in a span, or in the layer's own."""
+        return ImageEquations(self._own_span(span), self.layer.layer, self.layer.tail, self.system.training.loss)
+
+
+def _certificates(equations: ImageEquations, c: Tensor, zeros: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The certificates (N,) of inputs, and their derivative by the logarithm of the inputs' scale."""
+    here, there = (equations.described(factor * c, zeros, labels).certificates for factor in (1.0, 1 + NUDGE))
+    return here, (there - here) / NUDGE

@@ -27,6 +27,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from attack.match.below import TrainedBelow
 from attack.match.entries import Entries
 from attack.match.gradients import Matching
 from attack.match.phases import MEASURED_AT, UNITS, Course, Phase, is_pooled, phases_for
@@ -97,6 +98,7 @@ class ForwardLoss:
         observed: what the update's entries say of the gradient, if some were left out. Rounded entries are matched as
             they were sent: by the likelihood of their rounding LeNet has 0.6 dB less, in evaluations of twice the time.
         client_loss: of each image, by which delta is told.
+        below: how the stages below were trained, where the inputs are those of a client's several steps.
 
     The attribute `uncertainty` is the square root of the activations' term at the true images, which the error of the
     inputs leaves. `grey` are the images (B, C, H, W) by whose errors all terms are divided.
@@ -115,8 +117,9 @@ class ForwardLoss:
         uses_gradients: bool | None = None,
         observed: Entries | None = None,
         client_loss: Loss = CROSS_ENTROPY,
+        below: TrainedBelow | None = None,
     ) -> None:
-        self.name, end = first_layer(chain[start:]), start
+        self.name, end, self.below = first_layer(chain[start:]), start, below
         while end and kind_of(chain[end - 1].module).is_reshape:
             end -= 1
         activation = chain[end - 1].module if end else None
@@ -126,7 +129,7 @@ class ForwardLoss:
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
             inputs = torch.where(inputs > DEAD * uncertainty * entry, inputs, 0.0)
-        delta = _delta(chain[start:], inputs, labels, client_loss)
+        delta = _delta(chain[start:], inputs, labels, client_loss) if below is None else below.deltas
         end -= self.is_rectified or before is not None
         shape = (len(inputs), *input_shapes(chain, image_shape)[end])
         self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
@@ -144,7 +147,7 @@ class ForwardLoss:
         matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
-        if not self.weights:  # gradients of weights would have to be differentiated twice
+        if not (self.weights or below):  # gradients of weights would have to be differentiated twice
             self.chain = quickened(self.chain)
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
         self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
@@ -161,15 +164,21 @@ class ForwardLoss:
 
     def _errors(self, images: Tensor, chain: Chain) -> list[Tensor]:
         """Squared errors of the activations and of each layer's gradient, each relative to its own size."""
-        z = run(chain, images)
+        z, own = self._outputs(images, chain)
         off = torch.where(self.active, z - self.inputs, z.relu()) if self.is_rectified else z - self.inputs
         errors = [(self.trust * off).square().sum() / self.inputs.square().sum()]
         if self.weights:
-            mean = (z * self.delta).sum() / len(images)
-            own = torch.autograd.grad(mean, self.weights, create_graph=True)
             layers = enumerate(zip(own, self.sizes, strict=True))
             errors += (self.entries.of_one(p, at) / size for at, (p, size) in layers)
         return errors
+
+    def _outputs(self, images: Tensor, chain: Chain) -> tuple[Tensor, Sequence[Tensor]]:
+        """The chain's outputs at the images, and the update of the weights that is compared."""
+        if self.below is not None:
+            return self.below.run(chain, images, self.delta, self.weights)
+        z = run(chain, images)
+        mean = (z * self.delta).sum() / len(images)
+        return z, torch.autograd.grad(mean, self.weights, create_graph=True) if self.weights else ()
 
 
 def _delta(tail: Chain, inputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:

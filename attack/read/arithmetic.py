@@ -9,11 +9,12 @@ images. These errors hardly depend on the images: of four networks random ones f
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attack.read.random_images import random_images
 from attack.read.signals import Signals
@@ -24,6 +25,7 @@ from update.shared import SharedUpdate
 COARSE = torch.bfloat16  # the type that the model is run in; errors of others are to its as their roundings are
 ROUNDING = 0.2  # of a type's eps: what rounding to it leaves outside a gradient's rank, as a share (0.1 to 0.21)
 FINE = 1e-5  # a smaller share is that of float32, whose forward errors are below all others
+DIFFERENCES = 0.25  # of eps: the rounding of numbers to a type, root mean square and relative, 0.2 to 0.29
 FEW = 4  # random images: the errors of one are those of another, nearly
 
 
@@ -57,11 +59,11 @@ def forward_errors(
     return errors
 
 
-def rounding_of_weights(update: SharedUpdate, model: nn.Module, name: str) -> float:
-    """The share of a layer's gradient that rounding is, where the gradient is a difference of weights; else 0."""
-    reach, weight = update.training.reach, model.get_submodule(name).weight.detach()
-    gradient = update.gradients[f"{name}.weight"]
-    return precision_of(weight) * float(weight.norm() / (reach * gradient.norm())) if reach else 0.0
+def rounding_of_weights(update: SharedUpdate, model: nn.Module, name: str) -> Tensor:
+    """The error of each row (c_out,) of a layer's gradient that comes of weights rounded at each of several steps."""
+    weight = model.get_parameter(f"{name}.weight").detach()
+    each = DIFFERENCES * precision_of(weight) * weight.double().flatten(1).norm(dim=1)
+    return each * math.sqrt(update.training.steps) / update.training.reach
 
 
 def blurred(signals: Signals, error: float) -> Signals:

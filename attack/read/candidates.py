@@ -259,6 +259,12 @@ class ImageEquations:
         broken = [int((entries.abs() > DISTINCT * noise).sum()) for entries, noise in map(self._likeliest_other, zeros)]
         return torch.tensor(broken).to(error), error
 
+    def pairing_noise(self, c: Tensor, deltas: Tensor) -> Tensor:
+        """The error (N,) of the certificates of these inputs (N, dim A), and of a scale that is told by them."""
+        span, d = self.span, by_position(deltas) * self.span.rows
+        x, y = c @ self.rows.flatten(1), (d @ span.left).flatten(1)
+        return span.noise * span.weak(x) * span.weak(y) / span.batch_size
+
     def described(self, c: Tensor, zeros: Tensor, labels: Tensor) -> Signals:
         """Candidates (N, dim A) as inputs of these labels, unjudged."""
         witnesses = torch.zeros(len(c)).to(c)

@@ -67,8 +67,8 @@ class CandidateLayer:
         """Whether images can be told apart: of a batch that is mixed, by the zeros of a ReLU and by several patches."""
         return not self.mixes or (self.inputs.is_sparse and self.geometry.positions > 1 and batch_size > 1)
 
-    def span(self, gradients: Mapping[str, Tensor], batch_size: int, like: Tensor) -> Span:
-        """The space of its inputs, on the device of `like`.
+    def span(self, gradients: Mapping[str, Tensor], batch_size: int, like: Tensor, floor: Tensor | None = None) -> Span:
+        """The space of its inputs, on the device of `like`; `floor` as in `span_of`.
 
         Raises:
             ValueError: the update holds no gradient of it.
@@ -83,6 +83,7 @@ class CandidateLayer:
             self.bias_gradient,
             saturating=self.behind.is_saturating,
             centred=self.centred,
+            floor=floor,
         )
 
 

@@ -144,3 +144,27 @@ def test_max_seconds_ends_the_search_for_labels_and_leaves_time_for_steps(cli):
     assert figures["trial_aborted"] is True
     assert figures["steps"] >= 1
     assert figures["seconds"] < 20
+
+
+def test_one_pass_of_minibatches_is_read_step_by_step_and_its_pictures_follow(cli):
+    flags = ["--model", "convnet", "--batch_size", 4, "--local_steps", 2, "--local_batches", 2, "--local_lr", 0.1]
+    run = cli(*flags, "--labels", "dataset", *SIGNALS, "--n_iter", 300, "--inner_iter", 20, "--max_evals", 200)
+    figures = metrics_of(run)
+    assert figures["signals_found"] == 4
+    assert figures["label_accuracy"] == 1
+    assert [signal["step"] for signal in figures["signals"]] == [0, 0, 1, 1]
+    assert all(signal["confidence"] > 0.999 for signal in figures["signals"])
+    assert figures["exact_way"] is True
+    assert figures["psnr_mean"] > 30
+    assert "read step by step" in cli.out
+    (head,) = (row for row in figures["layers"] if row["layer"] == "head")
+    assert head["relative_error"] < 1e-4
+
+
+def test_a_resumed_run_keeps_what_was_read_step_by_step(cli):
+    flags = ["--model", "convnet", "--batch_size", 4, "--local_steps", 2, "--local_batches", 2, "--local_lr", 0.1]
+    flags += ["--labels", "dataset", *SIGNALS]
+    whole = cli(*flags, name="whole")
+    cli(*flags, "--n_iter", 2, name="halves")
+    halves = cli(*flags, "--resume", name="halves")
+    assert without_times(whole) == without_times(halves)

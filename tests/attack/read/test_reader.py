@@ -10,7 +10,8 @@ from torch import nn
 
 from attack.read import reader as reader_module
 from attack.read.layer_choice import candidate_layers, order
-from attack.read.reader import COLUMNS, read_layers
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import read_layers
 from client.victim import share_update
 from data import load_batch, open_source
 from network.chain import index_of

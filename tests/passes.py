@@ -40,18 +40,19 @@ def _net(name, num_classes, trained, settings):
 
 
 class OnePass:
-    """A float32 net, what a client sends after one pass, and what a reading ought to find."""
+    """A float32 net, of that name or given, what a client sends after one pass, and what a reading ought to find."""
 
     def __init__(
         self, name, count, batches, rate, *, num_classes=10, trained=False, sizes=None, first=0, rules=None, **net
     ):
-        self.net = copy.deepcopy(_net(name, num_classes, trained, tuple(net.items())))
+        own = isinstance(name, nn.Module)
+        self.net = copy.deepcopy(name if own else _net(name, num_classes, trained, tuple(net.items())))
         labels = "dataset" if num_classes == 10 else "random"
         self.batch = _images(range(first, first + count), num_classes, labels)
         rules = LocalOptimiser(**(rules or {}))
         self.training = LocalTraining(batches, batches, rate, optimiser=rules, sizes=sizes)
         batch = (self.batch.images, self.batch.labels)
-        self.update = share_update(self.net, name, *batch, num_classes, training=self.training)
+        self.update = share_update(self.net, "own" if own else name, *batch, num_classes, training=self.training)
         self.parts = self.training.schedule(count)
         self.steps = torch.tensor([step for step, part in enumerate(self.parts) for _ in part])
 
