@@ -1,7 +1,6 @@
 """MAGIA: reconstruct the images of a whole batch from one averaged gradient, without inferring labels first.
 
     python main_MAGIA_sel.py                                        # 16 bundled images, defaults below
-    python main_MAGIA_sel.py --sel_mode constk --sel_k 2            # a constant subset of two images: the default
     python main_MAGIA_sel.py --preset paper --batch_size 8          # the published settings
     python main_MAGIA_sel.py --dataset folder --data_path photos    # your own images
     python main_MAGIA_sel.py --update update.safetensors            # somebody's update, no truth at hand
@@ -35,11 +34,12 @@ from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
-from cli.ahead import known_ahead, scaled_update
+from cli.ahead import known_ahead
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_remarks, show_schedule
 from cli.digests import compare, digests_of
 from cli.flags import read_flags
+from cli.layouts import prepared
 from cli.no_effect import without_effect
 from cli.output import lasting_output, refused
 from cli.provenance import provenance
@@ -110,6 +110,7 @@ LOCAL_SHUFFLE = False  # each pass goes through the images in another order, whi
 LOCAL_PRECISION = "float32"  # of the client's activations: float32, bfloat16 (torch.autocast)
 LOSS = "cross_entropy"  # the client's loss: cross_entropy, bce (each class by itself; one logit: two classes), mse
 LABEL_SMOOTHING = 0.0  # eps of the cross-entropy's targets, (1 - eps) onehot + eps / K
+CLASS_WEIGHTS = None  # the cross-entropy's weights of the K classes, e.g. 1,2.5,0.5 (None: 1, or read off the update)
 BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds
@@ -411,8 +412,8 @@ def run_attack(
     with run.restored():
         if began:
             compare(began["digests"], digests)
-        restored, scale = scaled_update(update, model, settings)
-        state, objective, known = prepare(restored, model, settings, granted, began)
+        restored, scale, model, *ready = prepared(prepare, update, model, settings, granted, began)
+        state, objective, known = ready
         config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
         config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
         known = open_record(run, config, state, known, model, truth, began, digests)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from attack.local.as_gradient import judged
 from attack.local.closed_system import is_one_pass
+from attack.local.first_layer import NoSuchLayerError, read_first_layer
 from attack.local.local_labels import LocalLabels, labels_by_trial
 from attack.match.activations import says_enough
 from attack.match.followed import known_activations
@@ -16,10 +17,10 @@ from attack.match.unbounded import unbounded_pixels
 from attack.prepare import FOLLOWED, Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
-from attack.read.clip_factor import unscaled
+from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.layer_rows import COLUMNS
-from attack.read.reader import READING_WORK, Reading, ReadingAbortedError, read_layers
+from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from network.chain import input_shapes, is_walked
@@ -40,8 +41,8 @@ ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one 
 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
-    "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "local_labels", "layers",
-    "evidence",
+    "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
+    "is_explained", "local_labels", "layers", "evidence",
 )  # fmt: skip
 
 
@@ -71,11 +72,16 @@ class Means:
         return self.signals in READS
 
 
-def with_scale(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[SharedUpdate, float | None]:
+def with_scale(
+    update: SharedUpdate, model: nn.Module, generator: torch.Generator, *, reads: bool
+) -> tuple[SharedUpdate, float | None]:
     """The update as long as it was before its clients shortened it, and the factor that undoes that.
 
-    The factor is None where they did not, or where nothing tells it.
+    The factor is None where they did not, or where nothing tells it. Class weights are taken relative to the batch's
+    where single images are read.
     """
+    if reads and update.training.is_plain:
+        update = weighed(update, model, generator=generator)
     if not update.is_rescaled:
         return update, None
     try:
@@ -112,7 +118,8 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
         return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted", "drift")}
+    names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "is_explained")
+    facts = {name: getattr(reading, name) for name in names}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
@@ -165,6 +172,8 @@ def known_again(
         "layers": _layer_rows(began["layers"]),
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
+        "order": _order(began["order"], update),
+        "is_explained": checked.switch(began["is_explained"], "is_explained"),
     }
     signals = local_labels = None
     if began["signals"] is not None:
@@ -208,6 +217,16 @@ def _layer_rows(rows: object) -> list[dict]:
         checked.real(held["seconds"], "layers.seconds", 0)
         found.append(dict(held))
     return found
+
+
+def _order(held: object, update: SharedUpdate) -> tuple[tuple[int, ...], ...] | None:
+    """The images of each step from a checkpoint."""
+    if held is None:
+        return None
+    order = checked.order(held, "order", update.batch_size)
+    if len(order) != update.training.steps:
+        raise checked.DamagedError(f"order has {len(order)} steps, the training {update.training.steps}")
+    return order
 
 
 def _piece(held: object) -> Evidence:
@@ -262,15 +281,40 @@ def _read(
     generator: torch.Generator,
     clock: WorkBudget,
 ) -> Reading:
-    """A reading of the update: of one pass step by step, of other trainings as a gradient.
+    """A reading of the update: of several steps at a fully connected first layer, else along the way.
+
+    Raises:
+        ValueError: nothing can be read; the message says why.
+    """
+    if update.training.is_gradient:
+        return read_layers(update, model, **_limits(means, generator, clock))
+    try:
+        return read_first_layer(update, model, generator=generator, budget=clock)
+    except NoSuchLayerError:
+        return _along_the_way(update, model, means, generator, clock)
+    except OutOfTimeError:
+        raise ReadingAbortedError(OUT_OF_TIME) from None
+    except ValueError as error:
+        try:
+            return _along_the_way(update, model, means, generator, clock)
+        except ValueError as other:
+            raise type(other)(f"{error}; {other}") from None
+
+
+def _limits(means: Means, generator: torch.Generator, clock: WorkBudget) -> dict[str, object]:
+    left = max(0.0, clock.deadline - time.perf_counter())
+    return {"generator": generator, "max_seconds": left, "tick": means.tick}
+
+
+def _along_the_way(
+    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, clock: WorkBudget
+) -> Reading:
+    """A reading of several steps: of one pass step by step, of other trainings as a gradient.
 
     Raises:
         ValueError: nothing can be read, or the training does not replay on what was.
     """
-    left = max(0.0, clock.deadline - time.perf_counter())
-    how = {"generator": generator, "max_seconds": left, "tick": means.tick}
-    if update.training.is_gradient:
-        return read_layers(update, model, **how)
+    how = _limits(means, generator, clock)
     if is_one_pass(update.training):
         try:
             return read_layers(update, model, in_steps=True, **how)
@@ -291,8 +335,7 @@ def _by_labels(
     """A reading of the head in one pass from labels and minibatches that were found by trial; None where it fails."""
     if found is None or not (means.reads and found.is_believed and is_one_pass(update.training)):
         return None
-    left = max(0.0, clock.deadline - time.perf_counter())
-    how = {"generator": generator, "max_seconds": left, "tick": means.tick}
+    how = _limits(means, generator, clock)
     try:
         return read_layers(update, model, in_steps=True, labels=found.labels, **how)
     except ValueError:

@@ -44,6 +44,8 @@ class Known:
         pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
         steps: the step of each of the N images, ascending, where each was read at its own step's weights; else empty.
+        order: the images of each step, where it was found and is not that of minibatches in turn; else None.
+        is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
         drift: of several steps that were read as one gradient, see `attack.local.as_gradient`; else None.
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
@@ -60,6 +62,8 @@ class Known:
     pixels: Tensor | None = None
     says_enough: bool = True
     steps: Sequence[int] = ()
+    order: tuple[tuple[int, ...], ...] | None = None
+    is_explained: bool = False
     drift: float | None = None
     local_labels: LocalLabels | None = None
     evidence: tuple[Evidence, ...] = ()
@@ -85,9 +89,10 @@ class Known:
 
     def as_trained(self, update: SharedUpdate) -> SharedUpdate:
         """The update with the order of the client's images in its steps, where that was sought and is believed."""
-        if self.local_labels is None or not self.local_labels.is_believed or self.local_labels.order is None:
-            return update
-        return replace(update, training=replace(update.training, order=self.local_labels.order))
+        order, tried = self.order, self.local_labels
+        if order is None and tried is not None and tried.is_believed:
+            order = tried.order
+        return update if order is None else replace(update, training=replace(update.training, order=order))
 
     @property
     def is_followed(self) -> bool:

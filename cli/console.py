@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from attack.prepare import Known
 from attack.read.forecast import explain
-from cli.model import model_options, of_two_classes, server_model
+from cli.model import model_options, server_model, two_classes
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
 from data import sides
@@ -27,7 +27,7 @@ from network.tracing import stages, why_not_walked
 from schedules import Schedule
 from update.batchnorm import use_batch_statistics
 from update.declared import declared
-from update.evidence import Evidence
+from update.evidence import REPLAY, Evidence
 from update.shared import SharedUpdate
 
 SIDE = 32  # pixels of an image that nothing is known of
@@ -56,7 +56,12 @@ class ReadingBar(tqdm):
 
 
 def introduction(
-    update: SharedUpdate, settings: argparse.Namespace, objective: object, known: Known, model: nn.Module, path: Path
+    update: SharedUpdate,
+    settings: argparse.Namespace,
+    objective: object,
+    known: Known,
+    model: nn.Module,
+    path: Path,
 ) -> str:
     """The batch, the objective, what was read, how the client trained if not in one step, and where results go."""
     shape = "x".join(map(str, update.image_shape))
@@ -112,6 +117,8 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
         said = [f"{training}, steps x rate {training.steps * training.rate:g}"]
         if known.in_steps:
             said.append("read step by step")
+        elif known.is_explained:
+            said.append("read at the first layer" + ("" if known.order else ", whatever the order of the steps"))
         elif known.is_followed:
             said.append("taken for one gradient" + (f", drift {known.drift:.1e}" if known.drift is not None else ""))
         else:
@@ -133,6 +140,9 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
     elif not has_images:
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not quiet:
+        for piece in figures["evidence"]:
+            if piece["topic"] == REPLAY:
+                print(f"contradiction: {piece['said']}")
         print(f"verdict: {verdict_line(run.path)}")
         print(_replay_line(figures))
         print(f"report: {run.path}/report.html")
@@ -149,7 +159,10 @@ def _replay_line(figures: Mapping) -> str:
     said = "no finite number" if left is None else f"{percent(left)} of the update"
     noise = f"noise is {percent(figures['noise_share'])}"
     words = {True: "; the steps on what was read make it", False: "; so nothing is certain", None: ""}
-    return f"replay: the client's training on these pictures leaves {said}, {noise}{words[figures['replays']]}"
+    ending = words[figures["replays"]]
+    if figures["explains_first_layer"] and not figures["replays"]:
+        ending = "; the order of the steps is not known, but the images make all of the first layer's movement"
+    return f"replay: the client's training on these pictures leaves {said}, {noise}{ending}"
 
 
 def verdict_line(path: Path) -> str:
@@ -184,7 +197,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
     model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
     title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
-    model = of_two_classes(model, settings, shape)
+    model = two_classes(model, declared(vars(settings)), settings.model, shape).model
     if mode:
         use_batch_statistics(model)
     _show_client(settings)

@@ -185,6 +185,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "local_precision": one_of(PRECISIONS),
     "loss": one_of(LOSSES),
     "label_smoothing": number(float, 0, 0.99),
+    "class_weights": numbers(0, above=True),
     "bn": one_of(BATCHNORMS),
     "sel_mode": one_of(MODES),
     "sel_k": _size,
@@ -236,7 +237,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "train_batch": _size,
     "hold_out": _share,
 }
-LISTS = ("mean", "std")  # flags of several numbers
+LISTS = ("mean", "std", "class_weights")  # flags of several numbers
 
 
 class OneLineParser(argparse.ArgumentParser):

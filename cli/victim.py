@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from attack.prepare import INITS
-from cli.model import AS_TWO_CLASSES, model_options, of_two_classes, parse_names, server_model
+from cli.model import model_options, parse_names, server_model, two_classes
 from cli.received import received_update
 from cli.runtime import stream
 from client.defences import defend_received
 from client.victim import share_update
 from data import Batch, DataError, load_batch, open_source, parse_indices, sides
-from network.one_logit import has_one_logit
 from network.outside import is_outside, try_batch
 from update.declared import declared
 from update.defences import Defences
@@ -47,8 +46,7 @@ def victim(
     shape = tuple(batch.images.shape[1:])
     notes: list[str] = []
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
-    evidence = (AS_TWO_CLASSES,) if has_one_logit(model, shape) else ()
-    model = of_two_classes(model, settings, shape)
+    model, training, evidence = two_classes(model, _training(settings), settings.model, shape)
     if is_outside(settings.model):
         try_batch(model, settings.model, shape, len(batch.images), settings.num_classes)
     model = model.to(**place)
@@ -60,7 +58,7 @@ def victim(
         settings.num_classes,
         options=options,
         frozen=parse_names(settings.frozen),
-        training=_training(settings),
+        training=training,
         defence=settings.defence,
         generator=stream(settings.seed, "defence"),
     )

@@ -56,7 +56,9 @@ def _labels(config: Mapping) -> str:
 def _loss(config: Mapping) -> str:
     smoothing = config.get("label_smoothing")
     smoothed = f", with label smoothing {smoothing:g}" if smoothing else ""
-    return f"{LOSSES[config.get('loss') or 'cross_entropy']}{smoothed}, averaged over the batch."
+    weights = config.get("class_weights")
+    averaged = f"averaged over the batch with class weights {', '.join(f'{w:.3g}' for w in weights)}" if weights else ""
+    return f"{LOSSES[config.get('loss') or 'cross_entropy']}{smoothed}, {averaged or 'averaged over the batch'}."
 
 
 def _training(config: Mapping) -> str:

@@ -121,19 +121,20 @@ class Recorder:
         if self.trace.rows:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
-        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
         is_defended = config["defence"] not in (None, "none") or bool(config["defended"])  # it is not replayed
-        evidence = [*self.evidence, *([] if is_defended else replay.evidence)]
-        is_sure = replay.is_certificate and not contradictions(evidence)
+        self.evidence = (*self.evidence, *([] if is_defended else replay.evidence))
+        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
+        is_sure = replay.is_certificate and not contradictions(self.evidence)
         figures |= _signal_figures(self.known, is_sure=is_sure) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),
             "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
             "layers": [{name: _in_json(value) for name, value in row.items()} for row in self.known.layers],
-            "evidence": [asdict(piece) for piece in evidence],
+            "evidence": [asdict(piece) for piece in self.evidence],
             "unexplained": _in_json(replay.left),
             "noise_share": replay.noise,
-            "replays": replay.is_certificate if replay.is_needed else None,
+            "replays": replay.makes_update if replay.is_needed else None,
+            "explains_first_layer": replay.explains_first_layer,
             "evaluations": state.evaluations,
             "steps": state.step,
             "seconds": round(state.seconds, 3),
@@ -230,6 +231,8 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "inputs": known.inputs,
         "drift": known.drift,
         "in_steps": known.in_steps,
+        "order": known.order,
+        "is_explained": known.is_explained,
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],
@@ -272,7 +275,7 @@ def _in_json(value: object) -> object:
 
 def _training_figures(known: Known) -> dict:
     """The keys of metrics.json for local training; empty for a single step."""
-    if not known.is_replayed and known.local_labels is None:
+    if not (known.is_replayed or known.is_explained or known.local_labels is not None):
         return {}
     tried, figures = known.local_labels, {"exact_way": known.is_followed, "local_drift": _in_json(known.drift)}
     if tried is None:

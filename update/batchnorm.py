@@ -6,13 +6,14 @@ these statistics away: after N steps a running statistic is
     (1 - m)^N old + m sum_t (1 - m)^(N-1-t) s_t        with m the layer's momentum and s_t the statistic at step t.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from network.normalise import Normalise
+from network.watched import watched
 
 BATCHNORMS = ("eval", "train", "train_private")  # modes of a client's BatchNorm layers
 
@@ -52,18 +53,8 @@ def batch_moments(
         statistics: of one step on one batch, as in `update.training.Trained`.
         images: any (B, C, H, W) of the batch's shape: what counts is how many values a channel has.
     """
-    counts: dict[nn.Module, int] = {}
-
-    def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        counts[layer] = inputs[0].numel() // inputs[0].shape[1]
-
-    hooks = [layer.register_forward_pre_hook(count) for layer in batchnorms(model)]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), watched(batchnorms(model), lambda _, inputs: inputs.numel() // inputs.shape[1]) as counts:
+        model(images)
     pairs = zip(batchnorms(model), statistics[::2], statistics[1::2], strict=True)
     return {layer: (mean, variance * (counts[layer] - 1) / counts[layer]) for layer, mean, variance in pairs}
 
@@ -119,24 +110,18 @@ def shares(layer: nn.Module, steps: int) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-@contextmanager
-def watched(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect mean and variance of the inputs of every BatchNorm layer in training mode."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    collected: list[Tensor] = []
+def statistics_seen(model: nn.Module) -> AbstractContextManager[dict[nn.Module, tuple[Tensor, Tensor]]]:
+    """Mean and variance (C,) of the inputs of every BatchNorm layer in training mode, while a model runs."""
+    return watched([layer for layer in batchnorms(model) if layer.training], _moments)
 
-    def watch(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
-        if inputs[0].numel() == inputs[0].shape[1]:
-            raise ValueError("--bn train: a BatchNorm layer sees one value a channel, which has no variance")
-        variance, mean = torch.var_mean(inputs[0], axes)  # running variances are unbiased
-        seen[layer] = (mean, variance)
 
-    layers = [layer for layer in batchnorms(model) if layer.training]
-    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
-    try:
-        yield collected
-    finally:
-        for hook in hooks:
-            hook.remove()
-    collected.extend(statistic for layer in layers for statistic in seen[layer])
+def _moments(_: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of a BatchNorm layer's inputs, as it keeps them: running variances are unbiased.
+
+    Raises:
+        ValueError: a channel has a single value.
+    """
+    if inputs.numel() == inputs.shape[1]:
+        raise ValueError("--bn train: a BatchNorm layer sees one value a channel, which has no variance")
+    variance, mean = torch.var_mean(inputs, [axis for axis in range(inputs.dim()) if axis != 1])
+    return mean, variance

@@ -34,12 +34,22 @@ def declared(settings: Mapping) -> LocalTraining:
         batches if sizes is None else len(sizes),
         held.get("local_lr"),
         held.get("bn", plain.batchnorm),
-        Loss(held.get("loss", plain.loss.name), held.get("label_smoothing", plain.loss.smoothing)),
+        _loss(held),
         LocalOptimiser(**rules),
         sizes,
         held.get("local_shuffle", plain.shuffle),
         precision=held.get("local_precision", plain.precision),
     )
+
+
+def _loss(held: Mapping) -> Loss:
+    """Raises ValueError: settings that do not go together, or class weights that are not those of all classes."""
+    plain = Loss()
+    weights = tuple(held.get("class_weights", ()))
+    loss = Loss(held.get("loss", plain.name), held.get("label_smoothing", plain.smoothing), weights)
+    if "num_classes" in held:
+        loss.check(held["num_classes"])
+    return loss
 
 
 def flags_of(training: LocalTraining) -> dict[str, object]:
@@ -55,5 +65,6 @@ def flags_of(training: LocalTraining) -> dict[str, object]:
         "local_precision": training.precision,
         "loss": training.loss.name,
         "label_smoothing": training.loss.smoothing,
+        "class_weights": list(training.loss.weights) or None,
         "bn": training.batchnorm,
     }

@@ -11,6 +11,7 @@ steps the averaged gradient is a mean along the way; momentum, weight decay and 
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from network.parameters import trainable
@@ -70,6 +71,29 @@ def averaged_gradients(
         if name not in state:
             raise StorageError(f"{source}: {name!r} is not in the model, which begins with {next(iter(state))!r}")
     return {name: _gradient(tensors[name], parameter, kind, combination) for name, parameter in parameters.items()}
+
+
+def new_weights(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
+    """The client's new weights in float64, by name; none where gradients were sent.
+
+    A difference that was formed of rounded weights gives these back, but for its own rounding, which is undone.
+
+    Args:
+        tensors, model, kind: as in `averaged_gradients`.
+    """
+    if kind == "gradient":
+        return {}
+    if kind == "weights":
+        return {name: tensors[name].double() for name in trainable(model)}
+    return {name: _moved(parameter.detach().cpu(), tensors[name]) for name, parameter in trainable(model).items()}
+
+
+def _moved(old: Tensor, difference: Tensor) -> Tensor:
+    """Weights after a step, rounded as the old ones are where the difference is one of so rounded weights."""
+    new = old.double() + difference.double()
+    rounded = new.to(old.dtype).double()
+    own = torch.finfo(difference.dtype).eps * difference.double().abs()
+    return rounded if bool(((rounded - new).abs() <= own).all()) else new
 
 
 def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

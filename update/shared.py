@@ -108,16 +108,19 @@ class SharedUpdate:
             facts = checked.mapping(checked.json_object(text.get(FACTS, "null")), "it", ("format", "model"))
             if facts["format"] != FORMAT:
                 raise StorageError(f"its format is {str(facts['format'])[:40]!r}")
+            training = LocalTraining.stated(facts.get("training", {}))
+            num_classes = checked.whole(facts.get("num_classes"), "num_classes", 2, MOST)
+            training.loss.check(num_classes)
             return cls(
                 gradients={},
                 weights={},
                 model=checked.word(facts["model"], "model"),
                 batch_size=checked.whole(facts.get("batch_size"), "batch_size", 1, MOST),
                 image_shape=_shape(facts.get("image_shape")),
-                num_classes=checked.whole(facts.get("num_classes"), "num_classes", 2, MOST),
+                num_classes=num_classes,
                 options=dict(checked.mapping(facts.get("options", {}), "options")),
                 defence=str(Defences.parse(checked.word(facts.get("defence", "none"), "defence"))),
-                training=LocalTraining.stated(facts.get("training", {})),
+                training=training,
             )
         except ValueError as error:
             reason = f"is not a shared update ({FORMAT}) as --save_update writes it: {error}"

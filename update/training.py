@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from network.parameters import trainable
 from update import checked
-from update.batchnorm import BATCHNORMS, batchnorms, shares, watched
+from update.batchnorm import BATCHNORMS, batchnorms, shares, statistics_seen
 from update.loss import CROSS_ENTROPY, Loss
 from update.optimiser import LocalOptimiser
 
@@ -45,7 +45,7 @@ class LocalTraining:
         rate: the learning rate; None for a single step of SGD, on which the rate has no influence.
         batchnorm: eval (running statistics), train (the minibatch's statistics; the running statistics are shared), or
             train_private (the minibatch's statistics; the running statistics are not shared).
-        loss: of each image; a minibatch's is their mean.
+        loss: of each image; a minibatch's is their mean, or with class weights their weighted mean.
         optimiser: the rule of each step.
         sizes: of the M minibatches, where these are not of one size; a loader that drops its last, smaller minibatch
             leaves images out of each pass.
@@ -221,12 +221,6 @@ class LocalTraining:
 FEDSGD = LocalTraining()  # one step on the whole batch
 
 
-def _loss(value: object, name: str) -> Loss:
-    held = checked.mapping(value, name, ("name", "smoothing"))
-    smoothing = checked.real(held["smoothing"], f"{name}.smoothing", 0)
-    return Loss(checked.word(held["name"], f"{name}.name"), smoothing)
-
-
 def _whole_numbers(value: object, name: str, least: int) -> tuple[int, ...]:
     return tuple(checked.whole(each, name, least) for each in checked.sequence(value, name))
 
@@ -237,7 +231,7 @@ _FACTS = {
     "batches": lambda value, name: checked.whole(value, name, 1),
     "rate": lambda value, name: None if value is None else checked.real(value, name, 0),
     "batchnorm": checked.word,
-    "loss": _loss,
+    "loss": lambda value, _: Loss.stated(value),
     "optimiser": lambda value, _: LocalOptimiser.stated(value),
     "sizes": lambda value, name: None if value is None else _whole_numbers(value, name, 1),
     "shuffle": checked.switch,
@@ -327,11 +321,12 @@ def train_locally(
     factors = training.optimiser.factors(training.steps, training.passes)
     for part, factor in zip(training.schedule(len(images)), factors, strict=True):
         named, part = dict(zip(names, walk.weights, strict=True)), part.to(images.device)
-        with watched(model) as seen, _arithmetic(training, images):
+        with statistics_seen(model) as seen, _arithmetic(training, images):
             logits = functional_call(model, named, (images[part],))
-        mean = training.loss.each(logits.to(images.dtype), labels[part]).mean()
+        mean = training.loss.in_mean(logits.to(images.dtype), labels[part]).mean()
         gradients = torch.autograd.grad(mean, tuple(walk.weights), create_graph=create_graph)
-        statistics.append([statistic if create_graph else statistic.detach() for statistic in seen])
+        both = [statistic for layer in batchnorms(model) if layer in seen for statistic in seen[layer]]
+        statistics.append([statistic if create_graph else statistic.detach() for statistic in both])
         with torch.set_grad_enabled(create_graph):
             brought.append(walk.direction(gradients))
             if not training.is_gradient:

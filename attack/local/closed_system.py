@@ -9,6 +9,7 @@ knows these inputs knows the weights above at every step, and what this part of 
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class ClosedSystem:
         for weight in self._weights.values():
             weight.requires_grad_(True)
         with torch.enable_grad():
-            loss = self.training.loss.each(run(self.above, inputs), labels).mean()
+            loss = self.training.loss.in_mean(run(self.above, inputs), labels).mean()
             gradients = torch.autograd.grad(loss, list(self._weights.values()), materialize_grads=True)
         for weight in self._weights.values():
             weight.requires_grad_(False)
@@ -104,9 +105,7 @@ class ClosedSystem:
         self.restart()
         found = []
         for part in self.parts(len(inputs)):
-            leaf = inputs[part].detach().clone().requires_grad_()
-            with torch.enable_grad():
-                found.append(self.training.loss.delta(run(self.above, leaf), labels[part], leaf))
+            found.append(self.training.loss.delta(partial(run, self.above), inputs[part], labels[part]))
             self.learn(inputs[part], labels[part])
         return torch.cat(found)
 

@@ -23,6 +23,7 @@ is far from the client's (ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the s
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ class ForwardLoss:
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
             inputs = torch.where(inputs > DEAD * uncertainty * entry, inputs, 0.0)
-        delta = _delta(chain[start:], inputs, labels, client_loss) if below is None else below.deltas
+        delta = below.deltas if below is not None else client_loss.delta(partial(run, chain[start:]), inputs, labels)
         end -= self.is_rectified or before is not None
         shape = (len(inputs), *input_shapes(chain, image_shape)[end])
         self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
@@ -179,11 +180,6 @@ class ForwardLoss:
         z = run(chain, images)
         mean = (z * self.delta).sum() / len(images)
         return z, torch.autograd.grad(mean, self.weights, create_graph=True) if self.weights else ()
-
-
-def _delta(tail: Chain, inputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    leaf = inputs.detach().clone().requires_grad_()
-    return loss.delta(run(tail, leaf), labels, leaf)
 
 
 def course_for(chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_AT) -> Course:

@@ -53,7 +53,7 @@ def _loss(update: SharedUpdate, model: nn.Module, known: Known, chain: Chain, mo
         known.uncertainty,
         uses_gradients=None if known.is_complete and not mixes else False,
         observed=observed(update, model),
-        client_loss=update.training.loss,
+        client_loss=update.training.loss.of_batch(labels),
         below=below,
     )
 

@@ -14,7 +14,7 @@ from network.chain import is_walked
 from network.head import measured_noise
 from network.parameters import trainable
 from network.tracing import stages
-from update.evidence import SURE, Evidence
+from update.evidence import REPLAY, SURE, Evidence
 from update.optimiser import LocalOptimiser
 from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally
@@ -38,6 +38,7 @@ class Replay:
         most: share that may be left for other reasons; infinite where nothing vouches for the images.
         is_needed: whether nothing is certain without it: the client made several steps, or none of SGD.
         was_replayed: whether the steps, made again on what was read, were found to make the update already.
+        explains_first_layer: whether the images make all of the first layer's movement, in whatever order of the steps.
         nearest: the training, of some that were not declared, which leaves least, in words, and the share that it
             leaves; None where none leaves clearly less.
     """
@@ -47,6 +48,7 @@ class Replay:
     most: float = math.inf
     is_needed: bool = False
     was_replayed: bool = False
+    explains_first_layer: bool = False
     nearest: tuple[str, float] | None = None
 
     @property
@@ -68,12 +70,17 @@ class Replay:
         said += ": it was another one"
         if self.nearest is not None:
             said += f"; nearest comes {self.nearest[0]}, which leaves {self.nearest[1]:.2g}"
-        return [Evidence("replay", said, self.left, contradicts=True)]
+        return [Evidence(REPLAY, said, self.left, contradicts=True)]
 
     @property
     def is_certificate(self) -> bool:
         """Whether images may be called certain."""
-        return not self.is_needed or self.was_replayed or self.fits
+        return not self.is_needed or self.makes_update or self.explains_first_layer
+
+    @property
+    def makes_update(self) -> bool:
+        """Whether the steps, made again on what was found, make the update."""
+        return self.was_replayed or self.fits
 
 
 def replayed(
@@ -94,6 +101,7 @@ def replayed(
         _left_at_most(known, model, evaluations, update.training),
         not update.training.is_gradient,
         known.is_replayed,
+        known.is_explained,
     )
     return replace(found, nearest=_nearest(update, model, images, labels, found.left)) if found.contradicts else found
 

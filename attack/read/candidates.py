@@ -87,22 +87,18 @@ class ImageEquations:
 
     def deltas(self, c: Tensor, labels: Tensor) -> Tensor:
         """Gradient of each candidate's loss by the layer's output, (N, *output_shape)."""
-        outputs = self._outputs(c).detach().requires_grad_()
-        with torch.enable_grad():
-            return self.loss.delta(self.tail(self.span.inputs(c), outputs), labels, outputs)
+        inputs = self.span.inputs(c)
+        return self.loss.delta(lambda outputs: self.tail(inputs, outputs), self._outputs(c), labels)
 
     def all_deltas(self, c: Tensor) -> Tensor:
         """The same for every label, (N, K, *output_shape)."""
         outputs = self._outputs(c).detach().requires_grad_()
         with torch.enable_grad():
             logits = self.tail(self.span.inputs(c), outputs)
-            classes, unlabelled = logits.shape[1], self.loss.unlabelled(logits.detach())
+            unlabelled = self.loss.unlabelled(logits.detach())
             free = torch.autograd.grad((unlabelled * logits).sum(), outputs, retain_graph=True)[0]
             each = [torch.autograd.grad(logit.sum(), outputs, retain_graph=True)[0] for logit in logits.T]
-        own = torch.stack(each, 1)
-        if self.loss.smoothing:
-            own = torch.lerp(own, own.mean(1, keepdim=True), self.loss.smoothing)
-        return (free[:, None] - self.loss.pull(classes) * own).detach()
+        return self.loss.all_deltas(free, torch.stack(each, 1)).detach()
 
     def moved_deltas(self, c: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The deltas, and their derivatives by each coordinate, (N, dim A, *output_shape).

@@ -71,6 +71,8 @@ class Reading:
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
         in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
+        order: the images of each step, where there are several and their order was found; None: in turn, or not known.
+        is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
         doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
     """
 
@@ -82,6 +84,8 @@ class Reading:
     seconds: float
     is_aborted: bool = False
     in_steps: bool = False
+    order: tuple[tuple[int, ...], ...] | None = None
+    is_explained: bool = False
     doubts: tuple[Evidence, ...] = ()
     drift: float | None = None
 
@@ -364,7 +368,9 @@ class _Reader:
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
         features = run(self.chain[index:-1], found.values)
-        errors = self.update.training.loss.errors(self.head(features), found.labels)
+        loss = self.update.training.loss
+        loss = loss.of_batch(found.labels) if found.complete else loss
+        errors = loss.errors(self.head(features), found.labels)
         signals = replace(found, values=features, deltas=errors)
         return replace(self._reading(signals, *self._inverted(start, inputs)), doubts=doubts)
 
@@ -398,6 +404,7 @@ class _Reader:
         given = self._given
         how = {"generator": self.generator, "budget": self.budget}
         try:
+            given = replace(given, loss=given.loss.of_batch(found.labels))
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])

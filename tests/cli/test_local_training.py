@@ -49,7 +49,7 @@ def test_without_unrolling_the_same_update_gives_nothing(cli):
 
 
 def test_a_saved_update_is_attacked_as_the_one_in_hand(cli):
-    flags = ["--num_classes", 20, *SIGNALS]
+    flags = ["--n_iter", 2, *SIGNALS]
     first = cli(*TRAINED, "--local_batches", 3, *flags, "--save_update", cli.folder / "u.safetensors", name="first")
     again = cli("--update", cli.folder / "u.safetensors", *flags, name="again")
     assert [p.tolist() for p in pictures_of(first)] == [p.tolist() for p in pictures_of(again)]
@@ -58,7 +58,7 @@ def test_a_saved_update_is_attacked_as_the_one_in_hand(cli):
 
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(cli):
-    flags = ["--num_classes", 20, *TRAINED, "--local_batches", 3, *SIGNALS]
+    flags = [*TRAINED, "--local_batches", 3, *SIGNALS]
     whole = cli(*flags, name="whole")
     cli(*flags, "--n_iter", 2, name="halves")
     halves = cli(*flags, "--resume", name="halves")
