@@ -118,7 +118,8 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
         if known.in_steps:
             said.append("read step by step")
         elif known.is_explained:
-            said.append("read at the first layer" + ("" if known.order else ", whatever the order of the steps"))
+            is_open = training.shuffle and training.batches > 1 and known.order is None
+            said.append("read at the first layer" + (", whatever the order of the steps" if is_open else ""))
         elif known.is_followed:
             said.append("taken for one gradient" + (f", drift {known.drift:.1e}" if known.drift is not None else ""))
         else:

@@ -66,7 +66,7 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(cli):
 
 
 def test_where_weights_hardly_move_the_exact_way_is_taken(cli):
-    flags = ["--local_steps", 2, "--local_lr", 1e-8, "--dtype", "float64", "--model", "mlp", "--activation", "relu"]
+    flags = ["--local_steps", 2, "--local_lr", 1e-8, "--dtype", "float64", "--model", "lenet"]
     figures = metrics_of(cli(*flags, "--labels", "unique", *SIGNALS))
     assert figures["exact_way"] is True
     assert figures["signals_found"] == 3
