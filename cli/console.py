@@ -11,7 +11,7 @@ from tqdm import tqdm
 from attack.local.drift import EXACT
 from attack.prepare import Known
 from attack.read.forecast import explain
-from cli.model import model_options, of_two_classes, server_model
+from cli.model import local_training, model_options, of_two_classes, server_model
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
 from data import sides
@@ -109,7 +109,8 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
             ended = ", --max_seconds stopped their search" if known.local_labels.is_aborted else ""
             said.append(f"{use} (they leave {known.local_labels.distance:.2g}{ended})")
     if training.uses_batch_statistics:
-        said.append(f"BatchNorm in training mode, statistics {'shared' if update.statistics else 'kept'}")
+        frozen = f" but for {', '.join(training.frozen_norms)}" if training.frozen_norms else ""
+        said.append(f"BatchNorm in training mode{frozen}, statistics {'shared' if update.statistics else 'kept'}")
     return "".join(f"\n{line}" for line in [", ".join(said)] if said)
 
 
@@ -161,10 +162,13 @@ def show_leaks(settings: argparse.Namespace) -> int:
     size = "x".join(map(str, shape[1:]))
     model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
+    frozen = local_training(settings).frozen_norms
+    if frozen:
+        mode, ending = f"{mode} but for {', '.join(frozen)}", f"{ending}_frozen_{len(frozen)}"
     title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
     model = of_two_classes(model, settings, shape)
     if mode:
-        use_batch_statistics(model)
+        use_batch_statistics(model, frozen)
     try:
         chain = stages(model)
     except ValueError as error:

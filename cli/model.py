@@ -63,16 +63,10 @@ AS_TWO_CLASSES = Evidence(
 def local_training(settings: argparse.Namespace) -> LocalTraining:
     """How the client trains: one step of FedSGD, unless the flags say otherwise."""
     loss = Loss(settings.loss, settings.label_smoothing)
-    return LocalTraining(settings.local_steps, settings.local_batches, settings.local_lr, settings.bn, loss)
+    steps = (settings.local_steps, settings.local_batches, settings.local_lr)
+    return LocalTraining(*steps, settings.bn, loss, tuple(parse_names(settings.bn_frozen)))
 
 
 def parse_names(text: str | None) -> list[str]:
-    """The names in a list such as "head.bias, conv1"; none in None.
-
-    Raises:
-        ValueError: a name is empty, and would fit every parameter.
-    """
-    names = [name.strip() for name in text.split(",")] if text is not None else []
-    if "" in names:
-        raise ValueError(f"--frozen {text!r}: a name is missing before or after a comma")
-    return names
+    """The names in a list such as head.bias,conv1, as flags of several names are read; none in None."""
+    return [] if text is None else text.split(",")

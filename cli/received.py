@@ -22,7 +22,8 @@ from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
 from network.zoo import ALL_OPTIONS
-from update.evidence import Evidence, of_gradients, of_statistics
+from update.evidence import Evidence, of_gradients
+from update.norm_modes import of_orthogonality, of_statistics
 from update.received import averaged_gradients, recognised, statistics
 from update.shared import FACTS, SharedUpdate, is_of_update
 from update.storage import ENTERED, StorageError, read_tensors, read_text, room_for
@@ -49,7 +50,7 @@ def received_update(
     is_own = FACTS in text
     update, model = _own(text, settings) if is_own else _foreign(settings, given)
     if update.training.uses_batch_statistics:
-        use_batch_statistics(model)
+        use_batch_statistics(model, update.training.frozen_norms)
         update.batch_statistics(model)  # raises on statistics that do not fit
     model = model.to(**place)
     is_changed = any(piece.topic in CHANGED for piece in update.evidence)
@@ -68,11 +69,11 @@ def _examined(update: SharedUpdate, model: nn.Module, settings: argparse.Namespa
         update.gradients,
         model,
         loss=update.training.loss,
-        below_norms=below_norms(stages_if_walked(model) or []),
-        uses_batch_statistics=update.training.uses_batch_statistics,
         rate=None if settings.update_kind == "gradient" else settings.local_lr,
         is_defended=update.defence != "none",
     )
+    pairs = below_norms(stages_if_walked(model) or [])
+    evidence = evidence or of_orthogonality(gradients, pairs, model, update.training)
     return replace(update, gradients=gradients, evidence=(*update.evidence, *evidence))
 
 
@@ -143,11 +144,11 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     found, counted = statistics(tensors, model, settings.update_kind)
     if training.batchnorm == "train" and settings.update_kind == "gradient":
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
-    mode, evidence = of_statistics(found, counted, model, training, is_given="bn" in given)
+    training, evidence = of_statistics(found, counted, model, training, given)
     if has_one_logit(model, shape):
         evidence.append(AS_TWO_CLASSES)
         gradients, model = of_two_logits(gradients, Head.of(model)), of_two_classes(model, settings, shape)
-    training = replace(training, batchnorm=mode, loss=local_training(settings).loss)
+    training = replace(training, loss=local_training(settings).loss)
     update = SharedUpdate(
         gradients=gradients,
         weights={},

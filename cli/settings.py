@@ -167,7 +167,8 @@ def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, ob
     training = update.training
     facts |= {"local_steps": training.steps, "local_batches": training.batches, "local_lr": training.rate}
     facts |= {"loss": training.loss.name, "label_smoothing": training.loss.smoothing}
-    return facts | {"bn": training.batchnorm, "channels": channels} | update.options
+    facts |= {"bn": training.batchnorm, "bn_frozen": ",".join(training.frozen_norms) or None}
+    return facts | {"channels": channels} | update.options
 
 
 def schedule_of(settings: argparse.Namespace) -> Schedule:

@@ -12,7 +12,7 @@ client that shares its buffers gives these statistics away: after N steps a runn
     (1 - m)^N old + m sum_t (1 - m)^(N-1-t) s_t        with m the layer's momentum and s_t the statistic at step t.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,9 +40,12 @@ class LocalTraining:
         batchnorm: eval (running statistics), train (the minibatch's statistics; the running statistics are shared), or
             train_private (the minibatch's statistics; the running statistics are not shared).
         loss: of each image; a minibatch's is their mean.
+        frozen_norms: BatchNorm layers that stay in eval mode while the others train, by their names or by those of
+            modules that hold them.
 
     Raises:
-        ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0.
+        ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0, frozen
+            layers where none trains.
     """
 
     steps: int = 1
@@ -50,6 +53,7 @@ class LocalTraining:
     rate: float | None = None
     batchnorm: str = "eval"
     loss: Loss = CROSS_ENTROPY
+    frozen_norms: tuple[str, ...] = ()
 
     @classmethod
     def stated(cls, facts: object) -> "LocalTraining":
@@ -58,7 +62,7 @@ class LocalTraining:
         Raises:
             ValueError: a fact is unknown, of another kind, or refused as in a `LocalTraining`.
         """
-        facts = checked.mapping(facts, "training")
+        facts = dict(checked.mapping(facts, "training"))
         for name, value in facts.items():
             if name in ("steps", "batches"):
                 checked.whole(value, f"training.{name}", 1)
@@ -66,6 +70,9 @@ class LocalTraining:
                 checked.real(value, "training.rate", 0)
             elif name == "batchnorm":
                 checked.word(value, "training.batchnorm")
+            elif name == "frozen_norms":
+                names = checked.sequence(value, "training.frozen_norms")
+                facts[name] = tuple(checked.word(each, "training.frozen_norms") for each in names)
             elif name == "loss":
                 loss = checked.mapping(value, "training.loss", ("name", "smoothing"))
                 checked.word(loss["name"], "training.loss.name")
@@ -87,6 +94,8 @@ class LocalTraining:
             raise ValueError(f"--local_steps {self.steps} needs --local_lr, the client's learning rate")
         if self.batchnorm not in BATCHNORMS:
             raise ValueError(f"unknown bn {self.batchnorm!r}: choose one of {', '.join(BATCHNORMS)}")
+        if self.frozen_norms and not self.uses_batch_statistics:
+            raise ValueError("--bn_frozen goes with --bn train or train_private: in eval mode all layers are frozen")
 
     @property
     def is_one_step(self) -> bool:
@@ -136,8 +145,8 @@ class Trained:
     Attributes:
         average: mean gradient along the way, one tensor per trainable parameter of the model, in their order.
         weights: the trained parameters, in the same order.
-        statistics: mean and variance (C,) of the inputs of each layer of `batchnorms`, one after the other, averaged
-            over the steps as running statistics are; empty where BatchNorm is in eval mode.
+        statistics: mean and variance (C,) of the inputs of each layer of `batchnorms` in training mode, one after the
+            other, averaged over the steps as running statistics are; empty where there are none.
     """
 
     average: tuple[Tensor, ...]
@@ -170,13 +179,13 @@ def train_locally(
             weights = {name: weight - training.rate * gradient for (name, weight), gradient in moved}
             if not create_graph:
                 weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    shares = [share for layer in batchnorms(model) for share in [_shares(layer, training.steps)] * 2]
+    shares = [share for layer in in_training(model) for share in [_shares(layer, training.steps)] * 2]
     return Trained(
         average=tuple(sum(each) / training.steps for each in zip(*gradients, strict=True)),
         weights=tuple(weights.values()),
         statistics=tuple(
             sum(share * statistic for share, statistic in zip(parts, each, strict=True))
-            for parts, each in zip(shares, zip(*statistics, strict=True), strict=False)
+            for parts, each in zip(shares, zip(*statistics, strict=True), strict=True)
         ),
     )
 
@@ -195,17 +204,39 @@ def batchnorms(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def use_batch_statistics(model: nn.Module) -> None:
+def in_training(model: nn.Module) -> dict[nn.Module, str]:
+    """Those of `batchnorms` that are in training mode."""
+    return {layer: name for layer, name in batchnorms(model).items() if layer.training}
+
+
+def frozen_among(norms: Iterable[str], frozen: Sequence[str]) -> list[str]:
+    """The names of BatchNorm layers that are among `frozen`, or lie in a module whose name is."""
+    return [norm for norm in norms if any(f"{norm}.".startswith(f"{name}.") for name in frozen)]
+
+
+def use_batch_statistics(model: nn.Module, frozen: Sequence[str] = ()) -> None:
     """Put the model's BatchNorm layers into training mode; their running statistics stay as the server sent them.
 
+    Args:
+        model: whose BatchNorm layers are in eval mode.
+        frozen: the layers that stay so, as in `LocalTraining.frozen_norms`.
+
     Raises:
-        ValueError: the model has no such layers.
+        ValueError: the model has no such layers, a name fits none of them, or all of them are frozen.
     """
-    if not batchnorms(model):
+    norms = batchnorms(model)
+    if not norms:
         raise ValueError("--bn train: the model has no BatchNorm layers with running statistics")
-    for layer in batchnorms(model):
-        layer.train()
-        layer.track_running_stats = False
+    for name in frozen:
+        if not frozen_among(norms.values(), [name]):
+            raise ValueError(f"--bn_frozen: no BatchNorm layer is named {name!r}: it has {', '.join(norms.values())}")
+    still = frozen_among(norms.values(), frozen)
+    if len(still) == len(norms):
+        raise ValueError("--bn_frozen leaves no BatchNorm layer in training mode: that is --bn eval")
+    for layer, name in norms.items():
+        if name not in still:
+            layer.train()
+            layer.track_running_stats = False
 
 
 def batch_moments(
@@ -225,26 +256,31 @@ def batch_moments(
     def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         counts[layer] = inputs[0].numel() // inputs[0].shape[1]
 
-    hooks = [layer.register_forward_pre_hook(count) for layer in batchnorms(model)]
+    norms = in_training(model)
+    hooks = [layer.register_forward_pre_hook(count) for layer in norms]
     try:
         with torch.no_grad():
             model(images)
     finally:
         for hook in hooks:
             hook.remove()
-    pairs = zip(batchnorms(model), statistics[::2], statistics[1::2], strict=True)
+    pairs = zip(norms, statistics[::2], statistics[1::2], strict=True)
     return {layer: (mean, variance * (counts[layer] - 1) / counts[layer]) for layer, mean, variance in pairs}
 
 
 def statistic_names(model: nn.Module) -> list[str]:
-    """The names of the buffers behind `Trained.statistics`, in the same order."""
-    return [f"{name}.{kind}" for name in batchnorms(model).values() for kind in ("running_mean", "running_var")]
+    """The names of the running statistics of all layers of `batchnorms`, mean and variance by turns."""
+    return _statistics_of(batchnorms(model).values())
+
+
+def _statistics_of(norms: Iterable[str]) -> list[str]:
+    return [f"{name}.{kind}" for name in norms for kind in ("running_mean", "running_var")]
 
 
 def after_training(model: nn.Module, statistics: Sequence[Tensor], steps: int) -> dict[str, Tensor]:
     """Running statistics by name after `steps` steps, from the model's own and the minibatches' (`Trained`)."""
     old, kept = dict(model.named_buffers()), _kept(model, steps)
-    named = zip(statistic_names(model), kept, statistics, strict=True)
+    named = zip(_statistics_of(in_training(model).values()), kept, statistics, strict=True)
     return {name: keep * old[name] + (1 - keep) * new for name, keep, new in named}
 
 
@@ -255,7 +291,7 @@ def before_averaging(model: nn.Module, buffers: Mapping[str, Tensor], steps: int
         ValueError: a running statistic is missing, or has another shape.
     """
     old, kept, found = dict(model.named_buffers()), _kept(model, steps), []
-    for name, keep in zip(statistic_names(model), kept, strict=True):
+    for name, keep in zip(_statistics_of(in_training(model).values()), kept, strict=True):
         if name not in buffers or buffers[name].shape != old[name].shape:
             raise ValueError(f"--bn train: the update holds no {name!r} of the model's shape; --bn train_private if so")
         found.append((buffers[name].to(old[name]) - keep * old[name]) / (1 - keep))
@@ -268,7 +304,7 @@ def _kept(model: nn.Module, steps: int) -> list[float]:
     It is (1 - m)^N with a momentum m. Without one, running statistics are the mean over all n batches so far, and the
     share is n / (n + N).
     """
-    return [kept for layer in batchnorms(model) for kept in [_kept_by(layer, steps)] * 2]
+    return [kept for layer in in_training(model) for kept in [_kept_by(layer, steps)] * 2]
 
 
 def _kept_by(layer: nn.Module, steps: int) -> float:
@@ -300,7 +336,7 @@ def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
         variance, mean = torch.var_mean(inputs[0], axes)  # running variances are unbiased
         seen[layer] = (mean, variance)
 
-    layers = [layer for layer in batchnorms(model) if layer.training]
+    layers = in_training(model)
     hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
     try:
         yield collected

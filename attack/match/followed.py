@@ -10,7 +10,7 @@ from attack.match.entries import observed
 from attack.match.penalties import Penalty
 from attack.match.phases import MEASURED_AT, UNITS, Course
 from attack.prepare import Known
-from network.chain import Moments, mixes_images, modules, with_moments
+from network.chain import mixes_images, modules, with_moments
 from network.stage import Chain
 from network.tracing import stages
 from network.zoo import place_of
@@ -30,15 +30,12 @@ class Followed(NamedTuple):
 def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> ForwardLoss:
     """What the attack lowers where the activations of all images are known; of some images it has no gradients.
 
-    Where BatchNorm mixes the batch, it has none either: they would not be those of images by themselves.
+    Where BatchNorm mixes the batch below, it has none either: they would not be those of images by themselves.
     """
-    return _loss(update, model, known, *_as_trained(update, model, known))
-
-
-def _loss(update: SharedUpdate, model: nn.Module, known: Known, chain: Chain, moments: Moments) -> ForwardLoss:
-    mixes = bool(moments) or mixes_images(modules(chain))
+    trained = stages(model)
+    mixes = mixes_images(modules(trained[: known.start]))
     return ForwardLoss(
-        chain,
+        [*_below(update, model, known), *trained[known.start :]],
         update.image_shape,
         known.start,
         known.inputs.to(**place_of(model)),
@@ -58,19 +55,18 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
     shared ones it is an ordinary layer, and the images are found one by one; else the images are run together, and
     what such a layer hides of them is held, see `common_scale`.
     """
-    chain, moments = _as_trained(update, model, known)
-    below, loss = chain[: known.start], _loss(update, model, known, chain, moments)
+    below, loss = _below(update, model, known), known_activations(update, model, known)
     course = Course(()) if known.is_exact else course_for(below, loss, prior_weight)
     scale = CommonScale.of(below)
     penalties = [Penalty("scale", HELD * UNITS, scale)] if scale else []
     return Followed(ForwardMatching(loss, course), course, penalties, scale)
 
 
-def _as_trained(update: SharedUpdate, model: nn.Module, known: Known) -> tuple[Chain, Moments]:
-    """The model's chain with BatchNorm as it normalised the client's batch, and the moments by which it did so.
+def _below(update: SharedUpdate, model: nn.Module, known: Known) -> Chain:
+    """The stages below the known activations, with BatchNorm as it normalised the client's batch.
 
-    There are none where the client keeps them, or where what was read says that they are of another batch.
+    It is in the client's mode where the client keeps its statistics, or where what was read says that they are of
+    another batch.
     """
     is_believed = all(piece.topic != STATISTICS for piece in known.evidence)
-    moments = update.batch_moments(model) if is_believed else {}
-    return with_moments(stages(model), moments), moments
+    return with_moments(stages(model)[: known.start], update.batch_moments(model) if is_believed else {})
