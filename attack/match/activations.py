@@ -23,6 +23,7 @@ is far from the client's (ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the s
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from attack.match.gradients import Matching
 from attack.match.phases import MEASURED_AT, UNITS, Course, Phase, is_pooled, phases_for
 from attack.match.softening import softened
 from attack.match.strided import quickened
-from network.chain import first_layer, input_shapes, is_walked, parametrised
+from network.chain import Moments, first_layer, input_shapes, is_walked, parametrised, with_moments
 from network.kinds import kind_of
 from network.stage import Chain, run
 from update.loss import CROSS_ENTROPY, Loss
@@ -86,7 +87,7 @@ class ForwardLoss:
     """The data's part of L at images (B, C, H, W): two scalars, of the activations and of the gradients.
 
     Args:
-        chain: the model's stages, with parameters in the images' dtype and place.
+        chain: the model's stages, with parameters in the images' dtype and place, as the client ran them.
         image_shape: (C, H, W).
         start: the stage whose inputs are known.
         inputs: the inputs of that stage, (B, ...).
@@ -97,6 +98,8 @@ class ForwardLoss:
         observed: what the update's entries say of the gradient, if some were left out. Rounded entries are matched as
             they were sent: by the likelihood of their rounding LeNet has 0.6 dB less, in evaluations of twice the time.
         client_loss: of each image, by which delta is told.
+        moments: by which BatchNorm in training mode has normalised the client's batch, where they are known. Without
+            gradients the images are then run one by one.
 
     The attribute `uncertainty` is the square root of the activations' term at the true images, which the error of the
     inputs leaves. `grey` are the images (B, C, H, W) by whose errors all terms are divided.
@@ -115,6 +118,7 @@ class ForwardLoss:
         uses_gradients: bool | None = None,
         observed: Entries | None = None,
         client_loss: Loss = CROSS_ENTROPY,
+        moments: Moments = MappingProxyType({}),
     ) -> None:
         self.name, end = first_layer(chain[start:]), start
         while end and kind_of(chain[end - 1].module).is_reshape:
@@ -145,7 +149,7 @@ class ForwardLoss:
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
         if not self.weights:  # gradients of weights would have to be differentiated twice
-            self.chain = quickened(self.chain)
+            self.chain = quickened(with_moments(self.chain, moments))
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
         self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
         self.sizes = [q.square().sum() for q in sent]

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from network.chain import mixes_images
+from network.chain import Moments, mixes_images
 from network.head import features_of
+from network.stage import Chain, run
 from update.training import batchnorms
 
 FEATURE_DISTANCES = ("l2", "relative", "cosine")
@@ -88,6 +89,36 @@ class BatchNormLoss:
             for hook in hooks:
                 hook.remove()
         return torch.stack(distances).sum()
+
+
+@dataclass(frozen=True)
+class MomentsLoss:
+    """How far the moments of a chain's BatchNorm layers are from those that normalised the client's batch.
+
+    The mean over layers and channels of ((mean - shared) / sigma)^2 + (variance / shared - 1)^2. The chain runs in the
+    client's mode.
+    """
+
+    chain: Chain
+    moments: Moments
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        distances = []
+
+        def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
+            variance, mean = torch.var_mean(inputs[0], axes, correction=0)
+            usual, square = self.moments[layer][0], self.moments[layer][1].clamp(min=0) + layer.eps
+            distances.append((mean - usual).square() / square + ((variance + layer.eps) / square - 1).square())
+
+        hooks = [layer.register_forward_pre_hook(compare) for layer in self.moments]
+        try:
+            run(self.chain, images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat(distances).mean()
 
 
 def statistics_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
