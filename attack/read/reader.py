@@ -158,10 +158,14 @@ class _Reader:
         if best is None:
             kind = ReadingAbortedError if self.is_aborted else ValueError
             raise kind(f"no image can be told apart: {self._why_not()}")
-        if self.update.defence == "none":  # a defence explains noise in the gradient by itself
-            noise = self.noise_shares[at.name]
-            self.forward = forward_errors(self.model, self.update.image_shape, noise, self.generator)
-            best = blurred(best, self.forward[at.index])
+        # a defence explains noise in the gradient by itself
+        noise = self.noise_shares[at.name] if self.update.defence == "none" else 0.0
+        precision = min(map(precision_of, self.update.gradients.values()))  # tensors of few entries may look rounded
+        self.forward = forward_errors(self.model, self.update.image_shape, noise, precision, self.generator)
+        for name, row in self.rows.items():
+            if row["uncertainty"] is not None:
+                row["uncertainty"] = math.hypot(row["uncertainty"], self._forward(name))
+        best = blurred(best, self.forward[at.index])
         return self._followed(best.surest_first(), at.index)
 
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
@@ -372,7 +376,7 @@ class _Reader:
             self._note(next(iter(self.rows)), record.reason)
             return
         if noise is not None:
-            noise = math.hypot(noise, self.forward[index_of(self.chain, record.name)])
+            noise = math.hypot(noise, self._forward(record.name))
         weak = int(record.too_weak.sum())
         known = f"known from above, but {weak} are too weak" if weak else "known from above"
         self._note(
@@ -383,6 +387,10 @@ class _Reader:
             uncertainty=noise,
             seconds=record.seconds,
         )
+
+    def _forward(self, name: str) -> float:
+        """The relative error that the client's arithmetic has left in a stage's inputs."""
+        return self.forward[index_of(self.chain, name)]
 
     def _row_of(self, name: str) -> str | None:
         """The layer whose inputs the walk has sought at a stage: the first of a block, the one below a pool.
