@@ -11,6 +11,7 @@ from network.head import features_of
 from network.stage import Chain, run
 from update.training import batchnorms
 
+EPS = 1e-5  # that BatchNorm adds to a variance
 FEATURE_DISTANCES = ("l2", "relative", "cosine")
 
 
@@ -95,8 +96,7 @@ class BatchNormLoss:
 class MomentsLoss:
     """How far the moments of a chain's BatchNorm layers are from those that normalised the client's batch.
 
-    The mean over layers and channels of ((mean - shared) / sigma)^2 + (variance / shared - 1)^2. The chain runs in the
-    client's mode.
+    See `statistics_distance`. The chain runs in the client's mode.
     """
 
     chain: Chain
@@ -104,13 +104,14 @@ class MomentsLoss:
 
     def __call__(self, images: Tensor) -> Tensor:
         """The loss of images (B, C, H, W)."""
-        distances = []
+        seen: list[Tensor] = []
+        shared: list[Tensor] = []
 
         def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
             axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
             variance, mean = torch.var_mean(inputs[0], axes, correction=0)
-            usual, square = self.moments[layer][0], self.moments[layer][1].clamp(min=0) + layer.eps
-            distances.append((mean - usual).square() / square + ((variance + layer.eps) / square - 1).square())
+            seen.extend([mean, variance])
+            shared.extend(self.moments[layer])
 
         hooks = [layer.register_forward_pre_hook(compare) for layer in self.moments]
         try:
@@ -118,12 +119,24 @@ class MomentsLoss:
         finally:
             for hook in hooks:
                 hook.remove()
-        return torch.cat(distances).mean()
+        return statistics_distance(seen, shared)
 
 
 def statistics_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Mean over BatchNorm's statistics (C,) of the squared distance of a from the shared b, relative to b."""
-    return torch.stack([(p - q).square().sum() / q.square().sum() for p, q in zip(a, b, strict=True)]).mean()
+    """Mean over layers of the mean over channels of ((mean - shared) / sigma)^2 + (variance / shared - 1)^2.
+
+    What BatchNorm does to a channel depends on these two alone: a mean that is off by a part of sigma shifts it by as
+    much, however large the mean is.
+
+    Args:
+        a: mean and variance (C,) by turns, of each layer.
+        b: those that the client shares, with its sigma.
+    """
+    off = []
+    for mean, variance, shared, square in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):
+        scale = square.clamp(min=0) + EPS
+        off.append(((mean - shared).square() / scale + ((variance + EPS) / scale - 1).square()).mean())
+    return torch.stack(off).mean()
 
 
 def disagreement(copies: Tensor) -> Tensor:
