@@ -29,8 +29,8 @@ from update.training import FEDSGD, LocalTraining, train_locally
 DISTANCES = ("l2", "relative", "cosine", "relative_cosine")
 SUBSET_LOSSES = ("published", "mean", "partial")
 RESCALES = ("inclusion", "none")
-# Weight of shared statistics beside the relative distance of gradients. A mean in units of its sigma tells more than one
-# relative to itself: small nets end at 28.9, 29.0 and 25.1 dB, where that has 28.3, 28.6 and 24.7.
+# Weight of shared statistics beside the relative distance of gradients. A mean in units of its sigma tells more than
+# relative to itself: small nets end at 28.9, 29.0 and 25.1 dB, where the latter has 28.3, 28.6 and 24.7.
 STATISTICS_WEIGHT = 1.0
 
 
