@@ -7,6 +7,7 @@ from torch import nn
 from attack.match.activations import ForwardLoss, ForwardMatching, course_for
 from attack.match.common_scale import HELD, CommonScale
 from attack.match.entries import observed
+from attack.match.maxima import Maxima
 from attack.match.penalties import MomentsLoss, Penalty
 from attack.match.phases import MEASURED_AT, UNITS, Course
 from attack.prepare import Known
@@ -60,10 +61,20 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
     if moments and loss.weights:
         penalties = [Penalty("statistics", MOMENTS * UNITS, MomentsLoss(below, moments))]
     below = below if loss.weights else with_moments(below, moments)
-    course = Course(()) if known.is_exact else course_for(below, loss, prior_weight)
+    maxima = None if known.is_exact else _maxima(update, model, known, loss, moments)
+    course = Course(()) if known.is_exact else course_for(below, loss, prior_weight, maxima)
     scale = CommonScale.of(below, moments)
     penalties += [Penalty("scale", HELD * UNITS, scale)] if scale else []
-    return Followed(ForwardMatching(loss, course), course, penalties, None if moments else scale)
+    return Followed(ForwardMatching(loss, course, maxima), course, penalties, None if moments else scale)
+
+
+def _maxima(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, moments: Moments) -> Maxima | None:
+    """What a max-pool says whose outputs are known; None where there is none, or the update is not whole."""
+    if not known.is_complete or not observed(update, model).is_whole:
+        return None
+    outputs = known.inputs.to(**place_of(model))
+    below, facts = stages(model)[: known.start], (update.gradients, update.image_shape, known.uncertainty)
+    return Maxima.of(below, outputs, loss.delta, *facts, moments)
 
 
 def _moments(update: SharedUpdate, model: nn.Module, known: Known) -> Moments:
