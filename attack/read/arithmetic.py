@@ -29,13 +29,12 @@ COARSE = torch.bfloat16  # the type that the model is run in; errors of others a
 ROUNDING = 0.2  # of a type's eps: what rounding to it leaves outside a gradient's rank, as a share (0.1 to 0.21)
 FINE = 1e-5  # a smaller share is that of float32
 EXACT = 1e-9  # gradients of a smaller relative rounding come from a client that computes in float64
+SEED = 0  # of these images, which every update has alike
 FEW = 4  # random images: the errors of one are those of another, nearly
 
 
 @torch.no_grad()
-def forward_errors(
-    model: nn.Module, image_shape: Sequence[int], share: float, precision: float, generator: torch.Generator
-) -> list[float]:
+def forward_errors(model: nn.Module, image_shape: Sequence[int], share: float, precision: float) -> list[float]:
     """The relative error that the client's forward pass leaves in the inputs of each stage of the model's chain.
 
     Args:
@@ -43,9 +42,10 @@ def forward_errors(
         image_shape: (C, H, W).
         share: of a layer's gradient that lies outside its rank, and that nothing but rounding explains.
         precision: relative rounding error of the gradients.
-        generator: what random images are drawn from (on the CPU).
     """
-    images = random_images(tuple(image_shape), FEW, generator).to(next(model.parameters()).device)
+    images = random_images(tuple(image_shape), FEW, torch.Generator().manual_seed(SEED)).to(
+        next(model.parameters()).device
+    )
     rounded, exact = (stages(each) for each in (copy.deepcopy(model).float(), copy.deepcopy(model).double()))
     if share < FINE:
         return [0.0] * len(exact) if precision < EXACT else _errors(rounded, exact, images, torch.float32)

@@ -161,7 +161,7 @@ class _Reader:
         # a defence explains noise in the gradient by itself
         noise = self.noise_shares[at.name] if self.update.defence == "none" else 0.0
         precision = min(map(precision_of, self.update.gradients.values()))  # tensors of few entries may look rounded
-        self.forward = forward_errors(self.model, self.update.image_shape, noise, precision, self.generator)
+        self.forward = forward_errors(self.model, self.update.image_shape, noise, precision)
         for name, row in self.rows.items():
             if row["uncertainty"] is not None:
                 row["uncertainty"] = math.hypot(row["uncertainty"], self._forward(name))
