@@ -72,9 +72,9 @@ def _maxima(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardL
     """What a max-pool says whose outputs are known; None where there is none, or the update is not whole."""
     if not known.is_complete or not observed(update, model).is_whole:
         return None
-    outputs = known.inputs.to(**place_of(model))
-    below, facts = stages(model)[: known.start], (update.gradients, update.image_shape, known.uncertainty)
-    return Maxima.of(below, outputs, loss.delta, *facts, moments)
+    outputs, chain = known.inputs.to(**place_of(model)), stages(model)
+    facts = (update.gradients, update.image_shape, known.uncertainty_at(chain[known.start]))
+    return Maxima.of(chain[: known.start], outputs, loss.delta, *facts, moments)
 
 
 def _moments(update: SharedUpdate, model: nn.Module, known: Known) -> Moments:

@@ -26,7 +26,6 @@ from network.kinds import kind_of
 from network.stage import Chain, run
 
 EQUAL = 4.0  # times their expected error up to which two outputs are the same
-WALKED = 8e-6  # relative error of outputs that were walked down to, where those that were read are more exact
 EXACT = 1e-4  # relative error of known outputs beyond which two of them cannot be told to be the same
 ZERO = 8.0  # times its expected error up to which an output is zero
 FAINT = 1e-3  # of the gradient's size: no channel's is divided by less
@@ -90,7 +89,7 @@ class Maxima:
         fixed = substituted(with_moments(below, moments), _constant)
         with torch.no_grad():
             like = run(fixed, outputs.new_zeros(len(outputs), *image_shape))
-        error = max(uncertainty, WALKED) * float(outputs.square().mean().sqrt())
+        error = uncertainty * float(outputs.square().mean().sqrt())
         known = torch.where(outputs > ZERO * error, outputs, 0.0).flatten(2)
         numbers = torch.arange(like[0, 0].numel(), device=like.device).to(like).view(1, 1, *like.shape[2:])
         places = _windows(pool, numbers.expand_as(like), len(numbers.flatten())).round().long()
