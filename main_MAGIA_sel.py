@@ -1,7 +1,6 @@
 """MAGIA: reconstruct the images of a whole batch from one averaged gradient, without inferring labels first.
 
     python main_MAGIA_sel.py                                        # 16 bundled images, defaults below
-    python main_MAGIA_sel.py --sel_mode constk --sel_k 2            # a constant subset of two images: the default
     python main_MAGIA_sel.py --preset paper --batch_size 8          # the published settings
     python main_MAGIA_sel.py --dataset folder --data_path photos    # your own images
     python main_MAGIA_sel.py --update update.safetensors            # somebody's update, no truth at hand
@@ -27,32 +26,33 @@ from attack.match.common_scale import CommonScale
 from attack.match.entries import observed
 from attack.match.followed import followed
 from attack.match.gradients import MatchingLoss
-from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty, disagreement
+from attack.match.penalties import Penalty, disagreement
 from attack.match.phases import Course
-from attack.match.replay import left_at_most, left_over, noise_share
+from attack.match.replay import replayed
 from attack.match.softening import SoftenedMatching, kinked_chain
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
-from cli.ahead import known_ahead, scaled_update
+from cli.ahead import known_ahead
 from cli.audit import audit
-from cli.console import Progress, introduction, show_end, show_leaks, show_schedule
+from cli.console import Progress, introduction, show_end, show_leaks, show_remarks, show_schedule
 from cli.digests import compare, digests_of
 from cli.flags import read_flags
+from cli.layouts import prepared
 from cli.no_effect import without_effect
 from cli.output import lasting_output, refused
 from cli.provenance import provenance
 from cli.runtime import INTERRUPTED, enough_threads, interruptible, place_named
 from cli.settings import adopt, facts_of, privacy_of, resolve, run_path, schedule_of, words_of
-from cli.start import first_state, pixel_map
+from cli.start import first_state, pixel_map, weighed_penalties
 from cli.victim import save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, open_record
 from judge.run_directory import RunDirectory
 from network.memory import is_out_of_memory
 from network.zoo import place_of
-from priors import Prior, contrast
+from priors import Prior
 from schedules import Schedule
 from update.shared import SharedUpdate
 
@@ -96,10 +96,21 @@ UPDATE = None  # attack the update in this file, see docs/update-format.md; ther
 DEFENDED = None  # defences that the client applied already to an update from outside, in the words of --defence
 UPDATE_KIND = "gradient"  # content of an update from outside: gradient, difference (new - old weights), weights (new)
 LOCAL_LR = None  # the client's learning rate; needed for several steps, and where the update is of weights
-LOCAL_STEPS = 1  # steps of plain SGD that the client makes, N; the weights' difference is divided by rate and steps
-LOCAL_BATCHES = 1  # minibatches of the batch that these steps go through in turn, M; the last may be smaller
+LOCAL_STEPS = 1  # optimiser steps that the client makes, N; of plain SGD the difference is divided by rate and steps
+LOCAL_BATCHES = 1  # minibatches of the batch that these steps go through in turn, M, or their sizes, e.g. 4,4,1
+LOCAL_OPTIMIZER = "sgd"  # the client's optimiser: sgd, adam, adamw
+LOCAL_MOMENTUM = 0.0  # momentum of the client's sgd
+LOCAL_NESTEROV = False  # the client's momentum is Nesterov's
+LOCAL_WEIGHT_DECAY = None  # weight decay of the client's optimiser (None: torch's own, 0.01 of adamw and else 0)
+LOCAL_PROX = 0.0  # mu of FedProx (Li et al. 2020), which pulls the client's weights back to the server's
+LOCAL_SCHEDULE = "constant"  # the client's rates, by steps: constant, cosine and linear (to 0), step:EVERY:FACTOR,
+# exponential:FACTOR, or factors of local_lr, one for each step or each pass, e.g. 1,1,0.1
+LOCAL_CLIP = None  # norm that the gradient of each of the client's steps is clipped to (None: not clipped)
+LOCAL_SHUFFLE = False  # each pass goes through the images in another order, which the server does not know
+LOCAL_PRECISION = "float32"  # of the client's activations: float32, bfloat16 (torch.autocast)
 LOSS = "cross_entropy"  # the client's loss: cross_entropy, bce (each class by itself; one logit: two classes), mse
 LABEL_SMOOTHING = 0.0  # eps of the cross-entropy's targets, (1 - eps) onehot + eps / K
+CLASS_WEIGHTS = None  # the cross-entropy's weights of the K classes, e.g. 1,2.5,0.5 (None: 1, or read off the update)
 BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
 BN_FROZEN = None  # BatchNorm layers in eval mode while others train, or modules that hold them, by name: stem,layer1
 
@@ -298,7 +309,7 @@ def prepare(
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
-    return state, build_objective(update, model, known, pixels, settings), known
+    return state, build_objective(known.as_trained(update), model, known, pixels, settings), known
 
 
 def build_objective(
@@ -328,14 +339,8 @@ def build_objective(
         statistics=update.batch_statistics(model),
         observed=None if settings.distance else observed(update, model, relative=bool(kinked)),
     )
-    features = FeatureLoss(model, known.features, settings.feature_distance or matching.distance, known.errors)
-    batchnorm = BatchNormLoss(model)
-    penalties = (
-        Penalty("features", settings.feature_weight if len(known.features) else 0.0, features),
-        Penalty("contrast", settings.l2_weight, contrast),
-        Penalty("batchnorm", settings.bn_weight if batchnorm.layers else 0.0, batchnorm),
-    )
     least = settings.noise_weight * matching.noise_of(update)
+    penalties = weighed_penalties(model, known, settings, matching.distance)
     if kinked:
         matching = SoftenedMatching(matching, kinked)
     return Objective(
@@ -343,7 +348,7 @@ def build_objective(
         prior,
         Annealing(settings.tv_weight, settings.tv_final, settings.tv_evals, least, matching.phases),
         pixels,
-        [penalty for penalty in penalties if penalty.weight],
+        penalties,
         settings.group_weight,
         known.pixels,
     )
@@ -407,8 +412,8 @@ def run_attack(
     with run.restored():
         if began:
             compare(began["digests"], digests)
-        restored, scale = scaled_update(update, model, settings)
-        state, objective, known = prepare(restored, model, settings, granted, began)
+        restored, scale, model, *ready = prepared(prepare, update, model, settings, granted, began)
+        state, objective, known = ready
         config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
         config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
         known = open_record(run, config, state, known, model, truth, began, digests)
@@ -417,12 +422,7 @@ def run_attack(
     recorder = Recorder(run, truth, known, **pace, checkpoint=began, digests=digests, evidence=evidence)
     if not settings.quiet:
         print(introduction(update, settings, objective, known, model, run.path))
-        for piece in evidence:
-            print(f"{'contradiction' if piece.contradicts else 'the update says'}: {piece.said}")
-        for line in without_effect(given, settings, known, model, objective.annealing):
-            print(line)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr if settings.quiet else sys.stdout)
+    show_remarks(evidence, without_effect(given, settings, known, model, objective.annealing), notes, settings.quiet)
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)
@@ -437,9 +437,9 @@ def run_attack(
     if objective.scale:
         images, said = objective.scale.read(images)
         recorder.evidence = (*recorder.evidence, said)
-    left = left_over(restored, model, images.clamp(0, 1), labels), noise_share(restored, model)
-    most = left_at_most(known, model, state.evaluations // state.copies)
-    figures = recorder.finish(state, images, ended_by, config, (*left, most))
+    trained = known.as_trained(restored)
+    replay = replayed(trained, model, known, images.clamp(0, 1), labels, state.evaluations // state.copies)
+    figures = recorder.finish(state, images, ended_by, config, replay)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 
 

@@ -1,13 +1,15 @@
 """What the server knows before the first step: read from the update, unmixed, inferred, or granted."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from attack.local.drift import EXACT, expected_drift
+from attack.local.as_gradient import judged
+from attack.local.closed_system import is_one_pass
+from attack.local.first_layer import NoSuchLayerError, read_first_layer
 from attack.local.local_labels import LocalLabels, labels_by_trial
 from attack.match.activations import says_enough
 from attack.match.followed import known_activations
@@ -15,12 +17,13 @@ from attack.match.unbounded import unbounded_pixels
 from attack.prepare import FOLLOWED, Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
-from attack.read.clip_factor import unscaled
+from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
-from attack.read.reader import COLUMNS, Reading, ReadingAbortedError, read_layers
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
-from network.chain import input_shapes
+from network.chain import input_shapes, is_walked
 from network.head import Head
 from network.tracing import stages
 from network.zoo import place_of
@@ -34,8 +37,13 @@ READS = ("auto", "on")  # values of --signals with which single images are sough
 # SGD leave 4e-4 on a small network, five with momentum 0.57, five of Adam 0.85.
 FOREIGN = 0.5
 
+ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one gradient
+
 # Entries of a checkpoint that say what was known before the first step.
-KEPT = ("signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "local_labels", "layers", "evidence")
+KEPT = (
+    "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
+    "is_explained", "local_labels", "layers", "evidence",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Means:
         max_seconds: after which a reading, or a search for labels, is aborted.
         tick: called now and then while either goes on.
         granted: the true labels (B,), where --label_strategy known grants them.
+        say: called with a line on what goes on, where that has one.
     """
 
     signals: str
@@ -55,6 +64,7 @@ class Means:
     max_seconds: float
     tick: Callable[[], object]
     granted: Tensor | None = None
+    say: Callable[[str], object] = str
 
     @property
     def reads(self) -> bool:
@@ -62,11 +72,16 @@ class Means:
         return self.signals in READS
 
 
-def with_scale(update: SharedUpdate, model: nn.Module, generator: torch.Generator) -> tuple[SharedUpdate, float | None]:
+def with_scale(
+    update: SharedUpdate, model: nn.Module, generator: torch.Generator, *, reads: bool
+) -> tuple[SharedUpdate, float | None]:
     """The update as long as it was before its clients shortened it, and the factor that undoes that.
 
-    The factor is None where they did not, or where nothing tells it.
+    The factor is None where they did not, or where nothing tells it. Class weights are taken relative to the batch's
+    where single images are read.
     """
+    if reads and update.training.is_plain:
+        update = weighed(update, model, generator=generator)
     if not update.is_rescaled:
         return update, None
     try:
@@ -81,30 +96,31 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     Raises:
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
-    drift, reading, features, is_aborted = None, None, torch.empty(0), False
+    reading, failure, features = None, None, torch.empty(0)
     clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
     if means.reads:
-        if not update.training.is_one_step:
-            drift = expected_drift(update, model, generator, clock)
         try:
-            reading = _read(update, model, means, generator, drift, clock)
+            reading = _read(update, model, means, generator, clock)
         except ValueError as error:
-            if means.signals == "on":
-                raise ValueError(f"--signals on: {error}") from None
-            is_aborted = isinstance(error, ReadingAbortedError)
+            failure = error
     elif means.signals == "ica":
         try:
             features = unmixed_features(update, model, generator=generator)
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    signals = None if reading is None else reading.signals
-    local_labels = None if signals else _local_labels(update, model, means, generator, labels, clock)
-    known = _known(update, model, signals, features, labels, local_labels)
+    local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
+    reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
+    if reading is None and failure is not None and means.signals == "on":
+        raise ValueError(f"--signals on: {failure}")
+    is_aborted, signals = isinstance(failure, ReadingAbortedError), None if reading is None else reading.signals
+    steps = _steps(update, len(reading)) if reading and reading.in_steps else ()
+    known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
-        return replace(known, drift=drift, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    facts = {name: getattr(reading, name) for name in ("layers", "recovered", "seconds", "is_aborted")}
-    known = replace(_at_stage(known, update, model, reading.start, reading.inputs), drift=drift, **facts)
+        return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
+    names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "is_explained")
+    facts = {name: getattr(reading, name) for name in names}
+    known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
@@ -125,6 +141,7 @@ def _evidence(
     update: SharedUpdate, model: nn.Module, reading: Reading, generator: torch.Generator
 ) -> Iterator[Evidence]:
     """What was read, against what was assumed."""
+    yield from reading.doubts
     yield from of_moments(update, model, reading.start, reading.inputs)
     out_of_range = [] if reading.start else of_pixels(reading.inputs.reshape(-1, *update.image_shape))
     yield from out_of_range or of_features(reading.signals.values, model, update.image_shape, generator)
@@ -155,6 +172,8 @@ def known_again(
         "layers": _layer_rows(began["layers"]),
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
+        "order": _order(began["order"], update),
+        "is_explained": checked.switch(began["is_explained"], "is_explained"),
     }
     signals = local_labels = None
     if began["signals"] is not None:
@@ -165,12 +184,20 @@ def known_again(
     if signals is None and means.signals == "ica":
         features = unmixed_features(update, model, generator=generator)
     labels = infer_labels(means.label_strategy, update, model, means.granted)
-    known = _known(update, model, signals, features, labels, local_labels)
+    in_steps = checked.switch(began["in_steps"], "in_steps") and signals is not None
+    steps = _steps(update, len(signals)) if in_steps else ()
+    known = _known(update, model, signals, features, labels, local_labels, steps)
     if signals is not None:
         chain = stages(model)
         start = checked.whole(began["start"], "start", most=len(chain) - 1)
         shape = (len(signals), *input_shapes(chain, update.image_shape)[start])
-        known = _at_stage(known, update, model, start, checked.tensor(began["inputs"], "inputs", shape, torch.float64))
+        known = _at_stage(
+            replace(known, **facts),
+            update,
+            model,
+            start,
+            checked.tensor(began["inputs"], "inputs", shape, torch.float64),
+        )
     evidence = tuple(_piece(piece) for piece in checked.sequence(began["evidence"], "evidence"))
     return replace(known, drift=drift, evidence=evidence, **facts)
 
@@ -192,6 +219,16 @@ def _layer_rows(rows: object) -> list[dict]:
     return found
 
 
+def _order(held: object, update: SharedUpdate) -> tuple[tuple[int, ...], ...] | None:
+    """The images of each step from a checkpoint."""
+    if held is None:
+        return None
+    order = checked.order(held, "order", update.batch_size)
+    if len(order) != update.training.steps:
+        raise checked.DamagedError(f"order has {len(order)} steps, the training {update.training.steps}")
+    return order
+
+
 def _piece(held: object) -> Evidence:
     """A piece of evidence from a checkpoint."""
     held = checked.mapping(held, "a piece of evidence", tuple(vars(Evidence("", ""))))
@@ -209,16 +246,23 @@ def _known(
     features: Tensor,
     labels: Tensor | None,
     local_labels: LocalLabels | None,
+    steps: Sequence[int],
 ) -> Known:
-    """Signals, features and labels, where the model is."""
+    """Signals, features at the server's weights, and labels, where the model is."""
     place = place_of(model)
     if signals is not None:
         signals = signals.to(place["device"])
-        features = signals.values
+        features = signals.values[: steps.count(0) if steps else None]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
     labels = all_labels(signals, labels)
-    return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels)
+    return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels, steps=steps)
+
+
+def _steps(update: SharedUpdate, count: int) -> list[int]:
+    """The steps of so many images, in the order of the steps."""
+    sizes = update.training.sizes_of(update.batch_size)
+    return [step for step, size in enumerate(sizes) for _ in range(size)][:count]
 
 
 def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> Known:
@@ -226,7 +270,7 @@ def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, 
     place, below = place_of(model), stages(model)[:start]
     inputs = inputs.to(place["device"])
     pixels = None if start else inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
-    enough = says_enough(below, update.image_shape, inputs)
+    enough = says_enough(below, update.image_shape, inputs) and (is_walked(below) or not known.in_steps)
     return replace(known, start=start, inputs=inputs, pixels=pixels, says_enough=enough)
 
 
@@ -235,24 +279,88 @@ def _read(
     model: nn.Module,
     means: Means,
     generator: torch.Generator,
-    drift: float | None,
     clock: WorkBudget,
 ) -> Reading:
-    """A reading of the update; of one that has drifted a little, all images or nothing, and no surer than the drift.
+    """A reading of the update: of several steps at a fully connected first layer, else along the way.
 
     Raises:
-        ValueError: nothing can be read, or the update has drifted too far to be read as a gradient.
+        ValueError: nothing can be read; the message says why.
     """
-    if drift is not None and not drift < EXACT:
-        raise ValueError(f"local training moves the update by {drift:.1e}: it is read as a gradient up to {EXACT:g}")
+    if update.training.is_gradient:
+        return read_layers(update, model, **_limits(means, generator, clock))
+    try:
+        return read_first_layer(update, model, generator=generator, budget=clock)
+    except NoSuchLayerError:
+        return _along_the_way(update, model, means, generator, clock)
+    except OutOfTimeError:
+        raise ReadingAbortedError(OUT_OF_TIME) from None
+    except ValueError as error:
+        try:
+            return _along_the_way(update, model, means, generator, clock)
+        except ValueError as other:
+            raise type(other)(f"{error}; {other}") from None
+
+
+def _limits(means: Means, generator: torch.Generator, clock: WorkBudget) -> dict[str, object]:
     left = max(0.0, clock.deadline - time.perf_counter())
-    reading = read_layers(update, model, generator=generator, max_seconds=left, tick=means.tick)
-    if drift is None:
-        return reading
+    return {"generator": generator, "max_seconds": left, "tick": means.tick}
+
+
+def _along_the_way(
+    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, clock: WorkBudget
+) -> Reading:
+    """A reading of several steps: of one pass step by step, of other trainings as a gradient.
+
+    Raises:
+        ValueError: nothing can be read, or the training does not replay on what was.
+    """
+    how = _limits(means, generator, clock)
+    if is_one_pass(update.training):
+        try:
+            return read_layers(update, model, in_steps=True, **how)
+        except ValueError as error:
+            if isinstance(error, ReadingAbortedError):
+                raise
+    return _as_gradient(update, model, **how)
+
+
+def _by_labels(
+    update: SharedUpdate,
+    model: nn.Module,
+    means: Means,
+    generator: torch.Generator,
+    found: LocalLabels | None,
+    clock: WorkBudget,
+) -> Reading | None:
+    """A reading of the head in one pass from labels and minibatches that were found by trial; None where it fails."""
+    if found is None or not (means.reads and found.is_believed and is_one_pass(update.training)):
+        return None
+    how = _limits(means, generator, clock)
+    try:
+        return read_layers(update, model, in_steps=True, labels=found.labels, **how)
+    except ValueError:
+        return None
+
+
+def _as_gradient(update: SharedUpdate, model: nn.Module, **how: object) -> Reading:
+    """A reading of an update that may have drifted a little: of all images or none, and no surer than the drift.
+
+    Raises:
+        ValueError: nothing can be read, or the training does not replay on what was.
+    """
+    reading = read_layers(update, model, work=ATTEMPT * READING_WORK, **how)
     if len(reading) < update.batch_size:
         raise ValueError(f"{len(reading)} of {update.batch_size} images told apart after local training, not all")
-    uncertainty = torch.hypot(reading.signals.uncertainty, torch.full_like(reading.signals.uncertainty, drift))
-    return replace(reading, signals=replace(reading.signals, uncertainty=uncertainty))
+    found = judged(update, model, reading.start, reading.inputs, reading.signals.labels)
+    if found.is_one_step:
+        said = (
+            f"the declared training, replayed above the images that were told apart, leaves {found.left:.2g} of the "
+            f"update, and one step {found.left_by_one:.2g}: the client made one step"
+        )
+        return replace(reading, doubts=(Evidence("training", said, found.left, contradicts=True),))
+    if not found.is_certified:
+        raise ValueError(f"replayed on the images of a gradient, the training leaves {found.left:.2g} of the update")
+    return replace(reading, signals=found.drifted(reading.signals), drift=found.drift, doubts=())
 
 
 def _local_labels(
@@ -266,9 +374,9 @@ def _local_labels(
     """Labels by trial after several steps, or the order of those that are known; None where there is no use for one."""
     training = update.training
     needed = training.batches > 1 if labels is not None else means.reads
-    if training.is_one_step or not needed:
+    if training.is_gradient or not needed:
         return None
     try:
-        return labels_by_trial(update, model, generator, labels, budget=clock)
+        return labels_by_trial(update, model, generator, labels, budget=clock, say=means.say)
     except ValueError:
         return None

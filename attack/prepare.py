@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from attack.read.signals import Signals
 from network.chain import parametrised
 from network.stage import Stage
 from update.evidence import Evidence
+from update.shared import SharedUpdate
 
 # Expected relative error up to which activations are matched in the gradient's place. On LeNet, B = 8, they bring 30.5
 # dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
@@ -44,7 +45,10 @@ class Known:
         inputs: (N, ...), the inputs of that stage.
         pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
-        drift: expected of the client's local training, see `attack.local.drift`; None of a single step.
+        steps: the step of each of the N images, ascending, where each was read at its own step's weights; else empty.
+        order: the images of each step, where it was found and is not that of minibatches in turn; else None.
+        is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
+        drift: of several steps that were read as one gradient, see `attack.local.as_gradient`; else None.
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
         layers, recovered, seconds, is_aborted: of the reading, see `attack.read.reader.Reading`; a resumed run has no
@@ -59,6 +63,9 @@ class Known:
     inputs: Tensor | None = None
     pixels: Tensor | None = None
     says_enough: bool = True
+    steps: Sequence[int] = ()
+    order: tuple[tuple[int, ...], ...] | None = None
+    is_explained: bool = False
     drift: float | None = None
     local_labels: LocalLabels | None = None
     evidence: tuple[Evidence, ...] = ()
@@ -71,6 +78,23 @@ class Known:
     def is_complete(self) -> bool:
         """Whether the inputs of a stage are known of every image of the batch."""
         return self.inputs is not None and len(self.inputs) == self.batch_size
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the images were read in the order of a client's steps."""
+        return bool(self.steps)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether the client's steps, made again on what was read, were found to make the update."""
+        return self.in_steps or self.drift is not None
+
+    def as_trained(self, update: SharedUpdate) -> SharedUpdate:
+        """The update with the order of the client's images in its steps, where that was sought and is believed."""
+        order, tried = self.order, self.local_labels
+        if order is None and tried is not None and tried.is_believed:
+            order = tried.order
+        return update if order is None else replace(update, training=replace(update.training, order=order))
 
     @property
     def is_followed(self) -> bool:
@@ -97,7 +121,7 @@ class Known:
     @property
     def errors(self) -> Tensor | None:
         """Expected relative errors (M,) of the features that signals gave; None of others."""
-        return self.signals.uncertainty.to(self.features) if self.signals else None
+        return self.signals.uncertainty[: len(self.features)].to(self.features) if self.signals else None
 
     @property
     def is_exact(self) -> bool:

@@ -1,5 +1,8 @@
 """Attack updates whose clients are not the declared one, and write docs/foreign-updates.md: python -m bench.foreign.
 
+Words behind the command restrict it to rows whose network or client has one of them: python -m bench.foreign ConvNet
+"class weights". The page is written after each row, and keeps the others with the commit that measured them.
+
 Each client is written in plain PyTorch and knows nothing of this project. The attack is told what a user would say who
 knows no better: one step of plain SGD on the mean cross-entropy.
 """
@@ -8,13 +11,14 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from bench.remeasure import program
 from bench.results_page import markdown_table
 from data import load_batch, open_source
 from judge.metrics import guess_psnr, mean_psnr
@@ -69,6 +73,10 @@ def _pruned(gradients: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[st
     return {name: torch.where(g.abs() >= least, g, 0) for name, g in gradients.items()}
 
 
+def _weighted_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    return (torch.linspace(0.5, 2, CLASSES)[labels] * cross_entropy(logits, labels, reduction="none")).mean()
+
+
 def _focal(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.softmax(1).gather(1, labels[:, None])[:, 0]
     return ((1 - own) ** 2 * cross_entropy(logits, labels, reduction="none")).mean()
@@ -89,6 +97,7 @@ CLIENTS = (
     Client("binary cross-entropy", lambda z, y: nn.functional.binary_cross_entropy_with_logits(z, _whole(y))),
     Client("squared errors", lambda z, y: nn.functional.mse_loss(z, _whole(y))),
     Client("class weights 0.5 to 2", lambda z, y: cross_entropy(z, y, weight=torch.linspace(0.5, 2, CLASSES))),
+    Client("class weights 0.5 to 2, divided by B", _weighted_sum),
     Client("focal loss", _focal),
     Client("mixup", _mixed),
     Client("images normalised by 0.5 and 0.5", normalises=(0.5, 0.5)),
@@ -172,20 +181,44 @@ SGD on the mean cross-entropy, and has {EVALUATIONS} evaluations.
   nothing is called certain ([update-format.md](update-format.md#what-the-update-says-of-itself)).
 - **certain**: images whose features are called certain; **false**: those of them that are off by more than {WITHIN:g}
   times their expected error.
-- **PSNR** in dB, and that of a guess.
+- **PSNR** in dB, and that of a guess. **commit**: of the program that measured the row.
 """
 
 
-def main() -> int:
-    """Measure all rows and write the page."""
-    rows = []
+HEADS = ("network", "client", "read", "told apart", "certain", "false", "PSNR", "guess", "commit")
+
+
+def kept_rows(page: str) -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of the page's table by network and client, those that no client makes any more left out."""
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in page.splitlines() if line[:1] == "|"]
+    if not lines:
+        return {}
+    rows = (dict(zip(lines[0], line, strict=False)) for line in lines[2:])
+    found = {(row["network"], row["client"]): row for row in rows if "network" in row}
+    return {key: found[key] for key in _every_row() if key in found}
+
+
+def _every_row() -> list[tuple[str, str]]:
+    return [(network, client.name) for network in NETWORKS for client in CLIENTS]
+
+
+def written(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
+    """The page with these rows, in the order of networks and clients."""
+    cells = ([rows[key].get(head, "") for head in HEADS] for key in _every_row() if key in rows)
+    return f"{AHEAD}\n{markdown_table([HEADS, *cells])}\n"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure the rows that the words name, or all, and write the page after each of them."""
+    words, commit = sys.argv[1:] if words is None else words, program()["commit"]
+    rows = kept_rows(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
     for network in NETWORKS:
         for client in CLIENTS:
-            rows.append(measured(network, client))
-            print(rows[-1], flush=True)
-    heads = ("network", "client", "read", "told apart", "certain", "false", "PSNR", "guess")
-    table = markdown_table([heads, *([row.get(head, "") for head in heads] for row in rows)])
-    PAGE.write_text(f"{AHEAD}\n{table}\n", encoding="utf-8")
+            if not words or any(word in network or word in client.name for word in words):
+                row = measured(network, client) | {"commit": commit}
+                rows[network, client.name] = row
+                print(row, flush=True)
+                PAGE.write_text(written(rows), encoding="utf-8")
     return 0
 
 

@@ -5,7 +5,7 @@ import math
 
 from torch import Tensor, nn
 
-from attack.ahead import Means, known_again, read_ahead, with_scale
+from attack.ahead import READS, Means, known_again, read_ahead, with_scale
 from attack.prepare import Known
 from cli.console import ReadingBar
 from cli.runtime import stream
@@ -22,7 +22,7 @@ def scaled_update(
     Where nothing tells the factor only the update's direction is left to match: --distance, unless it was given,
     becomes relative_cosine.
     """
-    restored, scale = with_scale(update, model, stream(settings.seed, "scale"))
+    restored, scale = with_scale(update, model, stream(settings.seed, "scale"), reads=settings.signals in READS)
     if update.is_rescaled and scale is None:
         settings.distance = settings.distance or "relative_cosine"
     return restored, scale
@@ -38,7 +38,7 @@ def known_ahead(
     """
     seconds = SIGNALS_SHARE * settings.max_seconds if settings.max_seconds else math.inf
     with ReadingBar(quiet=settings.quiet) as bar:
-        means = Means(settings.signals, settings.label_strategy, seconds, bar.update, granted)
+        means = Means(settings.signals, settings.label_strategy, seconds, bar.update, granted, bar.set_description)
         generator = stream(settings.seed, "signals")
         if began is not None:
             return known_again(update, model, means, generator, began)

@@ -2,16 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
 
-from attack.local.drift import EXACT
 from attack.prepare import Known
 from attack.read.forecast import explain
-from cli.model import local_training, model_options, of_two_classes, server_model
+from cli.model import model_options, server_model, two_classes
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
 from data import sides
@@ -20,14 +19,16 @@ from judge.recorder import summary
 from judge.report import read_facts
 from judge.run_directory import RunDirectory
 from judge.tables import aligned, markdown, write_csv
-from judge.verdict import NAMES
+from judge.verdict import NAMES, percent
 from network.chain import first_layer
 from network.head import Head
 from network.parametrised import why_no_gradient
 from network.tracing import stages, why_not_walked
 from schedules import Schedule
+from update.batchnorm import use_batch_statistics
+from update.declared import declared
+from update.evidence import REPLAY, Evidence
 from update.shared import SharedUpdate
-from update.training import use_batch_statistics
 
 SIDE = 32  # pixels of an image that nothing is known of
 POINTS = 10_000  # of a plot, at most
@@ -55,7 +56,12 @@ class ReadingBar(tqdm):
 
 
 def introduction(
-    update: SharedUpdate, settings: argparse.Namespace, objective: object, known: Known, model: nn.Module, path: Path
+    update: SharedUpdate,
+    settings: argparse.Namespace,
+    objective: object,
+    known: Known,
+    model: nn.Module,
+    path: Path,
 ) -> str:
     """The batch, the objective, what was read, how the client trained if not in one step, and where results go."""
     shape = "x".join(map(str, update.image_shape))
@@ -79,6 +85,16 @@ def introduction(
     )
 
 
+def show_remarks(evidence: Sequence[Evidence], idle: Sequence[str], notes: Sequence[str], quiet: bool) -> None:
+    """Say what the update says of itself, which flags change nothing, and, even if quiet, what was assumed."""
+    for piece in evidence if not quiet else ():
+        print(f"{'contradiction' if piece.contradicts else 'the update says'}: {piece.said}")
+    for line in idle if not quiet else ():
+        print(line)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr if quiet else sys.stdout)
+
+
 def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
     """What the clients did to the update, and the privacy that it buys; empty where they did nothing."""
     if update.defence == "none":
@@ -97,13 +113,16 @@ def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
 def _how_trained(update: SharedUpdate, known: Known) -> str:
     """How local training is taken: for one gradient, or unrolled; empty for one step with BatchNorm in eval mode."""
     training, said = update.training, []
-    if not training.is_one_step:
-        said = [f"{training.steps} local steps through {training.batches} minibatches, steps x rate {training.reach:g}"]
-        far = known.drift is not None and known.drift >= EXACT
-        if known.is_followed:
-            said.append(f"taken for one gradient, expected drift {known.drift:.1e}")
+    if not training.is_gradient:
+        said = [f"{training}, steps x rate {training.steps * training.rate:g}"]
+        if known.in_steps:
+            said.append("read step by step")
+        elif known.is_explained:
+            said.append("read at the first layer" + ("" if known.order else ", whatever the order of the steps"))
+        elif known.is_followed:
+            said.append("taken for one gradient" + (f", drift {known.drift:.1e}" if known.drift is not None else ""))
         else:
-            said.append(f"unrolled: expected drift {known.drift:.1e} is beyond {EXACT:g}" if far else "unrolled")
+            said.append("unrolled")
         if known.local_labels is not None:
             use = "labels by trial" if known.local_labels.is_believed else "no labels by trial"
             ended = ", --max_seconds stopped their search" if known.local_labels.is_aborted else ""
@@ -122,13 +141,29 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
     elif not has_images:
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not quiet:
+        for piece in figures["evidence"]:
+            if piece["topic"] == REPLAY:
+                print(f"contradiction: {piece['said']}")
         print(f"verdict: {verdict_line(run.path)}")
+        print(_replay_line(figures))
         print(f"report: {run.path}/report.html")
         print(f"pictures: {run.path}/" + ("comparison.png" if "psnr_mean" in figures else "reconstruction.png"))
     print(summary(figures))
     if ended_by in ("interrupt", "abort"):
         return INTERRUPTED
     return int(ended_by == "non-finite" or not has_images or bool(run.failures))
+
+
+def _replay_line(figures: Mapping) -> str:
+    """What the client's training, made again on the pictures, leaves of the update."""
+    left = figures["unexplained"]
+    said = "no finite number" if left is None else f"{percent(left)} of the update"
+    noise = f"noise is {percent(figures['noise_share'])}"
+    words = {True: "; the steps on what was read make it", False: "; so nothing is certain", None: ""}
+    ending = words[figures["replays"]]
+    if figures["explains_first_layer"] and not figures["replays"]:
+        ending = "; the order of the steps is not known, but the images make all of the first layer's movement"
+    return f"replay: the client's training on these pictures leaves {said}, {noise}{ending}"
 
 
 def verdict_line(path: Path) -> str:
@@ -162,13 +197,14 @@ def show_leaks(settings: argparse.Namespace) -> int:
     size = "x".join(map(str, shape[1:]))
     model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
-    frozen = local_training(settings).frozen_norms
+    frozen = declared(vars(settings)).frozen_norms
     if frozen:
         mode, ending = f"{mode} but for {', '.join(frozen)}", f"{ending}_frozen_{len(frozen)}"
     title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
-    model = of_two_classes(model, settings, shape)
+    model = two_classes(model, declared(vars(settings)), settings.model, shape).model
     if mode:
         use_batch_statistics(model, frozen)
+    _show_client(settings)
     try:
         chain = stages(model)
     except ValueError as error:
@@ -194,6 +230,18 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print(f"run as a whole: {reason}; {STILL_ATTACKED}")
     print(f"table and picture: {stem}.csv, .md, .png")
     return 0
+
+
+def _show_client(settings: argparse.Namespace) -> None:
+    """Print how the client trains, where the update is no plain gradient.
+
+    Raises:
+        ValueError: settings that do not go together, or do not suit the batch.
+    """
+    training = declared(vars(settings))
+    training.check(settings.batch_size)
+    if not (training.is_gradient and training.optimiser.clip is None):
+        print(f"the client: {training}; what follows holds for the images of one step at the server's weights")
 
 
 def show_note(note: str) -> None:

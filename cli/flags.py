@@ -26,10 +26,12 @@ from network.zoo import ACTIVATIONS, MODELS
 from priors import PRIORS
 from schedules import MODES, RESAMPLES
 from update import checked
+from update.batchnorm import BATCHNORMS
 from update.defences import Defences
 from update.loss import LOSSES
+from update.optimiser import OPTIMISERS
 from update.received import KINDS
-from update.training import BATCHNORMS
+from update.training import PRECISIONS
 
 SIGNALS = ("auto", "on", "off", "ica")
 DTYPES = ("float32", "float64")
@@ -132,6 +134,12 @@ def names(text: str) -> str:
     return ",".join(parts)
 
 
+def sizes(text: str) -> int | str:
+    """An argparse type: a number of minibatches, or the sizes of several."""
+    parts = [number(int, 1, 10**6)(part) for part in text.split(",")]
+    return parts[0] if len(parts) == 1 else ",".join(map(str, parts))
+
+
 def defence(text: str) -> str:
     """An argparse type: defences that a client may apply to its update."""
     try:
@@ -177,9 +185,16 @@ TYPES: dict[str, Callable[[str], object]] = {
     "update_kind": one_of(KINDS),
     "local_lr": _positive,
     "local_steps": number(int, 1, 10_000),
-    "local_batches": _size,
+    "local_batches": sizes,
+    "local_optimizer": one_of(OPTIMISERS),
+    "local_momentum": number(float, 0, 1),
+    "local_weight_decay": _weight,
+    "local_prox": _weight,
+    "local_clip": _positive,
+    "local_precision": one_of(PRECISIONS),
     "loss": one_of(LOSSES),
     "label_smoothing": number(float, 0, 0.99),
+    "class_weights": numbers(0, above=True),
     "bn": one_of(BATCHNORMS),
     "bn_frozen": names,
     "sel_mode": one_of(MODES),
@@ -232,7 +247,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "train_batch": _size,
     "hold_out": _share,
 }
-LISTS = ("mean", "std")  # flags of several numbers
+LISTS = ("mean", "std", "class_weights")  # flags of several numbers
 
 
 class OneLineParser(argparse.ArgumentParser):

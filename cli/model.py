@@ -2,6 +2,8 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -9,7 +11,7 @@ from cli.runtime import stream
 from network.one_logit import has_one_logit, with_two_logits
 from network.zoo import ALL_OPTIONS, build_model
 from update.evidence import Evidence
-from update.loss import Loss
+from update.loss import CROSS_ENTROPY
 from update.training import LocalTraining
 from update.weights import load_checkpoint
 
@@ -39,20 +41,6 @@ def server_model(
     return model
 
 
-def of_two_classes(model: nn.Module, settings: argparse.Namespace, image_shape: tuple) -> nn.Module:
-    """The model; with two logits, if it has one, whose binary cross-entropy is the cross-entropy of two classes.
-
-    Raises:
-        ValueError: a loss of one logit that is not that.
-    """
-    if not has_one_logit(model, image_shape):
-        return model
-    if settings.loss == "mse":
-        raise ValueError(f"--loss mse: {settings.model} has one logit, and its loss is taken for binary cross-entropy")
-    settings.loss = "cross_entropy"
-    return with_two_logits(model)
-
-
 AS_TWO_CLASSES = Evidence(
     "logits",
     "the model has one logit z: it is attacked as one of two classes with the logits 0 and z",
@@ -60,11 +48,26 @@ AS_TWO_CLASSES = Evidence(
 )
 
 
-def local_training(settings: argparse.Namespace) -> LocalTraining:
-    """How the client trains: one step of FedSGD, unless the flags say otherwise."""
-    loss = Loss(settings.loss, settings.label_smoothing)
-    steps = (settings.local_steps, settings.local_batches, settings.local_lr)
-    return LocalTraining(*steps, settings.bn, loss, tuple(parse_names(settings.bn_frozen)))
+class TwoClasses(NamedTuple):
+    """A model with a logit for each class, its training, and a word on it where it had one logit for two classes."""
+
+    model: nn.Module
+    training: LocalTraining
+    evidence: tuple[Evidence, ...]
+
+
+def two_classes(model: nn.Module, training: LocalTraining, name: str, image_shape: tuple) -> TwoClasses:
+    """The model as it is, or one logit as two, whose cross-entropy is the binary cross-entropy of the one.
+
+    Raises:
+        ValueError: a loss of one logit that is not that; the message calls the model `name`.
+    """
+    if not has_one_logit(model, image_shape):
+        return TwoClasses(model, training, ())
+    if training.loss.name == "mse":
+        raise ValueError(f"--loss mse: {name} has one logit, and its loss is taken for binary cross-entropy")
+    training = replace(training, loss=replace(training.loss, name=CROSS_ENTROPY.name))
+    return TwoClasses(with_two_logits(model), training, (AS_TWO_CLASSES,))
 
 
 def parse_names(text: str | None) -> list[str]:

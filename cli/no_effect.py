@@ -10,7 +10,8 @@ from attack.match.phases import Course
 from attack.match.softening import kinked_chain
 from attack.optimise.budget import Annealing
 from attack.prepare import Known
-from update.training import batchnorms
+from update.batchnorm import batchnorms
+from update.declared import declared
 
 SELECTION = ("sel_mode", "sel_k", "sel_l_iter", "sig_a", "sig_b", "resample")
 GRADIENTS = ("distance", "soften", "alpha", "subset_loss", "rescale")  # how the batch's gradient is matched
@@ -40,6 +41,11 @@ class Situation:
     noise_decides: bool
 
     @property
+    def is_of_weights(self) -> bool:
+        """Whether an update from outside is of weights."""
+        return bool(self.settings.update) and self.settings.update_kind != "gradient"
+
+    @property
     def matches_gradients(self) -> bool:
         """Whether the batch's gradient is matched, rather than known activations."""
         return not self.known.is_followed
@@ -48,6 +54,11 @@ class Situation:
     def labels_are_known(self) -> bool:
         """Whether no label is left to be optimised."""
         return self.known.labels is not None and len(self.known.labels) == self.known.batch_size
+
+    @property
+    def passes(self) -> int:
+        """Times that the client goes through its images."""
+        return declared(vars(self.settings)).passes
 
 
 Condition = Callable[[Situation], bool]
@@ -69,6 +80,17 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
         lambda s: not s.matches_gradients,
         "known activations are matched in a course of their own; --tv_weight scales its weights of the prior",
     ),
+    (
+        ("local_momentum", "local_nesterov", "local_prox", "local_schedule"),
+        lambda s: s.settings.local_steps == 1,
+        "the client's first step is the same without",
+    ),
+    (
+        ("local_weight_decay",),
+        lambda s: s.settings.local_steps == 1 and s.settings.local_optimizer == "sgd" and not s.is_of_weights,
+        "the client shares the gradient of one step",
+    ),
+    (("local_shuffle",), lambda s: s.passes == 1, "the order of a single pass is sought in any case"),
     (("sel_k",), lambda s: s.settings.sel_mode != "constk", "only --sel_mode constk has it"),
     (("sel_l_iter",), lambda s: not s.settings.sel_mode.endswith("_l"), "only the modes that end in _l have it"),
     (("sig_a", "sig_b"), lambda s: s.settings.sel_mode != "sigmoid", "only --sel_mode sigmoid has it"),

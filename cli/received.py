@@ -4,30 +4,33 @@ import argparse
 from collections.abc import Collection
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from attack.ahead import READS
-from attack.read.batch_size import count_images
+from attack.read.batch_size import count_images, noise_of_weights
 from attack.read.origin import explained
 from cli.console import ReadingBar
 from cli.flags import checked_value
-from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
+from cli.model import model_options, parse_names, server_model, two_classes
 from cli.runtime import stream
 from cli.settings import facts_of
 from data import sides
 from network.chain import below_norms
 from network.head import Head
-from network.one_logit import has_one_logit, of_two_logits
+from network.one_logit import of_two_logits
 from network.outside import is_file
 from network.parameters import freeze, named_by, trainable
 from network.tracing import stages_if_walked
 from network.zoo import ALL_OPTIONS
-from update.evidence import Evidence, of_gradients
+from update.batchnorm import use_batch_statistics
+from update.declared import declared
+from update.evidence import Evidence
+from update.examined import of_gradients
 from update.norm_modes import of_orthogonality, of_statistics
-from update.received import averaged_gradients, recognised, statistics
+from update.received import averaged_gradients, new_weights, recognised, statistics
 from update.shared import FACTS, SharedUpdate, is_of_update
 from update.storage import ENTERED, StorageError, read_tensors, read_text, room_for
-from update.training import use_batch_statistics
+from update.training import LocalTraining
 from update.weights import load_weights
 
 CHANGED = ("entries", "optimiser", "kind")  # topics of evidence that leaves ranks and suppositions without a meaning
@@ -61,15 +64,18 @@ def received_update(
     return update, model
 
 
-def _examined(update: SharedUpdate, model: nn.Module, settings: argparse.Namespace) -> SharedUpdate:
+def _examined(
+    update: SharedUpdate, model: nn.Module, settings: argparse.Namespace, rounding: dict[str, Tensor] | None = None
+) -> SharedUpdate:
     """The update as its own numbers say that it was made, with the evidence."""
-    if not update.training.is_one_step:
+    if not update.training.is_gradient:
         return update
     gradients, evidence = of_gradients(
         update.gradients,
         model,
         loss=update.training.loss,
         rate=None if settings.update_kind == "gradient" else settings.local_lr,
+        rounding=rounding,
         is_defended=update.defence != "none",
     )
     pairs = below_norms(stages_if_walked(model) or [])
@@ -94,7 +100,7 @@ def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
     notes: list[str] = []
     facts = (update.model, update.image_shape, update.num_classes, update.options)
     model = server_model(settings, *facts, notes.append)
-    model = of_two_classes(model, settings, update.image_shape)
+    model, _, _ = two_classes(model, update.training, update.model, update.image_shape)
     tensors, _ = read_tensors(settings.update, wanted=is_of_update, most=room_for(model))
     update = update.holding(tensors, settings.update)
     if update.weights and not settings.weights:
@@ -117,7 +123,7 @@ def _with_checked_facts(update: SharedUpdate, settings: argparse.Namespace) -> S
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no option of a model")
         facts = facts_of(update, settings).items()
-        read = {name: checked_value(name, value) for name, value in facts if value is not None}
+        read = {n: checked_value(n, value) for n, value in facts if value is not None and not isinstance(value, bool)}
         return replace(update, options={name: read[name] for name in update.options if name in read})
     except ValueError as error:
         raise StorageError(f"{settings.update}: {error}") from None
@@ -133,22 +139,24 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     if not settings.weights and not is_file(settings.model):
         raise ValueError(f"{source} does not hold the model's weights: set --weights to those that the server sent out")
     shape = (settings.channels, *sides(settings.image_size))
-    rate, training = _rate(settings), local_training(settings)
+    training = _declared(settings)
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
     freeze(model, named_by(model, parse_names(settings.frozen)))
     tensors, text = read_tensors(source, most=room_for(model))
     notes += [text[ENTERED]] if ENTERED in text else []
     tensors, said = recognised(tensors, model, shape, source)
-    gradients = averaged_gradients(tensors, model, settings.update_kind, rate, source)
+    combination = training.combination()
+    gradients = averaged_gradients(tensors, model, settings.update_kind, combination, source)
+    rounding = noise_of_weights(new_weights(tensors, model, settings.update_kind), combination.total)
     found, counted = statistics(tensors, model, settings.update_kind)
     if training.batchnorm == "train" and settings.update_kind == "gradient":
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
     training, evidence = of_statistics(found, counted, model, training, given)
-    if has_one_logit(model, shape):
-        evidence.append(AS_TWO_CLASSES)
-        gradients, model = of_two_logits(gradients, Head.of(model)), of_two_classes(model, settings, shape)
-    training = replace(training, loss=local_training(settings).loss)
+    training = replace(training, loss=declared(vars(settings)).loss)
+    model, training, as_two = two_classes(model, training, settings.model, shape)
+    if as_two:
+        gradients, rounding = (of_two_logits(each, Head.of(model)) for each in (gradients, rounding))
     update = SharedUpdate(
         gradients=gradients,
         weights={},
@@ -160,22 +168,25 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
         training=training,
         statistics=found if training.batchnorm == "train" else {},
         defence=settings.defended or "none",
-        evidence=tuple(evidence),
+        evidence=(*evidence, *as_two),
         notes=(*notes, *said),
     )
     update.check(source)
-    update = _examined(update, model, settings)
+    update = _examined(update, model, settings, rounding)
     if settings.batch_size is None:
         if not training.is_plain:
             raise ValueError("the batch size is read off one step with BatchNorm in eval mode: set --batch_size")
-        update = replace(update, batch_size=count_images(update.gradients, model, shape))
+        counted = count_images(update.gradients, model, shape, rounding)
+        if not counted.is_exact:
+            raise ValueError(f"the update is of {counted}, and noise may hide others: set --batch_size")
+        update = replace(update, batch_size=counted.images)
     elif training.is_plain and not any(piece.topic in UNRANKED for piece in update.evidence):
-        update = _counted(update, model, reads=settings.signals in READS)
+        update = _counted(update, model, rounding, reads=settings.signals in READS)
     training.check(update.batch_size)
     return update, model
 
 
-def _counted(update: SharedUpdate, model: nn.Module, *, reads: bool) -> SharedUpdate:
+def _counted(update: SharedUpdate, model: nn.Module, rounding: dict[str, Tensor], *, reads: bool) -> SharedUpdate:
     """The update with the batch size that its ranks show, where that is smaller than the declared one.
 
     Raises:
@@ -183,27 +194,31 @@ def _counted(update: SharedUpdate, model: nn.Module, *, reads: bool) -> SharedUp
     """
     declared = update.batch_size
     try:
-        counted = count_images(update.gradients, model, update.image_shape)
+        counted = count_images(update.gradients, model, update.image_shape, rounding)
     except ValueError:  # the ranks do not tell a batch size
         return update
-    said = f"its ranks are those of {counted} images, --batch_size says {declared}"
-    if counted > declared and reads:
-        raise ValueError(f"--batch_size {declared}: the update's ranks are those of {counted} images")
-    if counted > declared:
-        evidence = Evidence("batch size", said, counted, contradicts=True)
+    said, images = f"its ranks are those of {counted}, --batch_size says {declared}", counted.images
+    if images > declared and reads:
+        raise ValueError(f"--batch_size {declared}: the update's ranks are those of {counted}")
+    if images > declared:
+        evidence = Evidence("batch size", said, images, contradicts=True)
         return replace(update, evidence=(*update.evidence, evidence))
-    if counted == declared:
+    if images == declared or not counted.is_exact:
         return update
-    evidence = Evidence("batch size", f"{said}: it is taken for {counted}", counted, overrules="batch_size")
-    return replace(update, batch_size=counted, evidence=(*update.evidence, evidence))
+    evidence = Evidence("batch size", f"{said}: it is taken for {images}", images, overrules="batch_size")
+    return replace(update, batch_size=images, evidence=(*update.evidence, evidence))
 
 
-def _rate(settings: argparse.Namespace) -> float:
-    """The learning rate times the local steps; 1 for gradients, which have no learning rate."""
+def _declared(settings: argparse.Namespace) -> LocalTraining:
+    """How the client is said to have trained.
+
+    Raises:
+        ValueError: gradients are said to come of several steps, or weights of a rate that is not said.
+    """
+    training = declared(vars(settings))
     if settings.update_kind == "gradient":
-        if settings.local_lr is not None or settings.local_steps > 1:
+        if training.rate is not None or not training.is_gradient:
             raise ValueError("--local_lr and --local_steps belong to --update_kind difference or weights")
-        return 1.0
-    if settings.local_lr is None:
+    elif training.rate is None:
         raise ValueError(f"--update_kind {settings.update_kind} needs --local_lr, the client's learning rate")
-    return local_training(settings).rate * settings.local_steps
+    return training

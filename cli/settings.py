@@ -16,6 +16,7 @@ from judge.run_directory import recover
 from network.outside import is_file, resolved
 from schedules import Schedule
 from update import checked
+from update.declared import flags_of
 from update.defences import Defences
 from update.shared import SharedUpdate
 
@@ -164,11 +165,7 @@ def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, ob
         "num_classes": update.num_classes,
     }
     facts["image_size"] = width if height == width else f"{height}x{width}"
-    training = update.training
-    facts |= {"local_steps": training.steps, "local_batches": training.batches, "local_lr": training.rate}
-    facts |= {"loss": training.loss.name, "label_smoothing": training.loss.smoothing}
-    facts |= {"bn": training.batchnorm, "bn_frozen": ",".join(training.frozen_norms) or None}
-    return facts | {"channels": channels} | update.options
+    return facts | flags_of(update.training) | {"channels": channels} | update.options
 
 
 def schedule_of(settings: argparse.Namespace) -> Schedule:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from attack.match.activations import spectral_power_for
+from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from attack.prepare import Known, start_images
@@ -16,6 +17,7 @@ from cli.victim import images_named
 from network.memory import check_room
 from network.tracing import stages
 from network.zoo import place_of
+from priors import contrast
 from update.shared import SharedUpdate
 
 PLAIN_PIXELS = {"box": "none", "spectral_power": 0.0, "chroma_gain": 1.0}  # for images that are known exactly
@@ -51,6 +53,18 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     )
 
 
+def weighed_penalties(model: nn.Module, known: Known, settings: argparse.Namespace, distance: str) -> list[Penalty]:
+    """The penalties that have a weight and something to weigh; features at `distance`, unless a flag says otherwise."""
+    features = FeatureLoss(model, known.features, settings.feature_distance or distance, known.errors)
+    batchnorm = BatchNormLoss(model)
+    penalties = (
+        Penalty("features", settings.feature_weight if len(known.features) else 0.0, features),
+        Penalty("contrast", settings.l2_weight, contrast),
+        Penalty("batchnorm", settings.bn_weight if batchnorm.layers else 0.0, batchnorm),
+    )
+    return [penalty for penalty in penalties if penalty.weight]
+
+
 def _check_room(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> None:
     """Refuse an attack whose optimiser would not fit into memory. Images that are known exactly need none.
 
@@ -68,7 +82,7 @@ def _check_room(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     flags += [f"--restarts {settings.restarts}"] if settings.restarts > 1 else []
     flags += [f"--history {settings.history}"] if settings.optimizer == "lbfgs" else []
     training = update.training
-    if not training.is_one_step and not known.is_followed:  # every step's weights and gradient are kept
+    if not training.is_gradient and not known.is_followed:  # every step's weights and gradient are kept
         weights = sum(gradient.numel() for gradient in update.gradients.values())
         need += 2 * training.steps * weights * pixels.dtype.itemsize
         flags.append(f"{training.steps} local steps")

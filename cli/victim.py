@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from attack.prepare import INITS
-from cli.model import AS_TWO_CLASSES, local_training, model_options, of_two_classes, parse_names, server_model
+from cli.model import model_options, parse_names, server_model, two_classes
 from cli.received import received_update
 from cli.runtime import stream
 from client.defences import defend_received
 from client.victim import share_update
 from data import Batch, DataError, load_batch, open_source, parse_indices, sides
-from network.one_logit import has_one_logit
 from network.outside import is_outside, try_batch
+from update.declared import declared
 from update.defences import Defences
 from update.shared import SharedUpdate
 from update.storage import replace_atomically
+from update.training import LocalTraining
 
 
 def victim(
@@ -45,8 +46,7 @@ def victim(
     shape = tuple(batch.images.shape[1:])
     notes: list[str] = []
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
-    evidence = (AS_TWO_CLASSES,) if has_one_logit(model, shape) else ()
-    model = of_two_classes(model, settings, shape)
+    model, training, evidence = two_classes(model, _training(settings), settings.model, shape)
     if is_outside(settings.model):
         try_batch(model, settings.model, shape, len(batch.images), settings.num_classes)
     model = model.to(**place)
@@ -58,11 +58,23 @@ def victim(
         settings.num_classes,
         options=options,
         frozen=parse_names(settings.frozen),
-        training=local_training(settings),
+        training=training,
         defence=settings.defence,
         generator=stream(settings.seed, "defence"),
     )
     return replace(update, notes=tuple(notes), evidence=evidence), model, batch
+
+
+def _training(settings: argparse.Namespace) -> LocalTraining:
+    """How the simulated client trains.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    training = declared(vars(settings))
+    if training.precision != "float32" and settings.dtype != "float32":
+        raise ValueError(f"--local_precision {training.precision}: autocast leaves float64 as it is: --dtype float32")
+    return training
 
 
 def save_batch(settings: argparse.Namespace) -> int:

@@ -49,7 +49,7 @@ def private_gradient(
             "dpsgd: BatchNorm in training mode mixes the examples, which then have no gradients of their own"
         )
     weights = {name: weight.detach() for name, weight in trainable(model).items()}
-    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    total, loss = {name: torch.zeros_like(weight) for name, weight in weights.items()}, loss.of_batch(labels)
     for some, own in zip(images.split(TOGETHER), labels.split(TOGETHER), strict=True):
         gradients = example_gradients(model, weights, some, own, loss)  # each (b, ...)
         norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients.values()]).norm(dim=0)  # (b,)

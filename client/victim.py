@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from client.defences import defend
 from client.privacy import private_gradient
 from network.parameters import freeze, named_by, trainable
+from update.batchnorm import after_training, use_batch_statistics
 from update.defences import Defences
 from update.shared import SharedUpdate
-from update.training import FEDSGD, LocalTraining, after_training, train_locally, use_batch_statistics
+from update.training import FEDSGD, LocalTraining, train_locally
 
 
 def share_update(
@@ -55,7 +56,8 @@ def share_update(
         if defences.private:
             gradients = private_gradient(model, images, labels, *defences.private, generator, loss=training.loss)
         else:
-            gradients, statistics = trained_update(model, images, labels, training)
+            own = training.shuffled(len(images), generator)
+            gradients, statistics = trained_update(model, images, labels, own)
         update = SharedUpdate(
             gradients={name: gradient.detach() for name, gradient in zip(trainable(model), gradients, strict=True)},
             weights={n: w.detach().clone() for n, w in model.state_dict().items()},
@@ -80,8 +82,8 @@ def trained_update(
     """The averaged update of local training, one tensor per trainable parameter, and its BatchNorm statistics."""
     old, trained = trainable(model), train_locally(model, images, labels, training)
     gradients = trained.average
-    if not training.is_one_step:  # such a client has only weights, with their rounding
-        moved = zip(old.values(), trained.weights, strict=True)
-        gradients = [(weight - new) / training.reach for weight, new in moved]
+    if not training.is_gradient:  # such a client has only weights, with their rounding
+        moved, combination = zip(old.values(), trained.weights, strict=True), training.combination()
+        gradients = [combination.difference(weight.detach(), new) for weight, new in moved]
     shares_statistics = training.batchnorm == "train"
     return gradients, after_training(model, trained.statistics, training.steps) if shares_statistics else {}

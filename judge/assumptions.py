@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from update.declared import declared
+
 OPTIMISED = "optimise"
 
 
@@ -54,16 +56,17 @@ def _labels(config: Mapping) -> str:
 def _loss(config: Mapping) -> str:
     smoothing = config.get("label_smoothing")
     smoothed = f", with label smoothing {smoothing:g}" if smoothing else ""
-    return f"{LOSSES[config.get('loss') or 'cross_entropy']}{smoothed}, averaged over the batch."
+    weights = config.get("class_weights")
+    averaged = f"averaged over the batch with class weights {', '.join(f'{w:.3g}' for w in weights)}" if weights else ""
+    return f"{LOSSES[config.get('loss') or 'cross_entropy']}{smoothed}, {averaged or 'averaged over the batch'}."
 
 
 def _training(config: Mapping) -> str:
     """How the client trained; settings that the client does not have, or the update does not say, are left out."""
-    steps, batches = config.get("local_steps") or 1, config.get("local_batches") or 1
-    done = "One step" if steps == 1 else f"{steps} steps"
-    rate = f" at rate {config['local_lr']:g}" if config.get("local_lr") else ""
-    through = f", through {batches} minibatches in turn" if batches > 1 else " on the whole batch"
-    return f"{done} of plain SGD{rate}{through}; these settings are known."
+    training = declared(config)
+    order = " Which images are in which step is not known." if training.shuffle and training.passes > 1 else ""
+    said = str(training)
+    return f"{said[0].upper()}{said[1:]}; these settings are known.{order}"
 
 
 LOSSES = {

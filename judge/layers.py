@@ -18,9 +18,13 @@ from network.tracing import stages
 def measured(known: Known, model: nn.Module, truth: Batch | None) -> Known:
     """`known`, each layer's row with its `relative_error`, None where the error cannot be known.
 
+    Of a client's several steps it is that of the first minibatch, whose true inputs are those at the server's weights.
     The recovered inputs have then served their purpose and are left out: they are as large as all activations.
     """
-    errors = relative_errors(known.recovered, model, truth.images) if truth and known.recovered else {}
+    recovered, first = known.recovered, known.steps.count(0)
+    if known.in_steps:
+        recovered = {name: inputs[:first] for name, inputs in recovered.items()}
+    errors = relative_errors(recovered, model, truth.images) if truth and recovered else {}
     rows = [_beside_uncertainty(row, errors.get(row["layer"])) for row in known.layers]
     return replace(known, layers=rows, recovered={})
 

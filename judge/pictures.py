@@ -19,6 +19,7 @@ TILE = 96  # least width in screen pixels of an image in a grid: small images ar
 GAP = 4  # pixels between images, and around several
 TICKS = 5  # of a curve's axis, at most
 STEPS = (1, 2, 5, 10)  # between them, times a power of ten
+PALETTE = Image.Quantize.MEDIANCUT  # how a frame's colours are chosen
 PACE = 12  # 50 frames of 300 steps, 100 of 25,000
 
 
@@ -103,7 +104,7 @@ def _indexed(frame: Tensor) -> Image.Image:
     """
     count, channels, high, wide = frame.shape
     pixels = frame.permute(0, 2, 3, 1).reshape(count * high, wide, channels).expand(-1, -1, 3).contiguous()
-    chosen = Image.fromarray(pixels.numpy()).quantize(255, dither=Image.Dither.NONE)
+    chosen = Image.fromarray(pixels.numpy()).quantize(255, PALETTE, dither=Image.Dither.NONE)
     picture = Image.fromarray(_laid_out(np.asarray(chosen).reshape(count, high, wide), 255), mode="P")
     palette = chosen.getpalette() or []
     picture.putpalette(palette + [0] * (3 * 255 - len(palette)) + [255] * 3)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
+from attack.match.replay import Replay
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
 from attack.read.signals import Signals
@@ -20,7 +21,7 @@ from judge.run_directory import RunDirectory, Trace
 from judge.tables import write_csv
 from judge.verdict import CERTAIN
 from update import checked
-from update.evidence import Evidence, contradictions, of_replay
+from update.evidence import Evidence, contradictions
 
 NOTHING_RECORDED = {"film": None, "sizes": [], "rows": 0, "final_loss": None}
 
@@ -103,13 +104,11 @@ class Recorder:
             }
         )
 
-    def finish(
-        self, state: AttackState, images: Tensor, ended_by: str, config: Mapping, left: tuple[float, float, float]
-    ) -> dict:
+    def finish(self, state: AttackState, images: Tensor, ended_by: str, config: Mapping, replay: Replay) -> dict:
         """Write the checkpoint, the pictures, config.json with the schedule as it was run, metrics.json and the report.
 
-        `left` are the shares of the update that the images leave, that noise is, and that the images may leave at most,
-        see `attack.match.replay`.
+        `replay` is the client's training on these images: where it is needed as a certificate, nothing is certain
+        without it.
         Returns the content of metrics.json.
         """
         run = self.run
@@ -122,17 +121,20 @@ class Recorder:
         if self.trace.rows:
             run.write("curves.png", lambda path: save_curves(path, self.trace.rows))
         labels = state.label_logits[state.leader].argmax(1).cpu()
-        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
         is_defended = config["defence"] not in (None, "none") or bool(config["defended"])  # it is not replayed
-        evidence = [*self.evidence, *([] if is_defended else of_replay(*left))]
-        figures |= _signal_figures(self.known, evidence) | _training_figures(self.known)
+        self.evidence = (*self.evidence, *([] if is_defended else replay.evidence))
+        figures = self._judge(images, labels, state.label_logits.shape[2]) if self.truth else {}
+        is_sure = replay.is_certificate and not contradictions(self.evidence)
+        figures |= _signal_figures(self.known, is_sure=is_sure) | _training_figures(self.known)
         figures |= {
             "labels": labels.tolist(),
             "pixels_read": 0 if self.known.pixels is None else len(self.known.pixels),
             "layers": [{name: _in_json(value) for name, value in row.items()} for row in self.known.layers],
-            "evidence": [asdict(piece) for piece in evidence],
-            "unexplained": left[0] if math.isfinite(left[0]) else None,
-            "noise_share": left[1],
+            "evidence": [asdict(piece) for piece in self.evidence],
+            "unexplained": _in_json(replay.left),
+            "noise_share": replay.noise,
+            "replays": replay.makes_update if replay.is_needed else None,
+            "explains_first_layer": replay.explains_first_layer,
             "evaluations": state.evaluations,
             "steps": state.step,
             "seconds": round(state.seconds, 3),
@@ -228,6 +230,9 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "start": known.start,
         "inputs": known.inputs,
         "drift": known.drift,
+        "in_steps": known.in_steps,
+        "order": known.order,
+        "is_explained": known.is_explained,
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),
         "layers": [dict(row) for row in known.layers],
@@ -270,7 +275,7 @@ def _in_json(value: object) -> object:
 
 def _training_figures(known: Known) -> dict:
     """The keys of metrics.json for local training; empty for a single step."""
-    if known.drift is None and known.local_labels is None:
+    if not (known.is_replayed or known.is_explained or known.local_labels is not None):
         return {}
     tried, figures = known.local_labels, {"exact_way": known.is_followed, "local_drift": _in_json(known.drift)}
     if tried is None:
@@ -279,18 +284,21 @@ def _training_figures(known: Known) -> dict:
     return figures | {"trial_distance": _in_json(tried.distance)} | said
 
 
-def _signal_figures(known: Known, evidence: Sequence[Evidence]) -> dict:
+def _signal_figures(known: Known, *, is_sure: bool) -> dict:
     """The keys of metrics.json for the signals; entry j of the list is image rec_j.
 
-    Where the update contradicts what was assumed nothing is certain, and every confidence is zero.
+    Where the update contradicts what was assumed, or a certificate is missing, every confidence is zero.
     """
     signals, said = known.signals, {"signals_aborted": True} if known.is_aborted else {}
     if signals is None:
         return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said
-    confidence = signals.confidence * (not contradictions(evidence))
+    confidence = signals.confidence * is_sure
     columns = (signals.labels, signals.certificates, confidence, signals.uncertainty, signals.residuals)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    columns = [column.tolist() for column in columns]
     names = ("label", "certificate", "confidence", "uncertainty", "residual")
+    if known.in_steps:
+        columns, names = [*columns, known.steps], (*names, "step")
+    rows = zip(*columns, strict=True)
     return {
         "signals_found": len(signals),
         "signals_rank": len(signals),

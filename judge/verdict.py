@@ -192,7 +192,20 @@ def _of_evidence(figures: Mapping) -> list[str]:
             f"Trained on as was assumed, these pictures leave {percent(left)} of the update unexplained; "
             f"noise is {percent(figures['noise_share'])} of it."
         )
+    if figures["replays"] is not None:
+        is_explained = figures["explains_first_layer"] and not figures["replays"]
+        said.append(BY_FIRST_LAYER if is_explained else CERTIFICATES[figures["replays"]])
     return said
+
+
+BY_FIRST_LAYER = (
+    "Which image was in which step is not known. The images make all of the first layer's movement in any order, and "
+    "their pixels are whole steps of 1/255, which no mixture of images is: that is the certificate."
+)
+CERTIFICATES = {
+    True: "The client's steps, made again on what was found, make the update: that is the certificate.",
+    False: "The client's steps, made again on what was found, do not make the update, so nothing is called certain.",
+}
 
 
 def _images(count: int, total: int) -> str:

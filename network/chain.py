@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from network.kinds import kind_of
 from network.stage import Chain, Residual, Stage
@@ -41,6 +42,27 @@ def parametrised(chain: Chain) -> Iterator[Stage]:
             yield from parametrised(stage.module.shortcut)
         elif kind_of(stage.module).is_affine:
             yield stage
+
+
+def is_parametrised(module: object) -> bool:
+    """Whether what a stage applies has parameters."""
+    return any(
+        True for inner in modules([Stage("", module)]) if isinstance(inner, nn.Module) for _ in inner.parameters()
+    )
+
+
+def run_with(chain: Chain, x: Tensor, parameters: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    """What comes out of the chain's end with other tensors in the place of these parameters."""
+    for stage in chain:
+        module = stage.module
+        if isinstance(module, Residual):
+            x = run_with(module.body, x, parameters) + run_with(module.shortcut, x, parameters)
+        elif isinstance(module, nn.Module) and is_parametrised(module):
+            own = {name: parameters.get(parameter, parameter) for name, parameter in module.named_parameters()}
+            x = functional_call(module, own, (x,))
+        else:
+            x = module(x)
+    return x
 
 
 def below_norms(chain: Chain) -> dict[str, str]:

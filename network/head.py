@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from network.kinds import kind_of
 from network.parametrised import INSIDE, is_made
 from network.tracing import stages_if_walked
+from network.watched import watched
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,10 @@ def features_of(model: nn.Module, images: Tensor) -> Tensor:
     Raises:
         ValueError: the model ends in another layer.
     """
-    seen: list[Tensor] = []
-    hook = Head.of(model).layer.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    try:
+    layer = Head.of(model).layer
+    with watched([layer], lambda _, features: features) as seen:
         model(images)
-    finally:
-        hook.remove()
-    return seen[-1]
+    return seen[layer]
 
 
 def feature_range(model: nn.Module) -> tuple[float, float]:

@@ -21,6 +21,7 @@ from cli.settings import resolve  # noqa: E402
 settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("steady")  # a busy machine is no bug
 torch.set_num_threads(1)  # the nets are small: more threads cost more than they bring
+torch.manual_seed(0)  # for layers that test files make when they are imported
 
 # A case that takes a second: few small images, a small head, short steps, and the loop alone. With signals it would be
 # over before the first step: the images of so small a net are exact.
@@ -58,9 +59,13 @@ class Cli:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Benchmarks set the threads of their process; two test processes with two threads each starve each other."""
+def _same_in_every_process():
+    """Benchmarks set the threads of their process; two test processes with two threads each starve each other.
+
+    torch seeds itself anew in each process, and layers that a test makes without a generator draw from it.
+    """
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 def _draw_a_dot(path, rows):
@@ -68,14 +73,18 @@ def _draw_a_dot(path, rows):
 
 
 @pytest.fixture
-def few_curves(request, monkeypatch):
-    """A run's curves, a third of the time of a small one, are a dot unless the test asks for `curves` as well."""
+def quick_pictures(request, monkeypatch):
+    """A run's curves, a third of the time of a small one, are a dot unless the test asks for `curves` as well.
+
+    The colours of its film's frames are chosen in a thirtieth of the time, and less well.
+    """
+    monkeypatch.setattr("judge.pictures.PALETTE", Image.Quantize.FASTOCTREE)
     if "curves" not in request.fixturenames:
         monkeypatch.setattr("judge.recorder.save_curves", _draw_a_dot)
 
 
 @pytest.fixture
-def cli(few_curves, tmp_path, capsys):
+def cli(quick_pictures, tmp_path, capsys):
     return Cli(tmp_path, capsys)
 
 

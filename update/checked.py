@@ -139,6 +139,17 @@ def indices(value: object, name: str, count: int, below: int) -> Tensor:
     return found
 
 
+def order(value: object, name: str, below: int) -> tuple[tuple[int, ...], ...]:
+    """Lists of integers from 0 to below - 1: the images of each step.
+
+    Raises:
+        DamagedError: it is something else.
+    """
+    return tuple(
+        tuple(whole(image, name, 0, below - 1) for image in sequence(step, name)) for step in sequence(value, name)
+    )
+
+
 def is_dense(value: Tensor) -> bool:
     """Whether a tensor holds its numbers one by one, in memory."""
     return value.layout == torch.strided and not (value.is_quantized or value.is_meta or value.is_nested)

@@ -24,16 +24,20 @@ from torch import Tensor, nn
 
 from network.head import Head
 from network.parameters import trainable
-from update.loss import Loss
 
 UNBALANCED = 3e-3  # share of G beyond which its sum over the classes is no rounding: squared errors leave 0.02
 SURE = 8.0  # standard deviations by which a weight decay must differ from zero
 LEFT = 0.5  # share of the sum that a weight decay may leave unexplained
 FILLED = 3.0  # noise leaves G's smallest singular value no smaller than this part of what its columns sum to
-MEAN = 2.0  # sum of the magnitudes of a mean of softmax errors, at most
-ROUNDED = 1.02  # a mean of rounded errors may be so much longer
-LIKE_WEIGHTS = 0.5  # cosine of a gradient with weights that are in it once, beyond which it is taken for weights
+ROUNDINGS = 4.0  # standard deviations of what rounding makes of the sums over the classes
+SOFTMAX = 1e-6  # what the rounding of softmax errors leaves of their sum in float32: 1e-7 and less
 STATISTICS = "statistics"  # the topic of running statistics that are not those of the images that were read
+SCALE = "scale"  # the topic of a factor of the whole update
+PIXELS = "pixels"  # the topic of pixels that no image has
+FIT = "fit"  # the topic of a client that no supposition fits
+REPLAY = "replay"  # the topic of a training that does not give the update when it is replayed
+ERRORS = "errors"  # the topic of errors that are tiny
+LOSS = "loss"  # the topic of a loss that was not declared
 MANY = 1000  # entries without which nothing is said of a tensor's entries
 PRUNED = 0.5  # share of zeros in rows and columns that are not all zero: ReLUs leave whole rows
 PILED = 0.01  # share of entries that have the largest magnitude, exactly
@@ -60,20 +64,6 @@ class Evidence:
     figure: float | None = None
     contradicts: bool = False
     overrules: str = ""
-
-
-def of_replay(left: float, noise: float, most: float) -> list[Evidence]:
-    """A word on images that follow from the update and do not make it.
-
-    Args:
-        left: share of the update that the client's training leaves when it is replayed on the images.
-        noise: share of the update that is noise.
-        most: share that it may leave for other reasons; infinite where nothing vouches for the images.
-    """
-    if left <= max(most, SURE * noise):
-        return []
-    said = f"the training, replayed on the images that were found, leaves {left:.2g} of the update: it was another one"
-    return [Evidence("replay", said, left, contradicts=True)]
 
 
 def contradictions(evidence: Iterable[Evidence]) -> list[Evidence]:
@@ -104,8 +94,13 @@ class ClassSums:
     reaches: float | None
 
 
-def class_sums(gradients: Mapping[str, Tensor], model: nn.Module) -> ClassSums | None:
-    """The sums over the classes of the model's head; None where the head is not linear or has no gradient."""
+def class_sums(
+    gradients: Mapping[str, Tensor], model: nn.Module, rounding: Mapping[str, Tensor] | None = None
+) -> ClassSums | None:
+    """The sums over the classes of the model's head; None where the head is not linear or has no gradient.
+
+    `rounding` is as in `of_gradients`.
+    """
     try:
         head = Head.of(model)
     except ValueError:
@@ -126,11 +121,13 @@ def class_sums(gradients: Mapping[str, Tensor], model: nn.Module) -> ClassSums |
     unexplained = left if explains else sums
     least = float(torch.linalg.svdvals(whole)[-1])
     is_noise = float(unexplained.norm()) / math.sqrt(len(whole)) < FILLED * least
+    rounded = float(rounding[head.weight].double().norm()) if rounding else 0.0
+    is_noise |= bias is not None and not rounding and abs(float(bias.double().sum())) < SOFTMAX
     return ClassSums(
         share=float(sums.norm()) / size,
         decay=decay if explains else 0.0,
         error=error,
-        is_other_loss=float(unexplained.norm()) > UNBALANCED * size and not is_noise,
+        is_other_loss=float(unexplained.norm()) > max(UNBALANCED * size, ROUNDINGS * rounded) and not is_noise,
         reaches=None if bias is None else float(bias.detach().double().abs().sum()),
     )
 
@@ -168,21 +165,37 @@ def without_decay(
 # Entries
 
 
-def of_entries(gradients: Mapping[str, Tensor], rate: float | None, declared: bool) -> list[Evidence]:
+def of_entries(
+    gradients: Mapping[str, Tensor],
+    rate: float | None,
+    declared: bool,
+    rounding: Mapping[str, Tensor] | None = None,
+) -> list[Evidence]:
     """What the entries say was done to them after training.
 
     Args:
         gradients: by parameter name.
         rate: by which a difference of weights was divided; None for gradients.
         declared: whether a defence was declared that does such things.
+        rounding: standard deviation of each entry by the rounding of new weights, by parameter name; or None.
     """
-    tensors = [gradient.detach().double().cpu() for gradient in gradients.values() if gradient.numel() >= MANY]
+    many = {name: g.detach().double().cpu() for name, g in gradients.items() if g.numel() >= MANY}
+    tensors = list(many.values())
     if not tensors:
         return []
     found = [] if rate is None else _alike(tensors, rate)
-    for look in (_pruned, _signed, _truncated, _quantised):  # the first explains the others
-        found = found or look(tensors, declared)
+    steps = min(_steps(g, (rounding or {}).get(name)) for name, g in many.items())
+    for look, least in LOOKS:  # the first explains the others
+        found = found or (look(tensors, declared) if steps > least else [])
     return found
+
+
+def _steps(tensor: Tensor, rounding: Tensor | None) -> float:
+    """How many units of its rounding the median entry has that is not zero."""
+    moved = tensor != 0
+    if rounding is None or not moved.any():
+        return math.inf
+    return float((tensor[moved].abs() / (rounding.to(tensor)[moved] * math.sqrt(12))).median())
 
 
 def _pruned(tensors: Sequence[Tensor], declared: bool) -> list[Evidence]:
@@ -242,74 +255,6 @@ def _alike(tensors: Sequence[Tensor], rate: float) -> list[Evidence]:
     return [Evidence("optimiser", said, share, True)]
 
 
-# ----------------------------------------------------------------------------------------------------
-# All together
-
-
-def of_gradients(
-    gradients: Mapping[str, Tensor],
-    model: nn.Module,
-    *,
-    loss: Loss,
-    rate: float | None = None,
-    is_defended: bool = False,
-) -> tuple[dict[str, Tensor], list[Evidence]]:
-    """The gradients of one step without weight decay, and what they say of how they were made.
-
-    Args:
-        gradients: by parameter name.
-        model: with the weights that the server sent out.
-        loss: as declared.
-        rate: by which a difference of weights was divided; None for gradients.
-        is_defended: whether a defence was declared, which explains odd entries and sums.
-    """
-    found = _of_kind(gradients, model, rate) or of_entries(gradients, rate, is_defended)
-    sums = class_sums(gradients, model) if loss.is_cross_entropy and not (found or is_defended) else None
-    if sums is not None:
-        if sums.decay:
-            names = decayed_parameters(gradients, model, sums.decay)
-            gradients = without_decay(gradients, model, sums.decay, names)
-            found.append(_of_decay(sums, len(names) < len(trainable(model))))
-        if sums.is_other_loss:
-            found.append(_of_loss(sums, loss))
-        elif sums.reaches is not None and sums.reaches > MEAN * ROUNDED and not sums.decay:
-            found.append(_of_length(sums))
-    return dict(gradients), found
-
-
-def _of_kind(gradients: Mapping[str, Tensor], model: nn.Module, rate: float | None) -> list[Evidence]:
-    """A word on a file that holds weights in a gradient's place, or a gradient in that of weights."""
-    own = {name: p.detach().double().cpu() for name, p in trainable(model).items()}
-    inner = sum(float((own[name] * g.double().cpu()).sum()) for name, g in gradients.items())
-    sizes = [sum(float(t.double().square().sum()) for t in each.values()) ** 0.5 for each in (own, gradients)]
-    alike = inner / max(1e-300, sizes[0] * sizes[1])
-    share = inner / max(1e-300, sizes[0] ** 2) * (1.0 if rate is None else rate)  # of the weights that is in them
-    if alike < LIKE_WEIGHTS or abs(share - 1) > LIKE_WEIGHTS:
-        return []
-    kind = "weights" if rate is None else "gradient or difference"
-    said = f"its tensors point where the server's weights do (cosine {alike:.4f}): the file holds no such kind"
-    return [Evidence("kind", f"{said} (--update_kind {kind}?)", alike, contradicts=True)]
-
-
-def _of_decay(sums: ClassSums, spares_biases: bool) -> Evidence:
-    said = (
-        f"the head's gradient sums over the classes to {sums.decay:.4e} times its weights: weight decay of so much, "
-        f"which was subtracted{' from all weights but biases and scales' if spares_biases else ''}"
-    )
-    return Evidence("decay", said, sums.decay)
-
-
-def _of_loss(sums: ClassSums, loss: Loss) -> Evidence:
-    said = (
-        f"the head's gradient sums over the classes to {sums.share:.2g} of its size, where {loss}'s sums to zero: "
-        "the loss is another (--loss bce or mse?), or the head's weights are not those that the client began with"
-    )
-    return Evidence("loss", said, sums.share, contradicts=True)
-
-
-def _of_length(sums: ClassSums) -> Evidence:
-    said = (
-        f"the magnitudes of the head's bias gradient sum to {sums.reaches:.3g}, and those of a mean of softmax errors "
-        "to 2 at most: a sum and no mean, or a loss that was scaled"
-    )
-    return Evidence("scale", said, sums.reaches, contradicts=True)
+# What entries are looked at for, and how many units of their rounding they must have: fewer leave as few magnitudes,
+# and as many zeros, without any other reason.
+LOOKS = ((_pruned, 10), (_signed, 10), (_truncated, 100), (_quantised, 2 * LEVELS))

@@ -19,7 +19,7 @@ def averaged_gradient(
         loss: of each image.
         create_graph: keep the graph, so that the gradient can be differentiated by images and labels.
     """
-    mean = loss.each(model(images), labels).mean()
+    mean = loss.in_mean(model(images), labels).mean()
     return torch.autograd.grad(mean, tuple(trainable(model).values()), create_graph=create_graph)
 
 
@@ -49,7 +49,7 @@ def gradient_and_part(
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
-        mean = loss.each(model(images), labels).mean()
+        mean = loss.in_mean(model(images), labels).mean()
     finally:
         for hook in hooks:
             hook.remove()
@@ -70,7 +70,7 @@ def gradient_and_part(
 def _in_two_passes(
     model: nn.Module, images: Tensor, labels: Tensor, subset: Tensor, loss: Loss
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    each, parameters = loss.each(model(images), labels), trainable(model)
+    each, parameters = loss.in_mean(model(images), labels), trainable(model)
     return tuple(_gradient(values.mean(), parameters) for values in (each, each[subset]))
 
 

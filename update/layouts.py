@@ -9,6 +9,10 @@ Behind a flattening the inputs of a dense layer are in another order too: (c, h,
 shape does not show that order, so the model is asked which of its layers stand behind one. A file is in one layout or
 the other as a whole: the layout counts as Keras's where every kernel has its shape there and some kernel does not have
 torch's.
+
+What no shape shows has to be tried. `suspected` lists the layouts that a model's shapes leave open: rows behind a
+flattening in the order (h, w, c), kernels whose height and width were exchanged, as `array.T` leaves Keras's, both, and
+Keras's layout of a model whose kernels are all square. `relaid` turns tensors of such a layout into torch's.
 """
 
 import math
@@ -71,6 +75,46 @@ def in_torch_layout(
     behind = flattened_shapes(model, image_shape)
     turned = {name: _turned(tensors[name], own[name].shape, behind.get(name)) for name in here}
     return {**tensors, **turned}, [_said(source, [own[name] for name in here], behind, turned)]
+
+
+ROWS, SIDES, KERAS = "rows", "sides", "keras"
+SUSPECTED = {  # layouts that shapes may not show, in words
+    (ROWS,): "rows behind a flattening in the order (h, w, c)",
+    (ROWS, SIDES): "Keras's layout, transposed as a whole: rows (h, w, c), and kernels (out, in, w, h)",
+    (SIDES,): "kernels (out, in, w, h)",
+    (KERAS,): "Keras's layout, (h, w, in, out) and (in, out)",
+}
+
+
+def suspected(model: nn.Module, image_shape: Sequence[int]) -> list[tuple[str, ...]]:
+    """Those of `SUSPECTED` under which tensors of the model's shapes would be others than in torch's layout."""
+    own = {name: t for name, t in model.state_dict().items() if name in kernels(model)}
+    changes = {
+        ROWS: any(shape[0] > 1 for shape in flattened_shapes(model, image_shape).values()),
+        SIDES: any(_has_sides(t) for t in own.values()),
+        KERAS: bool(own) and all(is_keras_shape(t.shape, t.shape) for t in own.values()),
+    }
+    return [parts for parts in SUSPECTED if all(changes[part] for part in parts)]
+
+
+def relaid(
+    tensors: Mapping[str, Tensor], model: nn.Module, image_shape: Sequence[int], layout: Sequence[str]
+) -> dict[str, Tensor]:
+    """Tensors in torch's layout, from such of one of the `suspected` layouts, by the model's names."""
+    behind, found = flattened_shapes(model, image_shape), dict(tensors)
+    for name in (name for name in kernels(model) if name in found):
+        if KERAS in layout:
+            found[name] = _turned(found[name], found[name].shape, behind.get(name))
+        if ROWS in layout and name in behind:
+            channels, *sides = behind[name]
+            found[name] = found[name].reshape(-1, math.prod(sides), channels).transpose(1, 2).reshape(found[name].shape)
+        if SIDES in layout and _has_sides(found[name]):
+            found[name] = found[name].transpose(2, 3).contiguous()
+    return found
+
+
+def _has_sides(kernel: Tensor) -> bool:
+    return kernel.dim() == 4 and kernel.shape[2] == kernel.shape[3] > 1
 
 
 def _turned(tensor: Tensor, needed: Sequence[int], flattened: Sequence[int] | None) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from network.parameters import trainable
+from update.batchnorm import frozen_among
 from update.evidence import Evidence
-from update.training import LocalTraining, frozen_among
+from update.training import LocalTraining
 
 MOVED = 1e-6  # relative distance of running statistics that is no rounding
 FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller

@@ -5,18 +5,21 @@ difference   new weights - old weights, which most servers average
 weights      the new weights, which a Flower client returns
 
 A difference is -rate times the averaged gradient, with rate the learning rate times the local steps. After several
-steps the averaged gradient is the mean along the way, see `update.training`.
+steps the averaged gradient is a mean along the way; momentum, weight decay and the like decide on its weights, see
+`update.training.Combination`.
 """
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from network.parameters import trainable
+from update.batchnorm import statistic_names
 from update.layouts import hint, in_torch_layout
 from update.names import by_names_of
 from update.storage import StorageError
-from update.training import statistic_names
+from update.training import Combination
 
 KINDS = ("gradient", "difference", "weights")
 
@@ -41,7 +44,7 @@ def recognised(
 
 
 def averaged_gradients(
-    tensors: dict[str, Tensor], model: nn.Module, kind: str, rate: float, source: str
+    tensors: dict[str, Tensor], model: nn.Module, kind: str, combination: Combination, source: str
 ) -> dict[str, Tensor]:
     """The averaged gradient of every trainable parameter, by name and in the model's order.
 
@@ -50,7 +53,7 @@ def averaged_gradients(
             are ignored.
         model: the model with the weights that the server sent out.
         kind: one of `KINDS`.
-        rate: learning rate times local steps; without meaning for gradients.
+        combination: of which the new weights are, by the client's training; without meaning for gradients.
         source: the file's name in messages.
 
     Raises:
@@ -67,7 +70,30 @@ def averaged_gradients(
     for name in tensors:
         if name not in state:
             raise StorageError(f"{source}: {name!r} is not in the model, which begins with {next(iter(state))!r}")
-    return {name: _gradient(tensors[name], parameter, kind, rate) for name, parameter in parameters.items()}
+    return {name: _gradient(tensors[name], parameter, kind, combination) for name, parameter in parameters.items()}
+
+
+def new_weights(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> dict[str, Tensor]:
+    """The client's new weights in float64, by name; none where gradients were sent.
+
+    A difference that was formed of rounded weights gives these back, but for its own rounding, which is undone.
+
+    Args:
+        tensors, model, kind: as in `averaged_gradients`.
+    """
+    if kind == "gradient":
+        return {}
+    if kind == "weights":
+        return {name: tensors[name].double() for name in trainable(model)}
+    return {name: _moved(parameter.detach().cpu(), tensors[name]) for name, parameter in trainable(model).items()}
+
+
+def _moved(old: Tensor, difference: Tensor) -> Tensor:
+    """Weights after a step, rounded as the old ones are where the difference is one of so rounded weights."""
+    new = old.double() + difference.double()
+    rounded = new.to(old.dtype).double()
+    own = torch.finfo(difference.dtype).eps * difference.double().abs()
+    return rounded if bool(((rounded - new).abs() <= own).all()) else new
 
 
 def statistics(tensors: dict[str, Tensor], model: nn.Module, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -96,9 +122,10 @@ def _check_fit(name: str, tensor: Tensor, parameter: Tensor, source: str) -> Non
         raise StorageError(f"{source}: {name!r} must hold floating-point numbers, not {tensor.dtype}")
 
 
-def _gradient(tensor: Tensor, parameter: Tensor, kind: str, rate: float) -> Tensor:
+def _gradient(tensor: Tensor, parameter: Tensor, kind: str, combination: Combination) -> Tensor:
     """In the tensor's own type: from its rounding the attack tells how exact the numbers are."""
     if kind == "gradient":
         return tensor
-    moved = tensor.double() if kind == "difference" else tensor.double() - parameter.detach().cpu().double()
-    return (moved / -rate).to(tensor.dtype)
+    old = parameter.detach().cpu().double()
+    moved = tensor.double() if kind == "difference" else tensor.double() - old
+    return combination.of_move(old, moved).to(tensor.dtype)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from network.parameters import trainable
 from update import checked
+from update.batchnorm import batch_moments, before_averaging
 from update.defences import Defences
 from update.evidence import Evidence
 from update.storage import StorageError, read_tensors, write_tensors
-from update.training import FEDSGD, LocalTraining, batch_moments, before_averaging
+from update.training import FEDSGD, LocalTraining
 
 FORMAT = "magia-update-1"
 FACTS = "update"  # the name of the text that describes the tensors
@@ -107,16 +108,19 @@ class SharedUpdate:
             facts = checked.mapping(checked.json_object(text.get(FACTS, "null")), "it", ("format", "model"))
             if facts["format"] != FORMAT:
                 raise StorageError(f"its format is {str(facts['format'])[:40]!r}")
+            training = LocalTraining.stated(facts.get("training", {}))
+            num_classes = checked.whole(facts.get("num_classes"), "num_classes", 2, MOST)
+            training.loss.check(num_classes)
             return cls(
                 gradients={},
                 weights={},
                 model=checked.word(facts["model"], "model"),
                 batch_size=checked.whole(facts.get("batch_size"), "batch_size", 1, MOST),
                 image_shape=_shape(facts.get("image_shape")),
-                num_classes=checked.whole(facts.get("num_classes"), "num_classes", 2, MOST),
+                num_classes=num_classes,
                 options=dict(checked.mapping(facts.get("options", {}), "options")),
                 defence=str(Defences.parse(checked.word(facts.get("defence", "none"), "defence"))),
-                training=LocalTraining.stated(facts.get("training", {})),
+                training=training,
             )
         except ValueError as error:
             reason = f"is not a shared update ({FORMAT}) as --save_update writes it: {error}"
@@ -164,7 +168,8 @@ class SharedUpdate:
     @property
     def is_rescaled(self) -> bool:
         """Whether the clients may have shortened the update below the length of an averaged gradient."""
-        return Defences.parse(self.defence).rescale
+        is_clipped = self.training.is_gradient and self.training.optimiser.clip is not None
+        return is_clipped or Defences.parse(self.defence).rescale
 
     def strength(self) -> float:
         """Root mean square over all entries of the gradients."""

@@ -1,31 +1,37 @@
 """Local training: the steps of a client before it shares its update. The client trains so, and the server imitates it.
 
 A client of FedSGD shares the gradient of its batch. A client of FedAvg (McMahan et al. 2017, arXiv 1602.05629) first
-makes N steps of plain SGD, each on the next of M minibatches, and shares how far the weights went:
+makes N steps, each on the next of M minibatches, and shares how far the weights went. With SGD, whatever its momentum,
+its weight decay, its schedule of rates and FedProx's pull, weights are a linear combination of the server's weights and
+of the gradients g_s at the weights before each step s:
 
-    w_t+1 = w_t - rate g(w_t; minibatch t mod M),        (w_0 - w_N) / (rate N) = (1/N) sum_t g(w_t; minibatch t mod M).
+    w_t = alpha_t w_0 - sum_{s<t} beta_t,s g_s
 
-The right side is the mean gradient along the way, and for N = M = 1 the gradient itself. This mean is differentiable by
-images and labels, through all steps. BatchNorm in training mode normalises by the minibatch's own mean and variance. A
-client that shares its buffers gives these statistics away: after N steps a running statistic is
+Running the optimiser on unit vectors gives alpha and beta (`LocalTraining.coefficients`). What is shared is
 
-    (1 - m)^N old + m sum_t (1 - m)^(N-1-t) s_t        with m the layer's momentum and s_t the statistic at step t.
+    (alpha_N w_0 - w_N) / sum_s beta_N,s = sum_s beta_N,s g_s / sum_s beta_N,s,
+
+a weighted mean of the gradients along the way: with plain SGD their mean, and for N = 1 the gradient itself. This mean
+is differentiable by images and labels, through all steps. Of Adam g_s is not the gradient but Adam's quotient of
+moments, and the mean of these is no combination of gradients.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from network.normalise import Normalise
 from network.parameters import trainable
 from update import checked
+from update.batchnorm import BATCHNORMS, in_training, shares, statistics_seen
 from update.loss import CROSS_ENTROPY, Loss
+from update.optimiser import LocalOptimiser
 
-BATCHNORMS = ("eval", "train", "train_private")  # modes of a client's BatchNorm layers
+PRECISIONS = ("float32", "bfloat16")  # of a client's activations: as the weights are, or torch.autocast's
+PLAIN_SGD = LocalOptimiser()
 
 
 @dataclass(frozen=True)
@@ -33,19 +39,25 @@ class LocalTraining:
     """How a client trained before it shared its update; the default is one step of FedSGD.
 
     Attributes:
-        steps: of plain SGD, N.
+        steps: N.
         batches: minibatches that the steps go through in turn, M: all of one size, but for the last, which may be
             smaller.
-        rate: the learning rate; None for a single step, on which the rate has no influence.
+        rate: the learning rate; None for a single step of SGD, on which the rate has no influence.
         batchnorm: eval (running statistics), train (the minibatch's statistics; the running statistics are shared), or
             train_private (the minibatch's statistics; the running statistics are not shared).
-        loss: of each image; a minibatch's is their mean.
+        loss: of each image; a minibatch's is their mean, or with class weights their weighted mean.
+        optimiser: the rule of each step.
+        sizes: of the M minibatches, where these are not of one size; a loader that drops its last, smaller minibatch
+            leaves images out of each pass.
+        shuffle: whether each pass goes through the images in another order, which the server does not know.
+        order: the images of each step, where they are known or supposed; None: minibatches in turn.
+        precision: of the client's activations, one of `PRECISIONS`.
         frozen_norms: BatchNorm layers that stay in eval mode while the others train, by their names or by those of
             modules that hold them.
 
     Raises:
         ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0, frozen
-            layers where none trains.
+            layers where none trains, or rules that do not go together.
     """
 
     steps: int = 1
@@ -53,6 +65,11 @@ class LocalTraining:
     rate: float | None = None
     batchnorm: str = "eval"
     loss: Loss = CROSS_ENTROPY
+    optimiser: LocalOptimiser = PLAIN_SGD
+    sizes: tuple[int, ...] | None = None
+    shuffle: bool = False
+    order: tuple[tuple[int, ...], ...] | None = None
+    precision: str = "float32"
     frozen_norms: tuple[str, ...] = ()
 
     @classmethod
@@ -62,25 +79,11 @@ class LocalTraining:
         Raises:
             ValueError: a fact is unknown, of another kind, or refused as in a `LocalTraining`.
         """
-        facts = dict(checked.mapping(facts, "training"))
-        for name, value in facts.items():
-            if name in ("steps", "batches"):
-                checked.whole(value, f"training.{name}", 1)
-            elif name == "rate" and value is not None:
-                checked.real(value, "training.rate", 0)
-            elif name == "batchnorm":
-                checked.word(value, "training.batchnorm")
-            elif name == "frozen_norms":
-                names = checked.sequence(value, "training.frozen_norms")
-                facts[name] = tuple(checked.word(each, "training.frozen_norms") for each in names)
-            elif name == "loss":
-                loss = checked.mapping(value, "training.loss", ("name", "smoothing"))
-                checked.word(loss["name"], "training.loss.name")
-                checked.real(loss["smoothing"], "training.loss.smoothing", 0)
-            elif name != "rate":
-                raise checked.DamagedError(f"training has {name!r}, which is none of its facts")
-        loss = facts.get("loss")
-        return cls(**{**facts, "loss": CROSS_ENTROPY if loss is None else Loss(loss["name"], loss["smoothing"])})
+        facts = checked.mapping(facts, "training")
+        unknown = [name for name in facts if name not in _FACTS]
+        if unknown:
+            raise checked.DamagedError(f"training has {unknown[0]!r}, which is none of its facts")
+        return cls(**{name: _FACTS[name](value, f"training.{name}") for name, value in facts.items()})
 
     def __post_init__(self) -> None:
         for name in ("steps", "batches"):
@@ -90,22 +93,49 @@ class LocalTraining:
             raise ValueError(f"--local_lr {self.rate}: a finite number above 0")
         if self.steps % self.batches:
             raise ValueError(f"--local_steps {self.steps}: not whole passes through {self.batches} minibatches")
-        if self.steps > 1 and self.rate is None:
-            raise ValueError(f"--local_steps {self.steps} needs --local_lr, the client's learning rate")
+        if self.rate is None and not self.is_gradient:
+            kind = f"--local_steps {self.steps}" if self.steps > 1 else f"--local_optimizer {self.optimiser.name}"
+            raise ValueError(f"{kind} needs --local_lr, the client's learning rate")
         if self.batchnorm not in BATCHNORMS:
             raise ValueError(f"unknown bn {self.batchnorm!r}: choose one of {', '.join(BATCHNORMS)}")
         if self.frozen_norms and not self.uses_batch_statistics:
             raise ValueError("--bn_frozen goes with --bn train or train_private: in eval mode all layers are frozen")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--local_precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
+        if self.sizes is not None and (len(self.sizes) != self.batches or min(self.sizes) < 1):
+            raise ValueError(f"--local_batches {self.sizes}: the sizes of {self.batches} minibatches, each at least 1")
+        if self.order is not None and len(self.order) != self.steps:
+            raise ValueError(f"an order of {len(self.order)} minibatches for {self.steps} steps")
+        if (self.rate or 0) * (self.optimiser.decay + self.optimiser.prox) >= 1:
+            raise ValueError(
+                "--local_lr times --local_weight_decay and --local_prox must be below 1: weights would turn"
+            )
+        self.optimiser.check(self.steps, self.passes)
 
     @property
     def is_one_step(self) -> bool:
-        """Whether the client shares the gradient itself."""
+        """Whether all images are seen at the server's weights."""
         return self.steps == 1
 
     @property
+    def is_gradient(self) -> bool:
+        """Whether the client shares the gradient itself, or it shortened: one step of SGD."""
+        return self.is_one_step and self.optimiser.is_linear
+
+    @property
     def is_plain(self) -> bool:
-        """Whether the client makes one step with BatchNorm in eval mode: no image's gradient depends on another."""
-        return self.is_one_step and not self.uses_batch_statistics
+        """Whether the update is the mean of the images' own gradients, none of which depends on another image."""
+        return self.is_gradient and not self.uses_batch_statistics and self.optimiser.clip is None
+
+    def __str__(self) -> str:
+        """The steps in words, but for loss and BatchNorm, which are said apart."""
+        done = "one step" if self.is_one_step else f"{self.steps} steps"
+        rate = f" at rate {self.rate:g}" if self.rate else ""
+        named = f"minibatches of {', '.join(map(str, self.sizes))}" if self.sizes else f"{self.batches} minibatches"
+        through = " on the whole batch" if self.batches == 1 else f", through {named} in turn"
+        through += ", in another order each pass" if self.shuffle else ""
+        coarse = f", activations in {self.precision}" if self.precision != "float32" else ""
+        return f"{done} of {self.optimiser}{rate}{through}{coarse}"
 
     @property
     def uses_batch_statistics(self) -> bool:
@@ -113,29 +143,155 @@ class LocalTraining:
         return self.batchnorm != "eval"
 
     @property
+    def passes(self) -> int:
+        """Times that the client goes through its images."""
+        return self.steps // self.batches
+
+    @property
     def reach(self) -> float:
-        """Steps times rate, the divisor of the weights' difference; 0 where gradients themselves are shared."""
-        return 0.0 if self.is_one_step else self.steps * self.rate
+        """sum_s beta_N,s, the divisor of the weights' difference: of plain SGD steps times rate; 0 of a gradient."""
+        return 0.0 if self.is_gradient else self.combination().total
+
+    def combination(self) -> "Combination":
+        """The trained weights as a combination of the server's and of the steps' gradients."""
+        *_, last = self._combinations()
+        return Combination(float(last[0]), -last[1:], self.rate or 1.0)
+
+    def coefficients(self) -> "Coefficients":
+        """The same of the weights before each step t < N, and of the trained weights, t = N."""
+        table = torch.stack(list(self._combinations()))
+        return Coefficients(table[:, 0], -(self.rate or 1.0) * table[:, 1:])
+
+    def _combinations(self) -> Iterator[Tensor]:
+        """The optimiser's own steps on unit vectors: (1 + N,) of w_0 and of rate times each g_s, float64."""
+        unit = torch.zeros(1 + self.steps, dtype=torch.float64)
+        start = unit.index_fill(0, torch.tensor(0), 1)
+        walk = self.optimiser.in_units_of(self.rate or 1.0).begun([start])
+        yield start
+        for step, factor in enumerate(self.optimiser.factors(self.steps, self.passes), 1):
+            walk.move([unit.index_fill(0, torch.tensor(step), 1)], factor)
+            yield walk.weights[0]
 
     def size(self, batch_size: int) -> int:
         """Images in a minibatch of so many images in all; the last holds the rest, as data loaders leave it."""
         return -(-batch_size // self.batches)
 
+    def sizes_of(self, batch_size: int) -> list[int]:
+        """Images in each of the M minibatches, of so many images in all."""
+        if self.sizes is not None:
+            return list(self.sizes)
+        size = self.size(batch_size)
+        return [min(size, batch_size - first) for first in range(0, batch_size, size)]
+
+    def schedule(self, batch_size: int) -> list[Tensor]:
+        """The images of each step, as indices (b,): those of `order`, or the minibatches in turn."""
+        if self.order is not None:
+            return [torch.tensor(images) for images in self.order]
+        sizes = self.sizes_of(batch_size)
+        return list(torch.arange(sum(sizes)).split(sizes)) * self.passes
+
+    def shuffled(self, batch_size: int, generator: torch.Generator) -> "LocalTraining":
+        """The training with an order drawn anew for each pass (on the CPU); itself where none is needed."""
+        if not self.shuffle or self.order is not None:
+            return self
+        sizes, order = self.sizes_of(batch_size), []
+        for _ in range(self.passes):
+            drawn = torch.randperm(batch_size, generator=generator)[: sum(sizes)]
+            order += [tuple(part.tolist()) for part in drawn.split(sizes)]
+        return replace(self, order=tuple(order))
+
     def check(self, batch_size: int) -> None:
-        """Refuse a batch that does not fall into so many minibatches.
+        """Refuse a batch that does not fall into these minibatches.
 
         Raises:
-            ValueError: minibatches of one size, but for the last, would be fewer.
+            ValueError: minibatches of one size, but for the last, would be fewer; they hold more images than the batch,
+                or leave some out of every pass; or the order names an image that is none.
         """
-        size = self.size(batch_size)
-        if -(-batch_size // size) != self.batches:
-            raise ValueError(
-                f"--local_batches {self.batches} does not divide the batch of {batch_size} images: "
-                f"minibatches of {size} are {-(-batch_size // size)}"
-            )
+        if self.sizes is None:
+            size = self.size(batch_size)
+            if -(-batch_size // size) != self.batches:
+                raise ValueError(
+                    f"--local_batches {self.batches} does not divide the batch of {batch_size} images: "
+                    f"minibatches of {size} are {-(-batch_size // size)}"
+                )
+        held, named = sum(self.sizes_of(batch_size)), f"--local_batches {','.join(map(str, self.sizes or ()))}"
+        if held > batch_size:
+            raise ValueError(f"{named}: minibatches of {held} images in all, of a batch of {batch_size}")
+        if held < batch_size and not (self.shuffle and self.passes > 1):
+            raise ValueError(f"{named}: {batch_size - held} of {batch_size} images are in no step: --batch_size {held}")
+        if self.order is not None and not all(0 <= image < batch_size for part in self.order for image in part):
+            raise ValueError(f"the order of the minibatches names an image that is none of {batch_size}")
 
 
 FEDSGD = LocalTraining()  # one step on the whole batch
+
+
+def _whole_numbers(value: object, name: str, least: int) -> tuple[int, ...]:
+    return tuple(checked.whole(each, name, least) for each in checked.sequence(value, name))
+
+
+# How each fact of an update's file is read.
+_FACTS = {
+    "steps": lambda value, name: checked.whole(value, name, 1),
+    "batches": lambda value, name: checked.whole(value, name, 1),
+    "rate": lambda value, name: None if value is None else checked.real(value, name, 0),
+    "batchnorm": checked.word,
+    "loss": lambda value, _: Loss.stated(value),
+    "optimiser": lambda value, _: LocalOptimiser.stated(value),
+    "sizes": lambda value, name: None if value is None else _whole_numbers(value, name, 1),
+    "shuffle": checked.switch,
+    "order": lambda value, name: (
+        None if value is None else tuple(_whole_numbers(each, name, 0) for each in checked.sequence(value, name))
+    ),
+    "precision": checked.word,
+    "frozen_norms": lambda value, name: tuple(checked.word(each, name) for each in checked.sequence(value, name)),
+}
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The weights before step t as a combination: w_t = alpha[t] w_0 - sum_{s<t} beta[t, s] g_s.
+
+    Attributes:
+        alpha: (N + 1,), float64.
+        beta: (N + 1, N), float64, zero from s = t on; without a rate, of a single step, in units of the rate.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The trained weights as a combination: w_N = alpha w_0 - rate sum_s share_s g_s.
+
+    Attributes:
+        alpha: 1 without weight decay.
+        shares: (N,), float64; all 1 of plain SGD.
+        rate: the learning rate.
+    """
+
+    alpha: float
+    shares: Tensor
+    rate: float
+
+    @property
+    def total(self) -> float:
+        """What a gradient that never changes is multiplied by."""
+        return self.rate * float(self.shares.sum())
+
+    def difference(self, old: Tensor, new: Tensor) -> Tensor:
+        """The weighted mean gradient along the way, from the weights before and after the training."""
+        return ((old if self.alpha == 1 else self.alpha * old) - new) / self.total
+
+    def of_move(self, old: Tensor, moved: Tensor) -> Tensor:
+        """The same from the weights before, and how far they have moved."""
+        return (moved if self.alpha == 1 else moved + (1 - self.alpha) * old) / -self.total
+
+    def mean(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The same from one parameter's gradients at each step."""
+        parts = zip(gradients, self.shares.tolist(), strict=True)
+        return sum(gradient if share == 1 else share * gradient for gradient, share in parts) / float(self.shares.sum())
 
 
 @dataclass(frozen=True)
@@ -143,7 +299,8 @@ class Trained:
     """The result of local training.
 
     Attributes:
-        average: mean gradient along the way, one tensor per trainable parameter of the model, in their order.
+        average: weighted mean of the gradients along the way, one tensor per trainable parameter of the model, in their
+            order; of Adam's quotients, where Adam made the steps.
         weights: the trained parameters, in the same order.
         statistics: mean and variance (C,) of the inputs of each layer of `batchnorms` in training mode, one after the
             other, averaged over the steps as running statistics are; empty where there are none.
@@ -160,187 +317,42 @@ def train_locally(
     """Train a copy of the model's weights on the batch; the model itself stays as it is.
 
     Args:
-        model: has BatchNorm in the mode of this training, see `use_batch_statistics`.
-        images: (B, C, H, W); minibatch j holds the j-th `training.size(B)` of them.
+        model: has BatchNorm in the mode of this training, see `update.batchnorm.use_batch_statistics`.
+        images: (B, C, H, W); `training.schedule(B)` says which of them are in which step.
         labels: class indices (B,) or class probabilities (B, K).
         create_graph: keep the graph of all steps, so that the result can be differentiated by images and labels.
     """
-    weights, size = trainable(model), training.size(len(images))
-    gradients, statistics = [], []
-    for step in range(training.steps):
-        first = step % training.batches * size
-        part = slice(first, first + size)
-        with _watched(model) as seen:
-            mean = training.loss.each(functional_call(model, weights, (images[part],)), labels[part]).mean()
-        gradients.append(torch.autograd.grad(mean, tuple(weights.values()), create_graph=create_graph))
-        statistics.append([statistic if create_graph else statistic.detach() for statistic in seen])
-        if not training.is_one_step:
-            moved = zip(weights.items(), gradients[-1], strict=True)
-            weights = {name: weight - training.rate * gradient for (name, weight), gradient in moved}
-            if not create_graph:
-                weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    shares = [share for layer in in_training(model) for share in [_shares(layer, training.steps)] * 2]
+    names, weights = list(trainable(model)), list(trainable(model).values())
+    walk, brought, statistics = training.optimiser.begun(weights), [], []
+    factors = training.optimiser.factors(training.steps, training.passes)
+    for part, factor in zip(training.schedule(len(images)), factors, strict=True):
+        named, part = dict(zip(names, walk.weights, strict=True)), part.to(images.device)
+        with statistics_seen(model) as seen, _arithmetic(training, images):
+            logits = functional_call(model, named, (images[part],))
+        mean = training.loss.in_mean(logits.to(images.dtype), labels[part]).mean()
+        gradients = torch.autograd.grad(mean, tuple(walk.weights), create_graph=create_graph)
+        both = [statistic for layer in in_training(model) for statistic in seen[layer]]
+        statistics.append([statistic if create_graph else statistic.detach() for statistic in both])
+        with torch.set_grad_enabled(create_graph):
+            brought.append(walk.direction(gradients))
+            if not training.is_gradient:
+                walk.move(brought[-1], training.rate * factor)
+        if not create_graph and not training.is_gradient:
+            walk.weights = [weight.detach().requires_grad_() for weight in walk.weights]
+    combination = training.combination()
+    parts = [share for layer in in_training(model) for share in [shares(layer, training.steps)] * 2]
     return Trained(
-        average=tuple(sum(each) / training.steps for each in zip(*gradients, strict=True)),
-        weights=tuple(weights.values()),
+        average=tuple(combination.mean(each) for each in zip(*brought, strict=True)),
+        weights=tuple(walk.weights),
         statistics=tuple(
-            sum(share * statistic for share, statistic in zip(parts, each, strict=True))
-            for parts, each in zip(shares, zip(*statistics, strict=True), strict=True)
+            sum(share * statistic for share, statistic in zip(own, each, strict=True))
+            for own, each in zip(parts, zip(*statistics, strict=True), strict=True)
         ),
     )
 
 
-# ----------------------------------------------------------------------------------------------------
-# BatchNorm in training mode
-
-
-def batchnorms(model: nn.Module) -> dict[nn.Module, str]:
-    """The BatchNorm layers that keep running statistics, with their names; normalisation of pixels is no such layer."""
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return {
-        layer: name
-        for name, layer in model.named_modules()
-        if isinstance(layer, kinds) and not isinstance(layer, Normalise) and layer.running_mean is not None
-    }
-
-
-def in_training(model: nn.Module) -> dict[nn.Module, str]:
-    """Those of `batchnorms` that are in training mode."""
-    return {layer: name for layer, name in batchnorms(model).items() if layer.training}
-
-
-def frozen_among(norms: Iterable[str], frozen: Sequence[str]) -> list[str]:
-    """The names of BatchNorm layers that are among `frozen`, or lie in a module whose name is."""
-    return [norm for norm in norms if any(f"{norm}.".startswith(f"{name}.") for name in frozen)]
-
-
-def use_batch_statistics(model: nn.Module, frozen: Sequence[str] = ()) -> None:
-    """Put the model's BatchNorm layers into training mode; their running statistics stay as the server sent them.
-
-    Args:
-        model: whose BatchNorm layers are in eval mode.
-        frozen: the layers that stay so, as in `LocalTraining.frozen_norms`.
-
-    Raises:
-        ValueError: the model has no such layers, a name fits none of them, or all of them are frozen.
-    """
-    norms = batchnorms(model)
-    if not norms:
-        raise ValueError("--bn train: the model has no BatchNorm layers with running statistics")
-    for name in frozen:
-        if not frozen_among(norms.values(), [name]):
-            raise ValueError(f"--bn_frozen: no BatchNorm layer is named {name!r}: it has {', '.join(norms.values())}")
-    still = frozen_among(norms.values(), frozen)
-    if len(still) == len(norms):
-        raise ValueError("--bn_frozen leaves no BatchNorm layer in training mode: that is --bn eval")
-    for layer, name in norms.items():
-        if name not in still:
-            layer.train()
-            layer.track_running_stats = False
-
-
-def batch_moments(
-    model: nn.Module, statistics: Sequence[Tensor], images: Tensor
-) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """Mean and variance (C,) by which each BatchNorm layer has normalised a batch, from `Trained.statistics`.
-
-    Running variances are unbiased, and those that normalise are not.
-
-    Args:
-        model: has BatchNorm in training mode.
-        statistics: of one step on one batch.
-        images: any (B, C, H, W) of the batch's shape: what counts is how many values a channel has.
-    """
-    counts: dict[nn.Module, int] = {}
-
-    def count(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        counts[layer] = inputs[0].numel() // inputs[0].shape[1]
-
-    norms = in_training(model)
-    hooks = [layer.register_forward_pre_hook(count) for layer in norms]
-    try:
-        with torch.no_grad():
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    pairs = zip(norms, statistics[::2], statistics[1::2], strict=True)
-    return {layer: (mean, variance * (counts[layer] - 1) / counts[layer]) for layer, mean, variance in pairs}
-
-
-def statistic_names(model: nn.Module) -> list[str]:
-    """The names of the running statistics of all layers of `batchnorms`, mean and variance by turns."""
-    return _statistics_of(batchnorms(model).values())
-
-
-def _statistics_of(norms: Iterable[str]) -> list[str]:
-    return [f"{name}.{kind}" for name in norms for kind in ("running_mean", "running_var")]
-
-
-def after_training(model: nn.Module, statistics: Sequence[Tensor], steps: int) -> dict[str, Tensor]:
-    """Running statistics by name after `steps` steps, from the model's own and the minibatches' (`Trained`)."""
-    old, kept = dict(model.named_buffers()), _kept(model, steps)
-    named = zip(_statistics_of(in_training(model).values()), kept, statistics, strict=True)
-    return {name: keep * old[name] + (1 - keep) * new for name, keep, new in named}
-
-
-def before_averaging(model: nn.Module, buffers: Mapping[str, Tensor], steps: int) -> tuple[Tensor, ...]:
-    """The minibatches' statistics from running statistics by name: the inverse of `after_training`.
-
-    Raises:
-        ValueError: a running statistic is missing, or has another shape.
-    """
-    old, kept, found = dict(model.named_buffers()), _kept(model, steps), []
-    for name, keep in zip(_statistics_of(in_training(model).values()), kept, strict=True):
-        if name not in buffers or buffers[name].shape != old[name].shape:
-            raise ValueError(f"--bn train: the update holds no {name!r} of the model's shape; --bn train_private if so")
-        found.append((buffers[name].to(old[name]) - keep * old[name]) / (1 - keep))
-    return tuple(found)
-
-
-def _kept(model: nn.Module, steps: int) -> list[float]:
-    """For each shared statistic the share of the server's that is left after N steps.
-
-    It is (1 - m)^N with a momentum m. Without one, running statistics are the mean over all n batches so far, and the
-    share is n / (n + N).
-    """
-    return [kept for layer in in_training(model) for kept in [_kept_by(layer, steps)] * 2]
-
-
-def _kept_by(layer: nn.Module, steps: int) -> float:
-    if layer.momentum is not None:
-        return (1 - layer.momentum) ** steps
-    batches = int(layer.num_batches_tracked)
-    return batches / (batches + steps)
-
-
-def _shares(layer: nn.Module, steps: int) -> list[float]:
-    """The weight of each step's statistic in the running one, without the server's part; the weights sum to 1."""
-    if layer.momentum is None:
-        return [1 / steps] * steps
-    momentum = layer.momentum
-    weights = [momentum * (1 - momentum) ** (steps - 1 - step) for step in range(steps)]
-    return [weight / sum(weights) for weight in weights]
-
-
-@contextmanager
-def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect mean and variance of the inputs of every BatchNorm layer in training mode."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    collected: list[Tensor] = []
-
-    def watch(layer: nn.Module, inputs: tuple[Tensor]) -> None:
-        axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
-        if inputs[0].numel() == inputs[0].shape[1]:
-            raise ValueError("--bn train: a BatchNorm layer sees one value a channel, which has no variance")
-        variance, mean = torch.var_mean(inputs[0], axes)  # running variances are unbiased
-        seen[layer] = (mean, variance)
-
-    layers = in_training(model)
-    hooks = [layer.register_forward_pre_hook(watch) for layer in layers]
-    try:
-        yield collected
-    finally:
-        for hook in hooks:
-            hook.remove()
-    collected.extend(statistic for layer in layers for statistic in seen[layer])
+def _arithmetic(training: LocalTraining, images: Tensor) -> contextlib.AbstractContextManager:
+    """The client's arithmetic in the forward pass; autocast leaves float64 as it is."""
+    if training.precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(images.device.type, torch.bfloat16, cache_enabled=False)

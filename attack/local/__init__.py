@@ -1,1 +1,1 @@
-"""Updates of several local steps: their drift from the gradient, and their labels."""
+"""Updates of several local steps: what one gradient would give, and their labels."""

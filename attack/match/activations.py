@@ -24,11 +24,13 @@ pool's windows are matched in the end, and delta takes the way of the entries th
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from attack.match.below import TrainedBelow
 from attack.match.entries import Entries
 from attack.match.gradients import Matching
 from attack.match.maxima import Maxima
@@ -106,6 +108,7 @@ class ForwardLoss:
         client_loss: of each image, by which delta is told.
         moments: by which BatchNorm in training mode has normalised the client's batch, where they are known. Without
             gradients the images are then run one by one.
+        below: how the stages below were trained, where the inputs are those of a client's several steps.
 
     The attribute `uncertainty` is the square root of the activations' term at the true images, which the error of the
     inputs leaves. `grey` are the images (B, C, H, W) by whose errors all terms are divided.
@@ -125,8 +128,9 @@ class ForwardLoss:
         observed: Entries | None = None,
         client_loss: Loss = CROSS_ENTROPY,
         moments: Moments = MappingProxyType({}),
+        below: TrainedBelow | None = None,
     ) -> None:
-        self.name, end = first_layer(chain[start:]), start
+        self.name, end, self.below = first_layer(chain[start:]), start, below
         while end and kind_of(chain[end - 1].module).is_reshape:
             end -= 1
         activation = chain[end - 1].module if end else None
@@ -136,7 +140,7 @@ class ForwardLoss:
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
             inputs = torch.where(inputs > DEAD * uncertainty * entry, inputs, 0.0)
-        delta = _delta(chain[start:], inputs, labels, client_loss)
+        delta = below.deltas if below is not None else client_loss.delta(partial(run, chain[start:]), inputs, labels)
         end -= self.is_rectified or before is not None
         shape = (len(inputs), *input_shapes(chain, image_shape)[end])
         self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
@@ -154,7 +158,7 @@ class ForwardLoss:
         matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
-        if not self.weights:  # gradients of weights would have to be differentiated twice
+        if not (self.weights or below):  # gradients of weights would have to be differentiated twice
             self.chain = quickened(with_moments(self.chain, moments))
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
         self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
@@ -171,20 +175,21 @@ class ForwardLoss:
 
     def _errors(self, images: Tensor, chain: Chain) -> list[Tensor]:
         """Squared errors of the activations and of each layer's gradient, each relative to its own size."""
-        z = run(chain, images)
+        z, own = self._outputs(images, chain)
         off = torch.where(self.active, z - self.inputs, z.relu()) if self.is_rectified else z - self.inputs
         errors = [(self.trust * off).square().sum() / self.inputs.square().sum()]
         if self.weights:
-            mean = (z * self.delta).sum() / len(images)
-            own = torch.autograd.grad(mean, self.weights, create_graph=True)
             layers = enumerate(zip(own, self.sizes, strict=True))
             errors += (self.entries.of_one(p, at) / size for at, (p, size) in layers)
         return errors
 
-
-def _delta(tail: Chain, inputs: Tensor, labels: Tensor, loss: Loss) -> Tensor:
-    leaf = inputs.detach().clone().requires_grad_()
-    return loss.delta(run(tail, leaf), labels, leaf)
+    def _outputs(self, images: Tensor, chain: Chain) -> tuple[Tensor, Sequence[Tensor]]:
+        """The chain's outputs at the images, and the update of the weights that is compared."""
+        if self.below is not None:
+            return self.below.run(chain, images, self.delta, self.weights)
+        z = run(chain, images)
+        mean = (z * self.delta).sum() / len(images)
+        return z, torch.autograd.grad(mean, self.weights, create_graph=True) if self.weights else ()
 
 
 def course_for(

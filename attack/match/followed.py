@@ -4,7 +4,9 @@ from typing import NamedTuple
 
 from torch import nn
 
+from attack.local.closed_system import ClosedSystem
 from attack.match.activations import ForwardLoss, ForwardMatching, course_for
+from attack.match.below import TrainedBelow
 from attack.match.common_scale import HELD, CommonScale
 from attack.match.entries import observed
 from attack.match.maxima import Maxima
@@ -33,17 +35,22 @@ class Followed(NamedTuple):
 
 def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> ForwardLoss:
     """What the attack lowers where the activations of all images are known; of some images it has no gradients."""
+    labels, below = known.labels[: len(known.inputs)], None
+    if known.in_steps and known.start:
+        deltas = ClosedSystem(update, model, known.start).deltas(known.inputs.double(), labels)
+        below = TrainedBelow(update.training, deltas.to(**place_of(model)))
     return ForwardLoss(
         stages(model),
         update.image_shape,
         known.start,
         known.inputs.to(**place_of(model)),
-        known.labels[: len(known.inputs)],
+        labels,
         update.gradients,
         known.uncertainty,
         uses_gradients=None if known.is_complete else False,
         observed=observed(update, model),
-        client_loss=update.training.loss,
+        client_loss=update.training.loss.of_batch(labels),
+        below=below,
         moments=_moments(update, model, known),
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from network.chain import Moments, mixes_images
 from network.head import features_of
 from network.stage import Chain, run
-from update.training import batchnorms
+from update.batchnorm import batchnorms
 
 EPS = 1e-5  # that BatchNorm adds to a variance
 FEATURE_DISTANCES = ("l2", "relative", "cosine")

@@ -1,6 +1,8 @@
-"""The client's training, replayed on what was found: the share of the update that is left."""
+"""The client's training, replayed on what was found: the certificate, and what it says of trainings not declared."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,23 +12,108 @@ from attack.prepare import Known
 from attack.solve.rounding import precision_of
 from network.chain import is_walked
 from network.head import measured_noise
+from network.parameters import trainable
 from network.tracing import stages
+from update.evidence import REPLAY, SURE, Evidence
+from update.optimiser import LocalOptimiser
 from update.shared import SharedUpdate
-from update.training import train_locally
+from update.training import LocalTraining, train_locally
 
 EXACT = 1e-2  # share of the update that pixels which were read may leave: they are exact to a hundredth
 # Share that pictures may leave which follow the known activations of all images, from FEW evaluations on. A ConvNet's
 # leave 0.02 to 0.11 after 20 evaluations and fewer later, and 0.51 to 0.89 where the client normalised its images.
 CLOSE = 0.4
 FEW = 20
+NEARER = 0.5  # share of what the declared training leaves that another may leave to be proposed
+STEPS = 200  # no training of more steps is tried for a proposal: each takes as long as the declared one, for its steps
 
 
-def left_at_most(known: Known, model: nn.Module, evaluations: int) -> float:
+@dataclass(frozen=True)
+class Replay:
+    """What the training leaves of the update when it is replayed on the final images.
+
+    Attributes:
+        left: share of the update; infinite where it is no number.
+        noise: share of the update that is noise.
+        most: share that may be left for other reasons; infinite where nothing vouches for the images.
+        is_needed: whether nothing is certain without it: the client made several steps, or none of SGD.
+        was_replayed: whether the steps, made again on what was read, were found to make the update already.
+        explains_first_layer: whether the images make all of the first layer's movement, in whatever order of the steps.
+        nearest: the training, of some that were not declared, which leaves least, in words, and the share that it
+            leaves; None where none leaves clearly less.
+    """
+
+    left: float
+    noise: float
+    most: float = math.inf
+    is_needed: bool = False
+    was_replayed: bool = False
+    explains_first_layer: bool = False
+    nearest: tuple[str, float] | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the images make the update, to a hundredth or to its noise."""
+        return self.left <= max(EXACT, min(CLOSE, SURE * self.noise))
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether images that follow from the update do not make it."""
+        return self.left > max(self.most, SURE * self.noise)
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """A word on images that follow from the update and do not make it, and on the training that would."""
+        if not self.contradicts:
+            return []
+        said = f"the training, replayed on the images that were found, leaves {self.left:.2g} of the update"
+        said += ": it was another one"
+        if self.nearest is not None:
+            said += f"; nearest comes {self.nearest[0]}, which leaves {self.nearest[1]:.2g}"
+        return [Evidence(REPLAY, said, self.left, contradicts=True)]
+
+    @property
+    def is_certificate(self) -> bool:
+        """Whether images may be called certain."""
+        return not self.is_needed or self.makes_update or self.explains_first_layer
+
+    @property
+    def makes_update(self) -> bool:
+        """Whether the steps, made again on what was found, make the update."""
+        return self.was_replayed or self.fits
+
+
+def replayed(
+    update: SharedUpdate, model: nn.Module, known: Known, images: Tensor, labels: Tensor, evaluations: int
+) -> Replay:
+    """The client's training on what an attack of so many evaluations ended with.
+
+    Args:
+        update: the client's.
+        model: that it was computed on, BatchNorm in the mode of the training.
+        known: what was read before the attack.
+        images: (B, C, H, W), in [0, 1].
+        labels: class probabilities (B, K).
+    """
+    found = Replay(
+        left_over(update, model, images, labels),
+        noise_share(update, model),
+        _left_at_most(known, model, evaluations, update.training),
+        not update.training.is_gradient,
+        known.is_replayed,
+        known.is_explained,
+    )
+    return replace(found, nearest=_nearest(update, model, images, labels, found.left)) if found.contradicts else found
+
+
+def _left_at_most(known: Known, model: nn.Module, evaluations: int, training: LocalTraining) -> float:
     """The share of the update that the client's training may leave on what was found, but for noise.
 
     Infinite where nothing vouches for the pictures. Below a max-pool good pictures leave most of it: which entry was
-    the largest decides on gradients.
+    the largest decides on gradients. An order that is not known leaves some of it, too.
     """
+    if training.shuffle and training.passes > 1 and training.order is None:
+        return math.inf
     if known.is_exact:
         return EXACT
     chain = stages(model)[: known.start] if known.is_followed else []
@@ -38,21 +125,99 @@ def left_over(update: SharedUpdate, model: nn.Module, images: Tensor, labels: Te
     """|u - g| / |g|, with g the update and u that of the same training on other images.
 
     Args:
-        update: the client's.
-        model: that it was computed on, BatchNorm in the mode of the training.
-        images: (B, C, H, W), in [0, 1].
-        labels: class probabilities (B, K).
+        update, model, images, labels: as in `replayed`.
     """
     goal = update.targets(model)
     with torch.enable_grad():
         own = train_locally(model, images.detach(), labels.detach(), update.training).average
-    left = sum(float((u - g).detach().double().square().sum()) for u, g in zip(own, goal, strict=True))
-    size = sum(float(g.double().square().sum()) for g in goal)
-    return (left / size) ** 0.5 if size else math.inf
+    return _share([u - g for u, g in zip(own, goal, strict=True)], goal)
 
 
 def noise_share(update: SharedUpdate, model: nn.Module) -> float:
-    """The share of the update that is noise: what its head's sums show, and rounding."""
+    """The share of the update that is noise: what its head's sums show, and rounding, that of sent weights included.
+
+    The sums of several steps show what was not declared, weight decay or Adam, and are asked where noise was added.
+    """
     rounding = max(precision_of(gradient) for gradient in update.gradients.values())
-    shown = measured_noise(update.gradients, model) if update.training.loss.is_cross_entropy else 0.0
-    return max(rounding, shown / update.strength())
+    training, sent = update.training, 0.0
+    speaks = training.loss.is_cross_entropy and (training.is_gradient or update.defence != "none")
+    shown = measured_noise(update.gradients, model) if speaks else 0.0
+    if not training.is_gradient:
+        weights = sum(float(weight.detach().double().square().sum()) for weight in trainable(model).values())
+        count = sum(weight.numel() for weight in trainable(model).values())
+        coarse = max(torch.finfo(gradient.dtype).eps for gradient in update.gradients.values())
+        sent = coarse * (weights / count) ** 0.5 / training.reach
+    return max(rounding, math.hypot(shown, sent) / update.strength())
+
+
+# ----------------------------------------------------------------------------------------------------
+# Trainings that were not declared
+
+
+def _nearest(
+    update: SharedUpdate, model: nn.Module, images: Tensor, labels: Tensor, left: float
+) -> tuple[str, float] | None:
+    """The training, of those that clients often make, whose weights come nearest to the client's on these images.
+
+    Where no rate was declared, only what shares the gradient of one step is comparable, and nothing is proposed.
+    """
+    declared, best = update.training, None
+    if declared.rate is None:
+        return None
+    old, combination = trainable(model), declared.combination()
+    shared = update.targets(model)
+    moved = [  # w_N - w_0
+        (combination.alpha - 1) * weight.detach() - combination.total * gradient
+        for weight, gradient in zip(old.values(), shared, strict=True)
+    ]
+    for other in _others(declared, len(images)):
+        with torch.enable_grad():
+            trained = train_locally(model, images.detach(), labels.detach(), other)
+        own = other.combination()
+        walked = [
+            (own.alpha - 1) * weight.detach() - own.total * mean.detach()
+            for weight, mean in zip(old.values(), trained.average, strict=True)
+        ]
+        found = _share([p - q for p, q in zip(walked, moved, strict=True)], moved)
+        if found < NEARER * left and (best is None or found < best[1]):
+            best = str(other), found
+    return best
+
+
+def _others(declared: LocalTraining, batch_size: int) -> Iterator[LocalTraining]:
+    """Trainings that differ from the declared one in a thing that is easily forgotten or mistaken."""
+    plain = replace(declared, steps=1, batches=1, sizes=None, order=None, optimiser=LocalOptimiser())
+    yield plain
+    yield replace(plain, rate=declared.rate * declared.steps)
+    optimiser, sgd = declared.optimiser, declared.optimiser.name == "sgd"
+    for momentum in (0.9, 0.0) if sgd else ():
+        for decay in {0.0, 1e-4, 5e-4, 1e-3, 1e-2, optimiser.decay}:
+            rule = replace(optimiser, momentum=momentum, nesterov=False, weight_decay=decay)
+            yield from _allowed(declared, optimiser=rule)
+    for name in ("sgd", "adam", "adamw"):
+        yield from _allowed(declared, optimiser=LocalOptimiser(name))
+    for batches in range(1, batch_size + 1):
+        for passes in {declared.passes, 1, declared.steps // batches}:
+            if 1 < passes * batches <= STEPS and -(-batch_size // -(-batch_size // batches)) == batches:
+                for momentum in {optimiser.momentum, 0.9} if sgd else {0.0}:
+                    rule = replace(optimiser, momentum=momentum, nesterov=optimiser.nesterov and momentum > 0)
+                    yield from _allowed(
+                        declared, steps=passes * batches, batches=batches, sizes=None, order=None, optimiser=rule
+                    )
+
+
+def _allowed(declared: LocalTraining, **changes: object) -> Iterator[LocalTraining]:
+    """The declared training with these changes; nothing where it is the declared one, or cannot be."""
+    try:
+        other = replace(declared, **changes)
+    except ValueError:
+        return
+    if other != declared:
+        yield other
+
+
+def _share(left: list[Tensor], whole: list[Tensor]) -> float:
+    """|left| / |whole|; infinite where it is no number."""
+    lengths = [sum(float(each.detach().double().square().sum()) for each in tensors) for tensors in (left, whole)]
+    share = (lengths[0] / lengths[1]) ** 0.5 if lengths[1] else math.inf
+    return share if math.isfinite(share) else math.inf

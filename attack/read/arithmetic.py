@@ -14,6 +14,7 @@ those of real ones to 10 %.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,14 +23,17 @@ from torch import Tensor, nn
 
 from attack.read.random_images import random_images
 from attack.read.signals import Signals
+from attack.solve.rounding import precision_of
 from network.stage import Chain
 from network.tracing import stages
+from update.shared import SharedUpdate
 
 COARSE = torch.bfloat16  # the type that the model is run in; errors of others are to its as their roundings are
 ROUNDING = 0.2  # of a type's eps: what rounding to it leaves outside a gradient's rank, as a share (0.1 to 0.21)
 FINE = 1e-5  # a smaller share is that of float32
 EXACT = 1e-9  # gradients of a smaller relative rounding come from a client that computes in float64
 SEED = 0  # of these images, which every update has alike
+DIFFERENCES = 0.25  # of eps: the rounding of numbers to a type, root mean square and relative, 0.2 to 0.29
 FEW = 4  # random images: the errors of one are those of another, nearly
 
 
@@ -66,6 +70,13 @@ def _errors(chain: Chain, exact_chain: Chain, images: Tensor, dtype: torch.dtype
             rounded = stage.module(rounded.float())
         exact = exact_stage.module(exact)
     return errors
+
+
+def rounding_of_weights(update: SharedUpdate, model: nn.Module, name: str) -> Tensor:
+    """The error of each row (c_out,) of a layer's gradient that comes of weights rounded at each of several steps."""
+    weight = model.get_parameter(f"{name}.weight").detach()
+    each = DIFFERENCES * precision_of(weight) * weight.double().flatten(1).norm(dim=1)
+    return each * math.sqrt(update.training.steps) / update.training.reach
 
 
 def blurred(signals: Signals, error: float) -> Signals:

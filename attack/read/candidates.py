@@ -87,22 +87,18 @@ class ImageEquations:
 
     def deltas(self, c: Tensor, labels: Tensor) -> Tensor:
         """Gradient of each candidate's loss by the layer's output, (N, *output_shape)."""
-        outputs = self._outputs(c).detach().requires_grad_()
-        with torch.enable_grad():
-            return self.loss.delta(self.tail(self.span.inputs(c), outputs), labels, outputs)
+        inputs = self.span.inputs(c)
+        return self.loss.delta(lambda outputs: self.tail(inputs, outputs), self._outputs(c), labels)
 
     def all_deltas(self, c: Tensor) -> Tensor:
         """The same for every label, (N, K, *output_shape)."""
         outputs = self._outputs(c).detach().requires_grad_()
         with torch.enable_grad():
             logits = self.tail(self.span.inputs(c), outputs)
-            classes, unlabelled = logits.shape[1], self.loss.unlabelled(logits.detach())
+            unlabelled = self.loss.unlabelled(logits.detach())
             free = torch.autograd.grad((unlabelled * logits).sum(), outputs, retain_graph=True)[0]
             each = [torch.autograd.grad(logit.sum(), outputs, retain_graph=True)[0] for logit in logits.T]
-        own = torch.stack(each, 1)
-        if self.loss.smoothing:
-            own = torch.lerp(own, own.mean(1, keepdim=True), self.loss.smoothing)
-        return (free[:, None] - self.loss.pull(classes) * own).detach()
+        return self.loss.all_deltas(free, torch.stack(each, 1)).detach()
 
     def moved_deltas(self, c: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The deltas, and their derivatives by each coordinate, (N, dim A, *output_shape).
@@ -246,16 +242,47 @@ class ImageEquations:
             count = [max(least, self._speaking(silent)) for silent, least in zip(zeros, count, strict=True)]
         return torch.tensor(count).to(span.basis)
 
+    def by_zeros(self, c: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """What zeros (N, n) alone say of inputs c (N, dim A): how many of them no other has, (N,), and the error (N,).
+
+        Neither the tail nor the labels are asked, so it holds for images whose tail is not known. The expected relative
+        error is that within the span and of the span.
+        """
+        held = (c @ self.span.basis) * zeros / c.norm(dim=1, keepdim=True)
+        energy = held.square().sum(1).clamp(min=self.span.precision**2)
+        level = energy / zeros.sum(1).clamp(min=1)
+        error, _ = self._expected_error(c, c @ self.rows.flatten(1), level, self._pinned_down(c, zeros))
+        broken = [int((entries.abs() > DISTINCT * noise).sum()) for entries, noise in map(self._likeliest_other, zeros)]
+        return torch.tensor(broken).to(error), error
+
+    def pairing_noise(self, c: Tensor, deltas: Tensor) -> Tensor:
+        """The error (N,) of the certificates of these inputs (N, dim A), and of a scale that is told by them."""
+        span, d = self.span, by_position(deltas) * self.span.rows
+        x, y = c @ self.rows.flatten(1), (d @ span.left).flatten(1)
+        return span.noise * span.weak(x) * span.weak(y) / span.batch_size
+
+    def described(self, c: Tensor, zeros: Tensor, labels: Tensor) -> Signals:
+        """Candidates (N, dim A) as inputs of these labels, unjudged."""
+        witnesses = torch.zeros(len(c)).to(c)
+        return self._judged(c, zeros, self._pinned_down(c, zeros), labels, witnesses)[0]
+
     def _speaking(self, silent: Tensor) -> float:
         """The number of zeros (n,) that the likeliest other direction of A breaks, 0 where it is noise that does."""
+        broken, noise = self._likeliest_other(silent)
+        return float(broken.square().sum().square() / broken.pow(4).sum()) if noise < math.inf else 0.0
+
+    def _likeliest_other(self, silent: Tensor) -> tuple[Tensor, float]:
+        """What the likeliest other direction of A has where a ray is silent (n,), and the noise of such an entry.
+
+        The noise is infinite where noise may have made it.
+        """
         entries = self.span.basis[:, silent].T
         energies, vectors = torch.linalg.eigh(entries.T @ entries)
         other = vectors[:, 1]
         blurred = self.span.turned(other @ self.rows.flatten(1)).square() * silent.double().mean()
-        if energies[1] <= DISTINCT**2 * max(energies[0], blurred):
-            return 0.0
-        broken = (entries @ other).square()
-        return float(broken.sum().square() / broken.square().sum())
+        noise = max(float(energies[0]), float(blurred))
+        is_told = float(energies[1]) > DISTINCT**2 * noise
+        return entries @ other, (noise / max(1, len(entries))) ** 0.5 if is_told else math.inf
 
     def _pinned_down(self, c: Tensor, zeros: Tensor) -> Tensor:
         """J^T J (N, dim, dim) of the linear equations alone, zeros and scale."""

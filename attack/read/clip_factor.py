@@ -62,9 +62,30 @@ def unscaled(update: SharedUpdate, model: nn.Module, *, generator: torch.Generat
         factor, is_exact = common_factor(told), True
     if factor is None or factor < LEAST:
         raise ValueError("neither the head nor any single image tells by how much the update was scaled")
-    restored = times(update, factor)
+    training = update.training
+    optimiser = dataclasses.replace(training.optimiser, clip=None)  # the restored gradient is as long as it was
+    restored = dataclasses.replace(times(update, factor), training=dataclasses.replace(training, optimiser=optimiser))
     is_exact &= not Defences.parse(update.defence).uneven
     return dataclasses.replace(restored, defence="none") if is_exact else restored, factor
+
+
+def weighed(
+    update: SharedUpdate, model: nn.Module, *, generator: torch.Generator, work: float = SINGLES_WORK
+) -> SharedUpdate:
+    """The update with class weights relative to the batch's mean weight, which its labels would tell.
+
+    That mean is a factor of all images, so single images tell it. Without any the weights stay as they are: whoever
+    finds all labels at once knows it then.
+    """
+    if not update.training.loss.is_open:
+        return update
+    read = dataclasses.replace(update, gradients=with_weights(update.gradients, model))
+    found = single_images(read, model, generator, work)
+    factor = 0.0 if found is None else common_factor(found)
+    if factor <= 0:  # nothing tells it, or the update has the wrong sign
+        return update
+    loss = update.training.loss.divided(factor)
+    return dataclasses.replace(update, training=dataclasses.replace(update.training, loss=loss))
 
 
 def times(update: SharedUpdate, factor: float) -> SharedUpdate:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from attack.read.random_images import SAMPLE, random_features
 from network.stage import run
 from network.tracing import stages
-from update.evidence import STATISTICS, Evidence
+from network.watched import watched
+from update.evidence import PIXELS, STATISTICS, Evidence
 from update.shared import SharedUpdate
 
 STEPS = 255  # of a pixel
@@ -51,7 +52,7 @@ def of_pixels(pixels: Tensor) -> list[Evidence]:
     said += (
         f": the client normalises its images, {fit}" if fit else ": the client normalises its images (--mean, --std)"
     )
-    return [Evidence("pixels", said, most - least, contradicts=True)]
+    return [Evidence(PIXELS, said, most - least, contradicts=True)]
 
 
 def of_moments(update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> list[Evidence]:
@@ -66,22 +67,16 @@ def of_moments(update: SharedUpdate, model: nn.Module, start: int, inputs: Tenso
     moments = update.batch_moments(model)
     if not moments or len(inputs) < update.batch_size:
         return []
-    off: list[Tensor] = []
 
-    def compare(layer: nn.Module, seen: tuple[Tensor]) -> None:
-        own = seen[0].var((0, *range(2, seen[0].dim())), unbiased=False) + layer.eps
-        off.append((own / (moments[layer][1].clamp(min=0) + layer.eps) - 1).abs())
+    def compared(layer: nn.Module, seen: Tensor) -> Tensor:
+        own = seen.var((0, *range(2, seen.dim())), unbiased=False) + layer.eps
+        return (own / (moments[layer][1].clamp(min=0) + layer.eps) - 1).abs()
 
-    hooks = [layer.register_forward_pre_hook(compare) for layer in moments]
-    try:
-        with torch.no_grad():
-            run(stages(model)[start:], inputs.to(next(model.parameters())))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not off or float(torch.cat(off).median()) < OTHER_BATCH:
+    with torch.no_grad(), watched(moments, compared) as off:
+        run(stages(model)[start:], inputs.to(next(model.parameters())))
+    figure = float(torch.cat([*off.values()]).median()) if off else 0.0
+    if figure < OTHER_BATCH:
         return []
-    figure = float(torch.cat(off).median())
     said = f"BatchNorm's running statistics are off by {figure:.2g} from those of the images that were read: "
     return [
         Evidence(STATISTICS, said + "they are of another batch, or of another convention, and are not used", figure)
@@ -107,7 +102,7 @@ def of_fitted_pixels(pixels: Tensor, left: float) -> list[Evidence]:
         f"({f'perhaps {fit}' if fit else '--mean, --std'}), or the layers below are not those that it trained "
         "(their weights, or the layout of their kernels)"
     )
-    return [Evidence("pixels", said, most - least, contradicts=True)]
+    return [Evidence(PIXELS, said, most - least, contradicts=True)]
 
 
 def normalisation_of(pixels: Tensor) -> str:

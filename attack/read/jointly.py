@@ -64,6 +64,9 @@ class Upwards:
         count, classes = logits.shape
         every = torch.arange(classes, device=logits.device).repeat(count)
         errors = self.loss.errors(logits.repeat_interleave(classes, 0), every).view(count, classes, classes)
+        if self.loss.is_open:  # their length is not known before the labels, and their direction is
+            labels = torch.cosine_similarity(errors, told[:, None], dim=2).argmax(1)
+            return labels, told, self.loss.of_batch(labels).errors(logits, labels)
         labels = (errors - told[:, None]).norm(dim=2).argmin(1)
         return labels, told, errors[torch.arange(count), labels]
 
@@ -87,13 +90,13 @@ def told_apart_jointly(span: Span, upwards: Upwards, *, generator: torch.Generat
         OutOfTimeError: the budget's clock has run out.
     """
     programme, rays = single_programme(span), span.basis.new_zeros(0, span.dimension)
-    reason = ""
+    zeros, reason = torch.zeros(0, span.basis.shape[1], dtype=torch.bool, device=rays.device), ""
     for _ in range(TRIES):
-        rays = _with_more(rays, span, programme, generator, budget)
+        rays, zeros = _with_more(rays, zeros, span, programme, generator, budget)
         if len(rays) < span.batch_size:
             reason = f"{len(rays)} of {span.batch_size} images are rays, and a mixed batch takes all of them"
         else:
-            found = _judged(*pinned(span, None, rays[: span.batch_size]), span, upwards)
+            found = _judged(rays[: span.batch_size], zeros[: span.batch_size], span, upwards)
             if float(found.residuals.norm()) < AGREED:
                 return found.surest_first()
             reason = f"the images disagree with the head's gradient by {float(found.residuals.norm()):.1e}"
@@ -103,16 +106,16 @@ def told_apart_jointly(span: Span, upwards: Upwards, *, generator: torch.Generat
 
 
 def _with_more(
-    rays: Tensor, span: Span, programme: Programme, generator: torch.Generator, budget: WorkBudget
-) -> Tensor:
-    """The rays (N, dim A) and new ones, those with most zeros first: mixtures have few."""
-    new, zeros = extreme_rays(span, programme, span.dimension, generator, budget)
-    new, _ = pinned(span, None, new[zeros.sum(1) >= span.dimension + EMPTY])
-    for ray in new / new.norm(dim=1, keepdim=True):
+    rays: Tensor, zeros: Tensor, span: Span, programme: Programme, generator: torch.Generator, budget: WorkBudget
+) -> tuple[Tensor, Tensor]:
+    """The rays (N, dim A) with their zeros (N, n) and new ones, those with most zeros first: mixtures have few."""
+    new, new_zeros = extreme_rays(span, programme, span.dimension, generator, budget)
+    new, new_zeros = pinned(span, None, new[new_zeros.sum(1) >= span.dimension + EMPTY])
+    for ray, silent in zip(new / new.norm(dim=1, keepdim=True), new_zeros, strict=True):
         if not ((rays @ ray).abs() > 1 - APART).any():
-            rays = torch.cat([rays, ray[None]])
-    _, zeros = pinned(span, None, rays)
-    return rays[zeros.sum(1).argsort(descending=True, stable=True)]
+            rays, zeros = torch.cat([rays, ray[None]]), torch.cat([zeros, silent[None]])
+    order = zeros.sum(1).argsort(descending=True, stable=True)
+    return rays[order], zeros[order]
 
 
 def _judged(rays: Tensor, zeros: Tensor, span: Span, upwards: Upwards) -> Signals:
@@ -163,10 +166,9 @@ def _by_shift(values: Tensor, upwards: Upwards) -> tuple[float, float]:
     """The same where BatchNorm hides the factor from everything above."""
     (labels, *_), factor, error = upwards.judged(values), 1.0, 0.0
     for _ in range(AGAIN):
-        leaf = (factor * values).requires_grad_()
-        with torch.enable_grad():
-            delta = upwards.loss.delta(upwards.run(leaf)[1], labels, leaf)
-        more, error = factor_by_shift(leaf.detach(), delta, upwards.shift_gradient)
+        scaled = factor * values
+        delta = upwards.loss.of_batch(labels).delta(lambda inputs: upwards.run(inputs)[1], scaled, labels)
+        more, error = factor_by_shift(scaled, delta, upwards.shift_gradient)
         factor *= more
     return factor, error
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attack.read.head.gradient import HeadGradient
+from update.loss import Loss
 
 RIVALS = 12  # sets of labels tried, at most: a trial of each costs as much as the whole solution once they are known
 PLAUSIBLE = 4.0  # squared standard deviations up to which another set of labels is as good as the likeliest
@@ -37,10 +38,9 @@ class LabelCounts:
             share = head.gradient @ mean / mean.square().sum()
             slack = max(slack, float((sample @ mean / mean.square().sum()).var()))
         size = head.batch_size
-        covariance = size * (1 + UNLIKE * size) * torch.cov(p.T) + slack * torch.eye(len(share)).to(p)
-        smoothing = head.loss.smoothing
-        expected = size * (p.mean(0) - share - smoothing / len(share)) / (1 - smoothing)
-        return cls(expected, torch.linalg.inv(covariance), size)
+        expected, scale = _expected(head.loss, size, p.mean(0), share)
+        covariance = size * (1 + UNLIKE * size) * scale[:, None] * torch.cov(p.T) * scale
+        return cls(expected, torch.linalg.inv(covariance + slack * torch.eye(len(share)).to(p)), size)
 
     def likeliest(self) -> Tensor:
         """Counts (K,) that sum to B and lie nearest to what is expected: rounded, then mended exchange by exchange."""
@@ -78,6 +78,24 @@ class LabelCounts:
                     queue.append((farther, other))
             queue.sort(key=lambda entry: entry[0])
         return [first.new_tensor(key) for key in sorted(reached, key=reached.get)[:RIVALS]]
+
+
+def _expected(loss: Loss, size: int, softmax: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts n (K,) of B labels, and by how much they differ for a difference of B softmax (K,).
+
+    With a batch's loss divided by D, with class weights w and label smoothing eps,
+
+        D gamma_k = m softmax_k - (1 - eps) w_k n_k - eps B w_k / K,     m = (1 - eps) w^T n + eps B mean(w).
+
+    D is B, or w^T n = m where class weights are counted; then it is what lets n sum to B.
+    """
+    eps, classes = loss.smoothing, len(share)
+    weights = loss.of_classes(share, classes)
+    pulled = (1 - eps) * weights
+    constant = eps * size * (softmax * weights.mean() - weights / classes) / pulled
+    slope = ((1 - eps) * softmax - share) / pulled
+    divisor = (size - constant.sum()) / slope.sum() if loss.is_open else softmax.new_tensor(float(size))
+    return divisor * slope + constant, divisor / size / weights
 
 
 def spelled_out(counts: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ down.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -59,12 +59,16 @@ class CandidateLayer:
         """Whether every entry of an input lies in some patch."""
         return bool((self.geometry.coverage(like) > 0).all())
 
+    def at_any_step(self, gradients: Mapping[str, Tensor]) -> "CandidateLayer":
+        """The layer, for an update of several steps: a BatchNorm behind it changes, and tells no bias gradient."""
+        return replace(self, bias_gradient=gradients.get(f"{self.name}.bias"))
+
     def is_asked(self, batch_size: int) -> bool:
         """Whether images can be told apart: of a batch that is mixed, by the zeros of a ReLU and by several patches."""
         return not self.mixes or (self.inputs.is_sparse and self.geometry.positions > 1 and batch_size > 1)
 
-    def span(self, gradients: Mapping[str, Tensor], batch_size: int, like: Tensor) -> Span:
-        """The space of its inputs, on the device of `like`.
+    def span(self, gradients: Mapping[str, Tensor], batch_size: int, like: Tensor, floor: Tensor | None = None) -> Span:
+        """The space of its inputs, on the device of `like`; `floor` as in `span_of`.
 
         Raises:
             ValueError: the update holds no gradient of it.
@@ -79,6 +83,7 @@ class CandidateLayer:
             self.bias_gradient,
             saturating=self.behind.is_saturating,
             centred=self.centred,
+            floor=floor,
         )
 
 

@@ -80,6 +80,8 @@ def unmix(
     budget: WorkBudget,
     above: Sequence[Above] = (),
     loss: Loss = CROSS_ENTROPY,
+    given: Signals | None = None,
+    enough: Callable[[Signals], bool] = lambda found: False,
 ) -> Signals:
     """Tell the images of a determined layer apart, as many as possible, surest first.
 
@@ -95,6 +97,9 @@ def unmix(
             below: with them far more images are told apart, see `linked_programme`. From the first on that is not
             determined, they are left out.
         loss: the client's, of each image.
+        given: images that are known already, with the deltas that they have in the gradient; None: none. They are taken
+            out beforehand, and are not among those found.
+        enough: whether the images found so far end the search.
 
     Raises:
         ValueError: the layer does not determine its inputs.
@@ -108,11 +113,12 @@ def unmix(
         useful = list(itertools.takewhile(lambda each: _linkable(each.span, span), above))
         layers += [ImageEquations(each.span, each.layer, each.tail, loss) for each in useful]
         slopes = [each.slope for each in useful]
-    search = _Peeling(layers, is_sparse, generator, budget, slopes=slopes)
+    given = nobody(span) if given is None else given
+    search = _Peeling(layers, is_sparse, generator, budget, slopes=slopes, given=given, enough=enough)
     with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
         search.run()
-    found = unlike(search.found.surest_first(), nobody(span))  # the surest of several, if they are one
-    return found.pick(torch.arange(len(found), device=found.labels.device)[: span.batch_size])
+    found = unlike(search.found.surest_first(), given)  # the surest of several, if they are one
+    return found.pick(torch.arange(len(found), device=found.labels.device)[: span.batch_size - len(given)])
 
 
 def first_images(
@@ -145,7 +151,8 @@ class _Peeling:
     """One search.
 
     `rests` is what the images found so far leave of the spans, of this layer and of the layers above, and `slopes` are
-    those of the activations between these layers. `found` are the images of all passes.
+    those of the activations between these layers. `given` are the images known beforehand, `found` those of all passes,
+    of which some may be `enough`.
     """
 
     layers: list[ImageEquations]
@@ -155,9 +162,12 @@ class _Peeling:
     rests: list[Span] = field(default_factory=list)
     slopes: Sequence[float] = ()
     linked: bool = False
+    given: Signals | None = None
+    enough: Callable[[Signals], bool] = lambda found: False
 
     def __post_init__(self) -> None:
         self.found = self.whole.nobody()
+        self.given = self.found if self.given is None else self.given
 
     @property
     def whole(self) -> ImageEquations:
@@ -176,21 +186,22 @@ class _Peeling:
         """Find images by passes from the whole span: each takes the images out in another order."""
         for _ in range(PASSES):
             self._peel()
-            if self.found.complete or not len(self.found) or self.budget.is_spent:
+            is_complete = len(self.given) + len(self.found) == self.found.batch_size
+            if is_complete or not len(self.found) or self.budget.is_spent or self.enough(self.found):
                 break
 
     def _peel(self) -> None:
         """Take images out one after the other, until nothing is left or no proposal is an image."""
-        self.rests = [layer.span for layer in self.layers]
+        self.rests = self._without(self.given) if len(self.given) else [layer.span for layer in self.layers]
         before, own, fruitless = self.found, self.whole.nobody(), 0
-        while self.rest.dimension and fruitless < FRUITLESS and not self.budget.is_spent:
-            new = unlike(self.round(fruitless), own)
+        while self.rest.dimension and fruitless < FRUITLESS and not (self.budget.is_spent or self.enough(self.found)):
+            new = unlike(self.round(fruitless), self.given.joined(own))
             fruitless = 0 if len(new) else fruitless + 1
             self.linked ^= fruitless > 0  # keep to the kind of programme that brings images
             if len(new):
                 own = own.joined(new)
                 self.found = before.joined(unlike(own, before))
-                self.rests = self._without(own)
+                self.rests = self._without(self.given.joined(own))
 
     def _without(self, found: Signals) -> list[Span]:
         """What the found images leave of each span: they are run forward to the layers above, and back."""

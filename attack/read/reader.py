@@ -11,44 +11,45 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from attack.read.arithmetic import blurred, forward_errors
-from attack.read.forecast import explain
+from attack.local.closed_system import ClosedSystem
+from attack.local.head_in_steps import features_in_steps
+from attack.local.peel_in_time import peel_in_time
+from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights
 from attack.read.head.by_random_images import recover_signals
 from attack.read.head.by_trial import unmix_head
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
+from attack.read.layer_rows import LayerRows
+from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
 from attack.read.random_images import SAMPLE, random_features, varies
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.rounding import precision_of
-from attack.walk.layer_solve import Record
 from attack.walk.noise import is_after_relu, without_noise
 from attack.walk.walk import BatchGradients, Descent, descend
-from network.chain import index_of, input_shapes, parametrised, shift_before
+from network.chain import input_shapes, is_parametrised, shift_before
 from network.head import Head, measured_noise
 from network.kinds import kind_of
 from network.parametrised import with_weights
-from network.stage import Chain, Stage, run
+from network.stage import Stage, run
 from network.tracing import stages
+from update.batchnorm import batchnorms
+from update.evidence import Evidence
 from update.shared import SharedUpdate
-from update.training import batchnorms
 
 READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
 SHARE = 0.5  # of the work left that one layer may take while others wait
 OUT_OF_TIME = "the clock (--max_seconds) has stopped the reading"
-COLUMNS = (
-    "layer", "positions", "rank_bound", "rank", "dimension", "gap", "spanned", "determined", "residual", "uncertainty",
-    "seconds", "note",
-)  # fmt: skip
+EXPLAINED = 3.0  # units of the rounding of weights that noise in a difference of weights may be
 ROUNDED = 10.0  # units of rounding beyond which what the head's rows sum to is noise that was added
 
 
@@ -61,16 +62,18 @@ class Reading:
     """What a network's gradient says of N of the batch's B images.
 
     Attributes:
-        signals: of the N images at the head, surest first.
+        signals: of the N images at the head, surest first, or step by step.
         start: index in the chain of the deepest stage whose inputs are known for all N images.
         inputs: (N, ...) float64, the inputs of that stage, in the same order; images themselves where `start` is 0.
-        layers: one row for each linear or convolutional layer that was asked or walked through, from the images up:
-            layer, positions, rank_bound, rank, dimension, gap, spanned, determined, residual, uncertainty, seconds,
-            note; None where nothing was measured.
+        layers: a row for each layer, from the images up, see `layer_rows`; None where nothing was measured.
         recovered: inputs (n, ...) of every layer and residual stage that were believed, by its name; n may be less than
             N, and the order another, where a layer was asked and no walk led from it.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
+        in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
+        order: the images of each step, where there are several and their order was found; None: in turn, or not known.
+        is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
+        doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
     """
 
     signals: Signals
@@ -80,6 +83,11 @@ class Reading:
     recovered: dict[str, Tensor]
     seconds: float
     is_aborted: bool = False
+    in_steps: bool = False
+    order: tuple[tuple[int, ...], ...] | None = None
+    is_explained: bool = False
+    doubts: tuple[Evidence, ...] = ()
+    drift: float | None = None
 
     def __len__(self) -> int:
         return len(self.signals)
@@ -90,6 +98,9 @@ def read_layers(
     model: nn.Module,
     *,
     generator: torch.Generator,
+    in_steps: bool = False,
+    labels: Tensor | None = None,
+    work: float = READING_WORK,
     max_seconds: float = math.inf,
     tick: Callable[[], object] = lambda: None,
 ) -> Reading:
@@ -99,6 +110,9 @@ def read_layers(
         update: the client's.
         model: that it was computed on.
         generator: what starts, programmes and recovery tests are drawn from (on the CPU).
+        in_steps: whether the client's one pass is followed step by step; else the update is taken for a gradient.
+        labels: (B,) in the order of these steps, where they are known: the head alone is asked then.
+        work: that the search may take.
         max_seconds: of wall time, after which the reading is aborted. It decides nothing else: work is what is counted.
         tick: called now and then.
 
@@ -108,9 +122,9 @@ def read_layers(
     """
     if update.is_rescaled:  # its images' errors have other lengths than the equations give them
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
-    budget = WorkBudget(READING_WORK, deadline=time.perf_counter() + max_seconds, tick=tick)
+    budget = WorkBudget(work, deadline=time.perf_counter() + max_seconds, tick=tick)
     update = replace(update, gradients=with_weights(update.gradients, model))
-    return _Reader(update, model, generator, budget).read()
+    return _Reader(update, model, generator, budget, in_steps=in_steps, labels=labels).read()
 
 
 @dataclass(frozen=True)
@@ -137,7 +151,17 @@ def glance(
 class _Reader:
     """One reading: the network in float64, the budget, and the rows of the layers asked so far."""
 
-    def __init__(self, update: SharedUpdate, model: nn.Module, generator: torch.Generator, budget: WorkBudget) -> None:
+    def __init__(
+        self,
+        update: SharedUpdate,
+        model: nn.Module,
+        generator: torch.Generator,
+        budget: WorkBudget,
+        *,
+        in_steps: bool = False,
+        labels: Tensor | None = None,
+    ) -> None:
+        self.in_steps, self.labels = in_steps, labels
         self.update, self.model, self.generator, self.budget = update, model, generator, budget
         stages(model)  # refuses one that is not what its graph says, which a copy would not show
         self.began, self.is_aborted = time.perf_counter(), False
@@ -146,8 +170,9 @@ class _Reader:
         self.head = self.chain[-1].module
         self.like = self.head.weight.new_zeros(1)
         layers = candidate_layers(self.chain, update.image_shape, update.gradients)
+        layers = [layer.at_any_step(update.gradients) for layer in layers] if in_steps else layers
         self.candidates = {layer.name: layer for layer in layers}
-        self.rows = _blank_rows(self.chain, update.image_shape, update.batch_size)
+        self.rows = LayerRows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
         self.forward = [0.0] * len(self.chain)  # relative errors of each stage's inputs, by the client's arithmetic
         self.noise_shares: dict[str, float] = {}  # of the layers that were asked, see `Span.noise_share`
@@ -157,21 +182,28 @@ class _Reader:
         best, at = self.told_apart()
         if best is None:
             kind = ReadingAbortedError if self.is_aborted else ValueError
-            raise kind(f"no image can be told apart: {self._why_not()}")
+            raise kind(f"no image can be told apart: {self.rows.why_not()}")
         # a defence explains noise in the gradient by itself
-        noise = self.noise_shares[at.name] if self.update.defence == "none" else 0.0
+        noise = self._noise_share(at) if self.update.defence == "none" else 0.0
         precision = min(map(precision_of, self.update.gradients.values()))  # tensors of few entries may look rounded
         self.forward = forward_errors(self.model, self.update.image_shape, noise, precision)
-        for name, row in self.rows.items():
-            if row["uncertainty"] is not None:
-                row["uncertainty"] = math.hypot(row["uncertainty"], self._forward(name))
+        self.rows.blur(self.forward)
         best = blurred(best, self.forward[at.index])
-        return self._followed(best.surest_first(), at.index)
+        return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at)
+
+    def _noise_share(self, layer: CandidateLayer) -> float:
+        """The share of a layer's gradient that is noise, and not the rounding of weights whose difference it is."""
+        share, floor = self.noise_shares[layer.name], self._floor(layer)
+        if floor is None:
+            return share
+        gradient = self.update.gradients[f"{layer.name}.weight"]
+        return max(0.0, share - EXPLAINED * float(floor.norm() / gradient.norm()))
 
     def told_apart(self) -> tuple[Signals | None, CandidateLayer | None]:
         """The most images that one of the layers tells apart, and the layer; None where none tells any."""
         best, at = None, None
-        waiting = order(list(self.candidates.values()), self.update.batch_size, self.like)
+        asked = [layer for layer in self.candidates.values() if self.labels is None or self._is_head(layer)]
+        waiting = order(asked, self.update.batch_size, self.like)
         for layer in waiting:
             found = self._asked(layer, is_last=layer is waiting[-1])
             if found is not None and (best is None or len(found) > len(best)):
@@ -183,7 +215,7 @@ class _Reader:
     @property
     def is_spanned(self) -> bool:
         """Whether the gradient of a layer that was asked determines the space of its inputs."""
-        return any(row["determined"] for row in self.rows.values())
+        return self.rows.is_spanned
 
     # ------------------------------------------------------------------------------------------------
     # One layer's word
@@ -215,15 +247,25 @@ class _Reader:
         if found is not None and len(found):
             facts |= {"residual": float(found.residuals.max()), "uncertainty": float(found.uncertainty.max())}
             self.recovered[layer.name] = found.values
-        self._note(layer.name, note, **facts, seconds=time.perf_counter() - began)
+        self.rows.note(layer.name, note, **facts, seconds=time.perf_counter() - began)
         return found if found is not None and len(found) else None
 
     def _span(self, layer: CandidateLayer) -> Span:
-        return layer.span(self.update.gradients, self.update.batch_size, self.like)
+        return layer.span(self.update.gradients, self.update.batch_size, self.like, self._floor(layer))
+
+    def _floor(self, layer: CandidateLayer) -> Tensor | None:
+        """The error of each row that is known beforehand; None of a gradient."""
+        return rounding_of_weights(self.update, self.model, layer.name) if self.in_steps else None
 
     def _told_apart(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        is_head = layer.index == len(self.chain) - 1
-        if is_head and span.batch_size > 1 and layer.inputs.is_smooth and self.update.training.loss.is_cross_entropy:
+        if self.in_steps:
+            return self._told_apart_in_steps(layer, span, budget)
+        if (
+            self._is_head(layer)
+            and span.batch_size > 1
+            and layer.inputs.is_smooth
+            and self.update.training.loss.is_cross_entropy
+        ):
             return self._smooth_head(layer, span, budget)
 
         if layer.mixes:
@@ -236,6 +278,17 @@ class _Reader:
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
+
+    def _is_head(self, layer: CandidateLayer) -> bool:
+        return layer.index == len(self.chain) - 1
+
+    def _told_apart_in_steps(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        what, how = (self.update, self.model), (self.generator, budget)
+        if not (self._is_head(layer) and layer.inputs.is_smooth):
+            return peel_in_time(*what, layer.name, span, *how)
+        if self.labels is None:
+            raise ValueError("behind a smooth activation its images are told by their labels and minibatches alone")
+        return features_in_steps(*what, span, self.labels, *how)
 
     def _upwards(self, layer: CandidateLayer) -> Upwards:
         """The network above a layer whose images are mixed further up."""
@@ -304,32 +357,48 @@ class _Reader:
     # ------------------------------------------------------------------------------------------------
     # Down
 
-    def _followed(self, found: Signals, index: int) -> Reading:
-        """The images found at a stage, at the deepest stage that leads from there."""
-        start, inputs = index, found.values
+    def _followed(self, found: Signals, at: CandidateLayer) -> Reading:
+        """The images found at a layer, at the deepest stage that leads from there."""
+        index, start, inputs = at.index, at.index, found.values
+        doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
         if found.complete:
             descent = self._descended(found, index)
             for record in descent.records:
-                self._note_walk(record)
+                self.rows.note_walk(record, self.forward)
             self.recovered |= descent.inner | {self.chain[i].name: inputs for i, inputs in descent.inputs.items()}
             start = descent.deepest
             inputs = descent.inputs[start]
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        start, inputs = self._inverted(start, inputs)
         features = run(self.chain[index:-1], found.values)
-        errors = self.update.training.loss.errors(self.head(features), found.labels)
+        loss = self.update.training.loss
+        loss = loss.of_batch(found.labels) if found.complete else loss
+        errors = loss.errors(self.head(features), found.labels)
         signals = replace(found, values=features, deltas=errors)
-        seconds, layers = time.perf_counter() - self.began, list(self.rows.values())
+        return replace(self._reading(signals, *self._inverted(start, inputs)), doubts=doubts)
+
+    def _in_steps(self, found: Signals, layer: CandidateLayer) -> Reading:
+        """The images found at a layer, each at the weights of its own step."""
+        system = ClosedSystem(self.update, self.model, layer.index)
+        features, errors = system.at_the_head(found.values, found.labels)
+        signals = replace(found, values=features, deltas=errors)
+        return self._reading(signals, *self._inverted(layer.index, found.values))
+
+    def _reading(self, signals: Signals, start: int, inputs: Tensor) -> Reading:
+        """What was found at the head and at the deepest stage."""
+        seconds, layers = time.perf_counter() - self.began, list(self.rows)
         is_aborted = self.is_aborted or self.budget.is_out_of_time
-        return Reading(signals, start, inputs, layers, self.recovered, seconds, is_aborted)
+        return Reading(signals, start, inputs, layers, self.recovered, seconds, is_aborted, self.in_steps)
 
     def _inverted(self, start: int, inputs: Tensor) -> tuple[int, Tensor]:
-        """The lowest stage to which exact inverses of single stages lead from the inputs of `start`, and its inputs."""
+        """The lowest stage to which exact inverses of single stages lead from the inputs of `start`, and its inputs.
+
+        In steps a stage with parameters has others at each of them.
+        """
         while start:
             module, shape = self.chain[start - 1].module, self.shapes[start - 1]
             below = kind_of(module).inverted(module, inputs, shape)
-            if below is None:
+            if below is None or (self.in_steps and is_parametrised(module)):
                 break
             start, inputs = start - 1, below
         return start, inputs
@@ -338,6 +407,7 @@ class _Reader:
         given = self._given
         how = {"generator": self.generator, "budget": self.budget}
         try:
+            given = replace(given, loss=given.loss.of_batch(found.labels))
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
             return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
@@ -361,64 +431,3 @@ class _Reader:
         ):
             return 0.0
         return noise
-
-    # ------------------------------------------------------------------------------------------------
-    # What is written down
-
-    def _note(self, name: str, note: str, **facts: object) -> None:
-        row = self.rows[name]
-        notes = [row["note"], note] if row["note"] else [note]
-        row |= facts | {"note": "; ".join(notes), "seconds": row["seconds"] + facts.get("seconds", 0.0)}
-
-    def _note_walk(self, record: Record) -> None:
-        noise, row = float(record.noise.max()) if len(record.noise) else None, self._row_of(record.name)
-        if row is None:
-            self._note(next(iter(self.rows)), record.reason)
-            return
-        if noise is not None:
-            noise = math.hypot(noise, self._forward(record.name))
-        weak = int(record.too_weak.sum())
-        known = f"known from above, but {weak} are too weak" if weak else "known from above"
-        self._note(
-            row,
-            record.reason or known,
-            determined=record.determined,
-            residual=None if math.isnan(record.residual) else record.residual,
-            uncertainty=noise,
-            seconds=record.seconds,
-        )
-
-    def _forward(self, name: str) -> float:
-        """The relative error that the client's arithmetic has left in a stage's inputs."""
-        return self.forward[index_of(self.chain, name)]
-
-    def _row_of(self, name: str) -> str | None:
-        """The layer whose inputs the walk has sought at a stage: the first of a block, the one below a pool.
-
-        None where no layer is left below.
-        """
-        if name in self.rows:
-            return name
-        index = index_of(self.chain, name)
-        below = [stage.name for stage in parametrised(self.chain[:index])]
-        inside = [stage.name for stage in parametrised([self.chain[index]])]  # of a block; none where it has no layers
-        return next(iter(inside + below[-1:]), None)
-
-    def _why_not(self) -> str:
-        """In a line, what came of each layer that was asked, and how many were not worth asking."""
-        asked = [f"{row['layer']}: {row['note']}" for row in self.rows.values() if row["note"]]
-        others = len(self.rows) - len(asked)
-        if others:
-            asked.append(
-                f"{others} layers have too many positions or too few channels for {self.update.batch_size} images"
-            )
-        return "; ".join(asked)
-
-
-def _blank_rows(chain: Chain, image_shape: Sequence[int], batch_size: int) -> dict[str, dict]:
-    """A row for every layer, with what is known of it without any measurement."""
-    known = ("layer", "positions", "rank_bound", "spanned")
-    return {
-        row["layer"]: dict.fromkeys(COLUMNS) | {name: row[name] for name in known} | {"seconds": 0.0, "note": ""}
-        for row in explain(chain, image_shape, batch_size)
-    }

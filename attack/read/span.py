@@ -26,7 +26,7 @@ to its length and sign.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +104,13 @@ class Span:
         """Coordinates (N, dim A) -> inputs (N, *input_shape)."""
         return (coordinates @ self.basis).view(-1, *self.geometry.input_shape)
 
+    def with_ones(self, bias_gradient: Tensor) -> "Span":
+        """The span with the vector `ones` that G maps to this (c_out,) gradient of the bias."""
+        if not self.rank:
+            return self
+        across = self.left.T @ (self.rows * bias_gradient.detach().to(self.rows).flatten())
+        return replace(self, ones=self.right.T @ (across / self.sigma))
+
     def weak(self, v: Tensor) -> Tensor:
         """|S^-1 v| of patches or deltas (..., P r) in the gradient's singular vectors."""
         return (v.unflatten(-1, (-1, self.rank)) / self.sigma).flatten(-2).norm(dim=-1)
@@ -121,6 +128,7 @@ def span_of(
     *,
     saturating: bool = False,
     centred: bool = False,
+    floor: Tensor | None = None,
 ) -> Span:
     """The space of a layer's inputs from its averaged gradient, in float64 on the gradient's device.
 
@@ -135,6 +143,7 @@ def span_of(
             it is 1e-5 as where it is 1/4, so rows of saturated outputs are no more exact than the strongest row, and
             get no more weight. (The deltas they hold are wrong, not the span: only the tail's equations see it.)
         centred: whether BatchNorm in training mode follows right behind the layer.
+        floor: (c_out,) error of each row that is known beforehand: the rounding of weights whose difference it is.
 
     Raises:
         ValueError: shapes that do not fit together, or numbers that are not finite.
@@ -145,21 +154,18 @@ def span_of(
     width, bound, most = int(seen.sum()), geometry.bound(matrix), batch_size * geometry.positions - centred
     spanned = is_spanned(batch_size, geometry.positions, len(matrix), width)
     outer, inner = torch.linalg.qr(matrix[:, seen].T)  # one tall decomposition; the rest is c_out x c_out
-    rows = row_precision(inner.T, min(most, bound - 1), eps, saturating=saturating)
+    rows = row_precision(inner.T, min(most, bound - 1), eps, saturating=saturating, floor=floor)
     left, sigma, right = torch.linalg.svd(rows[:, None] * inner.T, full_matrices=False)
     noise = _noise_beyond(sigma, min(most, bound), rows * matrix.norm(dim=1), width, eps)
     rank = int((sigma[: min(most, bound)] > EDGE * noise * (len(matrix) ** 0.5 + width**0.5)).sum())
     left, sigma = left[:, :rank], sigma[:rank]
     right = matrix.new_zeros(rank, matrix.shape[1]).masked_scatter_(seen.expand(rank, -1), right[:rank] @ outer.T)
-    ones = None
-    if bias_gradient is not None and rank:
-        ones = right.T @ ((left.T @ (rows * bias_gradient.detach().to(matrix).flatten())) / sigma)
     basis, outside, gap = _no_inputs(right, geometry)
     if spanned and not (centred and geometry.positions == 1):  # of a single patch the mean is all there is
         basis, outside, gap = consistent_inputs(right, geometry, batch_size, centred=centred)
-    if centred:
-        ones = _common(basis, right, geometry)
-    return Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones, centred)
+    ones = _common(basis, right, geometry) if centred else None
+    span = Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones, centred)
+    return span if bias_gradient is None or centred else span.with_ones(bias_gradient)
 
 
 def _common(basis: Tensor, right: Tensor, geometry: Geometry) -> Tensor | None:
@@ -184,7 +190,9 @@ def _checked(gradient: Tensor, geometry: Geometry, bias_gradient: Tensor | None)
     return gradient.detach().reshape(geometry.output_shape[0], width).double()
 
 
-def row_precision(matrix: Tensor, rank: int, eps: float, *, saturating: bool = False) -> Tensor:
+def row_precision(
+    matrix: Tensor, rank: int, eps: float, *, saturating: bool = False, floor: Tensor | None = None
+) -> Tensor:
     """One over the noise of each row of a matrix (m, n) of at most this rank, in units of rounding's: eps |row|.
 
     Rounding is relative: the row of an output that hardly any image drives is as exact as the strongest. Noise that was
@@ -193,6 +201,7 @@ def row_precision(matrix: Tensor, rank: int, eps: float, *, saturating: bool = F
     """
     lengths = matrix.norm(dim=1)
     rounding = eps * torch.where(lengths > 0, lengths.max(), 0.0) if saturating else eps * lengths
+    rounding = rounding if floor is None else torch.hypot(rounding, floor.to(rounding))
     spare = len(matrix) - rank
     added = _added_to_each if spare**2 >= IDENTIFIED * (len(matrix) + rank) else _added_to_all
     error = rounding

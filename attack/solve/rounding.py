@@ -1,5 +1,7 @@
 """How exactly numbers are given."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,3 +11,15 @@ def precision_of(gradient: Tensor) -> float:
     kinds = (torch.bfloat16, torch.float16, torch.float32)
     fitting = [kind for kind in kinds if torch.equal(gradient, gradient.to(kind).to(gradient))]
     return torch.finfo(fitting[0] if fitting else torch.float64).eps
+
+
+def rounding_of(numbers: Tensor) -> Tensor | None:
+    """The standard deviation of each number's rounding, evenly up to half a unit in its last place.
+
+    None where the numbers are as exact as float64: nothing shows that they were rounded.
+    """
+    eps = precision_of(numbers)
+    if eps <= torch.finfo(torch.float64).eps:
+        return None
+    tiny = torch.finfo(torch.float32).tiny
+    return eps * torch.exp2(numbers.double().abs().clamp(min=tiny).log2().floor()) / math.sqrt(12)

@@ -136,7 +136,7 @@ def flip_gain(source: Source, u: Tensor) -> Tensor:
     squares = rest.flatten(1).square().sum(1)  # (c_out,)
     towards = source.map.with_weight(rest).outputs(u) * source.flip_direction()
     share = towards.clamp(min=0).square() / (_patch_sizes(source, u) * squares.view(source.columns)).clamp(min=1e-300)
-    heard = squares * source.gradient_weights().flatten().square()
+    heard = squares * source.gradient_weights.flatten().square()
     return torch.where(near & (share > EXPLAINED), share * heard.view(source.columns), 0.0)
 
 

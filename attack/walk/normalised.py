@@ -68,15 +68,15 @@ class NormalisedAt:
         s = self.source
         off = s.wide(self.deviation) * torch.where(s.known, s.known_values - self.values, 0.0)
         scale = s.norm.scale_gradient - over_batch(s.above.delta * self.values)
-        return [s.gradient_weights() * s.residual(self.u), s.forward_weights() * off, s.scale_weights() * scale]
+        return [s.gradient_weights * s.residual(self.u), s.forward_weights * off, s.scale_weights * scale]
 
     def rows(self) -> list[Rows]:
         """The linear equations for u that hold if z^, sigma and the mean are what they are here."""
         s = self.source
-        found = [Rows(GradientRows(s.map, self.delta), s.gradient, s.gradient_weights())]
+        found = [Rows(GradientRows(s.map, self.delta), s.gradient, s.gradient_weights)]
         if s.known.any():
             target = s.wide(s.norm.usual_mean) + s.wide(self.deviation) * s.known_values
-            found.append(Rows(ForwardRows(s.map, s.known), torch.where(s.known, target, 0.0), s.forward_weights()))
+            found.append(Rows(ForwardRows(s.map, s.known), torch.where(s.known, target, 0.0), s.forward_weights))
         return found
 
     def linearised(self) -> "LinearisedNorm":
@@ -84,8 +84,8 @@ class NormalisedAt:
         s = self.source
         pull = -(s.norm.scale / self.deviation) * s.norm.scale_gradient / s.count
         tensors = (
-            self.u, self.values, self.deviation, self.delta, s.wide(pull), s.gradient_weights(), s.forward_weights(),
-            s.scale_weights(), s.above.delta,
+            self.u, self.values, self.deviation, self.delta, s.wide(pull), s.gradient_weights, s.forward_weights,
+            s.scale_weights, s.above.delta,
         )  # fmt: skip
         return LinearisedNorm(s.map.float(), *(t.float() for t in tensors))
 
@@ -190,7 +190,7 @@ class _Equations:
     def _targets(self) -> list[Tensor]:
         found = [r.weight * r.target for r in self.rows]
         for s in self.norms:
-            found += [s.gradient_weights() * s.gradient, s.forward_weights() * s.wide(s.norm.usual_deviation)]
+            found += [s.gradient_weights * s.gradient, s.forward_weights * s.wide(s.norm.usual_deviation)]
         return found
 
     def at(self, u: Tensor) -> list[NormalisedAt]:
@@ -252,7 +252,7 @@ class BehindNorm:
         total = sum(rows.count for source in sources for rows in source.rows())
         for s in sources:
             if isinstance(s, NormalisedSource):
-                heard = int((s.gradient_weights() != 0).sum())
+                heard = int((s.gradient_weights != 0).sum())
                 total += heard * s.gradient[0].numel() + int(s.known.sum()) + heard
         return total
 
@@ -292,5 +292,5 @@ class BehindNorm:
         equations = self._kept
         freedom = max(1, self.count(sources) - self.unknowns)
         shown = solution.residual * equations.size / math.sqrt(freedom)
-        columns = [s.gradient_weights() * s.gradient for s in equations.norms]
+        columns = [s.gradient_weights * s.gradient for s in equations.norms]
         return by_loudness(equations.scaling.spread(u.shape) * shown, columns)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -48,13 +49,14 @@ class LayerSource:
         found = []
         if self.gradient is not None:
             operator = GradientRows(self.map, self.above.delta)
-            found.append(Rows(operator, self.gradient, self.gradient_weights()))
+            found.append(Rows(operator, self.gradient, self.gradient_weights))
         known = self.above.sure
         if known.any():
             target = torch.where(known, self.above.values - self.bias.view(self.columns), 0.0)
             found.append(Rows(ForwardRows(self.map, known), target, torch.where(known, 1 / self.above.noise, 0.0)))
         return found
 
+    @cached_property
     def gradient_weights(self) -> Tensor:
         """One over the noise of each output channel's row."""
         length = self.gradient.flatten(1).square().mean(1).sqrt()  # (c_out,)
@@ -93,7 +95,7 @@ class LayerSource:
         """What noise leaves of the gradient rows, weighted, relative to them: rounding alone its precision."""
         if self.gradient is None:
             return 0.0
-        weights = self.gradient_weights()
+        weights = self.gradient_weights
         size = float((weights * self.gradient).norm())
         return self.gradient[weights.flatten() > 0].numel() ** 0.5 / size if size else 0.0
 
@@ -155,22 +157,24 @@ class NormalisedSource(LayerSource):
         """A number for each channel, (c,), in a shape that broadcasts to the output."""
         return wide(each, self.above.values)
 
-    @property
+    @cached_property
     def known_values(self) -> Tensor:
         """z^ (B, c, ...) where it is known; zero elsewhere."""
         values = (self.above.values - self.wide(self.norm.shift)) / self.wide(self.norm.scale)
         return torch.where(self.known, values, 0.0)
 
-    @property
+    @cached_property
     def known(self) -> Tensor:
         """Where z^ is known beyond doubt."""
         return self.above.sure & self.wide(self.norm.scale != 0)
 
+    @cached_property
     def forward_weights(self) -> Tensor:
         """One over the noise of the layer's output, where it is known."""
         noise = self.above.noise * self.wide(self.norm.usual_deviation / self.norm.scale.abs())
         return torch.where(self.known, 1 / noise, 0.0)
 
+    @cached_property
     def scale_weights(self) -> Tensor:
         """One over the noise of dgamma, (c,)."""
         size = by_channel(self.above.delta).norm(dim=1)

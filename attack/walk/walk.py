@@ -23,6 +23,7 @@ Every layer leaves a `Record`. The walk ends at the first layer that is not beli
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -137,12 +138,13 @@ def descend(
             if not _is_solved_for(stage):
                 outputs, norm = walk.below(stage, outputs, norm, shapes[index], chain[:index])
                 continue
-            walk.needs_all = not any(parametrised(chain[:index]))
-            if walk.needs_all and walk.too_weak.any():
+            needs_all = not any(parametrised(chain[:index]))
+            if needs_all and walk.too_weak.any():
                 weak = int(walk.too_weak.sum())
                 raise UndeterminedError(f"pixels come of all images or of none: {weak} are too weak")
             sources, method = walk.sources(stage, outputs, norm, shapes[index], chain[:index])
-            solved = walk.solve(stage.name, sources, method, is_after_relu(chain[:index]))
+            how = {"is_rectified": is_after_relu(chain[:index]), "needs_all": needs_all}
+            solved = walk.solve(stage.name, sources, method, **how)
         except (UndeterminedError, OutOfTimeError) as stop:
             walk.stopped(stage.name, stop, time.perf_counter() - began)
             break
@@ -159,9 +161,7 @@ def _is_solved_for(stage: Stage) -> bool:
 
 def _first_outputs(chain: Chain, start: int, inputs: Tensor, labels: Tensor, loss: Loss) -> KnownOutputs:
     """What is known of the outputs below `start`, by one backward pass of the stages above."""
-    leaf = inputs.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        delta = loss.delta(run(chain[start:], leaf), labels, leaf)
+    delta = loss.delta(partial(run, chain[start:]), inputs, labels)
     nothing = torch.zeros_like(beside(size_of(inputs), inputs))  # beyond rounding, and what shows below zero
     return KnownOutputs.of(inputs, delta, noise_of(inputs, nothing, is_after_relu=is_after_relu(chain[:start])))
 
@@ -210,15 +210,17 @@ class _Walk:
         self.records: list[Record] = []
         self.inner: dict[str, Tensor] = {}
         self.noises: dict[str, Tensor] = {}
-        self.too_weak, self.needs_all = torch.zeros(gradients.batch_size, dtype=torch.bool), False
+        self.too_weak = torch.zeros(gradients.batch_size, dtype=torch.bool)
 
-    def solve(self, name: str, sources: list[Source], method: SolveMethod, is_rectified: bool) -> SolvedLayer:
+    def solve(
+        self, name: str, sources: list[Source], method: SolveMethod, *, is_rectified: bool, needs_all: bool
+    ) -> SolvedLayer:
         """A layer's input; its record is kept.
 
         Raises:
             UndeterminedError: it is not believed.
         """
-        solver = LayerSolver(self.budget, self.too_weak, self.needs_all)
+        solver = LayerSolver(self.budget, self.too_weak, needs_all)
         solved = solver.solve(name, sources, method, is_after_relu=is_rectified)
         self.records.append(solved.record)
         if not solved.record.determined:
@@ -353,7 +355,7 @@ class _Walk:
             if is_alone and 0 < method.count(sources) < method.unknowns:
                 in_block = LayerInBlock(self._together(block, index, outputs.delta))
                 method = in_block if in_block.count(sources) >= ENOUGH * in_block.unknowns else method
-            solved = self.solve(stage.name, sources, method, is_after_relu(below))
+            solved = self.solve(stage.name, sources, method, is_rectified=is_after_relu(below), needs_all=False)
             if isinstance(method, LayerInBlock):
                 branch = replace(branch, onward=BlockInput(method.together, rows_of(solved.sources)))
             if branch.output is None:

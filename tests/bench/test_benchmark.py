@@ -21,7 +21,7 @@ from data import SAMPLE, parse_indices
 from network.zoo import build_model
 from update.storage import write_tensors
 
-pytestmark = pytest.mark.usefixtures("few_curves")
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 FAST = ["--image_size", "16", "--n_iter", "2", "--inner_iter", "4"]
 
 

@@ -24,15 +24,20 @@ CELLS = [{"number": number} for number in range(6)]
 
 
 @contextmanager
-def cluster_in(folder, workers, home=ROOT):
-    """A scheduler with so many workers that run the program in `home`: its address and its process."""
+def cluster_in(folder, workers, *, threads=1, home=ROOT):
+    """A scheduler with so many workers that run the program in `home`: its address and its process.
+
+    Several workers have nannies, which start a worker that dies anew. A single worker is one process, and needs two
+    threads: on a cluster of one thread joblib runs cells in the process that asks.
+    """
+    alone = ["--no-nanny"] * (workers == 1)
     file, python = folder / "scheduler.json", [sys.executable, "-m"]
     words = ["distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     processes = [subprocess.Popen([*python, *words, "--scheduler-file", file], cwd=folder)]
     try:
         wait_for(lambda: file.exists() and file.read_text().endswith("}"))  # it is there before all of it is written
         address = json.loads(file.read_text())["address"]
-        words = ["distributed.cli.dask_worker", address, "--nworkers", str(workers), "--nthreads", "1"]
+        words = ["distributed.cli.dask_worker", address, "--nworkers", str(workers), "--nthreads", str(threads), *alone]
         environment = os.environ | {"PYTHONPATH": str(home)}
         processes.append(subprocess.Popen([*python, *words, "--no-dashboard"], cwd=folder, env=environment))
         with Client(address) as client:
@@ -40,7 +45,7 @@ def cluster_in(folder, workers, home=ROOT):
         yield address, processes[0]
     finally:
         for process in reversed(processes):
-            process.terminate()
+            process.kill() if alone else process.terminate()  # nannies must have time to end their workers
             process.wait(30)
 
 
@@ -339,10 +344,11 @@ def test_a_scheduler_that_dies_ends_a_benchmark_in_a_line(tmp_path):
         process.kill()
 
     log = tmp_path / "log"
-    with dask.config.set({"distributed.comm.timeouts.connect": "2s"}), cluster_in(tmp_path, 2) as (address, process):
+    soon = dask.config.set({"distributed.comm.timeouts.connect": "2s"})
+    with soon, cluster_in(tmp_path, 1, threads=2) as (address, process):
         threading.Thread(target=kill_once_begun, daemon=True).start()
         with pytest.raises(OSError, match="does not answer any more"):
-            run_cells(logged(log, 30), CELLS[:2], [], out=tmp_path / "out", scheduler=address)
+            run_cells(logged(log, 30), CELLS[:1], [], out=tmp_path / "out", scheduler=address)
     assert not list((tmp_path / "out" / "cells").iterdir())
 
 
@@ -356,7 +362,7 @@ def test_a_worker_of_another_version_measures_nothing(tmp_path):
     with (tmp_path / "schedules.py").open("a") as file:
         file.write("\nOTHER = 1\n")
     words = ["signals", "--batch_sizes", "2", "--batches", "0", "--seeds", "0", "--num_classes", "20"]
-    with cluster_in(tmp_path, 2, home=tmp_path) as (address, _):
+    with cluster_in(tmp_path, 1, threads=2, home=tmp_path) as (address, _):
         assert benchmark.main([*words, "--out", str(tmp_path / "out"), "--scheduler", address]) == 1
     (row,) = read(tmp_path / "out" / "table.csv")
     assert row["status"] == "failed: worker runs another program: restart it"

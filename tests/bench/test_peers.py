@@ -15,7 +15,7 @@ from judge import metrics
 from network.parameters import freeze, named_by
 from network.vision import torchvision
 from network.zoo import build_model
-from update.training import batchnorms
+from update.batchnorm import batchnorms
 
 
 def case(**kwargs):

@@ -42,6 +42,11 @@ def test_the_commands_of_the_source_document_resolve_as_written(command):
         assert getattr(settings, name) == type(given[name])(text)
 
 
+def test_a_subset_term_without_weight_is_not_computed(cli):
+    run = cli("--alpha", 1, "--n_iter", 2)
+    assert {float(row["loss_subset"]) for row in trace_of(run)} == {0.0}
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_selection_mode_runs_and_follows_its_schedule(cli, curves, mode):
     run = cli("--sel_mode", mode, "--sel_k", 2, "--sel_l_iter", 3, "--sig_a", -1, "--sig_b", 2)
@@ -65,7 +70,7 @@ def test_every_selection_mode_runs_and_follows_its_schedule(cli, curves, mode):
         "--dtype float64 --tv_final 1 --spectral_power 0 --chroma_gain 1",
         "--indices 5,1-2 --labels dataset",
         "--restarts 2 --group_weight 0.1 --l2_weight 0.1",
-        "--model resnet18 --bn_weight 0.01 --restarts 2 --optimizer adam",
+        "--model resnet18 --bn_weight 0.01 --restarts 2 --optimizer adam --batch_size 1",
         "--signals ica --feature_distance cosine",
         "--signals auto --model lenet5",
     ],
@@ -238,9 +243,9 @@ def test_a_stopped_and_resumed_run_ends_like_one_that_never_stopped(cli, flags):
 
 
 def test_resume_by_budget_and_name(cli, curves):
-    whole = cli("--n_iter", 30, "--max_evals", 60, name="whole")
-    half = cli("--n_iter", 30, "--max_evals", 25, name="half")
-    cli("--n_iter", 30, "--max_evals", 60, "--resume", name="half")
+    whole = cli("--n_iter", 30, "--max_evals", 40, name="whole")
+    half = cli("--n_iter", 30, "--max_evals", 20, name="half")
+    cli("--n_iter", 30, "--max_evals", 40, "--resume", name="half")
     assert without_times(half) == without_times(whole)
 
 

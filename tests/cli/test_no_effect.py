@@ -31,9 +31,9 @@ ELSEWHERE = {
 }  # fmt: skip
 GROUPS = ("objective", "selection schedule", "signals", "labels", "variables", "optimiser")
 
-FEW = "--batch_size 4 --image_size 16 --num_classes 10 --labels dataset --n_iter 2 --inner_iter 3"
+FEW = "--batch_size 3 --image_size 16 --num_classes 10 --labels dataset --n_iter 2 --inner_iter 3"
 CASES = {
-    "the loop": f"{FEW} --model convnet --signals off",
+    "the loop": f"{FEW} --model mlp --activation relu --width 64 --signals off",
     "some features": f"{FEW} --model lenet --defence noise:5e-4",
     "activations": f"{FEW} --model lenet --image_size 32",
     "exact": f"{FEW} --model mlp",

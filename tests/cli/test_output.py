@@ -33,7 +33,7 @@ def names_in(run):
 
 @pytest.mark.parametrize("which", ["stdout", "stderr"])
 @pytest.mark.parametrize("kind", ["full", "closed", "none"])
-def test_a_run_is_whole_whatever_becomes_of_its_output(few_curves, tmp_path, monkeypatch, which, kind):
+def test_a_run_is_whole_whatever_becomes_of_its_output(quick_pictures, tmp_path, monkeypatch, which, kind):
     closed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     closed.close()
     monkeypatch.setattr(sys, which, {"full": Full(), "closed": closed, "none": None}[kind])

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import main_MAGIA_sel as magia
-from attack.read.batch_size import count_images
 from data import load_batch, open_source
 from network.parameters import trainable
 from network.zoo import build_model
 from update.gradients import averaged_gradient
 from update.received import KINDS, averaged_gradients, recognised
 from update.storage import read_tensors
+from update.training import LocalTraining
 
 NET = """
 import torch
@@ -297,7 +297,7 @@ class Client:
     def words(self, kind):
         """The flags for an update of this kind."""
         rate = [] if kind == "gradient" else ["--local_lr", self.rate]
-        return [*self.flags, "--update_kind", kind, *rate, *(["--batch_size", 3] if kind == "weights" else [])]
+        return [*self.flags, "--update_kind", kind, *rate]
 
 
 FORMS = ("named.safetensors", "named.npz", "numbered.npz", "named.pt", "listed.pt")
@@ -310,7 +310,7 @@ def test_every_form_and_kind_is_the_same_gradient(tmp_path, form, kind):
     path = client.write(client.tensors(kind), form)
     tensors, notes = recognised(read_tensors(path)[0], client.model, (3, 16, 16), str(path))
     assert notes == []
-    found = averaged_gradients(tensors, client.model, kind, client.rate, str(path))
+    found = averaged_gradients(tensors, client.model, kind, LocalTraining(rate=client.rate).combination(), str(path))
     assert list(found) == list(client.gradients)
     for name, gradient in client.gradients.items():
         if kind == "gradient":
@@ -356,30 +356,6 @@ def test_an_update_from_outside_is_attacked_like_one_from_inside(tmp_path, capsy
     assert magia.main(list(map(str, words))) == 0
     assert capsys.readouterr().out.startswith(f"{path}: 3 images 3x16x16\nconvnet, 10 classes")
     assert metrics_of(tmp_path / "run")["signals_found"] == 3
-
-
-@pytest.mark.parametrize(
-    ("model", "batch_size"),
-    [("convnet", 1), ("convnet", 8), ("mlp", 9), ("mlp", 12), ("lenet", 5), ("lenet", 8), ("resnet18_cifar", 4)],
-)
-def test_the_batch_size_is_read_off_the_ranks(tmp_path, model, batch_size):
-    client = Client(tmp_path, model=model, batch_size=batch_size)
-    assert count_images(client.gradients, client.model, (3, 16, 16)) == batch_size
-
-
-@pytest.mark.parametrize("model", ["lenet", "convnet"])
-@pytest.mark.parametrize("batch_size", [9, 10, 12])  # K - 1 and more: the head's rows sum to zero in any case
-def test_a_batch_that_no_layer_can_count_is_asked_for(tmp_path, model, batch_size):
-    client = Client(tmp_path, model=model, batch_size=batch_size)
-    with pytest.raises(ValueError, match="set --batch_size"):
-        count_images(client.gradients, client.model, (3, 16, 16))
-
-
-def test_noise_is_not_counted(tmp_path):
-    client = Client(tmp_path, model="mlp")
-    noisy = {name: g + 1e-4 * torch.randn(g.shape, generator=generator()) for name, g in client.gradients.items()}
-    with pytest.raises(ValueError, match="set --batch_size"):
-        count_images(noisy, client.model, (3, 16, 16))
 
 
 def test_a_frozen_parameter_is_named(cli, tmp_path):
@@ -448,6 +424,16 @@ def test_a_batch_size_that_the_ranks_contradict_is_refused(cli, tmp_path):
     assert "--batch_size 2: the update's ranks are those of 3 images" in cli.error(*too_few, "--signals", "auto")
     cli(*too_few, "--signals", "off")
     assert "contradiction: its ranks are those of 3 images, --batch_size says 2" in cli.out
+
+
+def test_a_batch_that_rounding_may_hide_a_part_of_is_asked_for(cli, tmp_path, capsys):
+    client = Client(tmp_path, model="lenet", rate=1e-5)
+    words = ["--update", client.write(client.tensors("weights"), "named.npz"), *client.words("weights")]
+    assert magia.main(list(map(str, words))) == 2
+    assert "the update is of at least 3 images, and noise may hide others: set --batch_size" in capsys.readouterr().err
+    assert "ranks are those of at least 3 images" in cli.error(*words, "--batch_size", 2, "--signals", "auto")
+    cli(*words, "--batch_size", 5)
+    assert "ranks" not in cli.out
 
 
 def test_a_received_update_is_not_saved_again(cli, tmp_path):

@@ -43,6 +43,14 @@ def test_a_film_shows_the_grids_of_its_frames(tmp_path, count, channels):
         assert np.array_equal(frame, np.asarray(grid(images)))
 
 
+@pytest.mark.parametrize(("steps", "frames"), [(300, 50), (25_000, 100)])
+def test_a_film_of_more_steps_has_hardly_more_frames(steps, frames):
+    film, image = Film(), torch.zeros(1, 1, 1, 1)
+    for taken in range(steps + 1):
+        film.shoot(taken, image)
+    assert len(film.frames) == pytest.approx(frames, abs=6)
+
+
 def test_a_frame_of_more_colours_than_a_gif_has_is_near_the_true_one(tmp_path):
     images, film = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)), Film()
     film.save(tmp_path / "film.gif", images)

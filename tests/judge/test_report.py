@@ -13,6 +13,7 @@ from conftest import SIGNALS, SMALL, config_of, metrics_of, without_times
 
 import main_MAGIA_sel as magia
 from judge.gallery import PAGE, write_gallery
+from judge.pictures import comparison
 from judge.report import SCHEMA, audit_facts, brief, embedded, read_facts, report_page
 
 LARGE = """from torch import nn
@@ -262,3 +263,17 @@ def test_a_gallery_that_cannot_be_written_costs_nothing(cli):
     assert read_facts(cli("--n_iter", 1))
     assert magia.main([*SMALL, "--n_iter", "1", "--save_dir", str(cli.folder), "--run_name", "b"]) == 0
     assert torch.load(cli.folder / "b" / "checkpoint.pt", weights_only=True)
+
+
+def test_captions_and_terminal_know_of_a_training_that_does_not_replay(cli, monkeypatch):
+    captions = []
+
+    def seen(truth, reconstruction, lines, note):
+        captions.extend(lines)
+        return comparison(truth, reconstruction, lines, note)
+
+    monkeypatch.setattr("main_MAGIA_sel.left_over", lambda *_: 1.0)
+    monkeypatch.setattr("judge.recorder.comparison", seen)
+    cli("--model", "mlp", "--activation", "relu", *SIGNALS)
+    assert [lines[1] for lines in captions] == ["signal contradicted"] * 3
+    assert "contradiction: the training, replayed on the images that were found" in cli.out

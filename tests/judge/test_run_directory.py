@@ -112,6 +112,18 @@ def test_a_resumed_run_keeps_the_signals_it_began_with(cli, monkeypatch):
     assert metrics_of(run)["signals_found"] == 3
 
 
+def test_a_run_that_read_features_alone_is_resumed(cli, tmp_path):
+    """The inputs of the last layer, behind an activation that is not walked through."""
+    layers = "nn.Flatten(), nn.Linear(768, 64), nn.Softplus(), nn.Linear(64, 10)"
+    (tmp_path / "net.py").write_text(f"from torch import nn\n\n\ndef net():\n    return nn.Sequential({layers})\n")
+    flags = ["--model", f"{tmp_path}/net.py:net", "--batch_size", 2, *SIGNALS]
+    run = cli(*flags, "--labels", "unique", "--frozen", "1")
+    began = torch.load(run / "checkpoint.pt", weights_only=True)
+    assert (began["start"], began["inputs"].shape) == (3, (2, 64))
+    cli(*flags, "--resume", run, "--n_iter", 6)
+    assert metrics_of(run)["signals_found"] == 2
+
+
 def test_the_command_is_that_of_the_run_not_of_the_process(cli, monkeypatch):
     monkeypatch.setattr("sys.argv", ["a", "worker", "of", "many", "runs"])
     run = cli("--seed", 3)
@@ -242,6 +254,22 @@ def test_what_cannot_be_written_costs_nothing_but_itself(cli):
     assert len(pictures_of(full)) == 3
     cli("--resume", full, "--n_iter", 5, name="full")  # the checkpoint it began with is still there
     assert not list(full.rglob("*.partial"))
+
+
+def test_a_run_may_begin_without_a_checkpoint_and_costs_no_run_that_has_one(cli, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    old = cli()
+    before = config_of(old)
+    monkeypatch.setattr(torch, "save", full)
+    with RunDirectory(cli.folder / "new") as run:
+        run.begin({"seed": 1}, {})
+        assert run.failures == ["checkpoint.pt"]
+    assert "No space left" in capsys.readouterr().err
+    with RunDirectory(old, overwrite=True) as run, pytest.raises(ValueError, match="No space left"):
+        run.begin({"seed": 1}, {})
+    assert config_of(old) == before
 
 
 @forked

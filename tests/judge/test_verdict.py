@@ -23,7 +23,7 @@ from judge.verdict import (
 )
 
 FIGURES = {"final_loss": 1e-3, "ended_by": "n_iter", "signals": [], "signals_found": 0}
-FIGURES |= {"evidence": [], "unexplained": None, "noise_share": 0.0}
+FIGURES |= {"evidence": [], "unexplained": None, "noise_share": 0.0, "replays": None}
 
 
 def of(levels, **figures):

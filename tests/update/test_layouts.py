@@ -9,6 +9,7 @@ from torch import nn
 from network.flattening import flattened_shapes
 from update.received import averaged_gradients, recognised
 from update.storage import StorageError
+from update.training import FEDSGD
 from update.weights import load_checkpoint
 
 SHAPE = (3, 8, 10)
@@ -175,7 +176,7 @@ def test_a_file_that_mixes_layouts_is_refused_with_the_way_on(name, axes, words)
     tensors, notes = recognised(tensors, model, SHAPE, "u.npz")
     assert notes == []
     with pytest.raises(StorageError, match=words):
-        averaged_gradients(tensors, model, "gradient", 1.0, "u.npz")
+        averaged_gradients(tensors, model, "gradient", FEDSGD.combination(), "u.npz")
     with pytest.raises(ValueError, match=words):
         load_into(model, tensors)
 

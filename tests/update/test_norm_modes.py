@@ -8,8 +8,9 @@ from conftest import generator
 from client.victim import share_update
 from network.chain import below_norms
 from network.tracing import stages
+from update.batchnorm import batchnorms, frozen_among, statistic_names, use_batch_statistics
 from update.norm_modes import of_orthogonality, of_statistics
-from update.training import LocalTraining, batchnorms, frozen_among, statistic_names, use_batch_statistics
+from update.training import LocalTraining
 
 TRAIN = LocalTraining(batchnorm="train")
 

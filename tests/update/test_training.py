@@ -13,18 +13,11 @@ from network.parameters import trainable
 from network.stage import run
 from network.tracing import stages
 from network.zoo import build_model
+from update.batchnorm import after_training, before_averaging, statistic_names, use_batch_statistics
 from update.gradients import averaged_gradient
 from update.shared import SharedUpdate
 from update.storage import StorageError, read_tensors
-from update.training import (
-    FEDSGD,
-    LocalTraining,
-    after_training,
-    before_averaging,
-    statistic_names,
-    train_locally,
-    use_batch_statistics,
-)
+from update.training import FEDSGD, LocalTraining, train_locally
 
 
 def lenet(dtype=torch.float32):

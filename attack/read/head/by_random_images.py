@@ -160,7 +160,7 @@ def _judge(
     signals = Signals(
         labels=labels[order],
         values=features[order],
-        deltas=(at.p - equations.targets)[order],
+        deltas=at.errors[order],
         residuals=outside[order],
         certificates=share[order],
         uncertainty=uncertainty[order],

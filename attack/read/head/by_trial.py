@@ -70,7 +70,7 @@ def unmix_head(
         raise ValueError(f"the head's gradient does not determine {span.batch_size} images: rank {span.rank}")
     if span.rank < span.batch_size:
         return nobody(span)
-    sets = label_sets(span, gradient.to(span.basis), bias_gradient, non_negative, loss.smoothing)
+    sets = label_sets(span, gradient.to(span.basis), bias_gradient, non_negative, loss)
     factors = HeadSpan(span.left, span.sigma, span.right)
     weight, bias = weight.detach().to(span.basis), bias.detach().to(span.basis)
     gamma = None if bias_gradient is None else bias_gradient.detach().to(span.basis)
@@ -90,32 +90,35 @@ def unmix_head(
 
 
 def label_sets(
-    span: Span, gradient: Tensor, bias_gradient: Tensor | None, non_negative: bool, smoothing: float = 0.0
+    span: Span, gradient: Tensor, bias_gradient: Tensor | None, non_negative: bool, loss: Loss = CROSS_ENTROPY
 ) -> list[Tensor]:
     """Labels (B,) that the batch may have: of the classes that show themselves first, then of all, likeliest first.
 
     With label smoothing eps the errors of other classes are as low as -eps / K: their signs show nothing.
     """
-    size, classes = span.batch_size, len(gradient)
+    size, classes, smoothing = span.batch_size, len(gradient), loss.smoothing
+    weights = loss.of_classes(gradient, classes)
+    divisor = size * (float(weights.min()) if loss.is_open else 1.0)  # of the batch's loss, at least
     share = gradient.sum(1) / gradient.sum(1).abs().sum() if bias_gradient is None else bias_gradient.to(gradient)
     least = gradient.new_zeros(classes)
     if bias_gradient is not None:
-        least = -size * (share + smoothing / classes) / (1 - smoothing)  # the softmax is above zero
+        # the softmax is above zero
+        least = -(divisor * share / weights + size * smoothing / classes) / (1 - smoothing)
         least = (least - 1e-3).ceil().clamp(min=0)
     everywhere = torch.ones_like(least, dtype=torch.bool)
     if not non_negative or smoothing:
-        return _ordered(least, everywhere, share, size)
+        return _ordered(least, everywhere, share, size, weights)
     noise = torch.where(span.rows > 0, span.noise / span.rows, 0.0)
     shown = gradient.amin(1) < -NEGATIVE * noise
     least = torch.maximum(least, shown.to(least))
-    first = _ordered(least, (least > 0), share, size)
+    first = _ordered(least, (least > 0), share, size, weights)
     tried = {tuple(labels.tolist()) for labels in first}
     return first + [
-        labels for labels in _ordered(least, everywhere, share, size) if tuple(labels.tolist()) not in tried
+        labels for labels in _ordered(least, everywhere, share, size, weights) if tuple(labels.tolist()) not in tried
     ]
 
 
-def _ordered(least: Tensor, allowed: Tensor, share: Tensor, size: int) -> list[Tensor]:
+def _ordered(least: Tensor, allowed: Tensor, share: Tensor, size: int, weights: Tensor) -> list[Tensor]:
     """Labels with counts of at least `least`, others of allowed classes only, best agreement with gamma first."""
     spare, places = size - int(least.sum()), allowed.nonzero()[:, 0]
     if spare < 0 or not len(places):
@@ -127,16 +130,21 @@ def _ordered(least: Tensor, allowed: Tensor, share: Tensor, size: int) -> list[T
             1, extra, torch.ones_like(extra).to(least)
         )
     else:
-        counts = _proposed(least, allowed, share, size)
-    agreement = torch.cosine_similarity(counts / size - 1 / len(least), -share[None], dim=1)
+        counts = _proposed(least, allowed, share, size, weights)
+    shares = torch.nn.functional.normalize(counts * weights, p=1.0, dim=1)
+    agreement = torch.cosine_similarity(shares - 1 / len(least), -share[None], dim=1)
     return [spelled_out(counts[i]) for i in agreement.argsort(descending=True)[:SETS].tolist()]
 
 
-def _proposed(least: Tensor, allowed: Tensor, share: Tensor, size: int) -> Tensor:
-    """Counts (N, K) near n/B = 1/K - gamma/(1 - t) for a few t, and their neighbours by one exchange."""
+def _proposed(least: Tensor, allowed: Tensor, share: Tensor, size: int, weights: Tensor) -> Tensor:
+    """Counts (N, K) near n/B = 1/K - gamma/(1 - t) for a few t, and their neighbours by one exchange.
+
+    With class weights w these are the shares of w n.
+    """
     found = {}
     for t in torch.linspace(0, 0.95, CONVICTIONS).tolist():
-        expected = size * (1 / len(share) - share / (1 - t)) * allowed
+        expected = (1 / len(share) - share / (1 - t)) / weights
+        expected = size * expected / expected.sum() * allowed
         counts = least + whole_counts((expected - least).clamp(min=0), size - int(least.sum()))
         found[tuple(counts.tolist())] = counts
     unit = torch.eye(len(share)).to(least)
@@ -163,7 +171,7 @@ def _judged(
     found = Signals(
         values=(at.q @ span.right).view(-1, *span.geometry.input_shape),
         labels=labels,
-        deltas=at.p - equations.targets,
+        deltas=at.errors,
         residuals=outside,
         certificates=(at.q / span.sigma * (at.e @ span.left)).sum(1) / span.batch_size,
         uncertainty=uncertainty,

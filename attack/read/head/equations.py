@@ -1,8 +1,9 @@
 """The equations that all images of a batch obey together in the head's gradient.
 
-    (1/B) sum_i D e(q_i) [q_i^T, 1] = [U diag(sigma), D gamma],      e(q) = softmax(W R^T q + b) - t(y)
+    (1/B) sum_i D e(q_i) [q_i^T, 1] = [U diag(sigma), D gamma],      e(q) = m softmax(W R^T q + b) - t(y)
 
-with D G = U diag(sigma) R the span of the row-scaled gradient, see `attack.read.head.by_random_images`.
+with D G = U diag(sigma) R the span of the row-scaled gradient, see `attack.read.head.by_random_images`, and m = 1, but
+for class weights, see `update.loss`.
 """
 
 from dataclasses import dataclass
@@ -62,7 +63,9 @@ class HeadEquations:
         loss: Loss = CROSS_ENTROPY,
     ) -> None:
         self.rows = rows
+        loss = loss.of_batch(labels)
         self.bias, self.targets, self.batch_size = bias, loss.targets(labels, weight.T), len(labels)
+        self.masses = loss.masses(labels, weight.T)  # (B, 1)
         self.logits = weight @ span.right.T  # of q, without the bias: (K, r)
         self.target = span.left * span.sigma
         self.has_bias = bias_gradient is not None
@@ -72,9 +75,10 @@ class HeadEquations:
     def at(self, q: Tensor) -> "HeadPoint":
         """Softmax, errors and residual at q."""
         p = (q @ self.logits.T + self.bias).softmax(1)
-        e = self.rows * (p - self.targets)
+        errors = self.masses * p - self.targets
+        e = self.rows * errors
         x = torch.cat([q, torch.ones_like(q[:, :1])], dim=1) if self.has_bias else q
-        return HeadPoint(q, p, e, x, e.T @ x / self.batch_size - self.target)
+        return HeadPoint(q, p, errors, e, x, e.T @ x / self.batch_size - self.target)
 
     def unexplained(self, at: "HeadPoint") -> float:
         """|f|^2 without the part of each row along that row of the target.
@@ -88,19 +92,19 @@ class HeadEquations:
         """J^T f, (B, r)."""
         t = at.x @ f.T  # (B, K)
         soft = self.rows * t
-        soft = at.p * (soft - (at.p * soft).sum(1, keepdim=True))
+        soft = self.masses * at.p * (soft - (at.p * soft).sum(1, keepdim=True))
         return (soft @ self.logits + at.e @ f[:, : at.q.shape[1]]) / self.batch_size
 
     def jvp(self, at: "HeadPoint", z: Tensor) -> Tensor:
         """Derivative of the residual along logits z (B, K), of the residual's shape."""
-        first = at.p * (z - (at.p * z).sum(1, keepdim=True))
+        first = self.masses * at.p * (z - (at.p * z).sum(1, keepdim=True))
         return (self.rows * first).T @ at.x / self.batch_size
 
     def hvp(self, at: "HeadPoint", v: Tensor) -> Tensor:
         """Second derivative of the residual along v, of the residual's shape."""
         z = v @ self.logits.T
         z = z - (at.p * z).sum(1, keepdim=True)
-        first = at.p * z
+        first = self.masses * at.p * z
         second = first * z - at.p * (first * z).sum(1, keepdim=True)
         bent = (self.rows * second).T @ at.x
         bent[:, : v.shape[1]] += 2 * (self.rows * first).T @ v
@@ -109,7 +113,8 @@ class HeadEquations:
     def normal(self, at: "HeadPoint") -> Tensor:
         """J^T J, (B r, B r). Column i of J is J_i dq [q_i, 1]^T + e_i dq^T, J_i (K, r) the softmax's."""
         batch_size, rank = at.q.shape
-        j = (self.rows * at.p)[:, None, :] * (self.logits.T - (at.p @ self.logits)[:, :, None])  # (B, r, K)
+        slopes = self.masses * self.rows * at.p
+        j = slopes[:, None, :] * (self.logits.T - (at.p @ self.logits)[:, :, None])  # (B, r, K)
         j = j.reshape(batch_size * rank, -1)
         h = (j @ j.T).view(batch_size, rank, batch_size, rank).mul_((at.x @ at.x.T)[:, None, :, None])
         cross = (j @ at.e.T).view(batch_size, rank, batch_size, 1)
@@ -140,10 +145,20 @@ class HeadEquations:
 
 @dataclass(frozen=True)
 class HeadPoint:
-    """Where a solution stands: q (B, r), softmax p, weighted errors e (B, K), x = [q, 1], residual f (K, r + 1)."""
+    """Where a solution stands.
+
+    Attributes:
+        q: (B, r).
+        p: softmax (B, K).
+        errors: (B, K).
+        e: the same, weighted by row.
+        x: [q, 1], or q without the bias's gradient.
+        f: residual (K, r + 1).
+    """
 
     q: Tensor
     p: Tensor
+    errors: Tensor
     e: Tensor
     x: Tensor
     f: Tensor

@@ -10,7 +10,7 @@ from attack.match.common_scale import CommonScale
 from network.normalise import normalised
 from network.stage import run
 from network.tracing import stages
-from update.training import use_batch_statistics
+from update.batchnorm import use_batch_statistics
 
 
 def plain(*, mean=None, trains=True):

@@ -3,7 +3,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import nn
 
-from attack.published.ica import fast_ica, unmixed_features
+from attack.published.ica import unmixed_features
+from attack.solve.ica import fast_ica
 from client.victim import share_update
 from network.head import features_of
 from network.zoo import build_model

@@ -13,7 +13,7 @@ import main_MAGIA_sel as magia
 from attack.published.presets import PRESETS, TUNED
 from cli.victim import victim
 
-pytestmark = pytest.mark.usefixtures("few_curves")
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 PEERS = [name for name in PRESETS if name != "magia"]
 
 

@@ -10,7 +10,8 @@ from client.victim import share_update
 from data import load_batch, open_source
 from network.tracing import stages
 from network.zoo import MODELS, build_model
-from update.training import LocalTraining, use_batch_statistics
+from update.batchnorm import use_batch_statistics
+from update.training import LocalTraining
 
 
 def built(name, side=32, num_classes=10):

@@ -9,11 +9,15 @@ from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import candidate_layers
 from attack.solve.budget import WorkBudget
 from network.stage import run
+from update.loss import CROSS_ENTROPY, Loss
+
+WEIGHTED = Loss(weights=tuple(torch.linspace(0.2, 5, 10).tolist()))
 
 
-@pytest.fixture(scope="module", params=[Plain, Blocks])
+@pytest.fixture(scope="module", params=[(Plain, CROSS_ENTROPY), (Blocks, CROSS_ENTROPY), (Plain, WEIGHTED)])
 def shared(request):
-    return Shared(drawn(request.param()), 3)
+    network, loss = request.param
+    return Shared(drawn(network()), 3, loss=loss)
 
 
 def candidate(shared, name):

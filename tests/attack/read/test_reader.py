@@ -10,7 +10,8 @@ from torch import nn
 
 from attack.read import reader as reader_module
 from attack.read.layer_choice import candidate_layers, order
-from attack.read.reader import COLUMNS, read_layers
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import read_layers
 from client.victim import share_update
 from data import load_batch, open_source
 from network.chain import index_of
@@ -91,7 +92,7 @@ KINDS = [
     ("mlp", 6, {"width": 64, "activation": "relu", "depth": 3}, "flatten"),
     ("lenet", 3, {}, "conv1"),
     ("lenet5", 4, {}, "flatten"),
-    ("convnet", 4, {}, "flatten"),
+    ("convnet", 3, {}, "flatten"),
     ("resnet18", 3, {}, "body.layer1.0"),
     ("resnet18_cifar", 1, {}, "body.conv1"),
     ("vgg11", 3, {}, "conv3"),
@@ -117,7 +118,7 @@ def test_every_kind_of_network_gives_its_images_away(name, count, net, start):
     ("name", "net"), [("mlp", {"width": 64}), ("lenet", {}), ("convnet", {}), ("mlp", {"activation": "relu"})]
 )
 def test_a_trained_network_gives_them_away_as_well(name, net):
-    scene = Scene(name, 5, trained=True, **net)
+    scene = Scene(name, 3, trained=True, **net)
     reading = scene.read()
     has_walked_to_pixels = name == "lenet" and reading.start == 0  # two convolutions below what was told apart
     assert_all_read(scene, reading, error=1e-2 if has_walked_to_pixels else 1e-3)
@@ -241,7 +242,8 @@ def assert_right(scene, reading):
 
 @pytest.mark.parametrize(
     ("net", "defence"),
-    [(net, weak) for net in (RELU, SIGMOID, CONVNET) for weak in ("noise:1e-6", "noise:1e-4", "float16", "bfloat16")]
+    [(net, weak) for net in (RELU, SIGMOID, CONVNET) for weak in ("noise:1e-4", "bfloat16")]
+    + [(net, weaker) for net in (RELU, SIGMOID) for weaker in ("noise:1e-6", "float16")]
     + [(RELU, "topk:0.7"), (SIGMOID, "topk:0.5"), (CONVNET, "topk:0.5")],
 )
 def test_a_weak_defence_leaves_every_image_to_be_read(net, defence):
@@ -339,7 +341,7 @@ def test_a_search_that_ends_for_want_of_work_says_so(monkeypatch):
 
 def test_the_clock_aborts_and_says_so():
     scene = Scene("resnet18_cifar", 2)
-    for seconds in (0.0, 1.0):
+    for seconds in (0.0, 0.5):
         began = time.perf_counter()
         reading, reason = attempt(scene, seconds)
         assert time.perf_counter() - began < seconds + 4

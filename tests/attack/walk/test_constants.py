@@ -115,7 +115,7 @@ def test_a_row_lost_by_cancellation_weighs_no_more_than_a_thousand_times_the_str
     layer = with_wrong_masks(1).source
     gradient = layer.gradient.clone()
     gradient[0] *= 1e-9
-    weights = replace(layer, gradient=gradient).gradient_weights().flatten()
+    weights = replace(layer, gradient=gradient).gradient_weights.flatten()
     strongest = gradient.flatten(1).square().mean(1).sqrt().max()
     assert 0.3e3 < float(weights[0] * layer.precision * strongest) < 3e3
 

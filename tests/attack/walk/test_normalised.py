@@ -16,7 +16,7 @@ from network.kinds import pulled_below
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
 from network.stage import run
-from update.training import batchnorms
+from update.batchnorm import batchnorms
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,10 @@ def test_wrong_masks_show_in_the_gradient_of_the_shift(plain):
         for entry in entries:
             flips[entry % 3, channel].view(-1)[entry // 3] = True
     some = KnownOutputs(**vars(outputs) | {"margin": torch.where(flips, 6.0, outputs.margin + 50)}).flipped(flips)
-    assert (balanced(some, shift).delta == outputs.delta).all()
+    for loud in (1e-3, 1.0, 1e3):  # in whatever units the loss is
+        both = {name: loud * getattr(some, name) for name in ("delta", "masked_delta")}
+        found = balanced(KnownOutputs(**vars(some) | both), loud * shift)
+        assert (found.delta == loud * outputs.delta).all()
 
 
 def test_the_same_check_serves_eval_mode():

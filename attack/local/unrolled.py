@@ -1,0 +1,269 @@
+"""The whole training of a fully connected network as one system: which image was in which step, and the images.
+
+The first layer's movement tells the space of the images, in which an image is B numbers. A step on images with weights
+a_ti in place of a minibatch has the gradient sum_i a_ti g(x_i). So the whole training is a smooth function of the
+images Q (B, B) and of the weights A (steps, B), which are 1/b for the images of a step's minibatch and 0 for others.
+Levenberg-Marquardt fits both to the update, from a start at which all images are alike in all steps. Each pass is then
+rounded to the nearest division into minibatches, and the images are fitted once more in that order.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.func import jvp, vmap
+
+from attack.solve.budget import WorkBudget
+from attack.solve.levenberg import DampingRule, LevenbergSolution, levenberg
+from network.stage import Chain, Stage
+from update.training import LocalTraining
+
+ROUNDS, STEPS = 10, 4  # of Levenberg-Marquardt, at most, and its steps before weights are rounded
+SLOW = 0.9  # a round that leaves more of the squared residual is the last
+POLISHED = 20  # steps on images alone
+TOGETHER = 64  # unknowns by which the training is differentiated at once
+MOST = 2e10  # multiplications of a derivative by all unknowns, at most: some ten seconds of a core
+CLOSE = 1e-3  # share of the update left, from which on an order is taken for the right one and images are polished
+RULE = DampingRule(first=1e-6, refused=5.0, accepted=0.2, refusals=10, patience=3)
+POLISH = DampingRule(first=1e-10, refused=5.0, accepted=0.1, patience=3)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What was found.
+
+    Attributes:
+        order: as in `LocalTraining.order`; None where none explains the update.
+        inputs: (B, r), the images' coordinates.
+        left: the share of the update that the training on them leaves.
+        variance: (B,), of the error of each image's coordinates, summed; zero where they were given.
+    """
+
+    order: tuple[tuple[int, ...], ...] | None
+    inputs: Tensor
+    left: float
+    variance: Tensor
+
+
+class Training:
+    """The training of a fully connected network, on weighted images.
+
+    No weight is formed: a layer's weights before step t are alpha_t W_0 - sum_s beta_ts D_s^T H_s, with the inputs H_s
+    and the deltas D_s (B, ...) of earlier steps, so they act on few images by the images' inner products.
+
+    Args:
+        chain: of linear layers and activations, in float64.
+        labels: (B,) class indices.
+        training: the client's; its rule is linear.
+        goal: by parameter name, what the client shares; names that are missing are not compared.
+    """
+
+    def __init__(self, chain: Chain, labels: Tensor, training: LocalTraining, goal: Mapping[str, Tensor]) -> None:
+        self.chain, self.labels, self.rule, self.goal = chain, labels, training, goal
+        table = training.coefficients()
+        self.alpha, self.beta = table.alpha.tolist(), table.beta.to(labels.device)
+        self.shares = self.beta[-1] / self.beta[-1].sum()
+        self.size = sum(stage.module.weight.numel() for stage in chain if isinstance(stage.module, nn.Linear))
+
+    def left(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        """What training on inputs (B, r) with weights (steps, B) leaves of the goal, relative to each parameter's."""
+        past: list[dict[str, tuple[Tensor, Tensor]]] = []
+        for step, own in enumerate(weights):
+            past.append(self._step(step, inputs, own, past))
+        parts = []
+        for stage in self.chain:
+            if f"{stage.name}.weight" in self.goal or f"{stage.name}.bias" in self.goal:
+                seen = torch.cat([each[stage.name][0] for each in past])
+                deltas = torch.cat([share * each[stage.name][1] for share, each in zip(self.shares, past, strict=True)])
+                moved = {"weight": deltas.T @ seen, "bias": deltas.sum(0)}
+                goals = {name: self.goal.get(f"{stage.name}.{name}") for name in moved}
+                parts += [(moved[n] - goal).flatten() / goal.norm() for n, goal in goals.items() if goal is not None]
+        return torch.cat(parts) / len(parts) ** 0.5
+
+    def _step(self, step: int, x: Tensor, own: Tensor, past: Sequence[dict]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Inputs, and deltas times weights, of each linear layer at the weights before a step."""
+        inputs, slopes, made = {}, {}, {}
+        for stage in self.chain:
+            if isinstance(stage.module, nn.Linear):
+                inputs[stage.name] = x
+                x = self._forward(stage, step, x, past)
+            else:
+                x, slopes[stage.name] = jvp(stage.module, (x,), (torch.ones_like(x),))
+        loss = self.rule.loss
+        if loss.is_open:  # with class weights a minibatch's loss is divided by the mean weight of its images
+            own = own / (own @ loss.of_classes(x)[self.labels])
+        delta = loss.errors(x, self.labels) * own[:, None]
+        for stage in reversed(self.chain):
+            if isinstance(stage.module, nn.Linear):
+                made[stage.name] = inputs[stage.name], delta
+                delta = self._backward(stage, step, delta, past)
+            else:
+                delta = delta * slopes[stage.name]
+        return made
+
+    def _forward(self, stage: Stage, step: int, x: Tensor, past: Sequence[dict]) -> Tensor:
+        out = self.alpha[step] * nn.functional.linear(x, stage.module.weight, stage.module.bias)
+        if not step:
+            return out
+        inputs, deltas = self._moved(stage, step, past)
+        shift = deltas.sum(0) if stage.module.bias is not None else 0.0
+        return out - (x @ inputs.T) @ deltas - shift
+
+    def _backward(self, stage: Stage, step: int, delta: Tensor, past: Sequence[dict]) -> Tensor:
+        out = self.alpha[step] * delta @ stage.module.weight
+        if not step:
+            return out
+        inputs, deltas = self._moved(stage, step, past)
+        return out - (delta @ deltas.T) @ inputs
+
+    def _moved(self, stage: Stage, step: int, past: Sequence[dict]) -> tuple[Tensor, Tensor]:
+        """Inputs of all earlier steps, and their deltas times beta."""
+        pairs = [each[stage.name] for each in past]
+        factors = self.beta[step, :step]
+        return (
+            torch.cat([inputs for inputs, _ in pairs]),
+            torch.cat([factor * deltas for factor, (_, deltas) in zip(factors, pairs, strict=True)]),
+        )
+
+
+class _Fit:
+    """One least-squares problem for `levenberg`, from its residual as a function of the unknowns (d,)."""
+
+    def __init__(self, residual: Callable[[Tensor], Tensor]) -> None:
+        self.residual = residual
+
+    def cost(self, x: Tensor, which: Tensor) -> Tensor:
+        """|f|^2 (1,)."""
+        return torch.stack([self.residual(each).square().sum() for each in x])
+
+    def linearised(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|f|^2, J^T J and J^T f, by forward differentiation."""
+        x = x[0]
+        directions = torch.eye(len(x)).to(x).split(TOGETHER)
+        columns = [vmap(lambda v: jvp(self.residual, (x,), (v,))[1])(some) for some in directions]
+        slopes, f = torch.cat(columns), self.residual(x)
+        return f.square().sum()[None], (slopes @ slopes.T)[None], (slopes @ f)[None]
+
+
+class Assignment:
+    """The weights of images in steps as unknowns, and the order that they come nearest to.
+
+    Passes in the same order share their weights.
+
+    Raises:
+        ValueError: minibatches leave images out of each pass.
+    """
+
+    def __init__(self, rule: LocalTraining, count: int) -> None:
+        self.sizes, self.passes, self.count = rule.sizes_of(count), rule.passes, count
+        self.own_passes = rule.passes if rule.shuffle else 1
+        if sum(self.sizes) != count:
+            raise ValueError("minibatches leave images out of each pass")
+
+    @property
+    def unknowns(self) -> int:
+        """How many weights there are; none where each step takes all images."""
+        return 0 if len(self.sizes) == 1 else self.own_passes * len(self.sizes) * self.count
+
+    def weights(self, x: Tensor) -> Tensor:
+        """A (steps, B) of unknowns (d,)."""
+        if not self.unknowns:
+            return x.new_full((self.passes, self.count), 1 / self.count)
+        return x.view(self.own_passes, -1).expand(self.passes, -1).reshape(-1, self.count)
+
+    def sums(self, x: Tensor) -> Tensor:
+        """How far the weights of a step, and those of an image in a pass, are from those of one image each."""
+        own = x.view(-1, max(1, len(self.sizes)), self.count)
+        of_images = torch.einsum("pmn,m->pn", own, torch.tensor(self.sizes).to(x))
+        return torch.cat([(own.sum(2) - 1).flatten(), (of_images - 1).flatten()]) if self.unknowns else x
+
+    def rounded(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
+        """The nearest order: in each pass, every image in one minibatch of the right size."""
+        if not self.unknowns:
+            return (tuple(range(self.count)),) * self.passes
+        order, size = [], torch.tensor(self.sizes)
+        for own in x.view(self.own_passes, -1, self.count).detach().cpu():
+            rows, images = linear_sum_assignment(-own.repeat_interleave(size, 0).numpy())
+            places = torch.arange(len(size)).repeat_interleave(size).numpy()[rows]
+            order += [tuple(sorted(images[places == step].tolist())) for step in range(len(size))]
+        return tuple(order) * (self.passes // self.own_passes)
+
+    def of(self, order: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+        """A (steps, B) of an order."""
+        weights = like.new_zeros(len(order), self.count)
+        for step, images in enumerate(order):
+            weights[step, list(images)] = 1 / len(images)
+        return weights
+
+
+def solve_training(
+    training: Training, inputs: Tensor, along: Tensor | None, *, enough: float, budget: WorkBudget
+) -> Solution:
+    """The order of the images, and the images where only guesses are given, that leave least of the goal.
+
+    Args:
+        training: the client's.
+        inputs: (B, r), to begin with, or as they are.
+        along: (r,), 1 along true images; None where the inputs are given.
+        enough: share of the goal that may be left; an order that leaves less ends the search.
+        budget: its clock is asked.
+
+    Raises:
+        ValueError: minibatches leave images out of each pass, or there are too many unknowns.
+        OutOfTimeError: the budget's clock has run out.
+    """
+    rule, count = training.rule, len(inputs)
+    places = Assignment(rule, count)
+    free = 0 if along is None else inputs.numel()
+    if (free + places.unknowns) * rule.steps * count * training.size > MOST:
+        raise ValueError(f"{free + places.unknowns} unknowns in {rule.steps} steps are too many")
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x[:free].view(inputs.shape) if free else inputs), x[free:]
+
+    def scale(own: Tensor) -> Tensor:
+        return own.new_zeros(0) if along is None else own @ along - 1
+
+    def everything(x: Tensor) -> Tensor:
+        own, weights = split(x)
+        return torch.cat([training.left(own, places.weights(weights)), scale(own), places.sums(weights)])
+
+    start = inputs.flatten()[:free], inputs.new_full((places.unknowns,), 1 / count)
+    x, before = torch.cat(start)[None], torch.inf
+    best = places.rounded(start[1]), inputs, torch.inf
+    for _ in range(ROUNDS if places.unknowns else 0):
+        found = levenberg(_Fit(everything), x, RULE, iterations=STEPS, budget=budget)
+        moved, x, cost = found.x - x, found.x, float(found.cost)
+        own, weights = split(x[0])
+        order = places.rounded(weights)
+        left = float(training.left(own, places.of(order, own)).norm())
+        best = min(best, (order, own, left), key=lambda each: each[2])
+        if left < (CLOSE if free else enough) or cost > SLOW * before:
+            break
+        before = cost
+    order, own, left = best
+    if not free:
+        return Solution(order if left < CLOSE else None, own, left, own.new_zeros(count))
+    if places.unknowns and left >= CLOSE:  # passes that are nearly alike: images are told, their order is not
+        # What the last steps have moved is about what further ones would.
+        own, weights = split(x[0])
+        variance = (_variance(found, everything) + moved[0].square())[:free].view(inputs.shape).sum(1)
+        return Solution(None, own, float(training.left(own, places.weights(weights)).norm()), variance)
+    weights = places.of(order, own)
+
+    def alone(x: Tensor) -> Tensor:
+        return torch.cat([training.left(x.view(inputs.shape), weights), scale(x.view(inputs.shape))])
+
+    found = levenberg(_Fit(alone), own.reshape(1, -1), POLISH, iterations=POLISHED, budget=budget)
+    own = found.x.view(inputs.shape)
+    variance = _variance(found, alone).view(inputs.shape).sum(1)
+    return Solution(order, own, float(training.left(own, weights).norm()), variance)
+
+
+def _variance(found: LevenbergSolution, residual: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of each unknown (d,), if what is left is noise that all equations share."""
+    f = residual(found.x[0])
+    noise = float(f.square().sum()) / max(1, len(f) - found.x.shape[1])
+    return noise * torch.linalg.pinv(found.normal[0], hermitian=True).diagonal()

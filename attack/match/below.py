@@ -1,0 +1,63 @@
+"""The stages below known activations, as a client trains them: each step's images are seen by that step's own weights.
+
+With delta known at the end of these stages, the gradient of every weight in them is known from the images, step after
+step, and with it the weights of the next step and the update itself. All of it is differentiable by the images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from network.chain import modules, run_with
+from network.stage import Chain
+from update.training import LocalTraining
+
+
+@dataclass(frozen=True)
+class TrainedBelow:
+    """The stages below, in one pass of several steps.
+
+    Attributes:
+        training: the client's.
+        deltas: (B, ...) of the known activations, in the order of the steps.
+    """
+
+    training: LocalTraining
+    deltas: Tensor
+
+    def run(
+        self, chain: Chain, images: Tensor, delta: Tensor, weights: Sequence[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The chain's outputs (B, ...) at images (B, C, H, W), and the update of some of its weights.
+
+        Args:
+            chain: the stages, or a softened copy of them.
+            images: in the order of the steps.
+            delta: of the outputs, (B, ...).
+            weights: whose update is asked for.
+        """
+        table = self.training.coefficients()
+        trained = [p for module in modules(chain) if isinstance(module, nn.Module) for p in module.parameters()]
+        trained = [p for p in dict.fromkeys(trained) if p.requires_grad]
+        now, learnt, outputs = list(trained), [], []
+        for step, part in enumerate(self.training.schedule(len(images)), 1):
+            part = part.to(images.device)
+            outputs.append(run_with(chain, images[part], dict(zip(trained, now, strict=True))))
+            mean = (outputs[-1] * delta[part]).sum() / len(part)
+            learnt.append(torch.autograd.grad(mean, now, create_graph=True, materialize_grads=True))
+            now = _combined(trained, learnt, float(table.alpha[step]), table.beta[step].tolist())
+        shares = (table.beta[-1] / table.beta[-1].sum()).tolist()
+        update = {p: sum(s * each[at] for s, each in zip(shares, learnt, strict=True)) for at, p in enumerate(trained)}
+        return torch.cat(outputs), [update[weight] for weight in weights]
+
+
+def _combined(
+    first: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], alpha: float, beta: Sequence[float]
+) -> list[Tensor]:
+    """The weights after so many steps: alpha times the first ones, less each step's gradient times its beta."""
+    return [
+        alpha * weight - sum(factor * each[at] for factor, each in zip(beta, gradients, strict=False))
+        for at, weight in enumerate(first)
+    ]
