@@ -29,7 +29,7 @@ from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.peel import unmix
 from attack.read.signals import Signals
 from attack.read.span import Span
-from attack.solve.budget import OutOfTimeError, WorkBudget
+from attack.solve.budget import WorkBudget
 from network.chain import index_of
 from network.tracing import stages
 from update.shared import SharedUpdate
@@ -63,6 +63,7 @@ def peel_in_time(
 
     Raises:
         ValueError: the layers above it depend on more than its inputs.
+        OutOfTimeError: the budget's clock has run out before anything was certain.
     """
     system = ClosedSystem(update, model, index_of(stages(model), name))
     layers = candidate_layers(system.chain, update.image_shape, update.gradients)
@@ -107,10 +108,7 @@ class PeelInTime:
 
     def told_apart(self) -> Signals:
         """The images found, in the order of their steps: all of each step but, maybe, the last."""
-        try:
-            found = self._all_by_zeros()
-        except OutOfTimeError:
-            return nobody(self.span)
+        found = self._all_by_zeros()
         return self._peeled() if found is None else found
 
     # ------------------------------------------------------------------------------------------------
@@ -126,14 +124,14 @@ class PeelInTime:
             return None
         order = self._ordered(c, zeros)
         found = self._described(order)
-        expected, left = self._expected(found), self._left(order)
+        expected, left = self._expected(found), self._left_in(order)
         for _ in range(0 if self.is_rough else ROUNDS):
             if left <= SWAPS * expected:
                 break
-            swapped = min(self._swapped(order), key=self._left)
-            if self._left(swapped) >= left:
+            swapped = min(self._swapped(order), key=self._left_in)
+            if self._left_in(swapped) >= left:
                 break
-            order, left = swapped, self._left(swapped)
+            order, left = swapped, self._left_in(swapped)
         return self._described(order) if left <= min(CLOSE, REPLAYED * expected) else None
 
     @property
@@ -198,13 +196,18 @@ class PeelInTime:
                         parts[later][i], parts[earlier][j] = order.parts[earlier][j], order.parts[later][i]
                         yield replace(order, parts=parts)
 
-    def _left(self, order: _Order) -> float:
-        """The share of the layer's weighted gradient that a replay of the training leaves."""
+    def _left_in(self, order: _Order) -> float:
+        """The share of the layer's weighted gradient that a replay of the training in this order leaves."""
         self.budget.check()
-        values, system = self.span.inputs(order.c), self.system
+        each = torch.cat(order.parts)
+        return self._left(self.span.inputs(order.c[each]), order.labels[each])
+
+    def _left(self, values: Tensor, labels: Tensor) -> float:
+        """The same of inputs (B, ...) with labels (B,), in the order of their steps."""
+        system = self.system
         system.restart()
-        for part in order.parts:
-            system.learn(values[part], order.labels[part])
+        for part in system.parts(len(values)):
+            system.learn(values[part], labels[part])
         replayed = system.update[f"{self.layer.name}.weight"].reshape(self.gradient.shape)
         return float((replayed * self.span.rows[:, None] - self.gradient).norm() / self.gradient.norm())
 
@@ -256,9 +259,10 @@ class PeelInTime:
             own = own.pick(own.residuals.argsort()[:size]).surest_first()
             found = found.joined(own)
             if len(own) < size:
-                break
+                return found
             system.learn(own.values, own.labels)
-        return found
+        is_certified = self._left(found.values, found.labels) <= min(CLOSE, REPLAYED * self._expected(found))
+        return found if is_certified else found.pick(torch.arange(system.sizes[0], device=found.labels.device))
 
     def _are_enough(self, size: int, found: Signals) -> bool:
         """Whether so many of the images speak for themselves."""

@@ -8,7 +8,7 @@ rounded to the nearest division into minibatches, and the images are fitted once
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -214,52 +214,78 @@ def solve_training(
         ValueError: minibatches leave images out of each pass, or there are too many unknowns.
         OutOfTimeError: the budget's clock has run out.
     """
-    rule, count = training.rule, len(inputs)
-    places = Assignment(rule, count)
-    free = 0 if along is None else inputs.numel()
-    if (free + places.unknowns) * rule.steps * count * training.size > MOST:
-        raise ValueError(f"{free + places.unknowns} unknowns in {rule.steps} steps are too many")
-
-    def split(x: Tensor) -> tuple[Tensor, Tensor]:
-        return (x[:free].view(inputs.shape) if free else inputs), x[free:]
-
-    def scale(own: Tensor) -> Tensor:
-        return own.new_zeros(0) if along is None else own @ along - 1
-
-    def everything(x: Tensor) -> Tensor:
-        own, weights = split(x)
-        return torch.cat([training.left(own, places.weights(weights)), scale(own), places.sums(weights)])
-
-    start = inputs.flatten()[:free], inputs.new_full((places.unknowns,), 1 / count)
-    x, before = torch.cat(start)[None], torch.inf
-    best = places.rounded(start[1]), inputs, torch.inf
-    for _ in range(ROUNDS if places.unknowns else 0):
-        found = levenberg(_Fit(everything), x, RULE, iterations=STEPS, budget=budget)
-        moved, x, cost = found.x - x, found.x, float(found.cost)
-        own, weights = split(x[0])
-        order = places.rounded(weights)
-        left = float(training.left(own, places.of(order, own)).norm())
-        best = min(best, (order, own, left), key=lambda each: each[2])
-        if left < (CLOSE if free else enough) or cost > SLOW * before:
+    system = _System(training, inputs, along)
+    enough = CLOSE if system.free else enough
+    x, before, moved, found = system.start, torch.inf, torch.zeros_like(system.start), None
+    best = system.rounded(x)
+    for _ in range(ROUNDS if system.places.unknowns else 0):
+        found = levenberg(_Fit(system.residual), x[None], RULE, iterations=STEPS, budget=budget)
+        moved, x = found.x[0] - x, found.x[0]
+        best = min(best, system.rounded(x), key=lambda solution: solution.left)
+        if best.left < enough or float(found.cost) > SLOW * before:
             break
-        before = cost
-    order, own, left = best
-    if not free:
-        return Solution(order if left < CLOSE else None, own, left, own.new_zeros(count))
-    if places.unknowns and left >= CLOSE:  # passes that are nearly alike: images are told, their order is not
-        # What the last steps have moved is about what further ones would.
-        own, weights = split(x[0])
-        variance = (_variance(found, everything) + moved[0].square())[:free].view(inputs.shape).sum(1)
-        return Solution(None, own, float(training.left(own, places.weights(weights)).norm()), variance)
-    weights = places.of(order, own)
+        before = float(found.cost)
+    if not system.free:
+        return best if best.left < CLOSE else replace(best, order=None)
+    if found is not None and best.left >= CLOSE:  # passes that are nearly alike: images are told, their order is not
+        return system.without_order(found, moved)
+    return system.polished(best, budget)
 
-    def alone(x: Tensor) -> Tensor:
-        return torch.cat([training.left(x.view(inputs.shape), weights), scale(x.view(inputs.shape))])
 
-    found = levenberg(_Fit(alone), own.reshape(1, -1), POLISH, iterations=POLISHED, budget=budget)
-    own = found.x.view(inputs.shape)
-    variance = _variance(found, alone).view(inputs.shape).sum(1)
-    return Solution(order, own, float(training.left(own, weights).norm()), variance)
+class _System:
+    """Images, where only guesses of them are given, and their weights in steps, as one least-squares problem."""
+
+    def __init__(self, training: Training, inputs: Tensor, along: Tensor | None) -> None:
+        self.training, self.inputs, self.along = training, inputs, along
+        self.places = Assignment(training.rule, len(inputs))
+        self.free = 0 if along is None else inputs.numel()
+        unknowns, steps = self.free + self.places.unknowns, training.rule.steps
+        if unknowns * steps * len(inputs) * training.size > MOST:
+            raise ValueError(f"{unknowns} unknowns in {steps} steps are too many")
+
+    @property
+    def start(self) -> Tensor:
+        """The images to begin with, all alike in all steps (d,)."""
+        alike = self.inputs.new_full((self.places.unknowns,), 1 / len(self.inputs))
+        return torch.cat([self.inputs.flatten()[: self.free], alike])
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, r), and the unknowns that are weights."""
+        return (x[: self.free].view(self.inputs.shape) if self.free else self.inputs), x[self.free :]
+
+    def residual(self, x: Tensor) -> Tensor:
+        """What the training leaves, and sums that are not one."""
+        own, weights = self.split(x)
+        return torch.cat([self._left(own, self.places.weights(weights)), self.places.sums(weights)])
+
+    def _left(self, own: Tensor, weights: Tensor) -> Tensor:
+        parts = [self.training.left(own, weights)]
+        return torch.cat(parts if self.along is None else [*parts, own @ self.along - 1])
+
+    def rounded(self, x: Tensor) -> Solution:
+        """The images in the nearest order."""
+        own, weights = self.split(x)
+        order = self.places.rounded(weights)
+        left = float(self.training.left(own, self.places.of(order, own)).norm())
+        return Solution(order, own, left, own.new_zeros(len(own)))
+
+    def without_order(self, found: LevenbergSolution, moved: Tensor) -> Solution:
+        """The images of a fit whose weights come near no order. Further steps would move them as the last have."""
+        own, weights = self.split(found.x[0])
+        variance = (_variance(found, self.residual) + moved.square())[: self.free].view(own.shape).sum(1)
+        return Solution(None, own, float(self.training.left(own, self.places.weights(weights)).norm()), variance)
+
+    def polished(self, solution: Solution, budget: WorkBudget) -> Solution:
+        """The images once more, in a given order."""
+        weights, shape = self.places.of(solution.order, solution.inputs), self.inputs.shape
+
+        def alone(x: Tensor) -> Tensor:
+            return self._left(x.view(shape), weights)
+
+        start = solution.inputs.reshape(1, -1)
+        found = levenberg(_Fit(alone), start, POLISH, iterations=POLISHED, budget=budget)
+        own, variance = found.x.view(shape), _variance(found, alone).view(shape).sum(1)
+        return Solution(solution.order, own, float(self.training.left(own, weights).norm()), variance)
 
 
 def _variance(found: LevenbergSolution, residual: Callable[[Tensor], Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from network.parameters import trainable
 from network.zoo import build_model
 from update.gradients import averaged_gradient
 from update.received import averaged_gradients, new_weights
+from update.training import LocalTraining
 
 SHAPE = (3, 16, 16)
 
@@ -28,7 +29,8 @@ def counted_after_a_step(model, gradients, rate, kind):
     new = {name: old[name] - rate * gradient for name, gradient in gradients.items()}
     sent = new if kind == "weights" else {name: new[name] - old[name] for name in new}
     noise = noise_of_weights(new_weights(sent, model, kind), rate)
-    return count_images(averaged_gradients(sent, model, kind, rate, "it"), model, SHAPE, noise)
+    combination = LocalTraining(rate=rate).combination()
+    return count_images(averaged_gradients(sent, model, kind, combination, "it"), model, SHAPE, noise)
 
 
 @pytest.mark.parametrize(

@@ -216,10 +216,10 @@ def test_a_model_that_cannot_be_walked_says_so():
         read_layers(scene.update, nn.Sequential(nn.Flatten(), nn.Linear(768, 10), nn.Tanh()), generator=generator())
 
 
-def attempt(scene, seconds=math.inf):
+def attempt(scene, seconds=math.inf, **settings):
     """A reading and no reason, or no reading and the reason."""
     try:
-        return scene.read(seconds=seconds), ""
+        return scene.read(seconds=seconds, **settings), ""
     except ValueError as error:
         return None, str(error)
 
@@ -330,11 +330,10 @@ def test_networks_of_other_activations_are_read(network, activation, count, star
 # Bounds
 
 
-def test_a_search_that_ends_for_want_of_work_says_so(monkeypatch):
+def test_a_search_that_ends_for_want_of_work_says_so():
     """A layer that was not searched to the end is no layer in which nothing can be told apart."""
     scene = Scene("mlp", 4, activation="relu", depth=3, width=80)
-    monkeypatch.setattr("attack.read.reader.READING_WORK", 0.0)
-    reading, reason = attempt(scene)
+    reading, reason = attempt(scene, work=0.0)
     assert reading is None
     assert "0 of 4 images told apart, then no work was left" in reason
 
