@@ -112,6 +112,7 @@ LOSS = "cross_entropy"  # the client's loss: cross_entropy, bce (each class by i
 LABEL_SMOOTHING = 0.0  # eps of the cross-entropy's targets, (1 - eps) onehot + eps / K
 CLASS_WEIGHTS = None  # the cross-entropy's weights of the K classes, e.g. 1,2.5,0.5 (None: 1, or read off the update)
 BN = "eval"  # the client's BatchNorm: eval, train (batch statistics, running ones shared), train_private (not shared)
+BN_FROZEN = None  # BatchNorm layers in eval mode while others train, or modules that hold them, by name: stem,layer1
 
 # selection schedule S(t) (paper, appendix): how many images the random subset T of a step holds
 SEL_MODE = "constk"  # const1, constk, linear_inc_l, linear_inc_total, linear_dec_l, linear_dec_total, sigmoid
@@ -134,8 +135,7 @@ PRIOR = "opponent"  # opponent (luma and chroma apart), rgb (isotropic), anisotr
 TV_WEIGHT = 4e-3  # weight of the prior at the start (measured; published 5e-3)
 TV_FINAL = 1e-3  # share of tv_weight left at the end of the annealing, 1: constant weight (measured)
 TV_EVALS = 2500  # closure evaluations that the annealing takes, and the hardening of kinks (measured)
-NOISE_WEIGHT = 240.0  # lower bound on the prior's weight: this times noise times root mean square of the update's
-# entries, 0: off (measured)
+NOISE_WEIGHT = 240.0  # lower bound on the prior's weight: this times noise times rms of the entries, 0: off (measured)
 CHROMA_WEIGHT = 3.0  # weight of chroma relative to luma in the opponent prior (measured)
 CURVATURE_WEIGHT = 1.0  # weight of second differences relative to first in opponent and rgb (measured)
 THIRD_WEIGHT = 1.0  # weight of third differences relative to first in opponent and rgb (measured)

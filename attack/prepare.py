@@ -9,6 +9,8 @@ from torch import Tensor
 
 from attack.local.local_labels import LocalLabels
 from attack.read.signals import Signals
+from network.chain import parametrised
+from network.stage import Stage
 from update.evidence import Evidence
 from update.shared import SharedUpdate
 
@@ -109,6 +111,12 @@ class Known:
     def uncertainty(self) -> float:
         """The largest expected relative error of what was read; 0 of what is given without signals."""
         return float(self.signals.uncertainty.max()) if self.signals else 0.0
+
+    def uncertainty_at(self, stage: Stage) -> float:
+        """The largest expected relative error of a stage's inputs, larger where these were walked down to."""
+        names = {layer.name for layer in parametrised([stage])}
+        told = [row["uncertainty"] for row in self.layers if row["layer"] in names]  # the first takes the inputs
+        return max(self.uncertainty, told[0] or 0.0) if told else self.uncertainty
 
     @property
     def errors(self) -> Tensor | None:

@@ -4,7 +4,7 @@ breaching (Geiping et al., MIT licence, `requirements-benchmark.txt`) gets the m
 the attack's paper grants them, the labels: just what a server has. Two of its settings are not its own: the number of
 iterations, by which its step sizes decay, and a stop once the budget of gradient evaluations is spent. Its attacks
 expect a model of normalised images, and their starts, steps and priors have that scale. So the attacks get such a
-model.
+model. Of a client with BatchNorm in training mode they get the buffers that breaching's own clients send.
 """
 
 import contextlib
@@ -108,11 +108,12 @@ def breaching_attack(
     model = NormalisedInput(model, mean, std)
     about = {"shape": list(update.image_shape), "classes": update.num_classes, "modality": "vision"}
     about |= {"task": "classification", "mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
-    payload = {"parameters": list(model.parameters()), "buffers": list(model.buffers())}
+    public, own = _buffers(update, model)
+    payload = {"parameters": list(model.parameters()), "buffers": public}
     labels = granted.sort().values.to(place["device"]) if BREACHING[name] else None
     shared = {
         "gradients": list(gradients),
-        "buffers": None,
+        "buffers": own,
         "metadata": {"num_data_points": update.batch_size, "labels": labels, "local_hyperparams": None},
     }
     with interruptible() as interrupted, _quietly(seed):
@@ -125,6 +126,20 @@ def breaching_attack(
         if interrupted():
             raise KeyboardInterrupt
     return Result(images, result["labels"].cpu(), loss.calls, seconds)
+
+
+def _buffers(update: SharedUpdate, model: NormalisedInput) -> tuple[list[Tensor] | None, list[Tensor] | None]:
+    """The buffers that breaching takes from its server, and from a client: it evaluates the model with either.
+
+    Its client in training mode sends the statistics of its batch alone, or none. Without any it has the model train.
+    """
+    if update.training.batchnorm == "train_private":
+        return None, None
+    public = dict(model.named_buffers())
+    if not update.training.uses_batch_statistics:
+        return list(public.values()), None
+    of_batch = zip(update.statistics, update.batch_statistics(model.model), strict=True)
+    return None, list((public | {f"model.{name}": statistic for name, statistic in of_batch}).values())
 
 
 @contextlib.contextmanager

@@ -129,7 +129,8 @@ def _how_trained(update: SharedUpdate, known: Known) -> str:
             ended = ", --max_seconds stopped their search" if known.local_labels.is_aborted else ""
             said.append(f"{use} (they leave {known.local_labels.distance:.2g}{ended})")
     if training.uses_batch_statistics:
-        said.append(f"BatchNorm in training mode, statistics {'shared' if update.statistics else 'kept'}")
+        frozen = f" but for {', '.join(training.frozen_norms)}" if training.frozen_norms else ""
+        said.append(f"BatchNorm in training mode{frozen}, statistics {'shared' if update.statistics else 'kept'}")
     return "".join(f"\n{line}" for line in [", ".join(said)] if said)
 
 
@@ -197,10 +198,13 @@ def show_leaks(settings: argparse.Namespace) -> int:
     size = "x".join(map(str, shape[1:]))
     model = server_model(settings, settings.model, shape, settings.num_classes, model_options(settings), show_note)
     mode, ending = ("", "") if settings.bn == "eval" else (", BatchNorm in training mode", f"_bn_{settings.bn}")
+    frozen = declared(vars(settings)).frozen_norms
+    if frozen:
+        mode, ending = f"{mode} but for {', '.join(frozen)}", f"{ending}_frozen_{len(frozen)}"
     title = f"{settings.model}, B={settings.batch_size}, {size}, {settings.num_classes} classes{mode}"
     model = two_classes(model, declared(vars(settings)), settings.model, shape).model
     if mode:
-        use_batch_statistics(model)
+        use_batch_statistics(model, frozen)
     _show_client(settings)
     try:
         chain = stages(model)

@@ -126,6 +126,14 @@ def image_size(text: str) -> int | str:
     return height if height == width else f"{height}x{width}"
 
 
+def names(text: str) -> str:
+    """An argparse type: names with commas between them, none of which is empty: that would fit everything."""
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise argparse.ArgumentTypeError(f"{text!r}: a name is missing before or after a comma")
+    return ",".join(parts)
+
+
 def sizes(text: str) -> int | str:
     """An argparse type: a number of minibatches, or the sizes of several."""
     parts = [number(int, 1, 10**6)(part) for part in text.split(",")]
@@ -168,6 +176,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "num_classes": number(int, 1, 100_000),
     "mean": numbers(-1e6),
     "std": numbers(0, above=True),
+    "frozen": names,
     "defence": defence,
     "defended": defence,
     "dp_delta": _chance,
@@ -187,6 +196,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "label_smoothing": number(float, 0, 0.99),
     "class_weights": numbers(0, above=True),
     "bn": one_of(BATCHNORMS),
+    "bn_frozen": names,
     "sel_mode": one_of(MODES),
     "sel_k": _size,
     "sel_l_iter": _count,

@@ -24,8 +24,9 @@ from network.tracing import stages_if_walked
 from network.zoo import ALL_OPTIONS
 from update.batchnorm import use_batch_statistics
 from update.declared import declared
-from update.evidence import Evidence, of_statistics
+from update.evidence import Evidence
 from update.examined import of_gradients
+from update.norm_modes import of_orthogonality, of_statistics
 from update.received import averaged_gradients, new_weights, recognised, statistics
 from update.shared import FACTS, SharedUpdate, is_of_update
 from update.storage import ENTERED, StorageError, read_tensors, read_text, room_for
@@ -52,7 +53,7 @@ def received_update(
     is_own = FACTS in text
     update, model = _own(text, settings) if is_own else _foreign(settings, given)
     if update.training.uses_batch_statistics:
-        use_batch_statistics(model)
+        use_batch_statistics(model, update.training.frozen_norms)
         update.batch_statistics(model)  # raises on statistics that do not fit
     model = model.to(**place)
     is_changed = any(piece.topic in CHANGED for piece in update.evidence)
@@ -73,12 +74,12 @@ def _examined(
         update.gradients,
         model,
         loss=update.training.loss,
-        below_norms=below_norms(stages_if_walked(model) or []),
-        uses_batch_statistics=update.training.uses_batch_statistics,
         rate=None if settings.update_kind == "gradient" else settings.local_lr,
         rounding=rounding,
         is_defended=update.defence != "none",
     )
+    pairs = below_norms(stages_if_walked(model) or [])
+    evidence = evidence or of_orthogonality(gradients, pairs, model, update.training)
     return replace(update, gradients=gradients, evidence=(*update.evidence, *evidence))
 
 
@@ -151,8 +152,8 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     found, counted = statistics(tensors, model, settings.update_kind)
     if training.batchnorm == "train" and settings.update_kind == "gradient":
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
-    mode, evidence = of_statistics(found, counted, model, training, is_given="bn" in given)
-    training = replace(training, batchnorm=mode, loss=declared(vars(settings)).loss)
+    training, evidence = of_statistics(found, counted, model, training, given)
+    training = replace(training, loss=declared(vars(settings)).loss)
     model, training, as_two = two_classes(model, training, settings.model, shape)
     if as_two:
         gradients, rounding = (of_two_logits(each, Head.of(model)) for each in (gradients, rounding))

@@ -49,7 +49,7 @@ def share_update(
     if not training.is_plain and (defences.private or defences.clients > 1):
         raise ValueError(f"--defence {defence}: for one local step with --bn eval only")
     if training.uses_batch_statistics:
-        use_batch_statistics(model)
+        use_batch_statistics(model, training.frozen_norms)
 
     def one_client(images: Tensor, labels: Tensor) -> SharedUpdate:
         statistics: dict[str, Tensor] = {}

@@ -82,7 +82,8 @@ BATCH_NORM = {
 
 
 def _batch_norm(config: Mapping) -> str:
-    return BATCH_NORM[config.get("bn") or "eval"]
+    frozen = config.get("bn_frozen")
+    return BATCH_NORM[config.get("bn") or "eval"] + (f" In eval mode: {frozen}." if frozen else "")
 
 
 def _defence(config: Mapping) -> str:

@@ -65,14 +65,14 @@ def run_with(chain: Chain, x: Tensor, parameters: Mapping[nn.Parameter, Tensor])
     return x
 
 
-def below_norms(chain: Chain) -> list[str]:
-    """The names of the linear and convolutional stages right below a BatchNorm, inside residual stages too."""
-    found = []
+def below_norms(chain: Chain) -> dict[str, str]:
+    """The linear and convolutional stages right below a BatchNorm, and that, by name; inside residual stages too."""
+    found: dict[str, str] = {}
     for index, stage in enumerate(chain):
         if isinstance(stage.module, Residual):
-            found += below_norms(stage.module.body) + below_norms(stage.module.shortcut)
+            found |= below_norms(stage.module.body) | below_norms(stage.module.shortcut)
         elif kind_of(stage.module).is_affine and chain[index + 1 :] and kind_of(chain[index + 1].module).is_norm:
-            found.append(stage.name)
+            found[stage.name] = chain[index + 1].name
     return found
 
 

@@ -76,12 +76,19 @@ class Shared:
     """An update of a small network in training mode, with the truth: images, labels, inputs of the layers by name."""
 
     def __init__(
-        self, model: nn.Module, count: int = 3, mode: str = "train", *, double: bool = False, loss: Loss = CROSS_ENTROPY
+        self,
+        model: nn.Module,
+        count: int = 3,
+        mode: str = "train",
+        *,
+        double: bool = False,
+        loss: Loss = CROSS_ENTROPY,
+        frozen: tuple[str, ...] = (),
     ) -> None:
         self.images, self.labels = smooth(count, generator(7)), torch.tensor([3, 8, 8, 1, 0, 5])[:count]
         dtype = torch.float64 if double else torch.float32
         self.model, self.images = model.to(dtype), self.images.to(dtype)
-        training = LocalTraining(batchnorm=mode, loss=loss)
+        training = LocalTraining(batchnorm=mode, loss=loss, frozen_norms=frozen)
         self.update = share_update(self.model, "net", self.images, self.labels, 10, training=training)
         self.chain = stages(copy.deepcopy(self.model).double().requires_grad_(False))
         self.inputs = {stage.name: x for stage, x in inputs_along(self.chain, self.images.double())}

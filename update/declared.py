@@ -39,6 +39,7 @@ def declared(settings: Mapping) -> LocalTraining:
         sizes,
         held.get("local_shuffle", plain.shuffle),
         precision=held.get("local_precision", plain.precision),
+        frozen_norms=tuple(held["bn_frozen"].split(",")) if "bn_frozen" in held else (),
     )
 
 
@@ -67,4 +68,5 @@ def flags_of(training: LocalTraining) -> dict[str, object]:
         "label_smoothing": training.loss.smoothing,
         "class_weights": list(training.loss.weights) or None,
         "bn": training.batchnorm,
+        "bn_frozen": ",".join(training.frozen_norms) or None,
     }

@@ -11,9 +11,8 @@ zero. Noise does not either, but noise fills all singular values of G, while a l
 empty. No softmax error is longer than 2 in the sum of its magnitudes, so sum_k |gamma_k| > 2 shows a gradient that is
 no mean.
 
-Entries show what was done to them after training: many zeros, one magnitude a tensor, a pile-up at the largest.
-BatchNorm's statistics move in training mode only, and batches are counted beside them. In training mode a layer's
-output is normalised whatever its weights' length is, so <G_c, W_c> = 0 for each channel c below a BatchNorm.
+Entries show what was done to them after training: many zeros, one magnitude a tensor, a pile-up at the largest. What an
+update says of BatchNorm stands in `norm_modes`.
 """
 
 import math
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 
 from network.head import Head
 from network.parameters import trainable
-from update.training import LocalTraining
 
 UNBALANCED = 3e-3  # share of G beyond which its sum over the classes is no rounding: squared errors leave 0.02
 SURE = 8.0  # standard deviations by which a weight decay must differ from zero
@@ -33,7 +31,6 @@ LEFT = 0.5  # share of the sum that a weight decay may leave unexplained
 FILLED = 3.0  # noise leaves G's smallest singular value no smaller than this part of what its columns sum to
 ROUNDINGS = 4.0  # standard deviations of what rounding makes of the sums over the classes
 SOFTMAX = 1e-6  # what the rounding of softmax errors leaves of their sum in float32: 1e-7 and less
-MOVED = 1e-6  # relative distance of running statistics that is no rounding
 STATISTICS = "statistics"  # the topic of running statistics that are not those of the images that were read
 SCALE = "scale"  # the topic of a factor of the whole update
 PIXELS = "pixels"  # the topic of pixels that no image has
@@ -162,77 +159,6 @@ def without_decay(
         return (gradient.double() - pull).to(gradient.dtype)
 
     return {name: reduced(name, g) if name in names else g for name, g in gradients.items()}
-
-
-# ----------------------------------------------------------------------------------------------------
-# BatchNorm
-
-
-def of_statistics(
-    found: Mapping[str, Tensor],
-    counted: Mapping[str, Tensor],
-    model: nn.Module,
-    training: LocalTraining,
-    *,
-    is_given: bool,
-) -> tuple[str, list[Evidence]]:
-    """The mode of BatchNorm that running statistics and counts show, and what they say of the training.
-
-    Args:
-        found: running statistics after training, by buffer name.
-        counted: BatchNorm's counts of batches after training, likewise.
-        model: that the server sent out.
-        training: as declared.
-        is_given: whether the mode was declared by hand: then it stays, and the contradiction is said.
-    """
-    moved, evidence, mode = statistics_moved(found, model), [], training.batchnorm
-    if moved is not None and moved > MOVED and mode == "eval":
-        mode = mode if is_given else "train"
-        said = f"BatchNorm's running statistics moved by {moved:.1e} of their size: it was in training mode"
-        said += ", though --bn eval was declared" if is_given else ", and is taken so (--bn train)"
-        evidence.append(Evidence("batchnorm", said, moved, contradicts=is_given))
-    if moved is not None and moved <= MOVED and mode == "train":
-        said = "BatchNorm's running statistics did not move: it was in eval mode, though training mode was declared"
-        evidence.append(Evidence("batchnorm", said, moved, contradicts=True))
-    steps = steps_counted(counted, model)
-    if steps is not None and steps != training.steps:
-        said = f"BatchNorm counted {steps} batches, and --local_steps says {training.steps}"
-        evidence.append(Evidence("steps", said, float(steps), contradicts=True))
-    return mode, evidence
-
-
-def statistics_moved(found: Mapping[str, Tensor], model: nn.Module) -> float | None:
-    """How far BatchNorm's running statistics are from the server's, relative to these; None where none are at hand."""
-    server, distances = dict(model.named_buffers()), []
-    for name, new in found.items():
-        old = server[name].double().cpu()
-        distances.append(float((new.double().cpu() - old).norm() / old.norm().clamp(min=1.0)))
-    return max(distances, default=None)
-
-
-def steps_counted(found: Mapping[str, Tensor], model: nn.Module) -> int | None:
-    """The batches that BatchNorm layers in training mode have counted since the server's model; None if none did."""
-    server = dict(model.named_buffers())
-    counts = {int(new) - int(server[name]) for name, new in found.items() if name in server}
-    return counts.pop() if len(counts) == 1 and min(counts) > 0 else None
-
-
-def normalised_by_batch(gradients: Mapping[str, Tensor], pairs: Sequence[str], model: nn.Module) -> float | None:
-    """The median of |<G_c, W_c>| / (|G_c| |W_c|) over channels c, as a share of what chance gives; None without any.
-
-    Args:
-        pairs: names of the linear or convolutional layers right below a BatchNorm.
-    """
-    parameters, found = trainable(model), []
-    for layer in pairs:
-        gradient, weight = gradients.get(f"{layer}.weight"), parameters.get(f"{layer}.weight")
-        if gradient is None or weight is None:
-            continue
-        g, w = gradient.double().cpu().flatten(1), weight.detach().double().cpu().flatten(1)
-        length = g.norm(dim=1) * w.norm(dim=1)
-        found.append(((g * w).sum(1).abs() / length.clamp(min=1e-300))[length > 0] * math.sqrt(g.shape[1]))
-    found = [each for each in found if len(each)]
-    return float(torch.cat(found).median()) if found else None
 
 
 # ----------------------------------------------------------------------------------------------------

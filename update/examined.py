@@ -1,6 +1,6 @@
 """All that the gradients of one step say of their client, compared with what was declared, see `update.evidence`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -13,7 +13,6 @@ from update.evidence import (
     Evidence,
     class_sums,
     decayed_parameters,
-    normalised_by_batch,
     of_entries,
     without_decay,
 )
@@ -22,7 +21,6 @@ from update.loss import Loss
 LEARNT = 1e-2  # sum of the magnitudes of the head's errors, where a network that knows nothing of the images has 1 to 2
 MEAN = 2.0  # sum of the magnitudes of a mean of softmax errors, at most
 ROUNDED = 1.02  # a mean of rounded errors may be so much longer
-FLAT = 0.05  # of what chance gives: <G_c, W_c> of layers below a BatchNorm in training mode is smaller
 LIKE_WEIGHTS = 0.5  # cosine of a gradient with weights that are in it once, beyond which it is taken for weights
 
 
@@ -31,8 +29,6 @@ def of_gradients(
     model: nn.Module,
     *,
     loss: Loss,
-    below_norms: Sequence[str] = (),
-    uses_batch_statistics: bool = False,
     rate: float | None = None,
     rounding: Mapping[str, Tensor] | None = None,
     is_defended: bool = False,
@@ -43,8 +39,6 @@ def of_gradients(
         gradients: by parameter name.
         model: with the weights that the server sent out.
         loss: as declared.
-        below_norms: names of the layers right below a BatchNorm.
-        uses_batch_statistics: whether BatchNorm was declared to be in training mode.
         rate: by which a difference of weights was divided; None for gradients.
         rounding: standard deviation of each entry by the rounding of new weights, by parameter name; or None.
         is_defended: whether a defence was declared, which explains odd entries and sums.
@@ -62,9 +56,6 @@ def of_gradients(
             found.append(_of_length(sums))
         elif sums.reaches is not None and sums.reaches < LEARNT:
             found.append(_of_learnt(sums))
-    chance = None if found else normalised_by_batch(gradients, below_norms, model)
-    if chance is not None and (chance < FLAT) != uses_batch_statistics:
-        found.append(_of_mode(chance, uses_batch_statistics))
     return dict(gradients), found
 
 
@@ -118,14 +109,3 @@ def _of_length(sums: ClassSums) -> Evidence:
         "to 2 at most: a sum and no mean, or a loss that was scaled"
     )
     return Evidence(SCALE, said, sums.reaches, contradicts=True)
-
-
-def _of_mode(chance: float, uses_batch_statistics: bool) -> Evidence:
-    said = (
-        f"gradients below BatchNorm stand on their weights as in eval mode ({chance:.2g} of what chance gives), though "
-        "training mode was declared"
-        if uses_batch_statistics
-        else f"gradients below BatchNorm are orthogonal to their weights ({chance:.1e} of what chance gives): "
-        "it was in training mode (--bn train, or train_private where running statistics are not sent)"
-    )
-    return Evidence("batchnorm", said, chance, contradicts=True)

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 from network.parameters import trainable
 from update import checked
-from update.batchnorm import BATCHNORMS, batchnorms, shares, statistics_seen
+from update.batchnorm import BATCHNORMS, in_training, shares, statistics_seen
 from update.loss import CROSS_ENTROPY, Loss
 from update.optimiser import LocalOptimiser
 
@@ -52,10 +52,12 @@ class LocalTraining:
         shuffle: whether each pass goes through the images in another order, which the server does not know.
         order: the images of each step, where they are known or supposed; None: minibatches in turn.
         precision: of the client's activations, one of `PRECISIONS`.
+        frozen_norms: BatchNorm layers that stay in eval mode while the others train, by their names or by those of
+            modules that hold them.
 
     Raises:
-        ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0, or rules
-            that do not go together.
+        ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0, frozen
+            layers where none trains, or rules that do not go together.
     """
 
     steps: int = 1
@@ -68,6 +70,7 @@ class LocalTraining:
     shuffle: bool = False
     order: tuple[tuple[int, ...], ...] | None = None
     precision: str = "float32"
+    frozen_norms: tuple[str, ...] = ()
 
     @classmethod
     def stated(cls, facts: object) -> "LocalTraining":
@@ -95,6 +98,8 @@ class LocalTraining:
             raise ValueError(f"{kind} needs --local_lr, the client's learning rate")
         if self.batchnorm not in BATCHNORMS:
             raise ValueError(f"unknown bn {self.batchnorm!r}: choose one of {', '.join(BATCHNORMS)}")
+        if self.frozen_norms and not self.uses_batch_statistics:
+            raise ValueError("--bn_frozen goes with --bn train or train_private: in eval mode all layers are frozen")
         if self.precision not in PRECISIONS:
             raise ValueError(f"--local_precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.sizes is not None and (len(self.sizes) != self.batches or min(self.sizes) < 1):
@@ -239,6 +244,7 @@ _FACTS = {
         None if value is None else tuple(_whole_numbers(each, name, 0) for each in checked.sequence(value, name))
     ),
     "precision": checked.word,
+    "frozen_norms": lambda value, name: tuple(checked.word(each, name) for each in checked.sequence(value, name)),
 }
 
 
@@ -296,8 +302,8 @@ class Trained:
         average: weighted mean of the gradients along the way, one tensor per trainable parameter of the model, in their
             order; of Adam's quotients, where Adam made the steps.
         weights: the trained parameters, in the same order.
-        statistics: mean and variance (C,) of the inputs of each layer of `batchnorms`, one after the other, averaged
-            over the steps as running statistics are; empty where BatchNorm is in eval mode.
+        statistics: mean and variance (C,) of the inputs of each layer of `batchnorms` in training mode, one after the
+            other, averaged over the steps as running statistics are; empty where there are none.
     """
 
     average: tuple[Tensor, ...]
@@ -325,7 +331,7 @@ def train_locally(
             logits = functional_call(model, named, (images[part],))
         mean = training.loss.in_mean(logits.to(images.dtype), labels[part]).mean()
         gradients = torch.autograd.grad(mean, tuple(walk.weights), create_graph=create_graph)
-        both = [statistic for layer in batchnorms(model) if layer in seen for statistic in seen[layer]]
+        both = [statistic for layer in in_training(model) for statistic in seen[layer]]
         statistics.append([statistic if create_graph else statistic.detach() for statistic in both])
         with torch.set_grad_enabled(create_graph):
             brought.append(walk.direction(gradients))
@@ -334,13 +340,13 @@ def train_locally(
         if not create_graph and not training.is_gradient:
             walk.weights = [weight.detach().requires_grad_() for weight in walk.weights]
     combination = training.combination()
-    parts = [share for layer in batchnorms(model) for share in [shares(layer, training.steps)] * 2]
+    parts = [share for layer in in_training(model) for share in [shares(layer, training.steps)] * 2]
     return Trained(
         average=tuple(combination.mean(each) for each in zip(*brought, strict=True)),
         weights=tuple(walk.weights),
         statistics=tuple(
             sum(share * statistic for share, statistic in zip(own, each, strict=True))
-            for own, each in zip(parts, zip(*statistics, strict=True), strict=False)
+            for own, each in zip(parts, zip(*statistics, strict=True), strict=True)
         ),
     )
 

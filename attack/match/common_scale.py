@@ -8,11 +8,12 @@ closest to whole numbers.
 """
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from network.chain import mixes_images
+from network.chain import Moments, mixes_images
 from network.kinds import kind_of
 from network.normalise import Normalise
 from network.stage import Chain, run
@@ -33,7 +34,7 @@ class CommonScale:
 
     Attributes:
         below: the stages in front of the first BatchNorm, which mixes the images.
-        usual: its running variance, (c,).
+        usual: its running variance, or that of the batch, (c,).
         centre: (C, 1, 1), what images are scaled about.
     """
 
@@ -42,8 +43,11 @@ class CommonScale:
     centre: Tensor
 
     @classmethod
-    def of(cls, chain: Chain) -> "CommonScale | None":
-        """Of a chain whose first layer BatchNorm in training mode follows; None where the scale is not hidden."""
+    def of(cls, chain: Chain, moments: Moments = MappingProxyType({})) -> "CommonScale | None":
+        """Of a chain whose first layer BatchNorm in training mode follows; None where the scale is not hidden.
+
+        The usual variance is that of the batch where the client shares its moments.
+        """
         layers = [index for index, stage in enumerate(chain) if not _is_in_front(stage.module)]
         if len(layers) < 2 or not kind_of(chain[layers[0]].module).is_affine or layers[1] != layers[0] + 1:
             return None
@@ -52,7 +56,8 @@ class CommonScale:
             return None
         means = [stage.module.running_mean for stage in chain[: layers[0]] if isinstance(stage.module, Normalise)]
         centre = means[0].view(-1, 1, 1) if means else norm.running_var.new_zeros(1, 1, 1)
-        return cls(chain[: layers[1]], norm.running_var.detach(), centre)
+        usual = moments[norm][1] if norm in moments else norm.running_var.detach()
+        return cls(chain[: layers[1]], usual, centre)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Squared mean logarithm of the variance in front of BatchNorm over the usual one."""

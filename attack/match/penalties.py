@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from network.chain import mixes_images
+from network.chain import Moments, mixes_images
 from network.head import features_of
+from network.stage import Chain, run
 from update.batchnorm import batchnorms
 
+EPS = 1e-5  # that BatchNorm adds to a variance
 FEATURE_DISTANCES = ("l2", "relative", "cosine")
 
 
@@ -90,9 +92,51 @@ class BatchNormLoss:
         return torch.stack(distances).sum()
 
 
+@dataclass(frozen=True)
+class MomentsLoss:
+    """How far the moments of a chain's BatchNorm layers are from those that normalised the client's batch.
+
+    See `statistics_distance`. The chain runs in the client's mode.
+    """
+
+    chain: Chain
+    moments: Moments
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss of images (B, C, H, W)."""
+        seen: list[Tensor] = []
+        shared: list[Tensor] = []
+
+        def compare(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+            axes = [axis for axis in range(inputs[0].dim()) if axis != 1]
+            variance, mean = torch.var_mean(inputs[0], axes, correction=0)
+            seen.extend([mean, variance])
+            shared.extend(self.moments[layer])
+
+        hooks = [layer.register_forward_pre_hook(compare) for layer in self.moments]
+        try:
+            run(self.chain, images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return statistics_distance(seen, shared)
+
+
 def statistics_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Mean over BatchNorm's statistics (C,) of the squared distance of a from the shared b, relative to b."""
-    return torch.stack([(p - q).square().sum() / q.square().sum() for p, q in zip(a, b, strict=True)]).mean()
+    """Mean over layers of the mean over channels of ((mean - shared) / sigma)^2 + (variance / shared - 1)^2.
+
+    What BatchNorm does to a channel depends on these two alone: a mean that is off by a part of sigma shifts it by as
+    much, however large the mean is.
+
+    Args:
+        a: mean and variance (C,) by turns, of each layer.
+        b: those that the client shares, with its sigma.
+    """
+    off = []
+    for mean, variance, shared, square in zip(a[::2], a[1::2], b[::2], b[1::2], strict=True):
+        scale = square.clamp(min=0) + EPS
+        off.append(((mean - shared).square() / scale + ((variance + EPS) / scale - 1).square()).mean())
+    return torch.stack(off).mean()
 
 
 def disagreement(copies: Tensor) -> Tensor:

@@ -25,11 +25,14 @@ class Phase:
         evaluations: closure evaluations, at most.
         prior_weight: of the prior.
         hardness: beta times the root mean square of the values that enter a kink; infinite: no softening.
+        width: within which an entry may be the largest of its window, relative to the known outputs' root mean square,
+            see `maxima`; 0: kinks are softened.
     """
 
     evaluations: int
     prior_weight: float
     hardness: float = math.inf
+    width: float = 0.0
 
 
 # ReLUs only. Measured on the trained ConvNet. A start that is softer, with a tenth of the prior, ends 8 dB lower.
@@ -51,6 +54,16 @@ POOLED = (
     Phase(100, 3e-2, 12),
     Phase(100, 1e-2, 30),
     Phase(100, 3e-3, 80),
+)
+
+# The same, once its largest entries are nearly found: their windows are matched, with the gradient of the layer below.
+ASSIGNED = (
+    Phase(100, 1e-3, width=0.15),
+    Phase(100, 3e-4, width=0.08),
+    Phase(100, 1e-4, width=0.04),
+    Phase(100, 3e-5, width=0.02),
+    Phase(100, 1e-5, width=0.01),
+    Phase(100, 3e-6, width=0.005),
 )
 
 # Sigmoid and tanh have no kinks.

@@ -37,7 +37,6 @@ EMPTY = 2  # zeros that an image has beyond those that any extreme ray has
 POWERS = -2.0, 4.0, 61  # of ten: the factors tried, times what makes the inputs' root mean square 1
 BESIDE = 1e-2  # relative distance from the best factor at which the disagreement shows how sharply it is told
 TOLD = 1e-5  # relative error of a factor that needs no second opinion
-ARITHMETIC = 8.0  # units of rounding by which the client's own forward pass errs: a ResNet-18's by 4 to 8
 AGREED = 1e-2  # of all errors: a larger disagreement is none of noise
 APART = 1e-6  # of the cosine: rays that are closer are one
 
@@ -187,5 +186,5 @@ def _expected_error(span: Span, c: Tensor, zeros: Tensor, off: Tensor, scale_err
     at_zeros = (c @ span.basis) * zeros
     within = at_zeros.norm(dim=1) / zeros.sum(1).clamp(min=1).sqrt() * c.shape[1] ** 0.5 / c.norm(dim=1)
     shown = torch.hypot(torch.hypot(turned, within), off.norm() / off.numel() ** 0.5)
-    uncertainty = torch.hypot(shown, shown.new_tensor(math.hypot(scale_error, ARITHMETIC * max(FLOOR, span.precision))))
+    uncertainty = torch.hypot(shown, shown.new_tensor(math.hypot(scale_error, max(FLOOR, span.precision))))
     return uncertainty, torch.full_like(uncertainty, float(c.shape[1]))

@@ -44,6 +44,12 @@ class LayerRows:
         notes = [row["note"], note] if row["note"] else [note]
         row |= facts | {"note": "; ".join(notes), "seconds": row["seconds"] + facts.get("seconds", 0.0)}
 
+    def blur(self, forward: Sequence[float]) -> None:
+        """Add the errors of the client's forward pass, by stage, to those of the layers that were asked."""
+        for name, row in self._rows.items():
+            if row["uncertainty"] is not None:
+                row["uncertainty"] = math.hypot(row["uncertainty"], forward[index_of(self.chain, name)])
+
     def note_walk(self, record: Record, forward: Sequence[float]) -> None:
         """Write down what came of a stage on the walk; `forward` are the errors of the client's forward pass there."""
         noise, row = float(record.noise.max()) if len(record.noise) else None, self._row_of(record.name)

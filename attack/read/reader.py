@@ -183,9 +183,12 @@ class _Reader:
         if best is None:
             kind = ReadingAbortedError if self.is_aborted else ValueError
             raise kind(f"no image can be told apart: {self.rows.why_not()}")
-        if self.update.defence == "none":  # a defence explains noise in the gradient by itself
-            self.forward = forward_errors(self.model, self.update.image_shape, self._noise_share(at), self.generator)
-            best = blurred(best, self.forward[at.index])
+        # a defence explains noise in the gradient by itself
+        noise = self._noise_share(at) if self.update.defence == "none" else 0.0
+        precision = min(map(precision_of, self.update.gradients.values()))  # tensors of few entries may look rounded
+        self.forward = forward_errors(self.model, self.update.image_shape, noise, precision)
+        self.rows.blur(self.forward)
+        best = blurred(best, self.forward[at.index])
         return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at)
 
     def _noise_share(self, layer: CandidateLayer) -> float:

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from batchnorm import Plain, Shared, drawn
 
 from bench import measures
 from bench.peers import BREACHING, Result, breaching_attack
@@ -12,7 +13,9 @@ from client.victim import share_update
 from data import load_batch, open_source
 from judge import metrics
 from network.parameters import freeze, named_by
+from network.vision import torchvision
 from network.zoo import build_model
+from update.batchnorm import batchnorms
 
 
 def case(**kwargs):
@@ -111,3 +114,29 @@ def test_frozen_parameters_are_refused():
     del update.gradients["conv1.weight"], update.gradients["conv1.bias"]
     with pytest.raises(ValueError, match="frozen"):
         breaching_attack("modern", update, model, batch.labels, max_evals=2, seed=0)
+
+
+@pytest.mark.parametrize("mode", ["train", "train_private"])
+def test_a_peer_takes_buffers_as_its_own_clients_send_them(mode, monkeypatch):
+    """The batch's own statistics, by which the client's forward pass is that of eval mode; or none, and it trains."""
+    torchvision()  # as the attack itself does before it imports the package
+    breaching = pytest.importorskip("breaching")
+    shared = Shared(drawn(Plain()), mode=mode)
+    seen = []
+
+    def reconstruct(self, payload, data, *_, **__):
+        (model,) = self._construct_models_from_payload_and_buffers(payload, data)
+        seen.append(model)
+        return {"data": torch.zeros(3, 3, 8, 8), "labels": shared.labels}, None
+
+    monkeypatch.setattr(
+        breaching.attacks.optimization_based_attack.OptimizationBasedAttacker, "reconstruct", reconstruct
+    )
+    breaching_attack("invertinggradients", shared.update, shared.model, shared.labels, max_evals=1, seed=0)
+    (model,) = seen
+    with torch.no_grad():
+        normalised = (shared.images - model.mean) / model.std
+        assert torch.allclose(
+            model(normalised), shared.model(shared.images), atol=0.03
+        )  # running variances are unbiased
+    assert any(layer.training for layer in batchnorms(model)) == (mode == "train_private")

@@ -82,6 +82,31 @@ def test_a_batch_of_one_value_a_channel_is_refused_in_a_line(cli, tmp_path):
     assert "one value a channel" in said
 
 
+@pytest.mark.parametrize("frozen", ["1", "1,4"])
+def test_layers_that_stay_in_eval_mode_are_read_as_such(cli, net, frozen):
+    """Simulated, from the client's own file, and from a torch client's state dict without a word on modes."""
+    run = cli(*net, "--bn", "train", "--bn_frozen", frozen, *SIGNALS, "--save_update", cli.folder / "u.npz")
+    assert metrics_of(run)["psnr_mean"] == 100
+    update = SharedUpdate.load(cli.folder / "u.npz")
+    assert update.training.frozen_norms == tuple(frozen.split(","))
+    again = cli("--update", cli.folder / "u.npz", *net[:4], *SIGNALS, name="again")
+    assert [p.tolist() for p in pictures_of(run)] == [p.tolist() for p in pictures_of(again)]
+    sent = {name: update.weights[name] - 0.1 * gradient for name, gradient in update.gradients.items()}
+    torch.save({**update.weights, **sent, **update.statistics}, cli.folder / "client.pt")
+    flags = ["--update", cli.folder / "client.pt", "--update_kind", "weights", "--local_lr", 0.1, "--num_classes", 10]
+    theirs = cli(*flags, *net[:6], *SIGNALS, *LONG, name="theirs")
+    config = json.loads((theirs / "config.json").read_text())
+    assert (config["bn"], config["bn_frozen"]) == ("train", frozen)
+    assert metrics_of(theirs)["signals_found"] == 3
+    assert closest(theirs, run).max() < 4
+
+
+def test_frozen_layers_that_do_not_fit_are_refused_in_a_line(cli, net):
+    assert "no BatchNorm layer is named 'stem'" in cli.error(*net, "--bn", "train", "--bn_frozen", "stem")
+    assert "goes with --bn train" in cli.error(*net, "--bn_frozen", "1")
+    assert "before or after a comma" in cli.error(*net, "--bn", "train", "--bn_frozen", "1,,4")
+
+
 def test_running_statistics_of_a_torch_client_give_the_batch_s(cli, net):
     """A state dict after training, rounded to float32, without a word on BatchNorm's mode."""
     own = cli(*net, *TWO, "--bn", "train", "--save_update", cli.folder / "u.npz", "--n_iter", 1)

@@ -34,8 +34,8 @@ def unread():
                                         nn.Linear(512, 10)))
 
 def norms():
-    conv = [nn.Conv2d(3, 12, 5, stride=2, padding=2), nn.BatchNorm2d(12), nn.ReLU()]
-    return seeded(lambda: nn.Sequential(*conv, nn.Conv2d(12, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU(),
+    return seeded(lambda: nn.Sequential(nn.Conv2d(3, 12, 5, stride=2, padding=2), nn.BatchNorm2d(12), nn.ReLU(),
+                                        nn.Conv2d(12, 12, 3, stride=2), nn.BatchNorm2d(12), nn.ReLU(),
                                         nn.Flatten(), nn.Linear(12 * 9, 10)))
 """
 LABELS = torch.tensor([3, 7])

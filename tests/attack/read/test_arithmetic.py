@@ -1,11 +1,13 @@
-"""Expected errors under mixed precision: the client computes in bfloat16 or float16, the server cannot know."""
+"""Expected errors by the client's arithmetic: float32, or bfloat16 and float16, of which the server cannot know."""
 
 import pytest
 import torch
+from batchnorm import Blocks, Plain, Shared, drawn, ordered, relative_errors
 from test_reader import Scene, generator
 from torch import nn
 
 from attack.read.arithmetic import forward_errors
+from attack.read.reader import read_layers
 from network.head import features_of
 
 WITHIN = 3.0  # times its expected error that no image is off
@@ -48,8 +50,23 @@ def test_no_image_is_worse_than_expected_under_autocast(name, dtype, rate, net):
 
 def test_exact_arithmetic_adds_nothing_and_coarse_arithmetic_adds_with_depth():
     scene = Scene("convnet", 2)
-    assert not any(forward_errors(scene.net, (3, 16, 16), 1e-7, generator()))
-    errors = forward_errors(scene.net, (3, 16, 16), 1.0, generator())
-    half = forward_errors(scene.net, (3, 16, 16), 0.1 * torch.finfo(torch.bfloat16).eps, generator())
+    assert not any(forward_errors(scene.net, (3, 16, 16), 1e-7, 2e-16))
+    errors = forward_errors(scene.net, (3, 16, 16), 1.0, 1e-7)
+    half = forward_errors(scene.net, (3, 16, 16), 0.1 * torch.finfo(torch.bfloat16).eps, 1e-7)
     assert errors[0] < errors[-1] < 1e-2
     assert half == pytest.approx([error / 2 for error in errors])
+
+
+@pytest.mark.parametrize(
+    ("net", "mode", "frozen"), [(Plain, "train", ()), (Blocks, "train", ("1", "3", "4", "5")), (Blocks, "eval", ())]
+)
+def test_no_layer_s_inputs_are_worse_than_expected_in_float32(net, mode, frozen):
+    """Equations tell some of them to 1e-7, and the client's own forward pass is off by ten times as much."""
+    shared = Shared(drawn(net()), mode=mode, frozen=frozen)
+    reading = read_layers(shared.update, shared.model, generator=generator())
+    found = [row for row in reading.layers if row["uncertainty"] is not None and row["layer"] in reading.recovered]
+    assert len(found) >= 3
+    for row in found:
+        inputs, truth = reading.recovered[row["layer"]], shared.inputs[row["layer"]]
+        errors = relative_errors(inputs, truth[ordered(inputs, truth)])
+        assert errors.max() < 5 * row["uncertainty"]
