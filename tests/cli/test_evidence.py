@@ -134,8 +134,8 @@ def test_a_declared_loss_needs_no_word(client):
 
 
 def test_a_network_that_has_learnt_its_images_is_no_other_client(client):
-    optimiser = torch.optim.Adam(client.net.parameters(), 0.003)
-    while (loss := cross_entropy(client.net(images()), LABELS)) > 1e-6:
+    optimiser, batch = torch.optim.Adam(client.net.parameters(), 0.003), images()
+    while (loss := cross_entropy(client.net(batch), LABELS)) > 1e-6:
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -272,7 +272,7 @@ def test_captions_and_terminal_know_of_a_training_that_does_not_replay(cli, monk
         captions.extend(lines)
         return comparison(truth, reconstruction, lines, note)
 
-    monkeypatch.setattr("main_MAGIA_sel.left_over", lambda *_: 1.0)
+    monkeypatch.setattr("attack.match.replay.left_over", lambda *_: 1.0)
     monkeypatch.setattr("judge.recorder.comparison", seen)
     cli("--model", "mlp", "--activation", "relu", *SIGNALS)
     assert [lines[1] for lines in captions] == ["signal contradicted"] * 3
