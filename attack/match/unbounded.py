@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attack.match.activations import GRADIENTS, ForwardLoss
 from attack.match.phases import UNITS
+from attack.optimise.lbfgs import LBFGS
 
 EVALUATIONS = 80
 HISTORY = 50  # curvature pairs that L-BFGS keeps
@@ -26,26 +27,16 @@ def unbounded_pixels(loss: ForwardLoss, tick: Callable[[], object]) -> tuple[Ten
         tick: called at each evaluation; what it raises ends the course.
     """
     pixels = loss.grey.clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [pixels],
-        max_iter=EVALUATIONS,
-        max_eval=EVALUATIONS,
-        history_size=HISTORY,
-        tolerance_grad=0.0,
-        tolerance_change=0.0,
-        line_search_fn="strong_wolfe",
-    )
+    most = {"max_iter": EVALUATIONS, "max_eval": EVALUATIONS}
+    optimiser = LBFGS([pixels], lr=1.0, history=HISTORY, line_search="strong_wolfe", **most)
 
     def closure() -> Tensor:
         tick()
-        optimiser.zero_grad()
         activations, gradients = loss(pixels)
         total = UNITS * (activations + GRADIENTS * gradients)
-        (gradient,) = torch.autograd.grad(total, pixels)
-        pixels.grad = gradient.contiguous()  # a strided stem's is not, and L-BFGS views it as a vector
-        return total.detach()
+        (pixels.grad,) = torch.autograd.grad(total, pixels)
+        return total
 
-    with torch.enable_grad():
-        optimiser.step(closure)
-        left = float(loss(pixels)[0].detach())
-    return pixels.detach(), left
+    optimiser.step(closure)
+    left, _ = loss(pixels.detach())
+    return pixels.detach(), float(left.detach())
