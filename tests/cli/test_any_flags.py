@@ -17,7 +17,7 @@ import main_MAGIA_sel as magia
 from cli.flags import TYPES
 from judge.run_directory import FILES
 
-EXAMPLES = int(os.environ.get("MAGIA_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("MAGIA_EXAMPLES", "12"))
 
 # Flags that would only make a run long (they stay small), or that other tests look after one by one.
 LEFT_OUT = {"run_name", "save_dir", "resume", "overwrite", "quiet", "device", "show_schedule", "save_batch", "update"}
