@@ -18,7 +18,7 @@ Columns that were found leave the exact row space of the other images, in which 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -84,11 +84,6 @@ class Images:
     residual: float
     sums: Tensor
     is_open: Tensor
-
-    def pick(self, index: Tensor) -> "Images":
-        """The images in another order."""
-        parts = {"inputs": self.inputs, "sums": self.sums, "is_open": self.is_open}
-        return replace(self, columns=self.columns[:, index], **{name: part[index] for name, part in parts.items()})
 
 
 class ColumnSearch:

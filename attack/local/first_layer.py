@@ -51,7 +51,10 @@ def read_first_layer(
         ValueError: not all images were found; the message says how many.
         OutOfTimeError: the budget's clock has run out.
     """
-    return _FirstLayer(update, model).read(generator, budget)
+    try:
+        return _FirstLayer(update, model).read(generator, budget)
+    except (RuntimeError, ArithmeticError) as error:  # a decomposition that fails, of images that are all alike, say
+        raise ValueError(str(error).partition("\n")[0]) from None
 
 
 class _FirstLayer:

@@ -168,6 +168,21 @@ def test_images_that_are_alike_are_counted():
         client.read()
 
 
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_images_of_one_colour_are_read_right_or_not_at_all(activation):
+    """Their pixels have no differences, which independent component analysis begins with."""
+    colours = torch.tensor([[0.2, 0.5, 0.3], [0.8, 0.1, 0.4]])
+    client = Client(2, 2, activation=activation, pixels=lambda x: colours[:, :, None, None].expand(x.shape))
+    try:
+        reading = client.read()
+    except ValueError as error:
+        assert str(error).strip()
+    else:
+        _, errors = client.judged(reading)
+        sure = reading.signals.confidence > 0.999
+        assert bool((errors[sure] <= 5 * reading.signals.uncertainty[sure]).all())
+
+
 def test_images_without_zeros_enough_are_counted():
     with pytest.raises(ValueError, match="0 of 4 images have zeros enough at hidden1"):
         Client(4, 2, width=12).read()
