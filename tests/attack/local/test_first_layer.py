@@ -175,12 +175,11 @@ def test_images_of_one_colour_are_read_right_or_not_at_all(activation):
     client = Client(2, 2, activation=activation, pixels=lambda x: colours[:, :, None, None].expand(x.shape))
     try:
         reading = client.read()
-    except ValueError as error:
-        assert str(error).strip()
-    else:
-        _, errors = client.judged(reading)
-        sure = reading.signals.confidence > 0.999
-        assert bool((errors[sure] <= 5 * reading.signals.uncertainty[sure]).all())
+    except ValueError:
+        return
+    _, errors = client.judged(reading)
+    sure = reading.signals.confidence > 0.999
+    assert bool((errors[sure] <= 5 * reading.signals.uncertainty[sure]).all())
 
 
 def test_images_without_zeros_enough_are_counted():
