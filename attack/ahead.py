@@ -191,13 +191,7 @@ def known_again(
         chain = stages(model)
         start = checked.whole(began["start"], "start", most=len(chain) - 1)
         shape = (len(signals), *input_shapes(chain, update.image_shape)[start])
-        known = _at_stage(
-            replace(known, **facts),
-            update,
-            model,
-            start,
-            checked.tensor(began["inputs"], "inputs", shape, torch.float64),
-        )
+        known = _at_stage(known, update, model, start, checked.tensor(began["inputs"], "inputs", shape, torch.float64))
     evidence = tuple(_piece(piece) for piece in checked.sequence(began["evidence"], "evidence"))
     return replace(known, drift=drift, evidence=evidence, **facts)
 

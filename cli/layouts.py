@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attack.match.replay import replayed
+from attack.match.replay import replay_alone
 from attack.match.softening import kinked_chain
 from attack.prepare import Known
 from cli.ahead import SIGNALS_SHARE, scaled_update
@@ -159,7 +159,7 @@ def _replays(found: Prepared) -> bool:
     """Whether the training on pixels that were read gives the update."""
     known = found.known
     labels = torch.nn.functional.one_hot(known.labels, found.update.num_classes).to(known.pixels)
-    return not replayed(found.update, found.model, known, known.pixels, labels, 0).contradicts
+    return not replay_alone(found.update, found.model, known, known.pixels, labels, 0).contradicts
 
 
 def _by_rows(pixels: Tensor) -> Tensor:

@@ -153,7 +153,6 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     if training.batchnorm == "train" and settings.update_kind == "gradient":
         raise ValueError("--bn train: gradients come without running statistics; --bn train_private if so")
     training, evidence = of_statistics(found, counted, model, training, given)
-    training = replace(training, loss=declared(vars(settings)).loss)
     model, training, as_two = two_classes(model, training, settings.model, shape)
     if as_two:
         gradients, rounding = (of_two_logits(each, Head.of(model)) for each in (gradients, rounding))

@@ -46,9 +46,7 @@ def parametrised(chain: Chain) -> Iterator[Stage]:
 
 def is_parametrised(module: object) -> bool:
     """Whether what a stage applies has parameters."""
-    return any(
-        True for inner in modules([Stage("", module)]) if isinstance(inner, nn.Module) for _ in inner.parameters()
-    )
+    return bool(parameters([Stage("", module)]))
 
 
 def run_with(chain: Chain, x: Tensor, parameters: Mapping[nn.Parameter, Tensor]) -> Tensor:
@@ -63,6 +61,12 @@ def run_with(chain: Chain, x: Tensor, parameters: Mapping[nn.Parameter, Tensor])
         else:
             x = module(x)
     return x
+
+
+def parameters(chain: Chain) -> list[nn.Parameter]:
+    """The parameters of all that the stages apply, each once."""
+    each = (inner for inner in modules(chain) if isinstance(inner, nn.Module))
+    return list(dict.fromkeys(parameter for module in each for parameter in module.parameters()))
 
 
 def below_norms(chain: Chain) -> dict[str, str]:

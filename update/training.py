@@ -17,8 +17,9 @@ moments, and the mean of these is no combination of gradients.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -154,23 +155,32 @@ class LocalTraining:
 
     def combination(self) -> "Combination":
         """The trained weights as a combination of the server's and of the steps' gradients."""
-        *_, last = self._combinations()
+        last = self._combinations[-1]
         return Combination(float(last[0]), -last[1:], self.rate or 1.0)
 
     def coefficients(self) -> "Coefficients":
         """The same of the weights before each step t < N, and of the trained weights, t = N."""
-        table = torch.stack(list(self._combinations()))
+        table = self._combinations
         return Coefficients(table[:, 0], -(self.rate or 1.0) * table[:, 1:])
 
-    def _combinations(self) -> Iterator[Tensor]:
-        """The optimiser's own steps on unit vectors: (1 + N,) of w_0 and of rate times each g_s, float64."""
+    @cached_property
+    def _combinations(self) -> Tensor:
+        """The optimiser's own steps on unit vectors: (1 + N, 1 + N) of w_0 and of rate times each g_s, float64.
+
+        The loop asks at every evaluation, and the table never changes.
+        """
         unit = torch.zeros(1 + self.steps, dtype=torch.float64)
-        start = unit.index_fill(0, torch.tensor(0), 1)
-        walk = self.optimiser.in_units_of(self.rate or 1.0).begun([start])
-        yield start
+        found = [unit.index_fill(0, torch.tensor(0), 1)]
+        walk = self.optimiser.in_units_of(self.rate or 1.0).begun(found)
         for step, factor in enumerate(self.optimiser.factors(self.steps, self.passes), 1):
             walk.move([unit.index_fill(0, torch.tensor(step), 1)], factor)
-            yield walk.weights[0]
+            found += walk.weights
+        return torch.stack(found)
+
+    def counts(self, batch_size: int) -> list[float]:
+        """How much an image of each step of one pass counts in the update, (N,): 1 in a mean over so many images."""
+        shares, sizes = self.coefficients().shares, torch.tensor(self.sizes_of(batch_size))
+        return (shares * batch_size / sizes).tolist()
 
     def size(self, batch_size: int) -> int:
         """Images in a minibatch of so many images in all; the last holds the rest, as data loaders leave it."""
@@ -259,6 +269,17 @@ class Coefficients:
 
     alpha: Tensor
     beta: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """The weight (N,) of each step's gradient in the mean that is shared."""
+        return self.beta[-1] / self.beta[-1].sum()
+
+    def weights(self, step: int, first: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+        """One parameter before a step, from the server's and from the gradients of the steps before."""
+        factors = self.beta[step].tolist()
+        moved = sum(factor * gradient for factor, gradient in zip(factors, gradients, strict=False))
+        return float(self.alpha[step]) * first - moved
 
 
 @dataclass(frozen=True)

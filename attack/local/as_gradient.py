@@ -8,13 +8,15 @@ certificate; where the second leaves nothing and the first does, the client made
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from attack.read.signals import Signals
-from network.chain import modules
+from attack.solve.rounding import share_of
+from network.chain import parameters
 from network.parameters import trainable
 from network.stage import run
 from network.tracing import stages
@@ -77,7 +79,7 @@ def judged(update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor, l
     goal = [update.gradients[name.removeprefix(_Above.PREFIX)].to(inputs) for name in names]
     at_once = LocalTraining(loss=update.training.loss, precision=update.training.precision)
     own, one = (train_locally(above, inputs, labels, each).average for each in (update.training, at_once))
-    return Judged(_share(own, goal, goal), _share(one, goal, goal), _share(own, one, one))
+    return Judged(_apart(own, goal), _apart(one, goal), _apart(own, one))
 
 
 class _Above(nn.Module):
@@ -89,16 +91,14 @@ class _Above(nn.Module):
         super().__init__()
         self.whole = copy.deepcopy(model).double()
         self._chain = tuple(stages(self.whole)[start:])
-        held = {id(p) for each in modules(self._chain) if isinstance(each, nn.Module) for p in each.parameters()}
+        held = set(parameters(self._chain))
         for name, parameter in self.whole.named_parameters():
-            parameter.requires_grad_(id(parameter) in held and name in trained)
+            parameter.requires_grad_(parameter in held and name in trained)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return run(self._chain, inputs)
 
 
-def _share(own: list[Tensor], other: list[Tensor], whole: list[Tensor]) -> float:
-    """|own - other| / |whole|; infinite where it is no number."""
-    left = sum(float((p - q).detach().double().square().sum()) for p, q in zip(own, other, strict=True))
-    size = sum(float(q.detach().double().square().sum()) for q in whole)
-    return (left / size) ** 0.5 if 0 < size < float("inf") and left == left else float("inf")
+def _apart(own: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """|own - other| / |other|; infinite where it is no number."""
+    return share_of([p - q for p, q in zip(own, other, strict=True)], other)

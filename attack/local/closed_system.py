@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from network.chain import mixes_images, modules
+from network.chain import mixes_images, modules, parameters
 from network.parametrised import is_made
 from network.stage import Chain, run
 from network.tracing import stages
@@ -54,8 +54,7 @@ class ClosedSystem:
         self.training, count = update.training, update.batch_size
         self.sizes = self.training.sizes_of(count)
         self._table = self.training.coefficients()
-        last = self._table.beta[-1]
-        self.counts = (last * count / (last.sum() * torch.tensor(self.sizes))).tolist()
+        self.counts = self.training.counts(count)
         self._weights = _trained(own, self.chain, index, update.gradients)
         self._first = {name: weight.clone() for name, weight in self._weights.items()}
         self._learnt: list[dict[str, Tensor]] = []
@@ -112,8 +111,7 @@ class ClosedSystem:
     @property
     def update(self) -> dict[str, Tensor]:
         """What the steps made so far add to the update, by parameter name."""
-        last = self._table.beta[-1]
-        shares = (last / last.sum()).tolist()
+        shares = self._table.shares.tolist()
         return {
             name: sum(share * own[name] for share, own in zip(shares, self._learnt, strict=False))
             for name in self._weights
@@ -121,10 +119,8 @@ class ClosedSystem:
 
     def _move(self) -> None:
         """To the weights after the steps made so far."""
-        alpha, beta = float(self._table.alpha[self.step]), self._table.beta[self.step].tolist()
         for name, weight in self._weights.items():
-            moved = sum(factor * own[name] for factor, own in zip(beta, self._learnt, strict=False))
-            weight.copy_(alpha * self._first[name] - moved)
+            weight.copy_(self._table.weights(self.step, self._first[name], [own[name] for own in self._learnt]))
 
 
 def _trained(model: nn.Module, chain: Chain, index: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -133,10 +129,9 @@ def _trained(model: nn.Module, chain: Chain, index: int, gradients: Mapping[str,
     Raises:
         ValueError: one of them is also used below, or is made of others.
     """
-    held = {id(p) for module in modules(chain[index:]) if isinstance(module, nn.Module) for p in module.parameters()}
-    below = {id(p) for module in modules(chain[:index]) if isinstance(module, nn.Module) for p in module.parameters()}
+    held, below = set(parameters(chain[index:])), set(parameters(chain[:index]))
     if any(is_made(module) for module in modules(chain[index:]) if isinstance(module, nn.Module)):
         raise ValueError("weights above it are made of other parameters")
     if held & below:
         raise ValueError("weights above it are used below as well")
-    return {name: p for name, p in model.named_parameters() if id(p) in held and name in gradients}
+    return {name: p for name, p in model.named_parameters() if p in held and name in gradients}

@@ -355,11 +355,7 @@ class ColumnSearch:
             noisy = self._refitted(columns, moved + self.span.noise * drawn * self.live[:, None], on)
             changes.append((noisy - clean).square().sum(1))
         changed = (torch.stack(changes).mean(0) / q.square().sum(1)).sqrt()
-        return torch.hypot(changed, self.turned(q))
-
-    def turned(self, q: Tensor) -> Tensor:
-        """Relative errors (N,) of images with coordinates q (N, B), by noise that turns R."""
-        return self.span.turned(q)
+        return torch.hypot(changed, self.span.turned(q))
 
     def _refitted(self, columns: Tensor, moved: Tensor, on: Tensor) -> Tensor:
         rows, _ = _alternating(columns, moved, on)

@@ -134,7 +134,7 @@ class _FirstLayer:
         if solved.left > REPLAYED:
             raise ValueError(f"images fitted to the whole training leave {solved.left:.1e} of the update")
         mixed = (solved.variance / solved.inputs.square().sum(1)).sqrt()
-        uncertainty = torch.hypot(mixed, search.turned(solved.inputs))
+        uncertainty = torch.hypot(mixed, span.turned(solved.inputs))
         return solved.inputs @ span.right, labels, solved.order, uncertainty, solved.left
 
     def _labels(self, inputs: Tensor, columns: Tensor) -> Tensor:

@@ -24,13 +24,12 @@ from attack.read.random_images import random_features
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.solve.budget import WorkBudget
-from attack.solve.levenberg import DampingRule, levenberg
+from attack.solve.levenberg import DampingRule, Differentiated, levenberg
 from network.head import Head
 from update.shared import SharedUpdate
 
 STARTS = 8  # from which the features are sought; the first is mostly enough
 ITERATIONS = 60  # of each, at most; those that converge take 9 to 20
-TOGETHER = 128  # columns of the Jacobian that are computed at once
 
 
 def features_in_steps(
@@ -64,7 +63,7 @@ def features_in_steps(
         budget.spend(ITERATIONS * (span.batch_size * span.rank) ** 2)
         start = random_features(model, update.image_shape, span.batch_size, generator).to(span.right)
         rule = {"iterations": ITERATIONS, "budget": budget}
-        solution = levenberg(equations, (start @ span.right.T).reshape(1, -1), DampingRule(), **rule)
+        solution = levenberg(equations.problem, (start @ span.right.T).reshape(1, -1), DampingRule(), **rule)
         if equations.explains(float(solution.cost)):
             q = solution.x.view(span.batch_size, -1)
             return equations.signals(q, solution.normal[0], float(solution.cost), weight.to(q), generator)
@@ -73,7 +72,7 @@ def features_in_steps(
 
 @dataclass(frozen=True)
 class _HeadInSteps:
-    """f(Q) = D [G(Q) R^T, gamma(Q)] - D [G R^T, gamma], one problem of `attack.solve.levenberg`.
+    """f(Q) = D [G(Q) R^T, gamma(Q)] - D [G R^T, gamma].
 
     Attributes:
         span: of the head's part of the update, D its rows.
@@ -117,7 +116,7 @@ class _HeadInSteps:
         """
         training, count = self.update.training, len(self.labels)
         table = training.coefficients()
-        shares = (table.beta[-1] / table.beta[-1].sum()).tolist()
+        shares = table.shares.tolist()
         means, errors, parts = [], [], [part.to(q.device) for part in training.schedule(count)]
         for step, part in enumerate(parts):
             z = q[part] @ self.logits.T + self.bias
@@ -141,24 +140,10 @@ class _HeadInSteps:
         allowance = (EXPLAINED * span.noise) ** 2 * freedom
         return cost <= allowance + (ARITHMETIC * span.precision * float(span.sigma.norm())) ** 2
 
-    # One problem of `attack.solve.levenberg`, its unknowns q as a vector (1, B r).
-
-    def _residual(self, x: Tensor) -> Tensor:
-        return self.trained(x.view(len(self.labels), -1))[0].flatten()
-
-    def jacobian(self, x: Tensor) -> Tensor:
-        """Derivatives of the residual by each unknown, (B r, K (r + 1))."""
-        units = torch.eye(x.numel()).to(x)
-        return vmap(lambda v: jvp(self._residual, (x.flatten(),), (v,))[1], chunk_size=TOGETHER)(units)
-
-    def cost(self, x: Tensor, which: Tensor) -> Tensor:
-        """|f|^2, (1,)."""
-        return self._residual(x.flatten()).square().sum()[None]
-
-    def linearised(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """|f|^2 (1,), J^T J (1, B r, B r), J^T f (1, B r)."""
-        f, j = self._residual(x.flatten()), self.jacobian(x)
-        return f.square().sum()[None], (j @ j.T)[None], (j @ f)[None]
+    @property
+    def problem(self) -> Differentiated:
+        """For `attack.solve.levenberg`, its unknowns q as a vector (B r,)."""
+        return Differentiated(lambda x: self.trained(x.view(len(self.labels), -1))[0].flatten())
 
     # What was found
 
@@ -188,11 +173,7 @@ class _HeadInSteps:
     def _counts(self, q: Tensor) -> Tensor:
         """How much each image counts in the update, (B,): 1 in a mean."""
         training, count = self.update.training, len(self.labels)
-        last, sizes = training.coefficients().beta[-1].tolist(), training.sizes_of(count)
-        each = [
-            share * count / (sum(last) * size) for share, size in zip(last, sizes, strict=True) for _ in range(size)
-        ]
-        return q.new_tensor(each)
+        return q.new_tensor(training.counts(count)).repeat_interleave(q.new_tensor(training.sizes_of(count)).long())
 
     def _error(
         self, q: Tensor, normal: Tensor, cost: float, weighted: Tensor, weight: Tensor, generator: torch.Generator
@@ -208,11 +189,9 @@ class _HeadInSteps:
         gram_factor, gram_failed = torch.linalg.cholesky_ex(gram)
         if failed or gram_failed:
             return q.new_full((size,), math.inf), q.new_ones(size)
-        transposed = self.jacobian(q)
-        inside, turned = (
-            [],
-            [],
-        )  # (K, r) and (B, d) each: what noise is in the span, and how it turns features out of it
+        transposed = self.problem.slopes(q.flatten())
+        # What noise is in the span, (K, r) each, and how it turns features out of it, (B, d) each.
+        inside, turned = [], []
         for _ in range(NOISES):
             noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(q)
             inside.append(noise @ span.right.T)

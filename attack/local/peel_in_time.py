@@ -149,11 +149,13 @@ class PeelInTime:
 
     def _ordered(self, c: Tensor, zeros: Tensor) -> _Order:
         """Step after step, the images whose deltas the tail gives best."""
-        system, deltas, c = self.system, self._deltas(c), c.clone()
+        system, c = self.system, c.clone()
+        deltas = ImageEquations(self.span, self.layer.layer, self.layer.tail, system.training.loss).deltas_told(c)
         parts, labels, rest = [], torch.zeros_like(c[:, 0], dtype=torch.long), torch.arange(len(c), device=c.device)
         system.restart()
         for size, count in zip(system.sizes, system.counts, strict=True):
-            off, own = self._off(c[rest], deltas[rest] / count)
+            told = deltas[rest] / count
+            off, own = (self._equations().mislabelled(c[rest], told) / told.norm(dim=1, keepdim=True)).min(1)
             order = off.argsort()
             part = rest[order[:size]]
             labels[part] = own[order[:size]]
@@ -171,20 +173,6 @@ class PeelInTime:
             certificates, slope = _certificates(equations, c, zeros, labels)
             c = c * ((1 - certificates) / slope).clamp(-STRIDE, STRIDE).exp()[:, None]
         return c
-
-    def _deltas(self, c: Tensor) -> Tensor:
-        """The deltas (B, P c_out) with which these inputs give the gradient, their rows weighted as in the span."""
-        span = self.span
-        patches = span.geometry.patches(span.inputs(c)) @ span.right.T
-        goal = span.batch_size * span.sigma[:, None] * span.left.T  # (r, c_out)
-        return torch.linalg.lstsq(patches.flatten(0, 1).T, goal).solution.reshape(len(c), -1)
-
-    def _off(self, c: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor]:
-        """How far the tail's deltas are from these (N, P c_out), relative to them, and with which label, (N,) each."""
-        every = self._equations().all_deltas(c)
-        own = by_position(every.flatten(0, 1)) * self.span.rows
-        off = (own.reshape(*every.shape[:2], -1) - deltas[:, None]).norm(dim=2) / deltas.norm(dim=1, keepdim=True)
-        return off.min(1)
 
     def _swapped(self, order: _Order) -> Iterator[_Order]:
         """The order with two images of different steps in each other's place."""
@@ -283,8 +271,8 @@ class PeelInTime:
 
     def _counts(self, found: Signals) -> Tensor:
         """How much each image counts in the update, in the order of the steps, (N,)."""
-        pairs = zip(self.system.counts, self.system.sizes, strict=True)
-        return torch.tensor([count for count, size in pairs for _ in range(size)]).to(found.values)[: len(found)]
+        each = torch.tensor(self.system.counts).repeat_interleave(torch.tensor(self.system.sizes))
+        return each.to(found.values)[: len(found)]
 
     # ------------------------------------------------------------------------------------------------
     # At the present step

@@ -13,17 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
-from torch.func import jvp, vmap
+from torch.func import jvp
 
 from attack.solve.budget import WorkBudget
-from attack.solve.levenberg import DampingRule, LevenbergSolution, levenberg
+from attack.solve.levenberg import DampingRule, Differentiated, LevenbergSolution, levenberg
 from network.stage import Chain, Stage
 from update.training import LocalTraining
 
 ROUNDS, STEPS = 10, 4  # of Levenberg-Marquardt, at most, and its steps before weights are rounded
 SLOW = 0.9  # a round that leaves more of the squared residual is the last
 POLISHED = 20  # steps on images alone
-TOGETHER = 64  # unknowns by which the training is differentiated at once
 MOST = 2e10  # multiplications of a derivative by all unknowns, at most: some ten seconds of a core
 CLOSE = 1e-3  # share of the update left, from which on an order is taken for the right one and images are polished
 RULE = DampingRule(first=1e-6, refused=5.0, accepted=0.2, refusals=10, patience=3)
@@ -64,7 +63,7 @@ class Training:
         self.chain, self.labels, self.rule, self.goal = chain, labels, training, goal
         table = training.coefficients()
         self.alpha, self.beta = table.alpha.tolist(), table.beta.to(labels.device)
-        self.shares = self.beta[-1] / self.beta[-1].sum()
+        self.shares = table.shares.to(labels.device)
         self.size = sum(stage.module.weight.numel() for stage in chain if isinstance(stage.module, nn.Linear))
 
     def left(self, inputs: Tensor, weights: Tensor) -> Tensor:
@@ -126,25 +125,6 @@ class Training:
             torch.cat([inputs for inputs, _ in pairs]),
             torch.cat([factor * deltas for factor, (_, deltas) in zip(factors, pairs, strict=True)]),
         )
-
-
-class _Fit:
-    """One least-squares problem for `levenberg`, from its residual as a function of the unknowns (d,)."""
-
-    def __init__(self, residual: Callable[[Tensor], Tensor]) -> None:
-        self.residual = residual
-
-    def cost(self, x: Tensor, which: Tensor) -> Tensor:
-        """|f|^2 (1,)."""
-        return torch.stack([self.residual(each).square().sum() for each in x])
-
-    def linearised(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """|f|^2, J^T J and J^T f, by forward differentiation."""
-        x = x[0]
-        directions = torch.eye(len(x)).to(x).split(TOGETHER)
-        columns = [vmap(lambda v: jvp(self.residual, (x,), (v,))[1])(some) for some in directions]
-        slopes, f = torch.cat(columns), self.residual(x)
-        return f.square().sum()[None], (slopes @ slopes.T)[None], (slopes @ f)[None]
 
 
 class Assignment:
@@ -219,7 +199,7 @@ def solve_training(
     x, before, moved, found = system.start, torch.inf, torch.zeros_like(system.start), None
     best = system.rounded(x)
     for _ in range(ROUNDS if system.places.unknowns else 0):
-        found = levenberg(_Fit(system.residual), x[None], RULE, iterations=STEPS, budget=budget)
+        found = levenberg(Differentiated(system.residual), x[None], RULE, iterations=STEPS, budget=budget)
         moved, x = found.x[0] - x, found.x[0]
         best = min(best, system.rounded(x), key=lambda solution: solution.left)
         if best.left < enough or float(found.cost) > SLOW * before:
@@ -283,7 +263,7 @@ class _System:
             return self._left(x.view(shape), weights)
 
         start = solution.inputs.reshape(1, -1)
-        found = levenberg(_Fit(alone), start, POLISH, iterations=POLISHED, budget=budget)
+        found = levenberg(Differentiated(alone), start, POLISH, iterations=POLISHED, budget=budget)
         own, variance = found.x.view(shape), _variance(found, alone).view(shape).sum(1)
         return Solution(solution.order, own, float(self.training.left(own, weights).norm()), variance)
 

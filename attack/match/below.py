@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from network.chain import modules, run_with
+from network.chain import parameters, run_with
 from network.stage import Chain
 from update.training import LocalTraining
 
@@ -39,25 +39,16 @@ class TrainedBelow:
             weights: whose update is asked for.
         """
         table = self.training.coefficients()
-        trained = [p for module in modules(chain) if isinstance(module, nn.Module) for p in module.parameters()]
-        trained = [p for p in dict.fromkeys(trained) if p.requires_grad]
+        trained = [parameter for parameter in parameters(chain) if parameter.requires_grad]
         now, learnt, outputs = list(trained), [], []
         for step, part in enumerate(self.training.schedule(len(images)), 1):
             part = part.to(images.device)
             outputs.append(run_with(chain, images[part], dict(zip(trained, now, strict=True))))
             mean = (outputs[-1] * delta[part]).sum() / len(part)
             learnt.append(torch.autograd.grad(mean, now, create_graph=True, materialize_grads=True))
-            now = _combined(trained, learnt, float(table.alpha[step]), table.beta[step].tolist())
-        shares = (table.beta[-1] / table.beta[-1].sum()).tolist()
+            now = [
+                table.weights(step, weight, own) for weight, own in zip(trained, zip(*learnt, strict=True), strict=True)
+            ]
+        shares = table.shares.tolist()
         update = {p: sum(s * each[at] for s, each in zip(shares, learnt, strict=True)) for at, p in enumerate(trained)}
         return torch.cat(outputs), [update[weight] for weight in weights]
-
-
-def _combined(
-    first: Sequence[Tensor], gradients: Sequence[Sequence[Tensor]], alpha: float, beta: Sequence[float]
-) -> list[Tensor]:
-    """The weights after so many steps: alpha times the first ones, less each step's gradient times its beta."""
-    return [
-        alpha * weight - sum(factor * each[at] for factor, each in zip(beta, gradients, strict=False))
-        for at, weight in enumerate(first)
-    ]

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from attack.local.levels import LEVELS
 from network.chain import Moments, mixes_images
 from network.kinds import kind_of
 from network.normalise import Normalise
@@ -25,7 +26,6 @@ PIXELS = 20_000  # that are looked at, at most
 CHUNK = 100  # scales at a time
 # Root mean square distance from whole numbers: 0.289 where the scale is wrong, within 0.006 for a thousand pixels.
 WHOLE = 0.27
-LEVELS = 255.0
 
 
 @dataclass(frozen=True)

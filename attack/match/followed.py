@@ -35,6 +35,10 @@ class Followed(NamedTuple):
 
 def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> ForwardLoss:
     """What the attack lowers where the activations of all images are known; of some images it has no gradients."""
+    return _loss(update, model, known, _moments(update, model, known))
+
+
+def _loss(update: SharedUpdate, model: nn.Module, known: Known, moments: Moments) -> ForwardLoss:
     labels, below = known.labels[: len(known.inputs)], None
     if known.in_steps and known.start:
         deltas = ClosedSystem(update, model, known.start).deltas(known.inputs.double(), labels)
@@ -51,7 +55,7 @@ def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> F
         observed=observed(update, model),
         client_loss=update.training.loss.of_batch(labels),
         below=below,
-        moments=_moments(update, model, known),
+        moments=moments,
     )
 
 
@@ -63,7 +67,8 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
     what such a layer hides of them is held, see `common_scale`. Where gradients are matched too, the images are run
     together in any case, since the client's gradients mix them, and shared statistics are a term of their own.
     """
-    loss, moments = known_activations(update, model, known), _moments(update, model, known)
+    moments = _moments(update, model, known)
+    loss = _loss(update, model, known, moments)
     below, penalties = stages(model)[: known.start], []
     if moments and loss.weights:
         penalties = [Penalty("statistics", MOMENTS * UNITS, MomentsLoss(below, moments))]

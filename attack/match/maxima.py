@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from network.chain import Moments, parametrised, substituted, with_moments
 from network.kinds import kind_of
+from network.kinds.pool import pair
 from network.stage import Chain, run
 
 EQUAL = 4.0  # times their expected error up to which two outputs are the same
@@ -142,14 +143,10 @@ def _ends_in_a_pool(chain: Chain) -> bool:
 
 def _windows(pool: nn.MaxPool2d, values: Tensor, outside: float) -> Tensor:
     """The entries of each window, (B, C, K, P), of values (B, C, H, W)."""
-    kernel, stride, padding, dilation = map(_both, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+    kernel, stride, padding, dilation = map(pair, (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     padded = functional.pad(values.flatten(0, 1)[:, None], (padding[1],) * 2 + (padding[0],) * 2, value=outside)
     windows = functional.unfold(padded, kernel, dilation=dilation, stride=stride)
     return windows.unflatten(0, values.shape[:2])
-
-
-def _both(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _least(places: Tensor, each: Tensor, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from attack.match.phases import is_pooled
 from attack.prepare import Known
-from attack.solve.rounding import precision_of
+from attack.solve.rounding import precision_of, share_of
 from network.chain import is_walked
 from network.head import measured_noise
 from network.parameters import trainable
@@ -86,7 +86,7 @@ class Replay:
 def replayed(
     update: SharedUpdate, model: nn.Module, known: Known, images: Tensor, labels: Tensor, evaluations: int
 ) -> Replay:
-    """The client's training on what an attack of so many evaluations ended with.
+    """The client's training on what an attack of so many evaluations ended with, and the nearest that would make it.
 
     Args:
         update: the client's.
@@ -95,7 +95,15 @@ def replayed(
         images: (B, C, H, W), in [0, 1].
         labels: class probabilities (B, K).
     """
-    found = Replay(
+    found = replay_alone(update, model, known, images, labels, evaluations)
+    return replace(found, nearest=_nearest(update, model, images, labels, found.left)) if found.contradicts else found
+
+
+def replay_alone(
+    update: SharedUpdate, model: nn.Module, known: Known, images: Tensor, labels: Tensor, evaluations: int
+) -> Replay:
+    """The same, without trying other trainings; arguments as of `replayed`."""
+    return Replay(
         left_over(update, model, images, labels),
         noise_share(update, model),
         _left_at_most(known, model, evaluations, update.training),
@@ -103,7 +111,6 @@ def replayed(
         known.is_replayed,
         known.is_explained,
     )
-    return replace(found, nearest=_nearest(update, model, images, labels, found.left)) if found.contradicts else found
 
 
 def _left_at_most(known: Known, model: nn.Module, evaluations: int, training: LocalTraining) -> float:
@@ -130,7 +137,7 @@ def left_over(update: SharedUpdate, model: nn.Module, images: Tensor, labels: Te
     goal = update.targets(model)
     with torch.enable_grad():
         own = train_locally(model, images.detach(), labels.detach(), update.training).average
-    return _share([u - g for u, g in zip(own, goal, strict=True)], goal)
+    return share_of([u - g for u, g in zip(own, goal, strict=True)], goal)
 
 
 def noise_share(update: SharedUpdate, model: nn.Module) -> float:
@@ -178,7 +185,7 @@ def _nearest(
             (own.alpha - 1) * weight.detach() - own.total * mean.detach()
             for weight, mean in zip(old.values(), trained.average, strict=True)
         ]
-        found = _share([p - q for p, q in zip(walked, moved, strict=True)], moved)
+        found = share_of([p - q for p, q in zip(walked, moved, strict=True)], moved)
         if found < NEARER * left and (best is None or found < best[1]):
             best = str(other), found
     return best
@@ -214,10 +221,3 @@ def _allowed(declared: LocalTraining, **changes: object) -> Iterator[LocalTraini
         return
     if other != declared:
         yield other
-
-
-def _share(left: list[Tensor], whole: list[Tensor]) -> float:
-    """|left| / |whole|; infinite where it is no number."""
-    lengths = [sum(float(each.detach().double().square().sum()) for each in tensors) for tensors in (left, whole)]
-    share = (lengths[0] / lengths[1]) ** 0.5 if lengths[1] else math.inf
-    return share if math.isfinite(share) else math.inf

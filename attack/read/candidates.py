@@ -46,6 +46,11 @@ def along_ones(span: Span) -> Tensor | None:
     return span.geometry.patches(span.inputs(torch.eye(span.dimension).to(span.basis))) @ span.ones
 
 
+def summed_gradient(span: Span) -> Tensor:
+    """B times the weighted gradient, transposed and in R: (r, c_out)."""
+    return span.batch_size * span.sigma[:, None] * span.left.T
+
+
 class ImageEquations:
     """What a span asks of a single image, in coordinates of A: scale, column space, and pairing.
 
@@ -99,6 +104,21 @@ class ImageEquations:
             free = torch.autograd.grad((unlabelled * logits).sum(), outputs, retain_graph=True)[0]
             each = [torch.autograd.grad(logit.sum(), outputs, retain_graph=True)[0] for logit in logits.T]
         return self.loss.all_deltas(free, torch.stack(each, 1)).detach()
+
+    def weighted_deltas(self, c: Tensor) -> Tensor:
+        """The same as rows of the span are weighted, (N, K, P, c_out)."""
+        every = self.all_deltas(c)
+        return (by_position(every.flatten(0, 1)) * self.span.rows).unflatten(0, every.shape[:2])
+
+    def deltas_told(self, c: Tensor) -> Tensor:
+        """The weighted deltas (N, P c_out) with which N inputs together give the gradient, whatever made them."""
+        span = self.span
+        patches = (span.geometry.patches(span.inputs(c)) @ span.right.T).flatten(0, 1)  # (N P, r)
+        return torch.linalg.lstsq(patches.T, summed_gradient(span)).solution.reshape(len(c), -1)
+
+    def mislabelled(self, c: Tensor, deltas: Tensor) -> Tensor:
+        """How far each label's deltas are from these (N, P c_out), (N, K)."""
+        return (self.weighted_deltas(c).flatten(2) - deltas[:, None]).norm(dim=2)
 
     def moved_deltas(self, c: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The deltas, and their derivatives by each coordinate, (N, dim A, *output_shape).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attack.read.by_zeros import told_by_zeros
-from attack.read.candidates import ImageEquations, by_position
+from attack.read.candidates import ImageEquations, summed_gradient
 from attack.read.layer_choice import CandidateLayer
 from attack.read.signals import Signals
 from attack.read.span import Span
@@ -75,27 +75,19 @@ def left_of_one_step(
         OutOfTimeError: the budget's clock has run out.
     """
     span = equations.span
-    goal = span.batch_size * span.sigma[:, None] * span.left.T  # (r, c_out)
+    goal = summed_gradient(span)  # (r, c_out)
     c, zeros = told_by_zeros(equations, generator, budget)
     if len(c) < span.batch_size or len(c) * equations.all_deltas(c[:1]).shape[1] * goal.numel() > MOST:
         return None
     every = _contributions(equations, c)
-    labels = _best_labels(every, goal, _nearest_labels(equations, c, goal), budget)
+    nearest = equations.mislabelled(c, equations.deltas_told(c)).argmin(1)
+    labels = _best_labels(every, goal, nearest, budget)
     left, moved = _made(every, labels) - goal, 0.0
     errors = equations.by_zeros(c, zeros)[1] * c.norm(dim=1) / c.shape[1] ** 0.5
     for _ in range(DRAWS):
         other = c + errors[:, None] * torch.randn(c.shape, generator=generator, dtype=c.dtype).to(c)
         moved = max(moved, float((_made(_contributions(equations, other), labels) - goal - left).norm()))
     return float(left.norm() / goal.norm()), moved / float(goal.norm())
-
-
-def _nearest_labels(equations: ImageEquations, c: Tensor, goal: Tensor) -> Tensor:
-    """The labels (B,) whose deltas come nearest to those with which the inputs make the goal (r, c_out)."""
-    span, every = equations.span, equations.all_deltas(c)
-    patches = (span.geometry.patches(span.inputs(c)) @ span.right.T).flatten(0, 1)  # (B P, r)
-    deltas = torch.linalg.lstsq(patches.T, goal).solution.view(len(c), 1, -1)
-    own = (by_position(every.flatten(0, 1)) * span.rows).view(*every.shape[:2], -1)  # (B, K, P c_out)
-    return (own - deltas).norm(dim=2).argmin(1)
 
 
 def _best_labels(every: Tensor, goal: Tensor, labels: Tensor, budget: WorkBudget) -> Tensor:
@@ -115,10 +107,9 @@ def _best_labels(every: Tensor, goal: Tensor, labels: Tensor, budget: WorkBudget
 
 def _contributions(equations: ImageEquations, c: Tensor) -> Tensor:
     """What each input of c (B, dim A) adds to B times the gradient with each label, (B, K, r, c_out)."""
-    span, every = equations.span, equations.all_deltas(c)
+    span = equations.span
     patches = span.geometry.patches(span.inputs(c)) @ span.right.T  # (B, P, r)
-    deltas = (by_position(every.flatten(0, 1)) * span.rows).unflatten(0, every.shape[:2])  # (B, K, P, c_out)
-    return patches.transpose(1, 2)[:, None] @ deltas
+    return patches.transpose(1, 2)[:, None] @ equations.weighted_deltas(c)
 
 
 def _made(every: Tensor, labels: Tensor) -> Tensor:

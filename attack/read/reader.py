@@ -174,6 +174,7 @@ class _Reader:
         self.candidates = {layer.name: layer for layer in layers}
         self.rows = LayerRows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
+        self.spans: dict[str, Span] = {}
         self.forward = [0.0] * len(self.chain)  # relative errors of each stage's inputs, by the client's arithmetic
         self.noise_shares: dict[str, float] = {}  # of the layers that were asked, see `Span.noise_share`
 
@@ -251,7 +252,10 @@ class _Reader:
         return found if found is not None and len(found) else None
 
     def _span(self, layer: CandidateLayer) -> Span:
-        return layer.span(self.update.gradients, self.update.batch_size, self.like, self._floor(layer))
+        if layer.name not in self.spans:
+            how = (self.update.batch_size, self.like, self._floor(layer))
+            self.spans[layer.name] = layer.span(self.update.gradients, *how)
+        return self.spans[layer.name]
 
     def _floor(self, layer: CandidateLayer) -> Tensor | None:
         """The error of each row that is known beforehand; None of a gradient."""

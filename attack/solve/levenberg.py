@@ -7,14 +7,17 @@ curved valleys about five times as fast.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.func import jvp, vmap
 
 from attack.solve.budget import WorkBudget
 
+TOGETHER = 128  # unknowns by which a residual is differentiated at once
 BENT = 0.75  # largest |2 acceleration| / |step|: beyond it the path bends too much for a parabola (Transtrum, Sethna)
 SLOW = 0.999  # a step that leaves more of |f|^2 than this was slow
 GAIN = 0.2, 3.0  # least and largest factor of the damping by the gain ratio
@@ -34,6 +37,26 @@ class Problems(Protocol):
     def bend(self, x: Tensor, step: Tensor, which: Tensor) -> Tensor:
         """J^T f'' (n, d), f'' the second derivative of f along a step (n, d). Only for acceleration."""
         ...
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """One problem, from its residual f (m,) as a differentiable function of the unknowns (d,)."""
+
+    residual: Callable[[Tensor], Tensor]
+
+    def slopes(self, x: Tensor) -> Tensor:
+        """J^T (d, m) at x (d,), by forward differentiation."""
+        return vmap(lambda v: jvp(self.residual, (x,), (v,))[1], chunk_size=TOGETHER)(torch.eye(len(x)).to(x))
+
+    def cost(self, x: Tensor, which: Tensor) -> Tensor:
+        """|f|^2 (1,) at x (1, d)."""
+        return self.residual(x[0]).square().sum()[None]
+
+    def linearised(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|f|^2 (1,), J^T J (1, d, d) and J^T f (1, d) at x (1, d)."""
+        f, slopes = self.residual(x[0]), self.slopes(x[0])
+        return f.square().sum()[None], (slopes @ slopes.T)[None], (slopes @ f)[None]
 
 
 @dataclass(frozen=True)

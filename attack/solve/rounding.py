@@ -1,6 +1,7 @@
-"""How exactly numbers are given."""
+"""How exactly numbers are given, and how much of them is left."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,3 +24,10 @@ def rounding_of(numbers: Tensor) -> Tensor | None:
         return None
     tiny = torch.finfo(torch.float32).tiny
     return eps * torch.exp2(numbers.double().abs().clamp(min=tiny).log2().floor()) / math.sqrt(12)
+
+
+def share_of(left: Sequence[Tensor], whole: Sequence[Tensor]) -> float:
+    """|left| / |whole|; infinite where it is no number."""
+    lengths = [sum(float(each.detach().double().square().sum()) for each in tensors) for tensors in (left, whole)]
+    share = (lengths[0] / lengths[1]) ** 0.5 if lengths[1] else math.inf
+    return share if math.isfinite(share) else math.inf

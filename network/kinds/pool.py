@@ -103,7 +103,7 @@ class SoftMaximum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Pooled (B, C, H', W')."""
         (kernel, kernel_), (stride, stride_), (pad, pad_) = map(
-            _pair, (self.pool.kernel_size, self.pool.stride, self.pool.padding)
+            pair, (self.pool.kernel_size, self.pool.stride, self.pool.padding)
         )
         height, width = self.pool(x[:1, :1].detach()).shape[2:]
         below = max(0, (height - 1) * stride + kernel - x.shape[2] - 2 * pad)  # ceil_mode reaches over the edge
@@ -117,5 +117,6 @@ class SoftMaximum(nn.Module):
         return torch.logsumexp(self.beta * torch.stack(windows), 0) / self.beta
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """(vertical, horizontal) of a size that torch takes as one number where both are the same."""
     return (value, value) if isinstance(value, int) else tuple(value)

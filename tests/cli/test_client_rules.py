@@ -42,13 +42,19 @@ def test_every_rule_travels_in_the_updates_file(cli, rules):
     assert "--local_lr 0.3: the update has 0.05" in cli.error("--update", cli.folder / "u.npz", "--local_lr", 0.3)
 
 
-def test_a_client_with_momentum_is_unrolled_from_its_weights_alone(cli):
-    """The same update without the rules is matched far worse."""
+def sent_out(cli):
+    """The model of net.py, as server.pt has it."""
     (cli.folder / "net.py").write_text(NET)
     made = {}
     exec(NET, made)
     model = made["net"]()
     torch.save(model.state_dict(), cli.folder / "server.pt")
+    return model
+
+
+def test_a_client_with_momentum_is_unrolled_from_its_weights_alone(cli):
+    """The same update without the rules is matched far worse."""
+    model = sent_out(cli)
     images, labels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 5, 3])
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.05)
     for _ in range(3):
@@ -68,11 +74,7 @@ def test_a_client_with_momentum_is_unrolled_from_its_weights_alone(cli):
 
 
 def test_weight_decay_of_one_step_is_taken_off_a_difference(cli):
-    (cli.folder / "net.py").write_text(NET)
-    made = {}
-    exec(NET, made)
-    model = made["net"]()
-    torch.save(model.state_dict(), cli.folder / "server.pt")
+    model = sent_out(cli)
     optimiser = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.5)
     images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     nn.functional.cross_entropy(model(images), torch.tensor([4])).backward()
