@@ -1,7 +1,6 @@
 import copy
 
 import pytest
-import torch
 from passes import OnePass as Scene
 from passes import generator
 from test_walk import small_net
