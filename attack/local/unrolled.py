@@ -38,12 +38,14 @@ class Solution:
         inputs: (B, r), the images' coordinates.
         left: the share of the update that the training on them leaves.
         variance: (B,), of the error of each image's coordinates, summed; zero where they were given.
+        certificates: (B,), the weight with which what each image makes of the first layer is part of its movement.
     """
 
     order: tuple[tuple[int, ...], ...] | None
     inputs: Tensor
     left: float
     variance: Tensor
+    certificates: Tensor
 
 
 class Training:
@@ -68,10 +70,7 @@ class Training:
 
     def left(self, inputs: Tensor, weights: Tensor) -> Tensor:
         """What training on inputs (B, r) with weights (steps, B) leaves of the goal, relative to each parameter's."""
-        past: list[dict[str, tuple[Tensor, Tensor]]] = []
-        for step, own in enumerate(weights):
-            past.append(self._step(step, inputs, own, past))
-        parts = []
+        past, parts = self._steps(inputs, weights), []
         for stage in self.chain:
             if f"{stage.name}.weight" in self.goal or f"{stage.name}.bias" in self.goal:
                 seen = torch.cat([each[stage.name][0] for each in past])
@@ -80,6 +79,21 @@ class Training:
                 goals = {name: self.goal.get(f"{stage.name}.{name}") for name in moved}
                 parts += [(moved[n] - goal).flatten() / goal.norm() for n, goal in goals.items() if goal is not None]
         return torch.cat(parts) / len(parts) ** 0.5
+
+    def certificates(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        """(B,), the weight with which each image's column, times the image, is part of the first layer's movement."""
+        name = self.chain[0].name
+        past = self._steps(inputs, weights)
+        columns = sum(share * each[name][1] for share, each in zip(self.shares, past, strict=True))  # (B, m)
+        met = ((columns @ self.goal[f"{name}.weight"]) * inputs).sum(1)
+        return torch.linalg.lstsq((columns @ columns.T) * (inputs @ inputs.T), met[:, None]).solution[:, 0]
+
+    def _steps(self, inputs: Tensor, weights: Tensor) -> list[dict[str, tuple[Tensor, Tensor]]]:
+        """Inputs, and deltas times weights, of each linear layer at every step."""
+        past: list[dict[str, tuple[Tensor, Tensor]]] = []
+        for step, own in enumerate(weights):
+            past.append(self._step(step, inputs, own, past))
+        return past
 
     def _step(self, step: int, x: Tensor, own: Tensor, past: Sequence[dict]) -> dict[str, tuple[Tensor, Tensor]]:
         """Inputs, and deltas times weights, of each linear layer at the weights before a step."""
@@ -246,14 +260,13 @@ class _System:
         """The images in the nearest order."""
         own, weights = self.split(x)
         order = self.places.rounded(weights)
-        left = float(self.training.left(own, self.places.of(order, own)).norm())
-        return Solution(order, own, left, own.new_zeros(len(own)))
+        return self._solution(order, own, self.places.of(order, own), own.new_zeros(len(own)))
 
     def without_order(self, found: LevenbergSolution, moved: Tensor) -> Solution:
         """The images of a fit whose weights come near no order. Further steps would move them as the last have."""
         own, weights = self.split(found.x[0])
         variance = (_variance(found, self.residual) + moved.square())[: self.free].view(own.shape).sum(1)
-        return Solution(None, own, float(self.training.left(own, self.places.weights(weights)).norm()), variance)
+        return self._solution(None, own, self.places.weights(weights), variance)
 
     def polished(self, solution: Solution, budget: WorkBudget) -> Solution:
         """The images once more, in a given order."""
@@ -265,7 +278,14 @@ class _System:
         start = solution.inputs.reshape(1, -1)
         found = levenberg(Differentiated(alone), start, POLISH, iterations=POLISHED, budget=budget)
         own, variance = found.x.view(shape), _variance(found, alone).view(shape).sum(1)
-        return Solution(solution.order, own, float(self.training.left(own, weights).norm()), variance)
+        return self._solution(solution.order, own, weights, variance)
+
+    def _solution(
+        self, order: tuple[tuple[int, ...], ...] | None, own: Tensor, weights: Tensor, variance: Tensor
+    ) -> Solution:
+        """Images (B, r) at these weights (steps, B), with what the training on them leaves."""
+        left = float(self.training.left(own, weights).norm())
+        return Solution(order, own, left, variance, self.training.certificates(own, weights))
 
 
 def _variance(found: LevenbergSolution, residual: Callable[[Tensor], Tensor]) -> Tensor:
