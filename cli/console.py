@@ -74,6 +74,8 @@ def introduction(
             deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.seconds:.1f} s"
+    elif known.local_labels is not None and update.training.is_gradient:
+        found += f"; labels counted by the last convolution's bias (they leave {known.local_labels.distance:.2g})"
     if known.is_aborted:
         found += ", until --max_seconds stopped the reading: on another machine it may read more, or less"
     found += _how_trained(update, known)

@@ -13,9 +13,11 @@ from torch import nn
 from attack.ahead import Means, read_ahead
 from attack.read.by_positions import NoEmbeddingError, read_by_positions
 from attack.read.forecast import explain
+from attack.read.reader import read_layers
 from client.victim import share_update
 from data import load_batch, open_source
 from network.embedding import patch_embedding
+from network.head import features_of
 from network.tracing import stages
 from network.zoo import build_model
 from update.optimiser import LocalOptimiser
@@ -144,3 +146,14 @@ def test_one_image_is_promised_and_two_are_not():
 def test_explain_says_it(cli):
     cli("--model", f"{FILE}:with_class_token", "--explain", "--batch_size", 1)
     assert "the deepest inputs to be expected exactly: the inputs of project" in cli.out
+
+
+@pytest.mark.parametrize(("count", "name"), [(2, "with_mean"), (4, "with_class_token"), (6, "with_class_token")])
+def test_several_images_are_told_apart_at_the_head(count, name):
+    client = Client(name, count)
+    reading = read_layers(client.update, client.net, generator=generator(3))
+    found, truth = reading.signals.values, features_of(client.net, client.batch.images).double()
+    nearest = torch.cdist(found, truth).argmin(1)
+    assert sorted(nearest.tolist()) == list(range(count))
+    assert reading.signals.labels.tolist() == client.batch.labels[nearest].tolist()
+    assert ((found - truth[nearest]).norm(dim=1) < 1e-3 * found.norm(dim=1)).all()
