@@ -9,6 +9,6 @@ if __name__ == "__main__":
     page = root / "docs" / "results.md"
     page.write_text(results_page(), encoding="utf-8")
     print(page)
-    for other in (root / "README.md", root / "docs" / "defences.md"):
+    for other in (root / "README.md", root / "docs" / "defences.md", root / "docs" / "networks.md"):
         other.write_text(with_tables(other.read_text(encoding="utf-8")), encoding="utf-8")
         print(other)

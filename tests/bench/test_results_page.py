@@ -23,7 +23,7 @@ def row(method="a", batch_size="1", psnr="30.0", commit="c2", date="2026-02-02 1
 
 def test_the_pages_are_what_make_docs_writes():
     assert (ROOT / "docs" / "results.md").read_text() == results_page()
-    for page in (ROOT / "README.md", ROOT / "docs" / "defences.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "defences.md", ROOT / "docs" / "networks.md"):
         assert page.read_text() == with_tables(page.read_text())
 
 
