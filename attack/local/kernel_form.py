@@ -40,16 +40,18 @@ class LayerInSteps:
         out = self._alpha * (first if missing is None else first + missing)
         if self.bias is not None:
             out = out + (self._alpha if self.trains_bias else 1.0) * self.bias
-        for past, delta in self._past():
-            out = out - (inputs @ past.T + float(self.trains_bias)) @ delta
-        return out
+        if (moved := self._moved) is None:
+            return out
+        past, deltas = moved
+        return out - (inputs @ past.T + float(self.trains_bias)) @ deltas
 
     def pulled(self, deltas: Tensor) -> Tensor:
         """The gradient (B, n) by the inputs, of that by the outputs (B, m)."""
         out = self._alpha * deltas @ self.weight
-        for past, delta in self._past():
-            out = out - (deltas @ delta.T) @ past
-        return out
+        if (moved := self._moved) is None:
+            return out
+        past, earlier = moved
+        return out - (deltas @ earlier.T) @ past
 
     def step(self, inputs: Tensor, deltas: Tensor) -> None:
         """The step that these inputs (B, n) and deltas (B, m) make, a mean's weights in the deltas."""
@@ -58,18 +60,21 @@ class LayerInSteps:
 
     def movement(self) -> tuple[Tensor, Tensor]:
         """The layer's part of the update, of its weight (m, n) and its bias (m,), after all steps."""
-        shares = self.table.shares.tolist()
-        deltas = torch.cat([share * each for share, each in zip(shares, self._deltas, strict=True)])
-        return deltas.T @ torch.cat(self._inputs), deltas.sum(0)
+        inputs, deltas = self._past(self.table.shares)
+        return deltas.T @ inputs, deltas.sum(0)
 
     @property
     def _alpha(self) -> float:
         return float(self.table.alpha[len(self._inputs)])
 
-    def _past(self) -> list[tuple[Tensor, Tensor]]:
-        """Inputs of all earlier steps and their deltas times beta; one pair, or none before the first step."""
-        if not self._inputs:
-            return []
-        factors = self.table.beta[len(self._inputs)].tolist()
-        deltas = [factor * delta for factor, delta in zip(factors, self._deltas, strict=False)]
-        return [(torch.cat(self._inputs), torch.cat(deltas))]
+    @property
+    def _moved(self) -> tuple[Tensor, Tensor] | None:
+        """Inputs of all earlier steps and their deltas times beta; None before the first."""
+        return self._past(self.table.beta[len(self._inputs)]) if self._inputs else None
+
+    def _past(self, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of all steps so far, and their deltas times each step's factor."""
+        deltas = torch.cat(self._deltas)
+        counts = torch.tensor([len(each) for each in self._deltas])
+        each = factors[: len(counts)].repeat_interleave(counts).to(deltas)
+        return torch.cat(self._inputs), each[:, None] * deltas
