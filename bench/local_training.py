@@ -35,7 +35,7 @@ class Client:
     """One row.
 
     Attributes:
-        name: how the client trains, in words; no two of a table have the same.
+        name: how the client trains, in words; no two of a table with as many images have the same.
         images: that it trains on, B.
         flags: of the attack on it.
         program: main_MAGIA_sel.py, or benchmark.py with a peer's attack.
@@ -178,11 +178,12 @@ def keep(folder: Path, table: str, row: Row) -> None:
     Rows of clients that are no longer measured are left out.
     """
     try:
-        held = {each["client"]: each for each in read_rows(folder, table)}
+        held = {(each["client"], each["batch_size"]): each for each in read_rows(folder, table)}
     except OSError:
         held = {}
-    held[row["client"]] = row
-    write_rows(folder, table, [held[client.name] for client in TABLES[table] if client.name in held])
+    held[row["client"], row["batch_size"]] = row
+    every = [(client.name, str(client.images)) for client in TABLES[table]]
+    write_rows(folder, table, [held[key] for key in every if key in held])
 
 
 if __name__ == "__main__":
