@@ -22,6 +22,7 @@ from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.last_convolution import labels_of_last_convolution
 from attack.read.layer_rows import COLUMNS
+from attack.read.quotient_labels import labels_of_quotients
 from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
@@ -111,6 +112,8 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
+    if labels is None and means.reads and update.training.is_quotient:
+        labels = labels_of_quotients(update, model)
     local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
     reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
     if reading is None and failure is not None and means.signals == "on":

@@ -258,7 +258,34 @@ FAMILIES = Table(
         "seconds": "{seconds}",
     },
 )
-OTHER_TABLES = (*DEFENCES, FAMILIES)
+# Of bench.local_training, with the column that names its clients.
+LOCAL = {
+    "local_first_layer": "client",
+    "local_one_pass": "client",
+    "local_several_passes": "client",
+    "local_products": "steps times rate",
+    "local_adam": "client",
+}
+LOCAL_TRAINING = tuple(
+    Table(
+        name,
+        "What does an update still give away after several local steps?",
+        "",
+        {head: "{client}", "B": "{batch_size}"},
+        {
+            "told apart": "{told_apart}",
+            "labels right": "{labels_right}",
+            "exact": "{exact}",
+            "certain": "{certain}",
+            "largest error": "{error}",
+            "PSNR (dB), mean (least)": ("{psnr}", " ({psnr_least})"),
+            "replay leaves": "{unexplained}",
+            "seconds": "{seconds}",
+        },
+    )
+    for name, head in LOCAL.items()
+)
+OTHER_TABLES = (*DEFENCES, *LOCAL_TRAINING, FAMILIES)
 
 # The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
 # name in networks.csv, batch sizes).
