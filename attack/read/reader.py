@@ -22,14 +22,12 @@ from attack.local.closed_system import ClosedSystem
 from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
 from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights, roundings_of_weights
-from attack.read.head.by_random_images import recover_signals
-from attack.read.head.by_trial import unmix_head
+from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
 from attack.read.layer_rows import LayerRows
 from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
-from attack.read.random_images import SAMPLE, random_features, varies
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.solve.budget import OutOfTimeError, WorkBudget
@@ -270,13 +268,17 @@ class _Reader:
         if (
             self._is_head(layer)
             and span.batch_size > 1
-            and layer.inputs.is_smooth
+            and not layer.inputs.is_sparse
             and self.update.training.loss.is_cross_entropy
         ):
-            return self._smooth_head(layer, span, budget)
-
+            whole = WholeHead(self.update, self.model, self.head, span, self.generator, budget)
+            return whole.told_apart(layer.inputs, lambda: self._peeled(layer, span, budget))
         if layer.mixes:
             return told_apart_jointly(span, self._upwards(layer), generator=self.generator, budget=budget)
+        return self._peeled(layer, span, budget)
+
+    def _peeled(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        """One image after the other."""
 
         def tail(inputs: Tensor, outputs: Tensor) -> Tensor:
             budget.tick()
@@ -319,47 +321,6 @@ class _Reader:
     def _above(self, name: str, slope: float) -> Above:
         layer = self.candidates[name]
         return Above(self._span(layer), layer.layer, layer.tail, slope)
-
-    def _smooth_head(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        """All images of a head after a smooth activation at once: the likelier method first, then the other."""
-        methods = [self._by_random_images, self._by_trial]
-        features = random_features(self.model, self.update.image_shape, SAMPLE, self.generator).to(self.like)
-        if varies(self.head(features).softmax(1)):
-            methods.reverse()
-        best = None
-        for method in methods:
-            try:
-                found = method(layer, span, budget)
-            except ValueError as error:
-                if best is None and method is methods[-1]:
-                    raise ValueError(str(error)) from None
-                continue
-            except OutOfTimeError:
-                if best is None:
-                    raise
-                break
-            if best is None or len(found) > len(best):
-                best = found
-            if best.complete:
-                break
-        return best
-
-    def _by_random_images(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        return recover_signals(self.update, self.model, generator=self.generator, budget=budget)
-
-    def _by_trial(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        weight, bias = self.head.weight, self.head.bias
-        return unmix_head(
-            span,
-            weight,
-            weight.new_zeros(len(weight)) if bias is None else bias,
-            self.update.gradients[f"{layer.name}.weight"],
-            layer.bias_gradient,
-            loss=self.update.training.loss,
-            non_negative=layer.inputs.output_range[0] >= 0,
-            generator=self.generator,
-            budget=budget,
-        )
 
     # ------------------------------------------------------------------------------------------------
     # Down
