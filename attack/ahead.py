@@ -17,9 +17,12 @@ from attack.match.unbounded import unbounded_pixels
 from attack.prepare import FOLLOWED, Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
+from attack.read.by_positions import NoEmbeddingError, read_by_positions
 from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
+from attack.read.last_convolution import labels_of_last_convolution
 from attack.read.layer_rows import COLUMNS
+from attack.read.quotient_labels import labels_of_quotients
 from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
@@ -109,6 +112,8 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
+    if labels is None and means.reads and update.training.is_quotient:
+        labels = labels_of_quotients(update, model)
     local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
     reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
     if reading is None and failure is not None and means.signals == "on":
@@ -275,7 +280,26 @@ def _read(
     generator: torch.Generator,
     clock: WorkBudget,
 ) -> Reading:
-    """A reading of the update: of several steps at a fully connected first layer, else along the way.
+    """A reading of the update: by a transformer's position embedding, or layer by layer.
+
+    Raises:
+        ValueError: nothing can be read; the message says why.
+    """
+    try:
+        return read_by_positions(update, model)
+    except NoEmbeddingError:
+        return _read_layers(update, model, means, generator, clock)
+    except ValueError as error:
+        try:
+            return _read_layers(update, model, means, generator, clock)
+        except ValueError as other:
+            raise type(other)(f"{error}; {other}") from None
+
+
+def _read_layers(
+    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, clock: WorkBudget
+) -> Reading:
+    """A reading of the layers: of several steps at a fully connected first layer, else along the way.
 
     Raises:
         ValueError: nothing can be read; the message says why.
@@ -365,8 +389,13 @@ def _local_labels(
     labels: Tensor | None,
     clock: WorkBudget,
 ) -> LocalLabels | None:
-    """Labels by trial after several steps, or the order of those that are known; None where there is no use for one."""
+    """Labels by trial after several steps, or the order of those that are known; None where there is no use for one.
+
+    Of one step, the labels that a last convolution tells, where the model has no linear head to be read.
+    """
     training = update.training
+    if training.is_gradient and means.reads and labels is None:
+        return labels_of_last_convolution(update, model, generator)
     needed = training.batches > 1 if labels is not None else means.reads
     if training.is_gradient or not needed:
         return None

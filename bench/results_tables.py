@@ -249,7 +249,7 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
 
 # Tables of other pages. Those pages have the words around the tables.
 LEFT = ("{psnr}", " ({ssim})", ", {told_apart} of {images}", ", {label_accuracy}")
-OTHER_TABLES = tuple(
+DEFENCES = tuple(
     Table(
         name,
         "What is left?",
@@ -260,6 +260,48 @@ OTHER_TABLES = tuple(
     )
     for name in ("defences_lenet", "defences_convnet", "defences_resnet18_cifar")
 )
+FAMILIES = Table(
+    "networks_families",
+    "What does one update of an untrained network of each family give away?",
+    "",
+    {"family": "{family}", "network": "`{network}`", "pixels": "{pixels}", "B": "{batch_size}"},
+    {
+        "told apart": "{told_apart}",
+        "labels right": "{labels_right}",
+        "known down to the inputs of": "`{deepest}`",
+        "only run, and why": "{only_run}",
+        "PSNR of exact images (dB)": "{exact_psnr}",
+        "seconds": "{seconds}",
+    },
+)
+# Of bench.local_training, with the column that names its clients.
+LOCAL = {
+    "local_first_layer": "client",
+    "local_one_pass": "client",
+    "local_several_passes": "client",
+    "local_products": "steps times rate",
+    "local_adam": "client",
+}
+LOCAL_TRAINING = tuple(
+    Table(
+        name,
+        "What does an update still give away after several local steps?",
+        "",
+        {head: "{client}", "B": "{batch_size}"},
+        {
+            "told apart": "{told_apart}",
+            "labels right": "{labels_right}",
+            "exact": "{exact}",
+            "certain": "{certain}",
+            "largest error": "{error}",
+            "PSNR (dB), mean (least)": ("{psnr}", " ({psnr_least})"),
+            "replay leaves": "{unexplained}",
+            "seconds": "{seconds}",
+        },
+    )
+    for name, head in LOCAL.items()
+)
+OTHER_TABLES = (*DEFENCES, *LOCAL_TRAINING, FAMILIES)
 
 # The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
 # name in networks.csv, batch sizes).

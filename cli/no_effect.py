@@ -12,6 +12,7 @@ from attack.optimise.budget import Annealing
 from attack.prepare import Known
 from update.batchnorm import batchnorms
 from update.declared import declared
+from update.training import LocalTraining
 
 SELECTION = ("sel_mode", "sel_k", "sel_l_iter", "sig_a", "sig_b", "resample")
 GRADIENTS = ("distance", "soften", "alpha", "subset_loss", "rescale")  # how the batch's gradient is matched
@@ -58,9 +59,9 @@ class Situation:
         return self.known.labels is not None and len(self.known.labels) == self.known.batch_size
 
     @property
-    def passes(self) -> int:
-        """Times that the client goes through its images."""
-        return declared(vars(self.settings)).passes
+    def training(self) -> LocalTraining:
+        """The client's."""
+        return declared(vars(self.settings))
 
 
 Condition = Callable[[Situation], bool]
@@ -83,8 +84,13 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
         "known activations are matched in a course of their own; --tv_weight scales its weights of the prior",
     ),
     (
-        ("local_momentum", "local_nesterov", "local_prox", "local_schedule"),
+        ("local_momentum", "local_nesterov", "local_prox", "local_betas"),
         lambda s: s.settings.local_steps == 1,
+        "the client's first step is the same without",
+    ),
+    (
+        ("local_schedule",),
+        lambda s: s.settings.local_steps == 1 and s.training.optimiser.factors(1, 1) == [1.0],
         "the client's first step is the same without",
     ),
     (
@@ -92,7 +98,7 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
         lambda s: s.settings.local_steps == 1 and s.settings.local_optimizer == "sgd" and not s.is_of_weights,
         "the client shares the gradient of one step",
     ),
-    (("local_shuffle",), lambda s: s.passes == 1, "the order of a single pass is sought in any case"),
+    (("local_shuffle",), lambda s: s.training.passes == 1, "the order of a single pass is sought in any case"),
     (("sel_k",), lambda s: s.settings.sel_mode != "constk", "only --sel_mode constk has it"),
     (("sel_l_iter",), lambda s: not s.settings.sel_mode.endswith("_l"), "only the modes that end in _l have it"),
     (("sig_a", "sig_b"), lambda s: s.settings.sel_mode != "sigmoid", "only --sel_mode sigmoid has it"),
