@@ -86,7 +86,8 @@ class ImageEquations:
     @cached_property
     def classes(self) -> int:
         """K."""
-        return self.tail(self.span.inputs(self.span.basis.new_zeros(1, self.span.dimension)), self.offset[None]).shape[1]
+        nothing = self.span.inputs(self.span.basis.new_zeros(1, self.span.dimension))
+        return self.tail(nothing, self.offset[None]).shape[1]
 
     def of(self, span: Span) -> "ImageEquations":
         """The same for another span of the same layer."""
@@ -242,7 +243,8 @@ class ImageEquations:
         if self.spare < WITNESSES:  # what is left of the gradient may have spoken for another label
             labels = self.mismatch(c).argmin(1)
         witnesses = self.spare + self._silent_witnesses(zeros)
-        found, passed = self._judged(c, zeros, labels, witnesses, self._equations_errors(c, self._pinned_down(c, zeros)))
+        errors = self._equations_errors(c, self._pinned_down(c, zeros))
+        found, passed = self._judged(c, zeros, labels, witnesses, errors)
         rest = (~passed).nonzero()[:, 0]
         found = found.pick(passed)
         if len(rest) and self.spare >= WITNESSES:

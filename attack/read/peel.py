@@ -13,10 +13,11 @@ Three facts tell the a_i from their mixtures, and each of them holds for one ima
 Images are taken out one after the other. Signals after a ReLU are proposed by linear programmes, re-weighted towards
 sparse solutions; inputs after a smooth activation by Levenberg-Marquardt on (1) and (2) from starts anywhere, with
 dim A unknowns each. Where one image alone drives a unit behind which a ReLU stands, the unit's row holds that image's
-input as it is (`lone_rows`): such inputs are judged first, and nothing is polished. Each other proposal is given the label and the scale that fit best, polished on (1) and (2), and
-believed if it fits as well as the noise of the update lets a true image fit. Then delta_i patch(a_i)^T / B is
-subtracted: what is left has a gradient, a span, and a cone of its own, smaller by one image, in which the next are
-easier to find. Labels may repeat, and B may be larger than the number of classes.
+input as it is (`lone_rows`): such inputs are judged first, and not polished. Each other proposal is given the label and
+the scale that fit best, polished on (1) and (2), and believed if it fits as well as the noise of the update lets a true
+image fit. Then delta_i patch(a_i)^T / B is subtracted: what is left has a gradient, a span, and a cone of its own,
+smaller by one image, in which the next are easier to find. Labels may repeat, and B may be larger than the number of
+classes.
 
 Where the cone has too many other rays (narrow layers, inputs that resemble each other), the layers above help: one
 programme over the inputs of several layers has far more zeros per unknown, see `linked_programme`.
