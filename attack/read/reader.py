@@ -71,6 +71,7 @@ class Reading:
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
         in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
         order: the images of each step, where there are several and their order was found; None: in turn, or not known.
+        uses: the image of each of the `inputs`, where images were used in several passes; else empty.
         is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
         doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
     """
@@ -84,6 +85,7 @@ class Reading:
     is_aborted: bool = False
     in_steps: bool = False
     order: tuple[tuple[int, ...], ...] | None = None
+    uses: tuple[int, ...] = ()
     is_explained: bool = False
     doubts: tuple[Evidence, ...] = ()
     drift: float | None = None
@@ -284,6 +286,7 @@ class _Reader:
 
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
+        how |= {"is_gated": layer.behind.is_sparse}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
 
     def _is_head(self, layer: CandidateLayer) -> bool:
