@@ -110,7 +110,7 @@ def _several_passes() -> Iterator[Client]:
 
 def _products() -> Iterator[Client]:
     for rate in (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3):
-        yield Client(f"{4 * rate:.0e}", 4, f"{RANDOM} {steps(4, 1, rate)} {SMALL_BUDGET}")
+        yield Client(f"{4 * rate:g}", 4, f"{RANDOM} {steps(4, 1, rate)} {SMALL_BUDGET}")
 
 
 def _adam() -> Iterator[Client]:
