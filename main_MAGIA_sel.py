@@ -144,6 +144,7 @@ THIRD_WEIGHT = 1.0  # weight of third differences relative to first in opponent 
 PRIOR_POWER = 0.8  # power that lengths of differences are raised to in opponent and rgb (measured)
 L2_WEIGHT = 0.0  # weight of the mean squared distance from mid-grey (Yin et al. 2021)
 BN_WEIGHT = 0.0  # weight of the distance from BatchNorm's running statistics (Yin et al. 2021); 0 in models without
+SCALE_WEIGHT = 0.1  # weight of the usual contrast, where a client's BatchNorm hides that of its images (measured)
 
 # signals: labels and inputs of layers, image by image, read from the update before the attack
 SIGNALS = "auto"  # auto: read where model and noise allow; on: read or fail; off: read nothing, label-inference-free;
@@ -341,17 +342,11 @@ def build_objective(
         observed=None if settings.distance else observed(update, model, relative=bool(kinked)),
     )
     least = settings.noise_weight * matching.noise_of(update)
-    penalties = weighed_penalties(model, known, settings, matching.distance)
+    scale = CommonScale.beside_gradients(update, model) if settings.scale_weight and known.pixels is None else None
+    penalties = weighed_penalties(model, known, settings, matching.distance, scale)
     matching = SoftenedMatching(matching, kinked) if kinked else matching
-    return Objective(
-        matching,
-        prior,
-        Annealing(settings.tv_weight, settings.tv_final, settings.tv_evals, least, matching.phases),
-        pixels,
-        penalties,
-        settings.group_weight,
-        known.pixels,
-    )
+    annealing = Annealing(settings.tv_weight, settings.tv_final, settings.tv_evals, least, matching.phases)
+    return Objective(matching, prior, annealing, pixels, penalties, settings.group_weight, known.pixels, scale)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -422,7 +417,8 @@ def run_attack(
     recorder = Recorder(run, truth, known, **pace, checkpoint=began, digests=digests, evidence=evidence)
     if not settings.quiet:
         print(introduction(update, settings, objective, known, model, run.path))
-    show_remarks(evidence, without_effect(given, settings, known, model, objective.annealing), notes, settings.quiet)
+    vain = without_effect(given, settings, known, model, objective.annealing, holds_scale=objective.scale is not None)
+    show_remarks(evidence, vain, notes, settings.quiet)
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)

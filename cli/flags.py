@@ -229,6 +229,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "prior_power": number(float, 0, 2, above=True),
     "l2_weight": _weight,
     "bn_weight": _weight,
+    "scale_weight": _weight,
     "signals": one_of(SIGNALS),
     "feature_weight": _weight,
     "feature_distance": one_of(FEATURE_DISTANCES),

@@ -17,7 +17,7 @@ from update.training import LocalTraining
 SELECTION = ("sel_mode", "sel_k", "sel_l_iter", "sig_a", "sig_b", "resample")
 GRADIENTS = ("distance", "soften", "alpha", "subset_loss", "rescale")  # how the batch's gradient is matched
 ANNEALING = ("tv_final", "tv_evals", "noise_weight")
-PENALTIES = ("l2_weight", "bn_weight", "feature_weight", "feature_distance", "group_weight")
+PENALTIES = ("l2_weight", "bn_weight", "scale_weight", "feature_weight", "feature_distance", "group_weight")
 PRIOR = ("prior", "tv_weight", "chroma_weight", "curvature_weight", "third_weight", "prior_power")
 LABELS = ("label_gain", "label_std")
 VARIABLES = ("init", "box", "spectral_power", "chroma_gain", "restarts")
@@ -33,6 +33,7 @@ class Situation:
         known: the signals and labels known before the first step.
         has_kinks, has_batchnorm: of the model.
         noise_decides: whether the update's noise sets a lower bound above the prior's weight.
+        holds_scale: whether the update hides a scale of the images, which is held.
     """
 
     settings: argparse.Namespace
@@ -40,6 +41,7 @@ class Situation:
     has_kinks: bool
     has_batchnorm: bool
     noise_decides: bool
+    holds_scale: bool
 
     @property
     def is_of_weights(self) -> bool:
@@ -110,6 +112,11 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
     (("chroma_weight",), lambda s: s.settings.prior == "rgb", "the rgb prior weighs all colours alike"),
     (("bn_weight",), lambda s: not s.has_batchnorm, "the model has no BatchNorm layers with running statistics"),
     (
+        ("scale_weight",),
+        lambda s: bool(s.settings.scale_weight) and not s.holds_scale,
+        "the update tells the images' scale",
+    ),
+    (
         ("feature_weight", "feature_distance"),
         lambda s: not len(s.known.features),
         "no image's features were read",
@@ -131,10 +138,12 @@ def without_effect(
     known: Known,
     model: nn.Module,
     annealing: Annealing | Course,
+    *,
+    holds_scale: bool,
 ) -> list[str]:
     """A line for each reason why flags that were given by hand change nothing, with these flags."""
-    noise_decides = 0 < annealing.weight <= annealing.least
-    situation = Situation(settings, known, kinked_chain(model) is not None, bool(batchnorms(model)), noise_decides)
+    of_model = kinked_chain(model) is not None, bool(batchnorms(model))
+    situation = Situation(settings, known, *of_model, 0 < annealing.weight <= annealing.least, holds_scale)
     by_reason: dict[str, list[str]] = {}
     for name in given:
         rule = next((reason for names, applies, reason in RULES if name in names and applies(situation)), None)

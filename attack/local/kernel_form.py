@@ -63,6 +63,11 @@ class LayerInSteps:
         inputs, deltas = self._past(self.table.shares)
         return deltas.T @ inputs, deltas.sum(0)
 
+    def columns(self) -> Tensor:
+        """(B, m), each image's deltas summed over the steps, where every step takes all images in one order."""
+        _, deltas = self._past(self.table.shares)
+        return deltas.view(len(self._deltas), -1, deltas.shape[1]).sum(0)
+
     @property
     def _alpha(self) -> float:
         return float(self.table.alpha[len(self._inputs)])

@@ -39,12 +39,14 @@ class Solution:
         inputs: (B, r), the images' coordinates.
         left: the share of the update that the training on them leaves.
         variance: (B,), of the error of each image's coordinates, summed; zero where they were given.
+        certificates: (B,), the weight with which what each image makes of the first layer is part of its movement.
     """
 
     order: tuple[tuple[int, ...], ...] | None
     inputs: Tensor
     left: float
     variance: Tensor
+    certificates: Tensor
 
 
 class Training:
@@ -70,18 +72,29 @@ class Training:
 
     def left(self, inputs: Tensor, weights: Tensor) -> Tensor:
         """What training on inputs (B, r) with weights (steps, B) leaves of the goal, relative to each parameter's."""
+        parts = []
+        for name, layer in self._trained(inputs, weights).items():
+            moved = dict(zip(("weight", "bias"), layer.movement(), strict=True))
+            goals = {kind: self.goal[f"{name}.{kind}"] for kind in moved if f"{name}.{kind}" in self.goal}
+            parts += [(moved[kind] - goal).flatten() / goal.norm() for kind, goal in goals.items()]
+        return torch.cat(parts) / len(parts) ** 0.5
+
+    def certificates(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        """(B,), the weight with which each image's column, times the image, is part of the first layer's movement."""
+        name = self.chain[0].name
+        columns = self._trained(inputs, weights)[name].columns()
+        met = ((columns @ self.goal[f"{name}.weight"]) * inputs).sum(1)
+        return torch.linalg.lstsq((columns @ columns.T) * (inputs @ inputs.T), met[:, None]).solution[:, 0]
+
+    def _trained(self, inputs: Tensor, weights: Tensor) -> dict[str, LayerInSteps]:
+        """The linear layers by name, after all steps."""
         layers = {}
         for stage in self._linear:
             weight, bias = stage.module.weight, stage.module.bias
             layers[stage.name] = LayerInSteps(self.table, weight, bias, trains_bias=bias is not None)
         for own in weights:
             self._step(inputs, own, layers)
-        parts = []
-        for name, layer in layers.items():
-            moved = dict(zip(("weight", "bias"), layer.movement(), strict=True))
-            goals = {kind: self.goal[f"{name}.{kind}"] for kind in moved if f"{name}.{kind}" in self.goal}
-            parts += [(moved[kind] - goal).flatten() / goal.norm() for kind, goal in goals.items()]
-        return torch.cat(parts) / len(parts) ** 0.5
+        return layers
 
     def _step(self, x: Tensor, own: Tensor, layers: Mapping[str, LayerInSteps]) -> None:
         """One step of all layers, on images with these weights (B,)."""
@@ -224,14 +237,13 @@ class _System:
         """The images in the nearest order."""
         own, weights = self.split(x)
         order = self.places.rounded(weights)
-        left = float(self.training.left(own, self.places.of(order, own)).norm())
-        return Solution(order, own, left, own.new_zeros(len(own)))
+        return self._solution(order, own, self.places.of(order, own), own.new_zeros(len(own)))
 
     def without_order(self, found: LevenbergSolution, moved: Tensor) -> Solution:
         """The images of a fit whose weights come near no order. Further steps would move them as the last have."""
         own, weights = self.split(found.x[0])
         variance = (_variance(found, self.residual) + moved.square())[: self.free].view(own.shape).sum(1)
-        return Solution(None, own, float(self.training.left(own, self.places.weights(weights)).norm()), variance)
+        return self._solution(None, own, self.places.weights(weights), variance)
 
     def polished(self, solution: Solution, budget: WorkBudget) -> Solution:
         """The images once more, in a given order."""
@@ -243,7 +255,14 @@ class _System:
         start = solution.inputs.reshape(1, -1)
         found = levenberg(Differentiated(alone), start, POLISH, iterations=POLISHED, budget=budget)
         own, variance = found.x.view(shape), _variance(found, alone).view(shape).sum(1)
-        return Solution(solution.order, own, float(self.training.left(own, weights).norm()), variance)
+        return self._solution(solution.order, own, weights, variance)
+
+    def _solution(
+        self, order: tuple[tuple[int, ...], ...] | None, own: Tensor, weights: Tensor, variance: Tensor
+    ) -> Solution:
+        """Images (B, r) at these weights (steps, B), with what the training on them leaves."""
+        left = float(self.training.left(own, weights).norm())
+        return Solution(order, own, left, variance, self.training.certificates(own, weights))
 
 
 def _variance(found: LevenbergSolution, residual: Callable[[Tensor], Tensor]) -> Tensor:
