@@ -286,6 +286,7 @@ class _Reader:
 
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
+        how |= {"is_gated": layer.behind.is_sparse}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
 
     def _is_head(self, layer: CandidateLayer) -> bool:
