@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attack.local.columns import ColumnSearch
 from attack.local.levels import snapped
-from attack.local.unrolled import Solution, Training, solve_training
+from attack.local.unrolled import Solution, Training, solve_in_turn, solve_training
 from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.layer_rows import COLUMNS
 from attack.read.reader import Reading
@@ -121,9 +121,9 @@ class _FirstLayer:
         if self.training.batches > 1 and self._is_plain:
             basis = torch.linalg.qr(images.inputs.T)[0].T
             with contextlib.suppress(ValueError):  # too large a system: the order is left open
-                solved = self._solved(images.inputs @ basis.T, labels, basis, None, budget)
+                told, solved = self._in_order(images.inputs @ basis.T, labels, images.columns, basis, budget)
                 if solved.order is not None:
-                    order, certificates = solved.order, solved.certificates
+                    labels, order, certificates = told, solved.order, solved.certificates
         return images.inputs, labels, order, uncertainty, certificates, images.residual
 
     def _by_training(self, search: ColumnSearch, generator: torch.Generator, budget: WorkBudget) -> tuple:
@@ -134,7 +134,8 @@ class _FirstLayer:
         guess = search.guesses(torch.eye(self.size).to(span.right), generator, 0.0)
         columns = (span.left * span.sigma) @ torch.linalg.inv(guess) / search.rows[:, None]
         labels = self._labels(guess @ span.right, columns)
-        solved = self._solved(guess, labels, span.right, search.along, budget)
+        training = self._training(labels, span.right)
+        solved = solve_training(training, guess, search.along, enough=ENOUGH, budget=budget)
         if solved.left > REPLAYED:
             raise ValueError(f"images fitted to the whole training leave {solved.left:.1e} of the update")
         mixed = (solved.variance / solved.inputs.square().sum(1)).sqrt()
@@ -165,10 +166,22 @@ class _FirstLayer:
     def _layers(self) -> Chain:
         return [stage for stage in self.chain if not kind_of(stage.module).is_reshape]
 
-    def _solved(
-        self, inputs: Tensor, labels: Tensor, basis: Tensor, along: Tensor | None, budget: WorkBudget
-    ) -> Solution:
-        """The whole training, on images with coordinates (B, r) in a basis (r, n)."""
+    def _in_order(
+        self, inputs: Tensor, labels: Tensor, columns: Tensor, basis: Tensor, budget: WorkBudget
+    ) -> tuple[Tensor, Solution]:
+        """Labels and order of images with coordinates (B, r) in a basis (r, n), whose columns (m, B) are known.
+
+        One pass tells both step by step. Of several passes a column is a sum, and only the whole training tells them.
+        """
+        training = self._training(labels, basis)
+        if self.training.passes == 1:
+            told, solved = solve_in_turn(training, inputs, columns)
+            if solved.order is not None:
+                return told, solved
+        return labels, solve_training(training, inputs, None, enough=ENOUGH, budget=budget)
+
+    def _training(self, labels: Tensor, basis: Tensor) -> Training:
+        """The client's, on images as coordinates in a basis (r, n)."""
         module, names = self.layer.layer, [f"{stage.name}.bias" for stage in self._layers]
         first = nn.Linear(len(basis), module.out_features, module.bias is not None).to(basis).requires_grad_(False)
         first.weight.copy_(module.weight @ basis.T)
@@ -176,8 +189,7 @@ class _FirstLayer:
         names += [f"{self._layers[0].name}.weight", f"{self._layers[-1].name}.weight"]
         goal = {name: self.update.gradients[name].to(basis) for name in names if name in self.update.gradients}
         goal[f"{self.layer.name}.weight"] = goal[f"{self.layer.name}.weight"] @ basis.T
-        training = Training([Stage(self.layer.name, first), *self._layers[1:]], labels, self.training, goal)
-        return solve_training(training, inputs, along, enough=ENOUGH, budget=budget)
+        return Training([Stage(self.layer.name, first), *self._layers[1:]], labels, self.training, goal)
 
     # ------------------------------------------------------------------------------------------------
 

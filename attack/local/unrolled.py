@@ -30,6 +30,9 @@ RULE = DampingRule(first=1e-6, refused=5.0, accepted=0.2, refusals=10, patience=
 POLISH = DampingRule(first=1e-10, refused=5.0, accepted=0.1, patience=3)
 
 
+Order = tuple[tuple[int, ...], ...]  # the images of each step
+
+
 @dataclass(frozen=True)
 class Solution:
     """What was found.
@@ -42,7 +45,7 @@ class Solution:
         certificates: (B,), the weight with which what each image makes of the first layer is part of its movement.
     """
 
-    order: tuple[tuple[int, ...], ...] | None
+    order: Order | None
     inputs: Tensor
     left: float
     variance: Tensor
@@ -86,12 +89,56 @@ class Training:
         met = ((columns @ self.goal[f"{name}.weight"]) * inputs).sum(1)
         return torch.linalg.lstsq((columns @ columns.T) * (inputs @ inputs.T), met[:, None]).solution[:, 0]
 
-    def _trained(self, inputs: Tensor, weights: Tensor) -> dict[str, LayerInSteps]:
-        """The linear layers by name, after all steps."""
+    def in_turn(self, inputs: Tensor, columns: Tensor) -> tuple[Tensor, Order]:
+        """Labels and order of a client's one pass, step by step, from the columns of the images.
+
+        A column is then the image's delta at the weights of its step, which are known as soon as the steps before are.
+        So the images of the next step, and their labels, are those whose deltas point along their columns.
+
+        Args:
+            inputs: (B, r).
+            columns: (m, B).
+        """
+        labels, layers, order = self.labels.clone(), self._at_start(), []
+        is_open = torch.ones_like(labels, dtype=torch.bool)
+        for size in self.rule.sizes_of(len(inputs)):
+            best, label = self._fits(inputs, layers, columns).max(1)
+            own = best.where(is_open, -torch.inf).topk(size).indices
+            labels[own], is_open[own] = label[own], False
+            order.append(tuple(sorted(own.tolist())))
+            weights = torch.zeros_like(best).index_fill(0, own, 1 / size)
+            self.with_labels(labels)._step(inputs, weights, layers)
+        return labels, tuple(order)
+
+    def _fits(self, x: Tensor, layers: Mapping[str, LayerInSteps], columns: Tensor) -> Tensor:
+        """(B, K), how nearly the delta of each image and label at the next step points along the image's column."""
+        first, *rest = self.chain
+        outputs = layers[first.name].outputs(x).requires_grad_()
+        with torch.enable_grad():
+            x, fits = outputs, []
+            for stage in rest:
+                x = layers[stage.name].outputs(x) if stage.name in layers else stage.module(x)
+            for label in range(x.shape[1]):
+                loss = self.rule.loss.each(x, torch.full_like(self.labels, label)).sum()
+                (delta,) = torch.autograd.grad(loss, outputs, retain_graph=True)
+                fits.append(nn.functional.cosine_similarity(delta, columns.T))
+        return torch.stack(fits, 1)
+
+    def with_labels(self, labels: Tensor) -> "Training":
+        """The same on images with other labels (B,)."""
+        return Training(self.chain, labels, self.rule, self.goal)
+
+    def _at_start(self) -> dict[str, LayerInSteps]:
+        """The linear layers by name, before the first step."""
         layers = {}
         for stage in self._linear:
             weight, bias = stage.module.weight, stage.module.bias
             layers[stage.name] = LayerInSteps(self.table, weight, bias, trains_bias=bias is not None)
+        return layers
+
+    def _trained(self, inputs: Tensor, weights: Tensor) -> dict[str, LayerInSteps]:
+        """The linear layers by name, after all steps."""
+        layers = self._at_start()
         for own in weights:
             self._step(inputs, own, layers)
         return layers
@@ -150,7 +197,7 @@ class Assignment:
         of_images = torch.einsum("pmn,m->pn", own, torch.tensor(self.sizes).to(x))
         return torch.cat([(own.sum(2) - 1).flatten(), (of_images - 1).flatten()]) if self.unknowns else x
 
-    def rounded(self, x: Tensor) -> tuple[tuple[int, ...], ...]:
+    def rounded(self, x: Tensor) -> Order:
         """The nearest order: in each pass, every image in one minibatch of the right size."""
         if not self.unknowns:
             return (tuple(range(self.count)),) * self.passes
@@ -201,6 +248,20 @@ def solve_training(
     if found is not None and best.left >= CLOSE:  # passes that are nearly alike: images are told, their order is not
         return system.without_order(found, moved)
     return system.polished(best, budget)
+
+
+def solve_in_turn(training: Training, inputs: Tensor, columns: Tensor) -> tuple[Tensor, Solution]:
+    """Labels (B,) and order of one pass, of images (B, r) with columns (m, B); no order where it leaves too much.
+
+    Raises:
+        ValueError: minibatches leave images out of each pass.
+    """
+    places = Assignment(training.rule, len(inputs))
+    labels, order = training.in_turn(inputs, columns)
+    relabelled, weights = training.with_labels(labels), places.of(order, inputs)
+    left, exact = float(relabelled.left(inputs, weights).norm()), inputs.new_zeros(len(inputs))
+    certificates = relabelled.certificates(inputs, weights)
+    return labels, Solution(order if left < CLOSE else None, inputs, left, exact, certificates)
 
 
 class _System:
@@ -257,9 +318,7 @@ class _System:
         own, variance = found.x.view(shape), _variance(found, alone).view(shape).sum(1)
         return self._solution(solution.order, own, weights, variance)
 
-    def _solution(
-        self, order: tuple[tuple[int, ...], ...] | None, own: Tensor, weights: Tensor, variance: Tensor
-    ) -> Solution:
+    def _solution(self, order: Order | None, own: Tensor, weights: Tensor, variance: Tensor) -> Solution:
         """Images (B, r) at these weights (steps, B), with what the training on them leaves."""
         left = float(self.training.left(own, weights).norm())
         return Solution(order, own, left, variance, self.training.certificates(own, weights))

@@ -122,6 +122,8 @@ def _left_at_most(known: Known, model: nn.Module, evaluations: int, training: Lo
     """
     if training.shuffle and training.passes > 1 and training.order is None:
         return math.inf
+    if known.is_explained and training.batches > 1:  # an order that was found has been replayed already
+        return math.inf
     if known.is_exact:
         return EXACT
     chain = stages(model)[: known.start] if known.is_followed else []

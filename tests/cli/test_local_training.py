@@ -57,7 +57,7 @@ def test_a_saved_update_is_attacked_as_the_one_in_hand(cli):
 
 
 def test_a_resumed_run_ends_as_one_that_never_stopped(cli):
-    flags = [*TRAINED, "--local_batches", 3, *SIGNALS]
+    flags = ["--local_lr", 0.1, "--batch_size", 2, "--local_steps", 4, "--local_batches", 2, *SIGNALS]
     whole = cli(*flags, name="whole")
     cli(*flags, "--n_iter", 2, name="halves")
     halves = cli(*flags, "--resume", name="halves")

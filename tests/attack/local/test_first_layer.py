@@ -6,13 +6,15 @@ from functools import cache
 import pytest
 import torch
 from conftest import metrics_of, pictures_of
+from torch import nn
 
 from attack.ahead import Means, read_ahead
+from attack.local import unrolled
 from attack.local.columns import ColumnSearch
 from attack.local.first_layer import NoSuchLayerError, read_first_layer
 from attack.local.levels import off_levels, snapped
 from attack.local.unrolled import Assignment, Training
-from attack.match.replay import left_over
+from attack.match.replay import left_over, replay_alone
 from attack.read.span import span_of
 from attack.solve.budget import OutOfTimeError, WorkBudget, unlimited
 from client.victim import share_update
@@ -114,6 +116,35 @@ def test_certificates_are_measured_and_as_exact_as_the_errors_that_are_claimed(a
         assert bool((off[noise] < 5 * signals.uncertainty).all())
     assert 0 < float(off[0.0].max()) < 1e-5
     assert bool((off[0.0] != off[1e-5]).all())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_one_pass_tells_labels_and_order_step_by_step(momentum):
+    """At a rate at which the network changes between two steps, so that labels at the server's weights are wrong."""
+    client = Client(6, 1, 0.1, batches=6, shuffle=True, momentum=momentum)
+    reading = client.read()
+    whose, _ = client.judged(reading)
+    assert torch.equal(reading.signals.labels, client.labels[whose])
+    in_order = replace(client.update, training=replace(client.training, order=reading.order))
+    labels = nn.functional.one_hot(reading.signals.labels, 10).float()
+    assert left_over(in_order, client.net, reading.inputs.float(), labels) < 1e-4
+
+
+def test_an_order_that_is_not_found_contradicts_nothing(monkeypatch):
+    monkeypatch.setattr(unrolled, "MOST", 0.0)  # of any system
+    client = Client(6, 2, 0.05)
+    client.training = replace(client.training, order=((0, 2, 4), (1, 3, 5)) * 2)
+    client.update = share_update(
+        client.net, "mlp", client.images, client.labels, 10,
+        options=client.update.options, training=client.training, generator=generator(2),
+    )  # fmt: skip
+    sent = replace(client.update, training=replace(client.training, order=None))
+    known = read_ahead(sent, client.net, Means("on", "optimise", 1e9, lambda: None), generator(3))
+    assert known.is_exact
+    labels = nn.functional.one_hot(known.labels, 10).float()
+    replay = replay_alone(known.as_trained(sent), client.net, known, known.pixels, labels, 0)
+    assert replay.left > 1e-2
+    assert not replay.contradicts
 
 
 def test_an_order_that_the_client_drew_is_handed_on():
