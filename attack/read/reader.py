@@ -169,7 +169,8 @@ class _Reader:
         self.shapes = input_shapes(self.chain, update.image_shape)
         self.head = self.chain[-1].module
         self.like = self.head.weight.new_zeros(1)
-        layers = candidate_layers(self.chain, update.image_shape, update.gradients)
+        inside = None if in_steps else update.batch_size
+        layers = candidate_layers(self.chain, update.image_shape, update.gradients, inside)
         layers = [layer.at_any_step(update.gradients) for layer in layers] if in_steps else layers
         self.candidates = {layer.name: layer for layer in layers}
         self.rows = LayerRows(self.chain, update.image_shape, update.batch_size)
@@ -364,10 +365,13 @@ class _Reader:
 
     def _followed(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, at the deepest stage that leads from there."""
-        index, start, inputs = at.index, at.index, found.values
+        index, start, entered = at.index, at.index, at.stage_inputs(found.values)
+        inputs = entered
+        for name in at.entrances:
+            self.rows.note(name, f"known by {at.name}", determined=True, uncertainty=float(found.uncertainty.max()))
         doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
         if found.complete:
-            descent = self._descended(found, index)
+            descent = self._descended(found, index, entered)
             for record in descent.records:
                 self.rows.note_walk(record, self.forward)
             self.recovered |= descent.inner | {self.chain[i].name: inputs for i, inputs in descent.inputs.items()}
@@ -375,7 +379,7 @@ class _Reader:
             inputs = descent.inputs[start]
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        features = run(self.chain[index:-1], found.values)
+        features = run(self.chain[index:-1], entered)
         loss = self.update.training.loss
         loss = loss.of_batch(found.labels) if found.complete else loss
         errors = loss.errors(self.head(features), found.labels)
@@ -408,14 +412,14 @@ class _Reader:
             start, inputs = start - 1, below
         return start, inputs
 
-    def _descended(self, found: Signals, index: int) -> Descent:
+    def _descended(self, found: Signals, index: int, inputs: Tensor) -> Descent:
         given = self._given
         how = {"generator": self.generator, "budget": self.budget}
         try:
             given = replace(given, loss=given.loss.of_batch(found.labels))
-            return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
+            return descend(self.chain, self.update.image_shape, given, index, inputs, found.labels, **how)
         except (RuntimeError, ArithmeticError):
-            return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
+            return Descent({index: inputs}, {}, {self.chain[index].name: torch.zeros_like(inputs)}, [])
 
     @cached_property
     def _given(self) -> BatchGradients:
