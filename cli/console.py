@@ -21,6 +21,7 @@ from judge.run_directory import RunDirectory
 from judge.tables import aligned, markdown, write_csv
 from judge.verdict import NAMES, percent
 from network.chain import first_layer
+from network.embedding import patch_embedding
 from network.head import Head
 from network.parametrised import why_no_gradient
 from network.tracing import stages, why_not_walked
@@ -73,6 +74,8 @@ def introduction(
             deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.seconds:.1f} s"
+    elif known.local_labels is not None and update.training.is_gradient:
+        found += f"; labels counted by the last convolution's bias (they leave {known.local_labels.distance:.2g})"
     if known.is_aborted:
         found += ", until --max_seconds stopped the reading: on another machine it may read more, or less"
     found += _how_trained(update, known)
@@ -213,7 +216,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print(f"the model cannot be taken apart: {error}")
         print(f"no layer's inputs are to be expected exactly, yet {STILL_ATTACKED}")
         return 0
-    rows = explain(chain, shape, settings.batch_size)
+    rows = explain(chain, shape, settings.batch_size, patch_embedding(model, shape))
     name = Path(settings.model).name.replace(":", "_")
     stem = Path(settings.save_dir) / f"explain_{name}_B{settings.batch_size}_{settings.image_size or SIDE}{ending}"
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from torch import nn
 
 from cli.runtime import stream
 from network.one_logit import has_one_logit, with_two_logits
+from network.outside import notes_of
 from network.zoo import ALL_OPTIONS, build_model
 from update.evidence import Evidence
 from update.loss import CROSS_ENTROPY
@@ -31,13 +32,13 @@ def server_model(
 ) -> nn.Module:
     """The model that the server sent out, with weights from --weights or drawn from the seed.
 
-    `tell` is called with a note on each thing that had to be assumed of the file of weights.
+    `tell` is called with a note on each thing that had to be assumed of the weights.
     """
     generator = stream(settings.seed, "model")
     model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator, **options)
-    if settings.weights:
-        for note in load_checkpoint(model, settings.weights, image_shape):
-            tell(note)
+    notes = load_checkpoint(model, settings.weights, image_shape) if settings.weights else notes_of(model)
+    for note in notes:
+        tell(note)
     return model
 
 

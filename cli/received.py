@@ -105,6 +105,7 @@ def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
     update = update.holding(tensors, settings.update)
     if update.weights and not settings.weights:
         load_weights(model, update.weights, settings.update)
+        notes.clear()  # on weights that were drawn
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
     update.targets(model)  # raises on an update that does not fit
     in_order = {name: update.gradients[name] for name in trainable(model)}  # the client's order; files keep another

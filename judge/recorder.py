@@ -232,6 +232,7 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "drift": known.drift,
         "in_steps": known.in_steps,
         "order": known.order,
+        "uses": known.uses,
         "is_explained": known.is_explained,
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),

@@ -27,6 +27,11 @@ TORCHVISION = "torchvision:"
 OUTSIDE = "torchvision:NAME, FILE.py:FACTORY"  # as they are spelt
 FILE = re.compile(r"(.+\.py):(\w+)")
 LOGITS = ("logits", "out", "output", "prediction", "predictions")  # usual names of logits in a model's output
+DRAWN_HEAD = (
+    "torchvision starts the last layer of this model at zero, where no gradient reaches the layers below: its weights "
+    "were drawn, as those of a model behind its first step; --weights takes yours"
+)
+_DRAWN = "_head_was_drawn"  # the attribute of a model for which that holds
 PROBES = 2  # images that a model is tried on: one alone would not show whether it keeps images apart
 
 
@@ -130,7 +135,22 @@ def _from_torchvision(name: str, num_classes: int) -> Callable[[], nn.Module]:
     known = models.list_models(module=models)  # classifiers alone: detectors would fetch the weights of their bodies
     if wanted not in known:
         raise ValueError(f"--model {name}: torchvision has no classifier {wanted!r}; it has {', '.join(known)}")
-    return lambda: models.get_model(wanted, weights=None, num_classes=num_classes)
+    return lambda: _with_drawn_head(models.get_model(wanted, weights=None, num_classes=num_classes))
+
+
+@torch.no_grad()
+def _with_drawn_head(model: nn.Module) -> nn.Module:
+    """A model whose last layer is not zero, as torchvision's vision transformers have it before their first step."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if layers and not layers[-1].weight.any():
+        layers[-1].reset_parameters()
+        vars(model)[_DRAWN] = True
+    return model
+
+
+def notes_of(model: nn.Module) -> list[str]:
+    """What was assumed of the weights of a model from outside, in sentences."""
+    return [DRAWN_HEAD] if vars(model).get(_DRAWN) else []
 
 
 def _from_file(name: str) -> Callable[[], object]:

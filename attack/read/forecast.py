@@ -22,6 +22,7 @@ from typing import NamedTuple
 from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
 from network.chain import Layer, input_shapes, measured, mixed_below, parametrised
+from network.embedding import PatchEmbedding
 from network.kinds import kind_of
 from network.kinds.affine import is_spanned
 from network.kinds.norm import MIXES
@@ -45,8 +46,12 @@ class Step(NamedTuple):
         return not self.reason and self.equations >= ENOUGH * self.unknowns
 
 
-def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[dict]:
+def explain(
+    chain: Chain, image_shape: Sequence[int], batch_size: int, embedding: PatchEmbedding | None = None
+) -> list[dict]:
     """One row for each linear or convolutional layer, from the images up.
+
+    The patch projection of a transformer, `embedding`, has a row although what follows it is not walked.
 
     Columns: layer, input_shape, positions (P), rank_bound (B P), rank_room (min(c_out, c_in k^2)), spanned, equations
     and unknowns of the step down to this layer's input, determined, known (its inputs are to be expected), deepest (the
@@ -64,8 +69,11 @@ def explain(chain: Chain, image_shape: Sequence[int], batch_size: int) -> list[d
     for row in reversed(rows):  # from the head down
         is_known = row["layer"] in asked or (is_known and row["determined"])
         row["known"] = is_known
-    deepest = next((row["layer"] for row in rows if row["known"]), None)
     reasons = {name: steps[name].reason or why_no_gradient(layer.module) for name, layer in layers.items()}
+    if embedding is not None:
+        rows = [_embedding_row(embedding, batch_size), *(row for row in rows if row["layer"] != embedding.name)]
+        reasons[embedding.name] = embedding.why_not(batch_size)
+    deepest = next((row["layer"] for row in rows if row["known"]), None)
     return [{**row, "deepest": row["layer"] == deepest, "reason": reasons[row["layer"]]} for row in rows]
 
 
@@ -82,6 +90,23 @@ def _row(layer: Layer, step: Step, batch_size: int) -> dict:
         "equations": step.equations,
         "unknowns": step.unknowns,
         "determined": step.is_determined,
+    }
+
+
+def _embedding_row(embedding: PatchEmbedding, batch_size: int) -> dict:
+    """The step from the gradient of a position embedding to the patches of one image."""
+    is_known, patches = not embedding.why_not(batch_size), batch_size * embedding.positions
+    return {
+        "layer": embedding.name,
+        "input_shape": embedding.input_shape,
+        "positions": embedding.positions,
+        "rank_bound": patches,
+        "rank_room": min(embedding.width, embedding.patch),
+        "spanned": is_spanned(batch_size, embedding.positions, embedding.width, embedding.patch),
+        "equations": embedding.width * embedding.patch,
+        "unknowns": patches * embedding.patch,
+        "determined": is_known,
+        "known": is_known,
     }
 
 

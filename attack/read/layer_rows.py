@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from attack.read.forecast import explain
 from attack.walk.layer_solve import Record
 from network.chain import index_of, parametrised
+from network.embedding import PatchEmbedding
 from network.stage import Chain
 
 COLUMNS = (
@@ -21,13 +22,16 @@ class LayerRows:
         chain: the model's.
         image_shape: (C, H, W).
         batch_size: B.
+        embedding: of a transformer, which then has a row too.
     """
 
-    def __init__(self, chain: Chain, image_shape: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self, chain: Chain, image_shape: Sequence[int], batch_size: int, embedding: PatchEmbedding | None = None
+    ) -> None:
         known, self.chain, self.batch_size = ("layer", "positions", "rank_bound", "spanned"), chain, batch_size
         self._rows = {
             row["layer"]: dict.fromkeys(COLUMNS) | {name: row[name] for name in known} | {"seconds": 0.0, "note": ""}
-            for row in explain(chain, image_shape, batch_size)
+            for row in explain(chain, image_shape, batch_size, embedding)
         }
 
     def __iter__(self) -> Iterator[dict]:

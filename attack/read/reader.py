@@ -21,20 +21,19 @@ from torch import Tensor, nn
 from attack.local.closed_system import ClosedSystem
 from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
-from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights
-from attack.read.head.by_random_images import recover_signals
-from attack.read.head.by_trial import unmix_head
+from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights, roundings_of_weights
+from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
 from attack.read.layer_rows import LayerRows
 from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
-from attack.read.random_images import SAMPLE, random_features, varies
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.rounding import precision_of
 from attack.walk.noise import is_after_relu, without_noise
+from attack.walk.trajectory import OnePass
 from attack.walk.walk import BatchGradients, Descent, descend
 from network.chain import input_shapes, is_parametrised, shift_before
 from network.head import Head, measured_noise
@@ -72,6 +71,7 @@ class Reading:
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
         in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
         order: the images of each step, where there are several and their order was found; None: in turn, or not known.
+        uses: the image of each of the `inputs`, where images were used in several passes; else empty.
         is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
         doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
     """
@@ -85,6 +85,7 @@ class Reading:
     is_aborted: bool = False
     in_steps: bool = False
     order: tuple[tuple[int, ...], ...] | None = None
+    uses: tuple[int, ...] = ()
     is_explained: bool = False
     doubts: tuple[Evidence, ...] = ()
     drift: float | None = None
@@ -268,13 +269,17 @@ class _Reader:
         if (
             self._is_head(layer)
             and span.batch_size > 1
-            and layer.inputs.is_smooth
+            and not layer.inputs.is_sparse
             and self.update.training.loss.is_cross_entropy
         ):
-            return self._smooth_head(layer, span, budget)
-
+            whole = WholeHead(self.update, self.model, self.head, span, self.generator, budget)
+            return whole.told_apart(layer.inputs, lambda: self._peeled(layer, span, budget))
         if layer.mixes:
             return told_apart_jointly(span, self._upwards(layer), generator=self.generator, budget=budget)
+        return self._peeled(layer, span, budget)
+
+    def _peeled(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
+        """One image after the other."""
 
         def tail(inputs: Tensor, outputs: Tensor) -> Tensor:
             budget.tick()
@@ -319,59 +324,43 @@ class _Reader:
         layer = self.candidates[name]
         return Above(self._span(layer), layer.layer, layer.tail, slope)
 
-    def _smooth_head(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        """All images of a head after a smooth activation at once: the likelier method first, then the other."""
-        methods = [self._by_random_images, self._by_trial]
-        features = random_features(self.model, self.update.image_shape, SAMPLE, self.generator).to(self.like)
-        if varies(self.head(features).softmax(1)):
-            methods.reverse()
-        best = None
-        for method in methods:
-            try:
-                found = method(layer, span, budget)
-            except ValueError as error:
-                if best is None and method is methods[-1]:
-                    raise ValueError(str(error)) from None
-                continue
-            except OutOfTimeError:
-                if best is None:
-                    raise
-                break
-            if best is None or len(found) > len(best):
-                best = found
-            if best.complete:
-                break
-        return best
-
-    def _by_random_images(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        return recover_signals(self.update, self.model, generator=self.generator, budget=budget)
-
-    def _by_trial(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        weight, bias = self.head.weight, self.head.bias
-        return unmix_head(
-            span,
-            weight,
-            weight.new_zeros(len(weight)) if bias is None else bias,
-            self.update.gradients[f"{layer.name}.weight"],
-            layer.bias_gradient,
-            loss=self.update.training.loss,
-            non_negative=layer.inputs.output_range[0] >= 0,
-            generator=self.generator,
-            budget=budget,
-        )
-
     # ------------------------------------------------------------------------------------------------
     # Down
 
     def _followed(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, at the deepest stage that leads from there."""
-        index, start, entered = at.index, at.index, at.stage_inputs(found.values)
-        inputs = entered
         for name in at.entrances:
             self.rows.note(name, f"known by {at.name}", determined=True, uncertainty=float(found.uncertainty.max()))
         doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
+        entered = replace(found, values=at.stage_inputs(found.values))
+        features = run(self.chain[at.index : -1], entered.values)
+        loss = self.update.training.loss
+        loss = loss.of_batch(found.labels) if found.complete else loss
+        errors = loss.errors(self.head(features), found.labels)
+        return replace(self._walked(entered, at, features, errors, self._given), doubts=doubts)
+
+    def _in_steps(self, found: Signals, at: CandidateLayer) -> Reading:
+        """The images found at a layer, each at the weights of its own step, at the deepest stage."""
+        system = ClosedSystem(self.update, self.model, at.index)
+        features, errors = system.at_the_head(found.values, found.labels)
+        deltas = system.deltas(found.values, found.labels)
+        steps = OnePass(self.update.training.coefficients(), system.sizes, system.counts, deltas)
+        given = replace(self._given, additive=0.0, errors=roundings_of_weights(self.update, self.model))
+        return self._walked(found, at, features, errors, given, steps)
+
+    def _walked(
+        self,
+        found: Signals,
+        at: CandidateLayer,
+        features: Tensor,
+        errors: Tensor,
+        given: BatchGradients,
+        steps: OnePass | None = None,
+    ) -> Reading:
+        """Images found by the inputs of a layer's stage, with features and errors, and what a walk makes known."""
+        start, inputs = at.index, found.values
         if found.complete:
-            descent = self._descended(found, index, entered)
+            descent = self._descended(found, start, given, steps)
             for record in descent.records:
                 self.rows.note_walk(record, self.forward)
             self.recovered |= descent.inner | {self.chain[i].name: inputs for i, inputs in descent.inputs.items()}
@@ -379,19 +368,7 @@ class _Reader:
             inputs = descent.inputs[start]
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        features = run(self.chain[index:-1], entered)
-        loss = self.update.training.loss
-        loss = loss.of_batch(found.labels) if found.complete else loss
-        errors = loss.errors(self.head(features), found.labels)
-        signals = replace(found, values=features, deltas=errors)
-        return replace(self._reading(signals, *self._inverted(start, inputs)), doubts=doubts)
-
-    def _in_steps(self, found: Signals, layer: CandidateLayer) -> Reading:
-        """The images found at a layer, each at the weights of its own step."""
-        system = ClosedSystem(self.update, self.model, layer.index)
-        features, errors = system.at_the_head(found.values, found.labels)
-        signals = replace(found, values=features, deltas=errors)
-        return self._reading(signals, *self._inverted(layer.index, found.values))
+        return self._reading(replace(found, values=features, deltas=errors), *self._inverted(start, inputs))
 
     def _reading(self, signals: Signals, start: int, inputs: Tensor) -> Reading:
         """What was found at the head and at the deepest stage."""
@@ -412,14 +389,13 @@ class _Reader:
             start, inputs = start - 1, below
         return start, inputs
 
-    def _descended(self, found: Signals, index: int, inputs: Tensor) -> Descent:
-        given = self._given
-        how = {"generator": self.generator, "budget": self.budget}
+    def _descended(self, found: Signals, index: int, given: BatchGradients, steps: OnePass | None) -> Descent:
+        how = {"generator": self.generator, "budget": self.budget, "steps": steps}
         try:
             given = replace(given, loss=given.loss.of_batch(found.labels))
-            return descend(self.chain, self.update.image_shape, given, index, inputs, found.labels, **how)
+            return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)
         except (RuntimeError, ArithmeticError):
-            return Descent({index: inputs}, {}, {self.chain[index].name: torch.zeros_like(inputs)}, [])
+            return Descent({index: found.values}, {}, {self.chain[index].name: torch.zeros_like(found.values)}, [])
 
     @cached_property
     def _given(self) -> BatchGradients:

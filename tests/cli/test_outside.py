@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import main_MAGIA_sel as magia
 from data import load_batch, open_source
 from network.parameters import trainable
+from network.vision import torchvision
 from network.zoo import build_model
 from update.gradients import averaged_gradient
 from update.received import KINDS, averaged_gradients, recognised
@@ -540,3 +541,17 @@ def test_numbers_with_a_gap_name_it(cli, tmp_path):
     assert "arr_3 is missing" in cli.error("--update", tmp_path / "gap.npz", *client.flags)
     np.savez(tmp_path / "few.npz", *(t.numpy() for t in tensors[:-1]))
     assert "7 arrays without names, the model needs 8" in cli.error("--update", tmp_path / "few.npz", *client.flags)
+
+
+def test_a_last_layer_that_torchvision_starts_at_zero_is_drawn_with_a_note(cli, monkeypatch):
+    models = torchvision().models
+    sides = {"image_size": 16, "patch_size": 4, "num_layers": 1, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
+    monkeypatch.setattr(
+        models, "get_model", lambda *_, num_classes, **__: models.VisionTransformer(**sides, num_classes=num_classes)
+    )
+    flags = ["--model", "torchvision:vit_b_16", "--signals", "on", "--batch_size", 1]
+    run = cli(*flags, "--save_update", cli.folder / "u.npz")
+    assert "note: torchvision starts the last layer of this model at zero" in cli.out
+    assert metrics_of(run)["psnr_mean"] > 60
+    cli("--update", cli.folder / "u.npz", *flags, name="again")
+    assert "starts the last layer" not in cli.out

@@ -1,0 +1,148 @@
+"""Measure what one update of two images gives away on the smallest network of each of torchvision's families.
+
+    python -m bench.families
+    python -m bench.families --rows swin
+    make docs
+
+It writes results/data/networks_families.csv, of which `make docs` makes the table of docs/networks.md. Each family is
+explained first, as --explain does, and then attacked for five evaluations: what is told apart is known before the first
+of them. A row whose command fails stays as it is.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from attack.read.forecast import explain
+from bench.remeasure import device_of, measure, program, rounded
+from bench.results_page import DATA, Row, read_rows, write_rows
+from network.embedding import patch_embedding
+from network.tracing import stages, why_not_walked
+from network.zoo import build_model
+
+TABLE, CLASSES = "networks_families", 10
+COMMAND = (
+    "python main_MAGIA_sel.py --model torchvision:{network} --image_size {pixels} --num_classes {classes} "
+    "--batch_size {batch_size} --max_evals 5"
+)
+
+
+class Family(NamedTuple):
+    """A family, one of its networks, the pixels of a side that the network takes, and the images of a batch."""
+
+    family: str
+    network: str
+    pixels: int = 64
+    batch_size: int = 2
+
+
+FAMILIES = (
+    Family("AlexNet", "alexnet"),
+    Family("ConvNeXt", "convnext_tiny"),
+    Family("DenseNet", "densenet121"),
+    Family("EfficientNet", "efficientnet_b0"),
+    Family("EfficientNetV2", "efficientnet_v2_s"),
+    Family("GoogLeNet", "googlenet"),
+    Family("Inception", "inception_v3", 80),
+    Family("MaxViT", "maxvit_t", 224),
+    Family("MNASNet", "mnasnet0_5"),
+    Family("MobileNetV2", "mobilenet_v2"),
+    Family("MobileNetV3", "mobilenet_v3_small"),
+    Family("RegNet", "regnet_y_400mf"),
+    Family("ResNet", "resnet18"),
+    Family("ResNeXt", "resnext50_32x4d"),
+    Family("ShuffleNetV2", "shufflenet_v2_x0_5"),
+    Family("SqueezeNet", "squeezenet1_1"),
+    Family("Swin", "swin_t"),
+    Family("SwinV2", "swin_v2_t"),
+    Family("VGG", "vgg11"),
+    Family("VisionTransformer", "vit_b_32", 224),
+    Family("VisionTransformer", "vit_b_16", 224, 1),
+    Family("WideResNet", "wide_resnet50_2"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="bench.families",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only networks whose name contains this")
+    parser.add_argument("--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's")
+    parser.add_argument("--folder", type=Path, default=DATA, help="where the table is; default results/data")
+    asked = parser.parse_args(argv)
+    chosen = [each for each in FAMILIES if asked.rows in each.network]
+    if not chosen:
+        print(f"bench.families: error: no network's name contains {asked.rows!r}", file=sys.stderr)
+        return 2
+    try:
+        origin = program()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"bench.families: error: {error}", file=sys.stderr)
+        return 2
+    failed = 0
+    for each in chosen:
+        command = COMMAND.format(**each._asdict(), classes=CLASSES)
+        print(command, flush=True)
+        try:
+            row = forecast(each) | measured(each, command)
+        except ValueError as error:
+            failed += 1
+            print(f"bench.families: {each.network}: {error}", file=sys.stderr)
+            continue
+        row |= {"note": "", "command": command, **origin, "device": asked.machine or device_of(command)}
+        _replace(asked.folder, row)
+    return int(bool(failed))
+
+
+def forecast(each: Family) -> Row:
+    """What --explain says: the deepest layer whose inputs are to be expected, and what is only run, and why.
+
+    Raises:
+        ValueError: torchvision has no such network, or it takes no such images.
+    """
+    shape, seeded = (3, each.pixels, each.pixels), torch.Generator().manual_seed(0)
+    name = f"torchvision:{each.network}"
+    model = build_model(name, image_shape=shape, num_classes=CLASSES, generator=seeded)
+    row = {name: str(value) for name, value in each._asdict().items()} | {"deepest": "", "only_run": ""}
+    try:
+        rows = explain(stages(model), shape, each.batch_size, patch_embedding(model, shape))
+    except ValueError as error:
+        return row | {"only_run": f"all of it ({error})"}
+    deepest = next((layer["layer"] for layer in rows if layer["deepest"]), "")
+    return row | {"deepest": deepest, "only_run": why_not_walked(model)}
+
+
+def measured(each: Family, command: str) -> Row:
+    """What a run tells: images told apart, right labels, seconds, and the PSNR where the images were read exactly.
+
+    Raises:
+        ValueError: the run failed.
+    """
+    figures = measure(command, None, None)
+    exact = figures["psnr_mean"] if figures["ended_by"] == "exact" else None
+    return {
+        "told_apart": str(figures["signals_found"]),
+        "labels_right": rounded(figures["label_accuracy"], 0, times=each.batch_size),
+        "exact_psnr": rounded(exact, 1),
+        "seconds": rounded(figures["seconds"], 0),
+    }
+
+
+def _replace(folder: Path, row: Row) -> None:
+    """Put a row into the table, in the order of the families."""
+    rows = {r["network"]: r for r in (read_rows(folder, TABLE) if (folder / f"{TABLE}.csv").is_file() else [])}
+    rows[row["network"]] = row
+    write_rows(folder, TABLE, [rows[each.network] for each in FAMILIES if each.network in rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""The table of torchvision's families is made by a command."""
+
+import pytest
+
+from bench import families
+from bench.families import FAMILIES, TABLE
+from bench.results_page import read_rows
+
+FIGURES = {"signals_found": 2, "label_accuracy": 0.5, "seconds": 12.4, "ended_by": "max_evals", "psnr_mean": 11.0}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(families, "program", lambda: {"commit": "c3", "date": "2026-03-03 10:00"})
+    monkeypatch.setattr(families, "measure", lambda *_: FIGURES)
+
+
+def test_every_family_has_a_row_in_its_place(measured, tmp_path):
+    for name in ("squeezenet", "shufflenet", "squeezenet"):
+        assert families.main(["--rows", name, "--folder", str(tmp_path), "--machine", "a core"]) == 0
+    first, second = read_rows(tmp_path, TABLE)
+    assert (first["family"], second["family"]) == ("ShuffleNetV2", "SqueezeNet")
+    assert first["deepest"] == "fc"
+    assert first["only_run"].startswith("all below conv5.0 (in stage4")
+    assert second["only_run"].startswith("all of it (the last stage, classifier.3, is not linear")
+    assert second["labels_right"] == "1"
+    assert second["exact_psnr"] == ""
+
+
+def test_a_run_that_fails_leaves_the_table(measured, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(families, "measure", fail)
+    assert families.main(["--rows", "squeezenet", "--folder", str(tmp_path)]) == 1
+    assert "squeezenet1_1: no room" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_wrong_rows_are_one_line(tmp_path, capsys):
+    assert families.main(["--rows", "lenet5", "--folder", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_all_families_of_torchvision_are_there():
+    assert len({each.family for each in FAMILIES}) == 21
