@@ -8,16 +8,17 @@ with x_i the i-th of the client's B images, delta_i^t the gradient of its loss i
 it had no part), and beta_t the weight of step t. So D has rank B for any number of epochs, in any order, with momentum
 and decay, and its row space is that of the images. The movement of the bias, sum_i d_i, says which mixtures sum to one.
 
-In that space the images are found in two moves. Differences of neighbouring pixels are nearly independent from image to
-image and far from Gaussian: independent component analysis gives images that are off by some percent. They tell
-which units of the layer were off for an image, under the weights before and after training. Of a unit that was off in
+In that space the images are found in two moves. First guesses tell which units of the layer were off for an image,
+under the weights before and after training. There are two kinds of guesses. A row of D that one image alone has moved
+is that image, but for rounding. And differences of neighbouring pixels are nearly independent from image to image and
+far from Gaussian: independent component analysis gives images that are off by some percent. Of a unit that was off in
 all steps the entry of d_i is exactly zero. A column L c of the space of columns that is zero there is found by an L1
 norm (a few of the zeros are predicted wrongly), and is then settled on all its zeros.
 
 Columns that were found leave the exact row space of the other images, in which the next analysis is easier.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,9 @@ POWER = 0.5  # p of the sum of |d|^p that is lowered
 REWEIGHTED = 35  # iterations of the re-weighted least squares
 SHARPER, SHARPEST = 0.5, 1e-8  # factor of their smoothing from one iteration to the next, and the least of it
 SETTLING = ((40.0, 1e-5), (10.0, 1e-7), (5.0, 1e-9))  # noise, and share of the largest
+TOLD = 10.0  # times its error that a row must have left to be tried
+TOGETHER = 64  # sets of units that are tried at once
+NEARLY = 1e-3  # energy, over units of length 1, up to which a column is nearly zero in units that are off
 SPARE = 4  # zeros beyond the B - 1 that any column of the space can be made to have
 FEWEST = 0.6, 0.3  # share of the units that the guess has off which must be zeros, in the first and the last round
 AGREEING = 4  # units that must ask for the same multiple of another column
@@ -255,6 +259,46 @@ class ColumnSearch:
         return torch.linalg.qr((outside * self.span.sigma).T)[0].T
 
     # ------------------------------------------------------------------------------------------------
+    # Rows
+
+    def lone(self) -> list[Column]:
+        """Columns of images that alone have moved some unit, then of those that are alone without these, and so on.
+
+        Row k of D over the bias's movement is then the image, as in `attack.read.lone_rows`, but for the rounding of
+        the weights: near enough to say which units were off. Every row is tried.
+        """
+        found: list[Column] = []
+        rest, sums, before = self.span.left * self.span.sigma, self.bias, -1
+        while before < len(found) < self.size:
+            before = len(found)
+            told = sums.abs() > TOLD * self.span.noise
+            q = (rest / sums[:, None])[self.live & told & (rest.norm(dim=1) > TOLD * self.span.noise * self.size**0.5)]
+            highest = self.before_relu(q).amax(0)
+            is_off = (highest < -MARGINS[1] * highest.abs().mean(1, keepdim=True)) & self.live
+            for at, c in self._nearly_zero(is_off.double()):
+                for column in self._judged(self.settled(c), is_off[at], FEWEST[0]):
+                    if len(self.distinct([*found, column])) > len(found):
+                        found.append(column)
+                        taken = self.span.left @ column.coordinates / ((q[at] / self.span.sigma) @ column.coordinates)
+                        rest, sums = rest - taken[:, None] * q[at], sums - taken
+        return sorted(found, key=lambda column: -column.count)
+
+    def _nearly_zero(self, is_off: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Of sets of units (N, m) those in which a column (B,) is nearly zero, and that column, the best first."""
+        if not len(is_off):
+            return
+        found = [
+            torch.linalg.eigh(torch.einsum("mi,sm,mj->sij", self.units, part, self.units))
+            for part in is_off.split(TOGETHER)
+        ]
+        energies = torch.cat([energy[:, 0] for energy, _ in found])
+        columns = torch.cat([vectors[:, :, 0] for _, vectors in found])
+        for at in energies.argsort().tolist()[: self.size]:
+            if energies[at] > NEARLY:
+                break
+            yield at, columns[at]
+
+    # ------------------------------------------------------------------------------------------------
     # The whole
 
     def found(self, generator: torch.Generator, budget: WorkBudget) -> list[Column]:
@@ -266,7 +310,7 @@ class ColumnSearch:
         if self.size == 1:  # the movement is the image
             c = self.along.new_ones(1)
             return [Column(c, self.zeros(c, *SETTLING[-1]))]
-        found: list[Column] = []  # most zeros first
+        found = self.lone()  # most zeros first
         first, fruitless = None, 0
         while len(found) < self.size and fruitless < FRUITLESS:
             budget.check()

@@ -15,6 +15,10 @@ ROUNDS = 20  # of rounding and projection, at most
 # Steps of 1/255, root mean square, that an image in the space may be off whole ones: 0.289 by chance, and with 0.08
 # every pixel is rounded to the right step, six deviations wide.
 ROUNDED = 0.08
+# Entries of a layer's inputs, unlike one another, beyond the dimensions of their space, without which whole pixels
+# prove nothing: those of an image of one colour are three, and mixtures of two colours come near whole ones by chance.
+UNLIKE = 16
+ALIKE = 1e-4  # of the largest: entries of the space that differ by less are one
 
 
 def off_levels(images: Tensor) -> Tensor:
@@ -41,6 +45,7 @@ def snapped(
         if torch.equal(((LEVELS * pixels(moved)).round() / LEVELS).clamp(0, 1), whole) or torch.equal(moved, before):
             break
     in_space = pixels(moved)
-    is_whole = off_levels(in_space) < ROUNDED
+    different = torch.unique((basis / (ALIKE * basis.abs().max())).round(), dim=1).shape[1]
+    is_whole = (off_levels(in_space) < ROUNDED) & (different >= len(basis) + UNLIKE)
     whole = (LEVELS * in_space).round() / LEVELS
     return torch.where(is_whole[:, None, None, None], whole, images), is_whole

@@ -61,8 +61,9 @@ def explain(
     forecast = _Forecast(layers, batch_size)
     steps, _ = forecast.steps(chain, Told(0.0), tuple(image_shape))
     like = next(iter(layers.values())).module.weight.new_zeros(1)
-    asked = order(candidate_layers(chain, tuple(image_shape), {}), batch_size, like)
-    asked = {layer.name for layer in asked if layer.geometry.overlaps and not why_no_gradient(layer.layer)}
+    asked = order(candidate_layers(chain, tuple(image_shape), {}, batch_size), batch_size, like)
+    asked = [layer for layer in asked if layer.geometry.overlaps and not why_no_gradient(layer.layer)]
+    asked = {name for layer in asked for name in (layer.name, *layer.entrances)}
     rows = [_row(layer, steps[name], batch_size) for name, layer in layers.items()]
     is_known = False
     for row in reversed(rows):  # from the head down

@@ -2,7 +2,8 @@
 
 A layer is worth trying where its gradient spans its inputs (`Geometry.is_spanned`), every entry of an input lies in
 some patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot inside a
-residual block, where the skip passes by. Where a layer from there on mixes the images of the batch, no image can be
+residual block, where the skip passes by, unless the layer's inputs give those of the block first
+(`attack.read.beneath`). Where a layer from there on mixes the images of the batch, no image can be
 judged by itself, and all of them are told apart at once (`attack.read.jointly`). The head is tried last: it
 tells K - 1 images apart at most, and between it and the last convolution there is mostly a pool, which ends the walk
 down.
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from attack.read.beneath import Beneath
 from attack.read.signals import Tail
 from attack.read.span import Span, span_of
 from network.chain import input_shapes, mixes_images, unmixed_from
@@ -41,6 +43,8 @@ class CandidateLayer:
             below, and nothing else stands in front of: names and s.
         mixes: whether BatchNorm in training mode is behind it.
         centred: whether that follows right behind it.
+        beneath: what lies below it in a residual block; None of a layer that takes the stage's own inputs.
+        entrances: the layers that take the stage's inputs, which `beneath` gives.
     """
 
     name: str
@@ -54,6 +58,12 @@ class CandidateLayer:
     followers: tuple[tuple[str, float], ...] = ()
     mixes: bool = False
     centred: bool = False
+    beneath: Beneath | None = None
+    entrances: tuple[str, ...] = ()
+
+    def stage_inputs(self, inputs: Tensor) -> Tensor:
+        """The inputs (N, ...) of the stage `index`, from those of the layer."""
+        return inputs if self.beneath is None else self.beneath.inputs(inputs)
 
     def sees_everything(self, like: Tensor) -> bool:
         """Whether every entry of an input lies in some patch."""
@@ -65,6 +75,8 @@ class CandidateLayer:
 
     def is_asked(self, batch_size: int) -> bool:
         """Whether images can be told apart: of a batch that is mixed, by the zeros of a ReLU and by several patches."""
+        if self.beneath is not None and (self.mixes or not self.beneath.is_told):
+            return False
         return not self.mixes or (self.inputs.is_sparse and self.geometry.positions > 1 and batch_size > 1)
 
     def span(self, gradients: Mapping[str, Tensor], batch_size: int, like: Tensor, floor: Tensor | None = None) -> Span:
@@ -88,35 +100,53 @@ class CandidateLayer:
 
 
 def candidate_layers(
-    chain: Chain, image_shape: tuple[int, ...], gradients: Mapping[str, Tensor]
+    chain: Chain, image_shape: tuple[int, ...], gradients: Mapping[str, Tensor], batch_size: int | None = None
 ) -> list[CandidateLayer]:
-    """Every layer of the chain that its inputs and outputs suffice to run the network from, from the images up."""
+    """Every layer of the chain that its inputs and outputs suffice to run the network from, from the images up.
+
+    Where the batch size is given, layers inside residual blocks are among them whose inputs give the block's, see
+    `attack.read.beneath`.
+    """
     shapes, first = input_shapes(chain, image_shape), unmixed_from(chain)
     found = []
     for index, stage in enumerate(chain):
         for layer, behind, beside in _entrances(stage):
-            try:
-                geometry = Geometry.of(layer.module, shapes[index])
-            except ValueError:
-                continue  # a kind of convolution that is not read
             rest = [*behind, *chain[index + 1 :]]
-            centred = bool(rest) and mixes_images([rest[0].module])
-            found.append(
-                CandidateLayer(
-                    name=layer.name,
-                    index=index,
-                    layer=layer.module,
-                    geometry=geometry,
-                    inputs=kind_of_inputs(chain[:index], shapes),
-                    tail=_tail(behind, beside, chain[index + 1 :]),
-                    bias_gradient=None if centred else _bias_gradient(layer, rest, gradients),
-                    behind=_activation_behind(rest),
-                    followers=() if isinstance(stage.module, Residual) else _followers(chain, index),
-                    mixes=index < first,
-                    centred=centred,
-                )
-            )
-    return found
+            below = (kind_of_inputs(chain[:index], shapes), shapes[index])
+            followers = () if isinstance(stage.module, Residual) else _followers(chain, index)
+            tail = _tail(behind, beside, chain[index + 1 :])
+            facts = {"index": index, "tail": tail, "followers": followers, "mixes": index < first}
+            found.append(_candidate(layer, rest, below, gradients, **facts))
+        for layer, behind, beneath in _inside(stage, shapes[index], batch_size, gradients):
+            rest = [*behind, *chain[index + 1 :]]
+            below = (kind_of_inputs(beneath.chain, beneath.shapes), beneath.shapes[-1])
+            tail = _tail(behind, stage.module.shortcut, chain[index + 1 :], beneath)
+            entrances = tuple(entrance.name for entrance, *_ in _entrances(stage))
+            facts = {"index": index, "tail": tail, "mixes": index < first, "beneath": beneath, "entrances": entrances}
+            found.append(_candidate(layer, rest, below, gradients, **facts))
+    return [layer for layer in found if layer is not None]
+
+
+def _candidate(
+    layer: Stage, rest: Chain, below: tuple[Kind, tuple[int, ...]], gradients: Mapping[str, Tensor], **facts: object
+) -> CandidateLayer | None:
+    """A layer, with what follows it, and kind and shape of its inputs; None of a convolution that is not read."""
+    inputs, shape = below
+    try:
+        geometry = Geometry.of(layer.module, shape)
+    except ValueError:
+        return None
+    centred = bool(rest) and mixes_images([rest[0].module])
+    return CandidateLayer(
+        name=layer.name,
+        layer=layer.module,
+        geometry=geometry,
+        inputs=inputs,
+        bias_gradient=None if centred else _bias_gradient(layer, rest, gradients),
+        behind=_activation_behind(rest),
+        centred=centred,
+        **facts,
+    )
 
 
 def order(candidates: list[CandidateLayer], batch_size: int, like: Tensor) -> list[CandidateLayer]:
@@ -159,10 +189,29 @@ def _entrances(stage: Stage) -> Iterator[tuple[Stage, Chain, Chain | None]]:
                 yield branch[0], branch[1:], other
 
 
-def _tail(behind: Chain, beside: Chain | None, rest: Chain) -> Callable[[Tensor, Tensor], Tensor]:
+def _inside(
+    stage: Stage, shape: tuple[int, ...], batch_size: int | None, gradients: Mapping[str, Tensor]
+) -> Iterator[tuple[Stage, Chain, Beneath]]:
+    """The layers inside a residual stage whose inputs give the stage's: what follows them, and what lies below."""
+    if batch_size is None or not isinstance(stage.module, Residual):
+        return
+    body = stage.module.body
+    for at, layer in enumerate(body):
+        if at and kind_of(layer.module).is_affine:
+            beneath = Beneath.of(body[:at], shape, batch_size, gradients)
+            if beneath is not None:
+                yield layer, body[at + 1 :], beneath
+            return
+
+
+def _tail(
+    behind: Chain, beside: Chain | None, rest: Chain, beneath: Beneath | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
     def tail(inputs: Tensor, outputs: Tensor) -> Tensor:
         outputs = run(behind, outputs)
-        return run(rest, outputs if beside is None else outputs + run(beside, inputs))
+        if beside is None:
+            return run(rest, outputs)
+        return run(rest, outputs + run(beside, inputs if beneath is None else beneath.inputs(inputs)))
 
     return tail
 

@@ -170,7 +170,8 @@ class _Reader:
         self.shapes = input_shapes(self.chain, update.image_shape)
         self.head = self.chain[-1].module
         self.like = self.head.weight.new_zeros(1)
-        layers = candidate_layers(self.chain, update.image_shape, update.gradients)
+        inside = None if in_steps else update.batch_size
+        layers = candidate_layers(self.chain, update.image_shape, update.gradients, inside)
         layers = [layer.at_any_step(update.gradients) for layer in layers] if in_steps else layers
         self.candidates = {layer.name: layer for layer in layers}
         self.rows = LayerRows(self.chain, update.image_shape, update.batch_size)
@@ -328,12 +329,15 @@ class _Reader:
 
     def _followed(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, at the deepest stage that leads from there."""
+        for name in at.entrances:
+            self.rows.note(name, f"known by {at.name}", determined=True, uncertainty=float(found.uncertainty.max()))
         doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
-        features = run(self.chain[at.index : -1], found.values)
+        entered = replace(found, values=at.stage_inputs(found.values))
+        features = run(self.chain[at.index : -1], entered.values)
         loss = self.update.training.loss
         loss = loss.of_batch(found.labels) if found.complete else loss
         errors = loss.errors(self.head(features), found.labels)
-        return replace(self._walked(found, at, features, errors, self._given), doubts=doubts)
+        return replace(self._walked(entered, at, features, errors, self._given), doubts=doubts)
 
     def _in_steps(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, each at the weights of its own step, at the deepest stage."""
@@ -353,7 +357,7 @@ class _Reader:
         given: BatchGradients,
         steps: OnePass | None = None,
     ) -> Reading:
-        """The images found at a layer, with features and softmax errors, and what a walk from there makes known."""
+        """Images found by the inputs of a layer's stage, with features and errors, and what a walk makes known."""
         start, inputs = at.index, found.values
         if found.complete:
             descent = self._descended(found, start, given, steps)

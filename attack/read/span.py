@@ -149,10 +149,36 @@ def span_of(
         ValueError: shapes that do not fit together, or numbers that are not finite.
     """
     matrix = _checked(gradient, geometry, bias_gradient)
-    eps = precision_of(gradient)
-    seen = geometry.seen(matrix)
-    width, bound, most = int(seen.sum()), geometry.bound(matrix), batch_size * geometry.positions - centred
-    spanned = is_spanned(batch_size, geometry.positions, len(matrix), width)
+    eps, seen = precision_of(gradient), geometry.seen(matrix)
+    spanned = is_spanned(batch_size, geometry.positions, len(matrix), int(seen.sum()))
+    most = batch_size * geometry.positions - centred
+    rows, left, sigma, right, noise = _decomposed(matrix, geometry, most, eps, saturating=saturating, floor=floor)
+    basis, outside, gap = _no_inputs(right, geometry)
+    if spanned and not (centred and geometry.positions == 1):  # of a single patch the mean is all there is
+        basis, outside, gap = consistent_inputs(right, geometry, batch_size, centred=centred)
+    ones = _common(basis, right, geometry) if centred else None
+    span = Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones, centred)
+    return span if bias_gradient is None or centred else span.with_ones(bias_gradient)
+
+
+def row_space(gradient: Tensor, geometry: Geometry, batch_size: int) -> Tensor:
+    """R alone, (r, c_in k^2), orthonormal: all patches of a layer that is spanned."""
+    matrix = _checked(gradient, geometry, None)
+    return _decomposed(matrix, geometry, batch_size * geometry.positions, precision_of(gradient))[3]
+
+
+def _decomposed(
+    matrix: Tensor,
+    geometry: Geometry,
+    most: int,
+    eps: float,
+    *,
+    saturating: bool = False,
+    floor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """Rows' weights, U, sigma, R and noise of a gradient (c_out, c_in k^2) of rank `most` at most, see `Span`."""
+    seen, bound = geometry.seen(matrix), geometry.bound(matrix)
+    width = int(seen.sum())
     outer, inner = torch.linalg.qr(matrix[:, seen].T)  # one tall decomposition; the rest is c_out x c_out
     rows = row_precision(inner.T, min(most, bound - 1), eps, saturating=saturating, floor=floor)
     left, sigma, right = torch.linalg.svd(rows[:, None] * inner.T, full_matrices=False)
@@ -160,12 +186,7 @@ def span_of(
     rank = int((sigma[: min(most, bound)] > EDGE * noise * (len(matrix) ** 0.5 + width**0.5)).sum())
     left, sigma = left[:, :rank], sigma[:rank]
     right = matrix.new_zeros(rank, matrix.shape[1]).masked_scatter_(seen.expand(rank, -1), right[:rank] @ outer.T)
-    basis, outside, gap = _no_inputs(right, geometry)
-    if spanned and not (centred and geometry.positions == 1):  # of a single patch the mean is all there is
-        basis, outside, gap = consistent_inputs(right, geometry, batch_size, centred=centred)
-    ones = _common(basis, right, geometry) if centred else None
-    span = Span(geometry, batch_size, rows, left, sigma, right, noise, basis, outside, gap, spanned, eps, ones, centred)
-    return span if bias_gradient is None or centred else span.with_ones(bias_gradient)
+    return rows, left, sigma, right, noise
 
 
 def _common(basis: Tensor, right: Tensor, geometry: Geometry) -> Tensor | None:

@@ -101,6 +101,25 @@ def test_the_order_of_the_steps_is_found(activation):
         assert float((own - sent).norm()) < 1e-3 * float(sent.norm())
 
 
+def test_rows_that_one_image_alone_has_moved_tell_columns():
+    """Each column pairs with one image and with no other."""
+    client = Client(8, 3, shuffle=True, depth=1, width=200)
+    moved, bias = (client.update.gradients[f"hidden1.{name}"] for name in ("weight", "bias"))
+    span = span_of(moved, Geometry((768,), (200,)), 8, bias)
+    rate = client.training.rate * client.training.steps
+    layer = client.net.hidden1.double()
+    weights = layer.weight.detach(), layer.bias.detach()
+    after = weights[0] - rate * moved, weights[1] - rate * bias
+    search = ColumnSearch(span, bias, [weights, after], lambda x: x.view(-1, 3, 16, 16))
+    columns = search.lone()
+    assert len(columns) >= 4
+    inputs = client.images.flatten(1).double() @ span.right.T
+    paired = ((inputs / span.sigma) @ torch.stack([column.coordinates for column in columns], 1)).abs()  # (8, found)
+    shares = paired / paired.sum(0)
+    assert shares.amax(0).min() > 0.999
+    assert len(set(shares.argmax(0).tolist())) == len(columns)
+
+
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
 def test_certificates_are_measured_and_as_exact_as_the_errors_that_are_claimed(activation):
     client = Client(6, 2, 0.05, activation=activation, pixels=lambda x: x * 0.97 + 0.011)  # no whole steps of 1/255
@@ -228,6 +247,15 @@ def test_images_of_one_colour_are_read_right_or_not_at_all(activation):
     _, errors = client.judged(reading)
     sure = reading.signals.confidence > 0.999
     assert bool((errors[sure] <= 5 * reading.signals.uncertainty[sure]).all())
+
+
+def test_whole_pixels_of_a_few_colours_prove_nothing():
+    """Two flat images have three numbers each: a mixture that is whole by chance is no image."""
+    colours = torch.tensor([[51.0, 102, 153], [0, 204, 51]], dtype=torch.float64) / 255
+    flat = colours.repeat_interleave(64, 1)
+    basis = torch.linalg.qr(flat.T)[0].T
+    _, is_whole = snapped(flat.mean(0, keepdim=True), basis, lambda x: x.view(-1, 3, 8, 8), lambda x: x)
+    assert not is_whole.any()
 
 
 def test_images_without_zeros_enough_are_counted():
