@@ -71,6 +71,7 @@ class Reading:
         in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
         order: the images of each step, where there are several and their order was found; None: in turn, or not known.
         is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
+        likely: (N, C, H, W) in [0, 1], images that are likely and not sure, to begin an attack with; None: none are.
         doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
     """
 
@@ -84,6 +85,7 @@ class Reading:
     in_steps: bool = False
     order: tuple[tuple[int, ...], ...] | None = None
     is_explained: bool = False
+    likely: Tensor | None = None
     doubts: tuple[Evidence, ...] = ()
     drift: float | None = None
 
