@@ -1,7 +1,8 @@
 # make run    set up, reconstruct 16 bundled images from one averaged gradient in 2,500 evaluations, say where they are
 # make test   set up, lint, run the tests
 # make docs   write docs/flags.md from the comments at the top of main_MAGIA_sel.py, and docs/results.md and
-#             the tables of results in README.md, docs/defences.md and docs/networks.md from results/data
+#             the tables of results in README.md, docs/defences.md, docs/local-training.md and docs/networks.md from
+#             results/data
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --max_evals 2500

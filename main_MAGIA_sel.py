@@ -103,8 +103,10 @@ LOCAL_MOMENTUM = 0.0  # momentum of the client's sgd
 LOCAL_NESTEROV = False  # the client's momentum is Nesterov's
 LOCAL_WEIGHT_DECAY = None  # weight decay of the client's optimiser (None: torch's own, 0.01 of adamw and else 0)
 LOCAL_PROX = 0.0  # mu of FedProx (Li et al. 2020), which pulls the client's weights back to the server's
-LOCAL_SCHEDULE = "constant"  # the client's rates, by steps: constant, cosine and linear (to 0), step:EVERY:FACTOR,
-# exponential:FACTOR, or factors of local_lr, one for each step or each pass, e.g. 1,1,0.1
+LOCAL_BETAS = "0.9,0.999"  # betas of the client's adam and adamw
+LOCAL_EPS = 1e-8  # eps of the same
+LOCAL_SCHEDULE = "constant"  # the client's rates: constant, cosine, linear (to 0), step:EVERY:FACTOR,
+# exponential:FACTOR, warmup:STEPS or warmup:STEPS:cosine or :linear, or factors of each step or pass, e.g. 1,1,0.1
 LOCAL_CLIP = None  # norm that the gradient of each of the client's steps is clipped to (None: not clipped)
 LOCAL_SHUFFLE = False  # each pass goes through the images in another order, which the server does not know
 LOCAL_PRECISION = "float32"  # of the client's activations: float32, bfloat16 (torch.autocast)
@@ -142,6 +144,7 @@ THIRD_WEIGHT = 1.0  # weight of third differences relative to first in opponent 
 PRIOR_POWER = 0.8  # power that lengths of differences are raised to in opponent and rgb (measured)
 L2_WEIGHT = 0.0  # weight of the mean squared distance from mid-grey (Yin et al. 2021)
 BN_WEIGHT = 0.0  # weight of the distance from BatchNorm's running statistics (Yin et al. 2021); 0 in models without
+SCALE_WEIGHT = 0.1  # weight of the usual contrast, where a client's BatchNorm hides that of its images (measured)
 
 # signals: labels and inputs of layers, image by image, read from the update before the attack
 SIGNALS = "auto"  # auto: read where model and noise allow; on: read or fail; off: read nothing, label-inference-free;
@@ -150,8 +153,7 @@ FEATURE_WEIGHT = 1.0  # weight of |phi(x_i) - h_i|^2, mean over the batch, for i
 FEATURE_DISTANCE = None  # of features: l2, relative (over |h_i|^2), cosine (Kariyappa et al. 2023) (None: as DISTANCE)
 
 # labels
-LABEL_STRATEGY = "optimise"  # labels of images without a signal: optimise (moved beside the images), known (granted,
-# without their order), or read as published: idlg, yin, ilrg
+LABEL_STRATEGY = "optimise"  # where none was read: optimise (beside images), known (granted, no order), idlg, yin, ilrg
 
 # variables of the optimiser, and their start
 INIT = "grey"  # grey (0.5 and a little noise), normal (clamped; published), uniform, randn (normal, not clamped: DLG),
@@ -340,18 +342,11 @@ def build_objective(
         observed=None if settings.distance else observed(update, model, relative=bool(kinked)),
     )
     least = settings.noise_weight * matching.noise_of(update)
-    penalties = weighed_penalties(model, known, settings, matching.distance)
-    if kinked:
-        matching = SoftenedMatching(matching, kinked)
-    return Objective(
-        matching,
-        prior,
-        annealing_of(settings, known, least, matching.phases),
-        pixels,
-        penalties,
-        settings.group_weight,
-        known.pixels,
-    )
+    scale = CommonScale.beside_gradients(update, model) if settings.scale_weight and known.pixels is None else None
+    penalties = weighed_penalties(model, known, settings, matching.distance, scale)
+    matching = SoftenedMatching(matching, kinked) if kinked else matching
+    annealing = annealing_of(settings, known, least, matching.phases)
+    return Objective(matching, prior, annealing, pixels, penalties, settings.group_weight, known.pixels, scale)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -422,7 +417,8 @@ def run_attack(
     recorder = Recorder(run, truth, known, **pace, checkpoint=began, digests=digests, evidence=evidence)
     if not settings.quiet:
         print(introduction(update, settings, objective, known, model, run.path))
-    show_remarks(evidence, without_effect(given, settings, known, model, objective.annealing), notes, settings.quiet)
+    vain = without_effect(given, settings, known, model, objective.annealing, holds_scale=objective.scale is not None)
+    show_remarks(evidence, vain, notes, settings.quiet)
     if not began:
         recorder.start(objective.images(state)[state.leader])
     recorder.show = bar = Progress(settings.n_iter, state.step, quiet=settings.quiet)
@@ -437,8 +433,8 @@ def run_attack(
     if objective.scale:
         images, said = objective.scale.read(images)
         recorder.evidence = (*recorder.evidence, said)
-    trained = known.as_trained(restored)
-    replay = replayed(trained, model, known, images.clamp(0, 1), labels, state.evaluations // state.copies)
+    evaluations = state.evaluations // state.copies
+    replay = replayed(known.as_trained(restored), model, known, images.clamp(0, 1), labels, evaluations)
     figures = recorder.finish(state, images, ended_by, config, replay)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 

@@ -1,8 +1,10 @@
 """What the server knows before the first step: read from the update, unmixed, inferred, or granted."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from attack.local.as_gradient import judged
 from attack.local.closed_system import is_one_pass
 from attack.local.first_layer import NoSuchLayerError, read_first_layer
 from attack.local.local_labels import LocalLabels, labels_by_trial
+from attack.local.passes import read_in_passes
 from attack.match.activations import says_enough
 from attack.match.followed import known_activations
 from attack.match.unbounded import unbounded_pixels
@@ -22,6 +25,7 @@ from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.last_convolution import labels_of_last_convolution
 from attack.read.layer_rows import COLUMNS
+from attack.read.quotient_labels import labels_of_quotients
 from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.solve.budget import OutOfTimeError, WorkBudget
@@ -44,7 +48,7 @@ ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
     "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
-    "is_explained", "likely", "local_labels", "layers", "evidence",
+    "uses", "is_explained", "likely", "local_labels", "layers", "evidence",
 )  # fmt: skip
 
 
@@ -111,6 +115,8 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
         except ValueError as error:
             raise ValueError(f"--signals ica: {error}") from None
     labels = infer_labels(means.label_strategy, update, model, means.granted)
+    if labels is None and means.reads and update.training.is_quotient:
+        labels = labels_of_quotients(update, model)
     local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
     reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
     if reading is None and failure is not None and means.signals == "on":
@@ -120,7 +126,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
         return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "is_explained", "likely")
+    names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "uses", "is_explained", "likely")
     facts = {name: getattr(reading, name) for name in names}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
@@ -175,6 +181,9 @@ def known_again(
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
         "order": _order(began["order"], update),
+        "uses": tuple(
+            checked.whole(u, "uses", 0, update.batch_size - 1) for u in checked.sequence(began["uses"], "uses")
+        ),
         "is_explained": checked.switch(began["is_explained"], "is_explained"),
         "likely": began["likely"],
     }
@@ -195,7 +204,7 @@ def known_again(
     if signals is not None:
         chain = stages(model)
         start = checked.whole(began["start"], "start", most=len(chain) - 1)
-        shape = (len(signals), *input_shapes(chain, update.image_shape)[start])
+        shape = (len(facts["uses"] or signals), *input_shapes(chain, update.image_shape)[start])
         known = _at_stage(known, update, model, start, checked.tensor(began["inputs"], "inputs", shape, torch.float64))
     evidence = tuple(_piece(piece) for piece in checked.sequence(began["evidence"], "evidence"))
     return replace(known, drift=drift, evidence=evidence, **facts)
@@ -328,7 +337,7 @@ def _limits(means: Means, generator: torch.Generator, clock: WorkBudget) -> dict
 def _along_the_way(
     update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, clock: WorkBudget
 ) -> Reading:
-    """A reading of several steps: of one pass step by step, of other trainings as a gradient.
+    """A reading of several steps: of one pass or several step by step, of other trainings as a gradient.
 
     Raises:
         ValueError: nothing can be read, or the training does not replay on what was.
@@ -340,6 +349,10 @@ def _along_the_way(
         except ValueError as error:
             if isinstance(error, ReadingAbortedError):
                 raise
+    elif update.training.passes > 1:
+        read = partial(read_layers, in_steps=True, work=ATTEMPT * READING_WORK, **how)
+        with contextlib.suppress(ValueError):
+            return read_in_passes(update, model, read)
     return _as_gradient(update, model, **how)
 
 

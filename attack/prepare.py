@@ -42,7 +42,8 @@ class Known:
         labels: class indices of the leading images, which then stay as they are, or None if all are to be optimised.
         start: the deepest stage, as an index of the model's chain, whose inputs are known of the N images; None if
             no signals were read.
-        inputs: (N, ...), the inputs of that stage.
+        inputs: (N, ...), the inputs of that stage; of all their uses, (U, ...), in several passes.
+        uses: the image of each of these inputs, where there were several passes; else empty.
         pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
         likely: (N, C, H, W) in [0, 1], images to begin with in the place of grey ones; None where none are likelier.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
@@ -62,6 +63,7 @@ class Known:
     labels: Tensor | None
     start: int | None = None
     inputs: Tensor | None = None
+    uses: tuple[int, ...] = ()
     pixels: Tensor | None = None
     likely: Tensor | None = None
     says_enough: bool = True
@@ -79,7 +81,7 @@ class Known:
     @property
     def is_complete(self) -> bool:
         """Whether the inputs of a stage are known of every image of the batch."""
-        return self.inputs is not None and len(self.inputs) == self.batch_size
+        return self.inputs is not None and len(set(self.uses) or self.inputs) == self.batch_size
 
     @property
     def in_steps(self) -> bool:

@@ -22,6 +22,7 @@ from cli.runtime import interruptible
 from network.vision import torchvision
 from network.zoo import place_of
 from update.shared import SharedUpdate
+from update.training import LocalTraining
 
 # The attacks of breaching that are compared, and whether their papers grant the attacker the labels.
 BREACHING = {
@@ -93,16 +94,17 @@ def breaching_attack(
 
     Raises:
         ImportError: breaching is not installed.
-        ValueError: parameters are frozen; breaching does not support this.
+        ValueError: parameters are frozen, or the client's training is none that breaching supports.
         KeyboardInterrupt: the attack was interrupted.
     """
     torchvision()  # lets breaching import torchvision where its compiled operators are missing
     import breaching
     from omegaconf import OmegaConf
 
-    gradients = update.targets(model)
+    gradients, training = update.targets(model), update.training
     if len(gradients) < len(list(model.parameters())):
         raise ValueError("breaching cannot attack updates with frozen parameters")
+    local = None if training.is_one_step else _local_steps(update, granted, BREACHING[name])
     place = place_of(model)
     mean, std = (values.to(**place) for values in colour_statistics(update.image_shape[0]))
     model = NormalisedInput(model, mean, std)
@@ -112,20 +114,36 @@ def breaching_attack(
     payload = {"parameters": list(model.parameters()), "buffers": public}
     labels = granted.sort().values.to(place["device"]) if BREACHING[name] else None
     shared = {
-        "gradients": list(gradients),
+        "gradients": [-training.reach * each for each in gradients] if local else list(gradients),
         "buffers": own,
-        "metadata": {"num_data_points": update.batch_size, "labels": labels, "local_hyperparams": None},
+        "metadata": {"num_data_points": update.batch_size, "labels": labels, "local_hyperparams": local},
     }
     with interruptible() as interrupted, _quietly(seed):
         config = breaching.get_attack_config(name, [f"optim.max_iterations={max_evals}"])
-        loss, started = _CountedLoss(max_evals, interrupted), time.perf_counter()
+        loss, started = _CountedLoss(max_evals * training.steps, interrupted), time.perf_counter()
         attacker = breaching.attacks.prepare_attack(model, loss, config, place)
         result, _ = attacker.reconstruct([payload | {"metadata": OmegaConf.create(about)}], [shared], {})
         images = model.images(result["data"].detach()).clamp(0, 1).cpu()  # waits for the GPU
         seconds = time.perf_counter() - started
         if interrupted():
             raise KeyboardInterrupt
-    return Result(images, result["labels"].cpu(), loss.calls, seconds)
+    return Result(images, result["labels"].cpu(), loss.calls // training.steps, seconds)
+
+
+def _local_steps(update: SharedUpdate, labels: Tensor, is_granted: bool) -> dict[str, object]:
+    """The client's steps as breaching's own clients tell them, with the labels (B,) of each step, sorted.
+
+    Raises:
+        ValueError: steps that breaching does not make, or an attack that gets no labels.
+    """
+    training, size = update.training, update.training.size(update.batch_size)
+    plain = LocalTraining(training.steps, training.batches, training.rate, training.batchnorm)
+    if training != plain or size * training.batches != update.batch_size:
+        raise ValueError("breaching knows steps of plain SGD on minibatches of one size, and no others")
+    if not is_granted:
+        raise ValueError("breaching's attacks on several steps need the labels of each")
+    parts = [labels[part].sort().values for part in training.schedule(update.batch_size)]
+    return {"lr": training.rate, "steps": training.steps, "data_per_step": size, "labels": parts}
 
 
 def _buffers(update: SharedUpdate, model: NormalisedInput) -> tuple[list[Tensor] | None, list[Tensor] | None]:

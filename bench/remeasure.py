@@ -25,17 +25,24 @@ from pathlib import Path
 import torch
 
 from bench.results_page import DATA, Row, read_rows, write_rows
+from judge.verdict import CERTAIN
 
 ROOT = Path(__file__).parent.parent
-# Columns of results/data that a run measures: the run's own name for the figure, and the digits that are kept.
+# Columns of results/data that a run measures: the run's own name for the figure, and how the file spells it.
 MEASURED = {
-    "psnr": ("psnr_mean", 1),
-    "psnr_spread": ("psnr_spread", 1),
-    "ssim": ("ssim_mean", 2),
-    "label_accuracy": ("label_accuracy", 2),
-    "told_apart": ("signals_found", 0),
-    "runs": ("runs", 0),
+    "psnr": ("psnr_mean", ".1f"),
+    "psnr_least": ("psnr_least", ".1f"),
+    "psnr_spread": ("psnr_spread", ".1f"),
+    "ssim": ("ssim_mean", ".2f"),
+    "label_accuracy": ("label_accuracy", ".2f"),
+    "told_apart": ("signals_found", ".0f"),
+    "exact": ("exact", ".0f"),
+    "certain": ("certain", ".0f"),
+    "error": ("error", ".0e"),
+    "unexplained": ("unexplained", ".0e"),
+    "runs": ("runs", ".0f"),
 }
+EXACT = 60.0  # dB from which on an image counts as exact: pixels are off by a quarter of a step of 1/255, rms
 SHORT = 10  # seconds below which a digit behind the point is kept
 
 
@@ -100,9 +107,24 @@ def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> d
         if run.returncode or not file.is_file():
             raise ValueError((run.stderr.splitlines() or [f"exit status {run.returncode}"])[-1])
         if file.suffix == ".json":
-            return json.loads(file.read_text())
+            return of_run(json.loads(file.read_text()), json.loads(file.with_name("audit.json").read_text()))
         with file.open(newline="") as table:
             return next(line for line in csv.DictReader(table) if line["preset"] == attack_of(words))
+
+
+def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
+    """The figures of a run's metrics.json, with those that follow from them and from its audit.json.
+
+    `error` is the largest of an image's inputs at the layer that was read; `certain` counts images.
+    """
+    errors = [row.get("relative_error") for row in metrics["layers"] if row.get("relative_error") is not None]
+    sure = [image["confidence"] is not None and image["confidence"] >= CERTAIN for image in audit["images"]]
+    return metrics | {
+        "psnr_least": min(metrics["psnr"]),
+        "exact": sum(psnr >= EXACT for psnr in metrics["psnr"]),
+        "error": errors[0] if errors else None,
+        "certain": sum(sure),
+    }
 
 
 def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path | None) -> list[str]:
@@ -128,17 +150,17 @@ def attack_of(words: Sequence[str]) -> str:
 
 def renewed(row: Row, figures: Mapping[str, object]) -> Row:
     """The row with the measured figures in its columns; a column without a measured figure becomes empty."""
-    new = {name: rounded(figures.get(key), digits) for name, (key, digits) in MEASURED.items() if name in row}
+    new = {name: rounded(figures.get(key), spelt) for name, (key, spelt) in MEASURED.items() if name in row}
     if "labels_right" in row:
-        new["labels_right"] = rounded(figures["label_accuracy"], 0, times=int(row["batch_size"]))
+        new["labels_right"] = rounded(figures["label_accuracy"], ".0f", times=int(row["batch_size"]))
     if "diverged" in row:  # the number of runs, none of them empty
-        new["diverged"] = rounded(float(figures.get("failed") or 0) or None, 0, times=int(figures.get("runs") or 1))
-    return row | new | {"seconds": rounded(figures["seconds"], int(float(figures["seconds"]) < SHORT))}
+        new["diverged"] = rounded(float(figures.get("failed") or 0) or None, ".0f", times=int(figures.get("runs") or 1))
+    return row | new | {"seconds": rounded(figures["seconds"], ".1f" if float(figures["seconds"]) < SHORT else ".0f")}
 
 
-def rounded(value: object, digits: int, times: int = 1) -> str:
+def rounded(value: object, spelt: str, times: int = 1) -> str:
     """A figure as the file keeps it; empty where there is no figure."""
-    return "" if value in (None, "") else f"{times * float(value):.{digits}f}"
+    return "" if value in (None, "") else format(times * float(value), spelt)
 
 
 def program() -> Row:

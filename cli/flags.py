@@ -140,6 +140,14 @@ def sizes(text: str) -> int | str:
     return parts[0] if len(parts) == 1 else ",".join(map(str, parts))
 
 
+def betas(text: str) -> str:
+    """An argparse type: Adam's two betas, each at least 0 and below 1."""
+    parts = numbers(0)(text)
+    if len(parts) != 2 or max(parts) >= 1:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not two numbers that are at least 0 and below 1")
+    return ",".join(map(str, parts))
+
+
 def defence(text: str) -> str:
     """An argparse type: defences that a client may apply to its update."""
     try:
@@ -191,6 +199,8 @@ TYPES: dict[str, Callable[[str], object]] = {
     "local_weight_decay": _weight,
     "local_prox": _weight,
     "local_clip": _positive,
+    "local_betas": betas,
+    "local_eps": _positive,
     "local_precision": one_of(PRECISIONS),
     "loss": one_of(LOSSES),
     "label_smoothing": number(float, 0, 0.99),
@@ -219,6 +229,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "prior_power": number(float, 0, 2, above=True),
     "l2_weight": _weight,
     "bn_weight": _weight,
+    "scale_weight": _weight,
     "signals": one_of(SIGNALS),
     "feature_weight": _weight,
     "feature_distance": one_of(FEATURE_DISTANCES),

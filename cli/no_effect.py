@@ -12,11 +12,12 @@ from attack.optimise.budget import Annealing
 from attack.prepare import Known
 from update.batchnorm import batchnorms
 from update.declared import declared
+from update.training import LocalTraining
 
 SELECTION = ("sel_mode", "sel_k", "sel_l_iter", "sig_a", "sig_b", "resample")
 GRADIENTS = ("distance", "soften", "alpha", "subset_loss", "rescale")  # how the batch's gradient is matched
 ANNEALING = ("tv_final", "tv_evals", "noise_weight")
-PENALTIES = ("l2_weight", "bn_weight", "feature_weight", "feature_distance", "group_weight")
+PENALTIES = ("l2_weight", "bn_weight", "scale_weight", "feature_weight", "feature_distance", "group_weight")
 PRIOR = ("prior", "tv_weight", "chroma_weight", "curvature_weight", "third_weight", "prior_power")
 LABELS = ("label_gain", "label_std")
 VARIABLES = ("init", "box", "spectral_power", "chroma_gain", "restarts")
@@ -32,6 +33,7 @@ class Situation:
         known: the signals and labels known before the first step.
         has_kinks, has_batchnorm: of the model.
         noise_decides: whether the update's noise sets a lower bound above the prior's weight.
+        holds_scale: whether the update hides a scale of the images, which is held.
     """
 
     settings: argparse.Namespace
@@ -39,6 +41,7 @@ class Situation:
     has_kinks: bool
     has_batchnorm: bool
     noise_decides: bool
+    holds_scale: bool
 
     @property
     def is_of_weights(self) -> bool:
@@ -56,9 +59,9 @@ class Situation:
         return self.known.labels is not None and len(self.known.labels) == self.known.batch_size
 
     @property
-    def passes(self) -> int:
-        """Times that the client goes through its images."""
-        return declared(vars(self.settings)).passes
+    def training(self) -> LocalTraining:
+        """The client's."""
+        return declared(vars(self.settings))
 
 
 Condition = Callable[[Situation], bool]
@@ -81,8 +84,13 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
         "known activations are matched in a course of their own; --tv_weight scales its weights of the prior",
     ),
     (
-        ("local_momentum", "local_nesterov", "local_prox", "local_schedule"),
+        ("local_momentum", "local_nesterov", "local_prox", "local_betas"),
         lambda s: s.settings.local_steps == 1,
+        "the client's first step is the same without",
+    ),
+    (
+        ("local_schedule",),
+        lambda s: s.settings.local_steps == 1 and s.training.optimiser.factors(1, 1) == [1.0],
         "the client's first step is the same without",
     ),
     (
@@ -90,7 +98,7 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
         lambda s: s.settings.local_steps == 1 and s.settings.local_optimizer == "sgd" and not s.is_of_weights,
         "the client shares the gradient of one step",
     ),
-    (("local_shuffle",), lambda s: s.passes == 1, "the order of a single pass is sought in any case"),
+    (("local_shuffle",), lambda s: s.training.passes == 1, "the order of a single pass is sought in any case"),
     (("sel_k",), lambda s: s.settings.sel_mode != "constk", "only --sel_mode constk has it"),
     (("sel_l_iter",), lambda s: not s.settings.sel_mode.endswith("_l"), "only the modes that end in _l have it"),
     (("sig_a", "sig_b"), lambda s: s.settings.sel_mode != "sigmoid", "only --sel_mode sigmoid has it"),
@@ -103,6 +111,11 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
     (PRIOR[2:], lambda s: s.settings.prior == "anisotropic", "the anisotropic prior has no such weights"),
     (("chroma_weight",), lambda s: s.settings.prior == "rgb", "the rgb prior weighs all colours alike"),
     (("bn_weight",), lambda s: not s.has_batchnorm, "the model has no BatchNorm layers with running statistics"),
+    (
+        ("scale_weight",),
+        lambda s: bool(s.settings.scale_weight) and not s.holds_scale,
+        "the update tells the images' scale",
+    ),
     (
         ("feature_weight", "feature_distance"),
         lambda s: not len(s.known.features),
@@ -125,10 +138,12 @@ def without_effect(
     known: Known,
     model: nn.Module,
     annealing: Annealing | Course,
+    *,
+    holds_scale: bool,
 ) -> list[str]:
     """A line for each reason why flags that were given by hand change nothing, with these flags."""
-    noise_decides = 0 < annealing.weight <= annealing.least
-    situation = Situation(settings, known, kinked_chain(model) is not None, bool(batchnorms(model)), noise_decides)
+    of_model = kinked_chain(model) is not None, bool(batchnorms(model))
+    situation = Situation(settings, known, *of_model, 0 < annealing.weight <= annealing.least, holds_scale)
     by_reason: dict[str, list[str]] = {}
     for name in given:
         rule = next((reason for names, applies, reason in RULES if name in names and applies(situation)), None)

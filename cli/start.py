@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from attack.match.activations import GREY, spectral_power_for
+from attack.match.common_scale import CommonScale
 from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty
 from attack.optimise.budget import Annealing
 from attack.optimise.pixels import PixelMap
@@ -68,14 +69,21 @@ def annealing_of(settings: argparse.Namespace, known: Known, least: float, phase
     return Annealing(weight, final, settings.tv_evals, least, phases)
 
 
-def weighed_penalties(model: nn.Module, known: Known, settings: argparse.Namespace, distance: str) -> list[Penalty]:
-    """The penalties that have a weight and something to weigh; features at `distance`, unless a flag says otherwise."""
+def weighed_penalties(
+    model: nn.Module, known: Known, settings: argparse.Namespace, distance: str, scale: CommonScale | None = None
+) -> list[Penalty]:
+    """The penalties that have a weight and something to weigh; features at `distance`, unless a flag says otherwise.
+
+    Args:
+        scale: of the images, where the update does not tell it.
+    """
     features = FeatureLoss(model, known.features, settings.feature_distance or distance, known.errors)
     batchnorm = BatchNormLoss(model)
     penalties = (
         Penalty("features", settings.feature_weight if len(known.features) else 0.0, features),
         Penalty("contrast", settings.l2_weight, contrast),
         Penalty("batchnorm", settings.bn_weight if batchnorm.layers else 0.0, batchnorm),
+        Penalty("scale", settings.scale_weight if scale else 0.0, scale),
     )
     return [penalty for penalty in penalties if penalty.weight]
 

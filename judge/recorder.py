@@ -232,6 +232,7 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "drift": known.drift,
         "in_steps": known.in_steps,
         "order": known.order,
+        "uses": known.uses,
         "is_explained": known.is_explained,
         "likely": known.likely,
         "evidence": [asdict(piece) for piece in known.evidence],

@@ -1,5 +1,6 @@
 """What is known of a stage's outputs, image by image: values, deltas, and how far each is trusted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -60,6 +61,12 @@ class KnownOutputs:
         """The same without the values."""
         return replace(self, known=torch.zeros_like(self.known), is_told=False)
 
+    def told_of(self, count: int) -> "KnownOutputs":
+        """The same with the values of the first so many images alone."""
+        known = self.known.clone()
+        known[count:] = False
+        return replace(self, known=known)
+
     def coarser(self, factor: float) -> "KnownOutputs":
         """As if the noise had been so many times what it was taken for."""
         if not self.is_gated:
@@ -87,7 +94,21 @@ class KnownOutputs:
             noise=self.noise / slope.abs(),
         )
 
+    def part(self, images: slice) -> "KnownOutputs":
+        """The same of some of the images."""
+        return replace(self, **{name: t.expand_as(self.values)[images] for name, t in self._tensors.items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence["KnownOutputs"]) -> "KnownOutputs":
+        """Of all images, from the same stage's of some of them each, in turn."""
+        wide = [part.part(slice(None)) for part in parts]
+        return replace(wide[0], **{name: torch.cat([vars(part)[name] for part in wide]) for name in wide[0]._tensors})
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def reshaped(self, shape: tuple[int, ...]) -> "KnownOutputs":
         """Each image's activations in another shape."""
-        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **{n: t.expand_as(self.values).reshape(len(t), *shape) for n, t in tensors.items()})
+        tensors = {name: t.expand_as(self.values) for name, t in self._tensors.items()}
+        return replace(self, **{name: t.reshape(len(t), *shape) for name, t in tensors.items()})

@@ -25,7 +25,7 @@ torch.manual_seed(0)  # for layers that test files make when they are imported
 
 # A case that takes a second: few small images, a small head, short steps, and the loop alone. With signals it would be
 # over before the first step: the images of so small a net are exact.
-SMALL = "--batch_size 3 --image_size 16 --num_classes 10 --n_iter 4 --inner_iter 4 --signals off".split()  # noqa: SIM905
+SMALL = "--batch_size 3 --image_size 16 --num_classes 10 --n_iter 4 --inner_iter 2 --signals off".split()  # noqa: SIM905
 SIGNALS = ["--signals", "auto"]
 
 

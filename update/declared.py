@@ -15,6 +15,8 @@ RULES = {
     "local_prox": "prox",
     "local_schedule": "schedule",
     "local_clip": "clip",
+    "local_betas": "betas",
+    "local_eps": "eps",
 }
 FLAGS = ("local_steps", "local_batches", "local_lr", *RULES, "local_shuffle", "local_precision")
 
@@ -29,6 +31,8 @@ def declared(settings: Mapping) -> LocalTraining:
     batches, plain = held.get("local_batches", 1), LocalTraining()
     sizes = tuple(map(int, batches.split(","))) if isinstance(batches, str) else None
     rules = {attribute: held[flag] for flag, attribute in RULES.items() if flag in held}
+    if "betas" in rules:
+        rules["betas"] = tuple(map(float, rules["betas"].split(",")))
     return LocalTraining(
         held.get("local_steps", 1),
         batches if sizes is None else len(sizes),
@@ -62,6 +66,7 @@ def flags_of(training: LocalTraining) -> dict[str, object]:
         "local_batches": batches,
         "local_lr": training.rate,
         **rules,
+        "local_betas": ",".join(map(str, training.optimiser.betas)),
         "local_shuffle": training.shuffle,
         "local_precision": training.precision,
         "loss": training.loss.name,

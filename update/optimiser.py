@@ -5,12 +5,12 @@ adam    d = g' + decay w,    m and v its first and second moments,    w <- w - r
 adamw   d = g',              the same,    w <- (1 - rate decay) w - rate m^ / (sqrt(v^) + eps)
 
 g' is the gradient with FedProx's prox (w - w_0) added, then shortened to the norm `clip`. The rate of a step
-is the base rate times the schedule's factor.
+is the base rate times the schedule's factor. Adam's moments are means with the weights `betas`.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,10 @@ NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam: torch's own
 DECAY = {"adamw": 0.01}  # torch's own weight decay, where it is not 0
 TINY = 1e-6  # by which torch's clipping enlarges the norm
-SCHEDULES = "constant, cosine, linear, step:EVERY:FACTOR, exponential:FACTOR, or factors such as 1,1,0.1"
+SCHEDULES = (
+    "constant, cosine, linear, warmup:STEPS, warmup:STEPS:cosine or :linear, step:EVERY:FACTOR, exponential:FACTOR, or "
+    "factors such as 1,1,0.1"
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class LocalOptimiser:
         prox: FedProx's mu (Li et al. 2020, arXiv 1812.06127), the pull back to the server's weights.
         schedule: one of `SCHEDULES`; factors are of each step, or of each pass through the minibatches.
         clip: the norm that each step's gradient is shortened to, as torch.nn.utils.clip_grad_norm_ does; None: none.
+        betas: of Adam, by which its two moments decay, each in [0, 1).
+        eps: of Adam, added to the root of the second moment.
 
     Raises:
         ValueError: an unknown name or schedule, a number that is out of range, or that the optimiser has no use for.
@@ -49,6 +54,8 @@ class LocalOptimiser:
     prox: float = 0.0
     schedule: str = "constant"
     clip: float | None = None
+    betas: tuple[float, float] = BETAS
+    eps: float = EPS
 
     @classmethod
     def stated(cls, facts: object) -> "LocalOptimiser":
@@ -64,11 +71,14 @@ class LocalOptimiser:
                 checked.word(value, where)
             elif name == "nesterov":
                 checked.switch(value, where)
-            elif name in ("momentum", "prox") or (name in ("weight_decay", "clip") and value is not None):
+            elif name == "betas":
+                for beta in checked.sequence(value, where, len(BETAS)):
+                    checked.real(beta, where, 0)
+            elif name in ("momentum", "prox", "eps") or (name in ("weight_decay", "clip") and value is not None):
                 checked.real(value, where, 0)
             elif name not in ("weight_decay", "clip"):
                 raise checked.DamagedError(f"training.optimiser has {name!r}, which is none of its facts")
-        return cls(**facts)
+        return cls(**{**facts, "betas": tuple(facts.get("betas", BETAS))})
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMISERS:
@@ -83,8 +93,14 @@ class LocalOptimiser:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"--local_{name} {value:g}: a finite number, at least 0")
-        if self.clip is not None and not 0 < self.clip < math.inf:
-            raise ValueError(f"--local_clip {self.clip:g}: a finite number above 0")
+        for name in ("clip", "eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"--local_{name} {value:g}: a finite number above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--local_betas {','.join(map(str, self.betas))}: two numbers, at least 0 and below 1")
+        if self.name == "sgd" and (self.betas, self.eps) != (BETAS, EPS):
+            raise ValueError("--local_betas, --local_eps: of --local_optimizer adam and adamw, not of sgd")
         self._factors(1)  # raises on an unknown schedule
 
     @property
@@ -105,6 +121,8 @@ class LocalOptimiser:
     def __str__(self) -> str:
         said = ["plain SGD" if self == LocalOptimiser() else NAMES[self.name]]
         said += [f"momentum {self.momentum:g}{' (Nesterov)' if self.nesterov else ''}"] if self.momentum else []
+        said += ["betas {:g} and {:g}".format(*self.betas)] if self.betas != BETAS else []
+        said += [f"eps {self.eps:g}"] if self.eps != EPS else []
         said += [f"weight decay {self.decay:g}"] if self.decay else []
         said += [f"FedProx mu {self.prox:g}"] if self.prox else []
         said += [f"schedule {self.schedule}"] if self.schedule != "constant" else []
@@ -148,8 +166,12 @@ class LocalOptimiser:
                 every, factor = int(numbers[0]), *_positive(numbers[1:])
                 if every >= 1:
                     return [factor ** (step // every) for step in range(steps)]
+            if name == "warmup":
+                rising, shape = int(numbers[0]), SHAPES[numbers[1] if numbers[1:] else "constant"]
+                if rising >= 1 and len(numbers) <= 2:
+                    return [_warm(step, rising, steps, shape) for step in range(steps)]
             listed = _positive(name.split(",")) if not numbers and "," in name else []
-        except (ValueError, TypeError, IndexError, OverflowError):
+        except (ValueError, TypeError, LookupError, OverflowError):
             listed = []
         if not listed:
             raise ValueError(f"--local_schedule {self.schedule[:40]!r}: choose one of {SCHEDULES}")
@@ -157,7 +179,8 @@ class LocalOptimiser:
 
     def in_units_of(self, rate: float) -> "LocalOptimiser":
         """The same rule for gradients that carry the base rate: w - factor (rate g + ...)."""
-        return LocalOptimiser(self.name, self.momentum, self.nesterov, rate * self.decay, rate * self.pull)
+        own = {"weight_decay": rate * self.decay, "prox": rate * self.pull, "schedule": "constant", "clip": None}
+        return replace(self, **own)
 
     def begun(self, weights: Sequence[Tensor]) -> "Steps":
         """Training that begins at these weights, those that the server sent out."""
@@ -220,7 +243,7 @@ class Steps:
 
     def _quotients(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Adam's m^ / (sqrt(v^) + eps)."""
-        (first, second), step = BETAS, self.count + 1
+        (first, second), step = self.rule.betas, self.count + 1
         if self.rule.name == "adam" and self.rule.decay:
             gradients = [g + self.rule.decay * w for g, w in zip(gradients, self.weights, strict=True)]
         means = self._velocity or [torch.zeros_like(g) for g in gradients]
@@ -229,7 +252,7 @@ class Steps:
         self._squares = [second * v + (1 - second) * g.square() for v, g in zip(squares, gradients, strict=True)]
         large, small = 1 - first**step, math.sqrt(1 - second**step)
         parts = zip(self._velocity, self._squares, strict=True)
-        return [m / large / (_root(v) / small + EPS) for m, v in parts]
+        return [m / large / (_root(v) / small + self.rule.eps) for m, v in parts]
 
 
 def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
@@ -248,8 +271,13 @@ def _root(squares: Tensor) -> Tensor:
 SHAPES = {
     "constant": lambda share: 1.0,
     "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),  # torch's CosineAnnealingLR with T_max all steps
-    "linear": lambda share: 1 - share,  # to zero, as the usual schedule of transformers without warm-up
+    "linear": lambda share: 1 - share,  # to zero, as the usual schedule of transformers
 }
+
+
+def _warm(step: int, rising: int, steps: int, shape: Callable[[float], float]) -> float:
+    """The factor of a step: up to 1 in equal parts, as torch's LinearLR, then a shape over the steps that are left."""
+    return (step + 1) / rising if step < rising else shape((step - rising) / (steps - rising))
 
 
 def _positive(texts: Sequence[str]) -> list[float]:

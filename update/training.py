@@ -124,6 +124,16 @@ class LocalTraining:
         return self.is_one_step and self.optimiser.is_linear
 
     @property
+    def is_quotient(self) -> bool:
+        """Whether each entry is g / (|g| + eps), g being what Adam divides: one step of Adam, whatever its betas."""
+        return self.is_one_step and self.optimiser.name != "sgd"
+
+    @property
+    def undivided(self) -> "LocalTraining":
+        """The same step of SGD: of a quotient it gives g, but for Adam's own weight decay."""
+        return replace(self, optimiser=LocalOptimiser(clip=self.optimiser.clip))
+
+    @property
     def is_plain(self) -> bool:
         """Whether the update is the mean of the images' own gradients, none of which depends on another image."""
         return self.is_gradient and not self.uses_batch_statistics and self.optimiser.clip is None

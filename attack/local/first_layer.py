@@ -76,16 +76,18 @@ class _FirstLayer:
             raise ValueError(f"{self.layer.name} has moved in {span.rank} directions for {self.size} images")
         search = ColumnSearch(span, self.layer.bias_gradient, self.weights, self.pixels)
         how = self._by_zeros if self.layer.behind.is_gate else self._by_training
-        inputs, labels, order, uncertainty, left = how(search, generator, budget)
+        inputs, labels, order, uncertainty, certificates, left = how(search, generator, budget)
         pixels, is_whole = snapped(inputs, span.right, self.pixels, lambda images: run(self.below, images))
         inputs = run(self.below, pixels).flatten(1)
         uncertainty = torch.where(is_whole, TOLD, uncertainty)
         is_ordered = order is not None
         if is_ordered and not self.training.shuffle:  # the images of one minibatch after those of another
             first = torch.tensor([image for part in order[: self.training.batches] for image in part]).to(labels)
-            inputs, pixels, labels, uncertainty = (part[first] for part in (inputs, pixels, labels, uncertainty))
+            told = (inputs, pixels, labels, uncertainty, certificates)
+            inputs, pixels, labels, uncertainty, certificates = (part[first] for part in told)
             order = None
-        seconds, signals = time.perf_counter() - began, self._signals(inputs, labels, uncertainty, left)
+        seconds = time.perf_counter() - began
+        signals = self._signals(inputs, labels, uncertainty, certificates, left)
         facts = {"rank": span.rank, "dimension": span.dimension, "gap": span.gap, "spanned": True, "determined": True}
         row = dict.fromkeys(COLUMNS) | facts | {
             "layer": self.layer.name, "positions": 1, "rank_bound": self.size, "residual": left,
@@ -115,12 +117,14 @@ class _FirstLayer:
         images = search.told_by_levels(search.images(found))
         uncertainty = torch.where(images.is_open, OPEN, search.errors(images, generator))
         labels = self._labels(images.inputs, images.columns)
-        order = None
+        order, certificates = None, images.sums
         if self.training.batches > 1 and self._is_plain:
             basis = torch.linalg.qr(images.inputs.T)[0].T
             with contextlib.suppress(ValueError):  # too large a system: the order is left open
-                order = self._solved(images.inputs @ basis.T, labels, basis, None, budget).order
-        return images.inputs, labels, order, uncertainty, images.residual
+                solved = self._solved(images.inputs @ basis.T, labels, basis, None, budget)
+                if solved.order is not None:
+                    order, certificates = solved.order, solved.certificates
+        return images.inputs, labels, order, uncertainty, certificates, images.residual
 
     def _by_training(self, search: ColumnSearch, generator: torch.Generator, budget: WorkBudget) -> tuple:
         """Images and order together, from the images that independent component analysis gives."""
@@ -135,7 +139,7 @@ class _FirstLayer:
             raise ValueError(f"images fitted to the whole training leave {solved.left:.1e} of the update")
         mixed = (solved.variance / solved.inputs.square().sum(1)).sqrt()
         uncertainty = torch.hypot(mixed, span.turned(solved.inputs))
-        return solved.inputs @ span.right, labels, solved.order, uncertainty, solved.left
+        return solved.inputs @ span.right, labels, solved.order, uncertainty, solved.certificates, solved.left
 
     def _labels(self, inputs: Tensor, columns: Tensor) -> Tensor:
         """The label (B,) of each image whose delta points most nearly along its column (m, B).
@@ -186,11 +190,13 @@ class _FirstLayer:
             return before, before
         return before, tuple(combination.alpha * w - combination.total * g for w, g in zip(before, moved, strict=True))
 
-    def _signals(self, inputs: Tensor, labels: Tensor, uncertainty: Tensor, left: float) -> Signals:
+    def _signals(
+        self, inputs: Tensor, labels: Tensor, uncertainty: Tensor, certificates: Tensor, left: float
+    ) -> Signals:
         """Features and softmax errors of the images at the server's weights."""
         features, ones = run(self.chain[:-1], inputs), torch.ones_like(uncertainty)
         errors = self.training.loss.errors(self.chain[-1].module(features), labels)
-        return Signals(features, labels, errors, left * ones, ones, uncertainty, ones, self.size)
+        return Signals(features, labels, errors, left * ones, certificates, uncertainty, ones, self.size)
 
 
 def _first_layer(chain: Chain, update: SharedUpdate) -> CandidateLayer:

@@ -4,11 +4,12 @@ Each feature h_i is used at one step, as it is at that step, however far the lay
 minibatches known (`attack.local.local_labels` finds them by trial), the head's part of the update is a function of the
 features alone:
 
-    W_t = alpha_t W_0 - sum_{s<t} beta_t,s E_s^T H_s,    E_t = e(H_t W_t^T + b_t) / b,    G = sum_t share_t E_t^T H_t
+    E_t = e(H_t W_t^T + b_t) / b,    G = sum_t share_t E_t^T H_t
 
 All features lie in the row space R of G, so H = Q R with B x B unknowns. The weights of later steps act on features
-through H_t R^T R H_s^T = Q_t Q_s^T alone: no weight is ever formed. Levenberg-Marquardt finds Q from features of random
-images, or from anywhere; with the right labels it ends at the noise after ten steps or so, with wrong ones far above.
+through H_t R^T R H_s^T = Q_t Q_s^T alone: no weight is ever formed (`attack.local.kernel_form`). Levenberg-Marquardt
+finds Q from features of random images, or from anywhere; with the right labels it ends at the noise after ten steps or
+so, with wrong ones far above.
 """
 
 import math
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vmap
 
+from attack.local.kernel_form import LayerInSteps
 from attack.read.candidates import ARITHMETIC, UNSURE
 from attack.read.head.error_bars import EXPLAINED, NEARLY_SINGULAR, NOISES
 from attack.read.random_images import random_features
@@ -114,23 +116,15 @@ class _HeadInSteps:
             q: (B, r).
             missing: (B, K), what the logits have beyond q's.
         """
-        training, count = self.update.training, len(self.labels)
-        table = training.coefficients()
-        shares = table.shares.tolist()
-        means, errors, parts = [], [], [part.to(q.device) for part in training.schedule(count)]
-        for step, part in enumerate(parts):
-            z = q[part] @ self.logits.T + self.bias
-            if missing is not None:
-                z = z + missing[part]
-            z = float(table.alpha[step]) * z
-            for earlier in range(step):
-                near = q[part] @ q[parts[earlier]].T + float(self.has_bias)
-                z = z - float(table.beta[step, earlier]) * near @ means[earlier]
+        training, errors = self.update.training, []
+        head = LayerInSteps(training.coefficients(), self.logits, self.bias, self.has_bias)
+        for part in training.schedule(len(self.labels)):
+            part = part.to(q.device)
+            z = head.outputs(q[part], None if missing is None else missing[part])
             errors.append(training.loss.errors(z, self.labels[part]))
-            means.append(errors[-1] / len(part))
-        ones = torch.ones_like(q[:, :1])
-        x = torch.cat([q, ones], 1) if self.has_bias else q
-        own = sum(share * mean.T @ x[part] for share, mean, part in zip(shares, means, parts, strict=True))
+            head.step(q[part], errors[-1] / len(part))
+        weight, bias = head.movement()
+        own = torch.cat([weight, bias[:, None]], 1) if self.has_bias else weight
         return self.span.rows[:, None] * own - self.target, torch.cat(errors)
 
     def explains(self, cost: float) -> bool:

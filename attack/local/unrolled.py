@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.func import jvp
 
+from attack.local.kernel_form import LayerInSteps
 from attack.solve.budget import WorkBudget
 from attack.solve.levenberg import DampingRule, Differentiated, LevenbergSolution, levenberg
 from network.stage import Chain, Stage
@@ -38,19 +39,20 @@ class Solution:
         inputs: (B, r), the images' coordinates.
         left: the share of the update that the training on them leaves.
         variance: (B,), of the error of each image's coordinates, summed; zero where they were given.
+        certificates: (B,), the weight with which what each image makes of the first layer is part of its movement.
     """
 
     order: tuple[tuple[int, ...], ...] | None
     inputs: Tensor
     left: float
     variance: Tensor
+    certificates: Tensor
 
 
 class Training:
     """The training of a fully connected network, on weighted images.
 
-    No weight is formed: a layer's weights before step t are alpha_t W_0 - sum_s beta_ts D_s^T H_s, with the inputs H_s
-    and the deltas D_s (B, ...) of earlier steps, so they act on few images by the images' inner products.
+    No weight is formed, see `attack.local.kernel_form`.
 
     Args:
         chain: of linear layers and activations, in float64.
@@ -61,33 +63,46 @@ class Training:
 
     def __init__(self, chain: Chain, labels: Tensor, training: LocalTraining, goal: Mapping[str, Tensor]) -> None:
         self.chain, self.labels, self.rule, self.goal = chain, labels, training, goal
-        table = training.coefficients()
-        self.alpha, self.beta = table.alpha.tolist(), table.beta.to(labels.device)
-        self.shares = table.shares.to(labels.device)
-        self.size = sum(stage.module.weight.numel() for stage in chain if isinstance(stage.module, nn.Linear))
+        self.table = training.coefficients()
+        self.size = sum(stage.module.weight.numel() for stage in self._linear)
+
+    @property
+    def _linear(self) -> list[Stage]:
+        return [stage for stage in self.chain if isinstance(stage.module, nn.Linear)]
 
     def left(self, inputs: Tensor, weights: Tensor) -> Tensor:
         """What training on inputs (B, r) with weights (steps, B) leaves of the goal, relative to each parameter's."""
-        past: list[dict[str, tuple[Tensor, Tensor]]] = []
-        for step, own in enumerate(weights):
-            past.append(self._step(step, inputs, own, past))
         parts = []
-        for stage in self.chain:
-            if f"{stage.name}.weight" in self.goal or f"{stage.name}.bias" in self.goal:
-                seen = torch.cat([each[stage.name][0] for each in past])
-                deltas = torch.cat([share * each[stage.name][1] for share, each in zip(self.shares, past, strict=True)])
-                moved = {"weight": deltas.T @ seen, "bias": deltas.sum(0)}
-                goals = {name: self.goal.get(f"{stage.name}.{name}") for name in moved}
-                parts += [(moved[n] - goal).flatten() / goal.norm() for n, goal in goals.items() if goal is not None]
+        for name, layer in self._trained(inputs, weights).items():
+            moved = dict(zip(("weight", "bias"), layer.movement(), strict=True))
+            goals = {kind: self.goal[f"{name}.{kind}"] for kind in moved if f"{name}.{kind}" in self.goal}
+            parts += [(moved[kind] - goal).flatten() / goal.norm() for kind, goal in goals.items()]
         return torch.cat(parts) / len(parts) ** 0.5
 
-    def _step(self, step: int, x: Tensor, own: Tensor, past: Sequence[dict]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Inputs, and deltas times weights, of each linear layer at the weights before a step."""
-        inputs, slopes, made = {}, {}, {}
+    def certificates(self, inputs: Tensor, weights: Tensor) -> Tensor:
+        """(B,), the weight with which each image's column, times the image, is part of the first layer's movement."""
+        name = self.chain[0].name
+        columns = self._trained(inputs, weights)[name].columns()
+        met = ((columns @ self.goal[f"{name}.weight"]) * inputs).sum(1)
+        return torch.linalg.lstsq((columns @ columns.T) * (inputs @ inputs.T), met[:, None]).solution[:, 0]
+
+    def _trained(self, inputs: Tensor, weights: Tensor) -> dict[str, LayerInSteps]:
+        """The linear layers by name, after all steps."""
+        layers = {}
+        for stage in self._linear:
+            weight, bias = stage.module.weight, stage.module.bias
+            layers[stage.name] = LayerInSteps(self.table, weight, bias, trains_bias=bias is not None)
+        for own in weights:
+            self._step(inputs, own, layers)
+        return layers
+
+    def _step(self, x: Tensor, own: Tensor, layers: Mapping[str, LayerInSteps]) -> None:
+        """One step of all layers, on images with these weights (B,)."""
+        inputs, slopes = {}, {}
         for stage in self.chain:
-            if isinstance(stage.module, nn.Linear):
+            if stage.name in layers:
                 inputs[stage.name] = x
-                x = self._forward(stage, step, x, past)
+                x = layers[stage.name].outputs(x)
             else:
                 x, slopes[stage.name] = jvp(stage.module, (x,), (torch.ones_like(x),))
         loss = self.rule.loss
@@ -95,36 +110,12 @@ class Training:
             own = own / (own @ loss.of_classes(x)[self.labels])
         delta = loss.errors(x, self.labels) * own[:, None]
         for stage in reversed(self.chain):
-            if isinstance(stage.module, nn.Linear):
-                made[stage.name] = inputs[stage.name], delta
-                delta = self._backward(stage, step, delta, past)
-            else:
+            if stage.name not in layers:
                 delta = delta * slopes[stage.name]
-        return made
-
-    def _forward(self, stage: Stage, step: int, x: Tensor, past: Sequence[dict]) -> Tensor:
-        out = self.alpha[step] * nn.functional.linear(x, stage.module.weight, stage.module.bias)
-        if not step:
-            return out
-        inputs, deltas = self._moved(stage, step, past)
-        shift = deltas.sum(0) if stage.module.bias is not None else 0.0
-        return out - (x @ inputs.T) @ deltas - shift
-
-    def _backward(self, stage: Stage, step: int, delta: Tensor, past: Sequence[dict]) -> Tensor:
-        out = self.alpha[step] * delta @ stage.module.weight
-        if not step:
-            return out
-        inputs, deltas = self._moved(stage, step, past)
-        return out - (delta @ deltas.T) @ inputs
-
-    def _moved(self, stage: Stage, step: int, past: Sequence[dict]) -> tuple[Tensor, Tensor]:
-        """Inputs of all earlier steps, and their deltas times beta."""
-        pairs = [each[stage.name] for each in past]
-        factors = self.beta[step, :step]
-        return (
-            torch.cat([inputs for inputs, _ in pairs]),
-            torch.cat([factor * deltas for factor, (_, deltas) in zip(factors, pairs, strict=True)]),
-        )
+                continue
+            below = layers[stage.name].pulled(delta)
+            layers[stage.name].step(inputs[stage.name], delta)
+            delta = below
 
 
 class Assignment:
@@ -246,14 +237,13 @@ class _System:
         """The images in the nearest order."""
         own, weights = self.split(x)
         order = self.places.rounded(weights)
-        left = float(self.training.left(own, self.places.of(order, own)).norm())
-        return Solution(order, own, left, own.new_zeros(len(own)))
+        return self._solution(order, own, self.places.of(order, own), own.new_zeros(len(own)))
 
     def without_order(self, found: LevenbergSolution, moved: Tensor) -> Solution:
         """The images of a fit whose weights come near no order. Further steps would move them as the last have."""
         own, weights = self.split(found.x[0])
         variance = (_variance(found, self.residual) + moved.square())[: self.free].view(own.shape).sum(1)
-        return Solution(None, own, float(self.training.left(own, self.places.weights(weights)).norm()), variance)
+        return self._solution(None, own, self.places.weights(weights), variance)
 
     def polished(self, solution: Solution, budget: WorkBudget) -> Solution:
         """The images once more, in a given order."""
@@ -265,7 +255,14 @@ class _System:
         start = solution.inputs.reshape(1, -1)
         found = levenberg(Differentiated(alone), start, POLISH, iterations=POLISHED, budget=budget)
         own, variance = found.x.view(shape), _variance(found, alone).view(shape).sum(1)
-        return Solution(solution.order, own, float(self.training.left(own, weights).norm()), variance)
+        return self._solution(solution.order, own, weights, variance)
+
+    def _solution(
+        self, order: tuple[tuple[int, ...], ...] | None, own: Tensor, weights: Tensor, variance: Tensor
+    ) -> Solution:
+        """Images (B, r) at these weights (steps, B), with what the training on them leaves."""
+        left = float(self.training.left(own, weights).norm())
+        return Solution(order, own, left, variance, self.training.certificates(own, weights))
 
 
 def _variance(found: LevenbergSolution, residual: Callable[[Tensor], Tensor]) -> Tensor:

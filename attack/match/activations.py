@@ -109,6 +109,7 @@ class ForwardLoss:
         moments: by which BatchNorm in training mode has normalised the client's batch, where they are known. Without
             gradients the images are then run one by one.
         below: how the stages below were trained, where the inputs are those of a client's several steps.
+        uses: the image of each of the inputs, where images were used in several passes.
 
     The attribute `uncertainty` is the square root of the activations' term at the true images, which the error of the
     inputs leaves. `grey` are the images (B, C, H, W) by whose errors all terms are divided.
@@ -129,6 +130,7 @@ class ForwardLoss:
         client_loss: Loss = CROSS_ENTROPY,
         moments: Moments = MappingProxyType({}),
         below: TrainedBelow | None = None,
+        uses: Sequence[int] = (),
     ) -> None:
         self.name, end, self.below = first_layer(chain[start:]), start, below
         while end and kind_of(chain[end - 1].module).is_reshape:
@@ -153,7 +155,7 @@ class ForwardLoss:
         if self.is_rectified:
             self.delta = self.delta * self.active
         if uses_gradients is None:
-            pixels = len(inputs) * math.prod(image_shape)
+            pixels = len(set(uses) or inputs) * math.prod(image_shape)
             uses_gradients = not is_pooled(self.chain) and int(self.active.sum()) < PLENTY * pixels
         matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
@@ -163,7 +165,8 @@ class ForwardLoss:
         sent = tuple(gradients[f"{stage.name}.weight"].to(inputs) for stage in layers)
         self.entries = Entries(sent) if observed is None or observed.is_whole else replace(observed, sent=sent)
         self.sizes = [q.square().sum() for q in sent]
-        self.grey = inputs.new_full((len(inputs), *image_shape), GREY)
+        self.uses = torch.tensor(uses, device=inputs.device) if uses else None
+        self.grey = inputs.new_full((len(set(uses) or inputs), *image_shape), GREY)
         self.units = [max(float(unit.detach()), LEAST) for unit in self._errors(self.grey, self.chain)]
         self.uncertainty = float(error.norm() / self.inputs.norm()) / math.sqrt(self.units[0])
 
@@ -185,6 +188,7 @@ class ForwardLoss:
 
     def _outputs(self, images: Tensor, chain: Chain) -> tuple[Tensor, Sequence[Tensor]]:
         """The chain's outputs at the images, and the update of the weights that is compared."""
+        images = images if self.uses is None else images[self.uses]
         if self.below is not None:
             return self.below.run(chain, images, self.delta, self.weights)
         z = run(chain, images)

@@ -11,8 +11,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from attack.solve.quotients import bounds_of
+from network.parameters import trainable
 from update.defences import Defences
 from update.shared import SharedUpdate
+from update.training import LocalTraining
 
 Gradient = tuple[Tensor, ...]
 
@@ -42,6 +45,10 @@ class Entries:
     sent: Gradient
     relative: bool = False
     is_whole = True
+
+    def imitated(self, training: LocalTraining) -> LocalTraining:
+        """The training whose update is compared with the entries: the client's."""
+        return training
 
     @cached_property
     def units(self) -> list[float]:
@@ -132,11 +139,68 @@ class Rounded(Entries):
         return 2 * self.variances[at] * unlikely.sum()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quotients(Entries):
+    """Entries that Adam's first step has divided: |gradient| lies between bounds, far apart for large entries.
+
+    Distances are of sign(g) log(1 + |g| / size), `size` being a tensor's median entry: small entries, which are most
+    and have the closest bounds, would not count beside large ones otherwise.
+
+    Attributes:
+        bounds: least and largest magnitude, for each parameter.
+        pulls: Adam's weight decay times the weights, which it divides with the gradient.
+    """
+
+    bounds: tuple[tuple[Tensor, Tensor], ...]
+    pulls: Gradient
+    is_whole = False
+
+    @classmethod
+    def of(cls, update: SharedUpdate, model: nn.Module) -> "Quotients":
+        """The entries of an update of one step of Adam."""
+        rule, sent = update.training.optimiser, update.targets(model)
+        weights = [weight.detach() for weight in trainable(model).values()]
+        told = [bounds_of(u, w, update.training.rate, rule.eps) for u, w in zip(sent, weights, strict=True)]
+        bounds = tuple((least.to(w), most.to(w)) for (least, most), w in zip(told, weights, strict=True))
+        decay = rule.decay if rule.name == "adam" else 0.0
+        return cls(sent, bounds=bounds, pulls=tuple(decay * weight for weight in weights))
+
+    @cached_property
+    def units(self) -> list[float]:
+        """The divisors of the squares of each tensor's entries."""
+        count = sum(q.numel() for q in self.sent)
+        squares = [self._compressed(least, at).square() for at, (least, _) in enumerate(self.bounds)]
+        return [count * float(each.mean()) or 1.0 for each in squares]
+
+    @cached_property
+    def sizes(self) -> list[float]:
+        """The median of each tensor's entries that are not zero."""
+        least = [low[low > 0] for low, _ in self.bounds]
+        return [float(each.median()) if len(each) else 1.0 for each in least]
+
+    def imitated(self, training: LocalTraining) -> LocalTraining:
+        """Without Adam's division."""
+        return training.undivided
+
+    def _compressed(self, values: Tensor, at: int) -> Tensor:
+        return values.sign() * torch.log1p(values.abs() / self.sizes[at])
+
+    def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
+        (least, most), own = self.bounds[at], self._compressed(p + self.pulls[at], at)
+        own = torch.where(q == 0, own, q.sign() * own)
+        below = (self._compressed(least, at) - own).relu()
+        bounded = most < torch.inf
+        above = (own - self._compressed(torch.where(bounded, most, 0.0), at)).relu() * bounded
+        return below.square().sum() + above.square().sum()
+
+
 def observed(update: SharedUpdate, model: nn.Module, *, relative: bool = False) -> Entries:
     """The entries of an update, and what they still tell of the gradient by the parameters of `model`.
 
-    The last defence decides. The effects of earlier defences count as noise.
+    The last defence decides. The effects of earlier defences count as noise, and so do all after one step of Adam.
     """
+    if update.training.is_quotient:
+        return Quotients.of(update, model)
     sent, defences = update.targets(model), Defences.parse(update.defence)
     last = next((step for step in reversed(defences.steps) if step.name not in FLOATS), None)
     if last is None or last.name not in ("topk", "sign", "quantise"):

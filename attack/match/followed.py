@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from attack.local.closed_system import ClosedSystem
+from attack.local.passes import as_one_pass
 from attack.match.activations import ForwardLoss, ForwardMatching, course_for
 from attack.match.below import TrainedBelow
 from attack.match.common_scale import HELD, CommonScale
@@ -40,6 +41,8 @@ def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> F
 
 def _loss(update: SharedUpdate, model: nn.Module, known: Known, moments: Moments) -> ForwardLoss:
     labels, below = known.labels[: len(known.inputs)], None
+    if known.uses:
+        update, labels = as_one_pass(update), known.labels[list(known.uses)]
     if known.in_steps and known.start:
         deltas = ClosedSystem(update, model, known.start).deltas(known.inputs.double(), labels)
         below = TrainedBelow(update.training, deltas.to(**place_of(model)))
@@ -55,6 +58,7 @@ def _loss(update: SharedUpdate, model: nn.Module, known: Known, moments: Moments
         observed=observed(update, model),
         client_loss=update.training.loss.of_batch(labels),
         below=below,
+        uses=known.uses,
         moments=moments,
     )
 
@@ -82,7 +86,7 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
 
 def _maxima(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, moments: Moments) -> Maxima | None:
     """What a max-pool says whose outputs are known; None where there is none, or the update is not whole."""
-    if not known.is_complete or not observed(update, model).is_whole:
+    if not known.is_complete or known.uses or not observed(update, model).is_whole:
         return None
     outputs, chain = known.inputs.to(**place_of(model)), stages(model)
     facts = (update.gradients, update.image_shape, known.uncertainty_at(chain[known.start]))

@@ -147,6 +147,10 @@ class MatchingLoss:
     def _scaled_target(self) -> Gradient:
         return self._compared.scaled(self.target)
 
+    @cached_property
+    def _imitated_training(self) -> LocalTraining:
+        return self._compared.imitated(self.training)
+
     def noise_of(self, update: SharedUpdate) -> float:
         """Noise in the update's entries in units of this loss: times their root mean square, or over it if relative.
 
@@ -223,6 +227,6 @@ class MatchingLoss:
         network = self.network or self.model
         if self.has_parts and len(subset) < len(images):
             return *gradient_and_part(network, images, labels, subset, self.training.loss), ()
-        trained = train_locally(network, images, labels, self.training, create_graph=True)
+        trained = train_locally(network, images, labels, self._imitated_training, create_graph=True)
         own = trained.average if self.has_parts else None
         return trained.average, own, trained.statistics

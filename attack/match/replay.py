@@ -117,14 +117,15 @@ def _left_at_most(known: Known, model: nn.Module, evaluations: int, training: Lo
     """The share of the update that the client's training may leave on what was found, but for noise.
 
     Infinite where nothing vouches for the pictures. Below a max-pool good pictures leave most of it: which entry was
-    the largest decides on gradients. An order that is not known leaves some of it, too.
+    the largest decides on gradients. An order that is not known leaves some of it, too. Where images were read step by
+    step the layers above have been replayed already, and a training that goes far makes much of little errors.
     """
     if training.shuffle and training.passes > 1 and training.order is None:
         return math.inf
     if known.is_exact:
         return EXACT
     chain = stages(model)[: known.start] if known.is_followed else []
-    is_followed = known.is_followed and is_walked(chain) and not is_pooled(chain)
+    is_followed = known.is_followed and not known.in_steps and is_walked(chain) and not is_pooled(chain)
     return CLOSE if is_followed and evaluations >= FEW else math.inf
 
 

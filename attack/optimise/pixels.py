@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attack.local.levels import LEVELS
 from priors import opponent_basis, rotate_colours
 
 BOXES = ("sigmoid", "clamp", "none")
 
 # Least distance from black and white at which the sigmoid is inverted: half a grey level of an 8-bit image.
-HALF_LEVEL = 0.5 / 255
+HALF_LEVEL = 0.5 / LEVELS
 
 
 def dct_matrix(n: int, *, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu") -> Tensor:

@@ -1,6 +1,6 @@
 """Published attacks as settings of the one loop, where they differ from the defaults of main_MAGIA_sel.py."""
 
-# Settings that published attacks share: whole batches, hard kinks, plain pixels, no signals, no annealing.
+# Settings that published attacks share: whole batches, hard kinks, plain pixels, no signals, no annealing, no scale.
 PLAIN = {
     "distance": "l2",
     "soften": "off",
@@ -11,6 +11,7 @@ PLAIN = {
     "tv_weight": 0.0,
     "tv_final": 1.0,
     "noise_weight": 0.0,
+    "scale_weight": 0.0,
     "box": "none",
     "spectral_power": 0.0,
     "chroma_gain": 1.0,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from attack.read.random_images import random_images
 from attack.read.signals import Signals
 from attack.solve.rounding import precision_of
+from network.chain import parametrised
 from network.stage import Chain
 from network.tracing import stages
 from update.shared import SharedUpdate
@@ -77,6 +78,15 @@ def rounding_of_weights(update: SharedUpdate, model: nn.Module, name: str) -> Te
     weight = model.get_parameter(f"{name}.weight").detach()
     each = DIFFERENCES * precision_of(weight) * weight.double().flatten(1).norm(dim=1)
     return each * math.sqrt(update.training.steps) / update.training.reach
+
+
+def roundings_of_weights(update: SharedUpdate, model: nn.Module) -> dict[str, Tensor]:
+    """The same (c_out,) of each entry of the rows, by the name of a layer that has a part in the update."""
+    layers = [stage for stage in parametrised(stages(model)) if f"{stage.name}.weight" in update.gradients]
+    return {
+        layer.name: rounding_of_weights(update, model, layer.name) / math.sqrt(layer.module.weight[0].numel())
+        for layer in layers
+    }
 
 
 def blurred(signals: Signals, error: float) -> Signals:

@@ -6,6 +6,7 @@ Each of them holds for one image alone, whatever else is in the batch, and fails
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ TOGETHER = 16  # coordinates by which deltas are differentiated at once: more co
 POLISH = DampingRule(
     first=1e-2, least=1e-14, most=1e8, refused=4.0, accepted=0.3, refusals=None, patience=3, counts_refusals=True
 )
+AT_ONCE = 2e6  # entries of deltas, of candidates for every label, that are held at once
 SCALES = torch.logspace(-2, 4, 37, dtype=torch.float64)  # |a| tried where no bias gradient gives the scale
 FINER = 9  # scales tried within a step of SCALES around the best
 ARITHMETIC = 30.0  # units of rounding by which the victim's forward and backward passes may err
@@ -80,6 +82,12 @@ class ImageEquations:
         self.outputs = (layer(units) - zero).detach().flatten(1)  # of each basis vector, (dim A, c_out P)
         self.rows = geometry.patches(units) @ span.right.T  # its patches in R, (dim A, P, r)
         self.along = along_ones(span)  # (dim A, P)
+
+    @cached_property
+    def classes(self) -> int:
+        """K."""
+        nothing = self.span.inputs(self.span.basis.new_zeros(1, self.span.dimension))
+        return self.tail(nothing, self.offset[None]).shape[1]
 
     def of(self, span: Span) -> "ImageEquations":
         """The same for another span of the same layer."""
@@ -210,6 +218,9 @@ class ImageEquations:
 
     def mismatch(self, c: Tensor) -> Tensor:
         """Length of the residual for each label, (N, K)."""
+        many = max(1, int(AT_ONCE / (self.classes * self.offset.numel())))
+        if len(c) > many:
+            return torch.cat([self.mismatch(part) for part in c.split(many)])
         every = self.all_deltas(c)
         count, classes = every.shape[:2]
         free = torch.zeros(1, 1, dtype=torch.bool, device=c.device)
@@ -232,13 +243,14 @@ class ImageEquations:
         if self.spare < WITNESSES:  # what is left of the gradient may have spoken for another label
             labels = self.mismatch(c).argmin(1)
         witnesses = self.spare + self._silent_witnesses(zeros)
-        found, passed = self._judged(c, zeros, self._pinned_down(c, zeros), labels, witnesses)
+        errors = self._equations_errors(c, self._pinned_down(c, zeros))
+        found, passed = self._judged(c, zeros, labels, witnesses, errors)
         rest = (~passed).nonzero()[:, 0]
         found = found.pick(passed)
         if len(rest) and self.spare >= WITNESSES:
             c, _, normal = self.solve(c[rest], zeros[rest], labels[rest], budget)
             witnesses = torch.full_like(c[:, 0], self.spare)
-            polished, passed = self._judged(c, zeros[rest], normal, labels[rest], witnesses)
+            polished, passed = self._judged(c, zeros[rest], labels[rest], witnesses, self._equations_errors(c, normal))
             found = found.joined(polished.pick(passed))
         return found
 
@@ -284,7 +296,7 @@ class ImageEquations:
     def described(self, c: Tensor, zeros: Tensor, labels: Tensor) -> Signals:
         """Candidates (N, dim A) as inputs of these labels, unjudged."""
         witnesses = torch.zeros(len(c)).to(c)
-        return self._judged(c, zeros, self._pinned_down(c, zeros), labels, witnesses)[0]
+        return self._judged(c, zeros, labels, witnesses, self._equations_errors(c, self._pinned_down(c, zeros)))[0]
 
     def _speaking(self, silent: Tensor) -> float:
         """The number of zeros (n,) that the likeliest other direction of A breaks, 0 where it is noise that does."""
@@ -310,20 +322,41 @@ class ImageEquations:
         normal = held.transpose(1, 2) @ held
         return normal if self.along is None else normal + self.along @ self.along.T / self.along.shape[1]
 
+    def as_they_are(self, c: Tensor, labels: Tensor, errors: Tensor) -> tuple[Signals, Tensor]:
+        """Candidates (N, dim A) that no equation has shaped, of known relative errors (N,), and which to believe.
+
+        All equations bear witness. The errors are those of inputs, so they show in the equations as well.
+        """
+        zeros = torch.zeros(1, 1, dtype=torch.bool, device=c.device)
+        witnesses = torch.full_like(errors, self.spare + self.span.dimension)
+        freedom = torch.full_like(errors, self.span.right.shape[1])
+        return self._judged(c, zeros, labels, witnesses, lambda _: (errors, freedom), errors)
+
     def _judged(
-        self, c: Tensor, zeros: Tensor, normal: Tensor, labels: Tensor, witnesses: Tensor
+        self,
+        c: Tensor,
+        zeros: Tensor,
+        labels: Tensor,
+        witnesses: Tensor,
+        errors: Callable[[Tensor], tuple[Tensor, Tensor]],
+        shown: Tensor | float = 0.0,
     ) -> tuple[Signals, Tensor]:
-        """All candidates as inputs, and which of them to believe, where so many equations (N,) bear witness."""
+        """All candidates as inputs, and which of them to believe, where so many equations (N,) bear witness.
+
+        `errors` gives relative errors and their freedom from the mean square residual of an equation, (N,) each, and
+        `shown` is what the mismatch of a true image has of them.
+        """
         deltas, span = self.deltas(c, labels), self.span
         d = by_position(deltas) * span.rows
         u, x = d @ span.left, c @ self.rows.flatten(1)
         expected, condition = self._noise(u, x)
+        expected = expected + shown
         mismatch, pairing = self.residual(c, zeros, deltas), deltas[0].numel()  # the pairing's column of the residual
         outside = mismatch[:, :pairing].norm(dim=1)
         mismatch[:, pairing] /= 1 + condition
         cost = mismatch.square().sum(1)
         level = torch.maximum(cost, (expected + span.precision).square()) / (self.spare + zeros.sum(1)).clamp(min=1)
-        uncertainty, freedom = self._expected_error(c, x, level, normal)
+        uncertainty, freedom = errors(level)
         certificates = self._certificate(c, u, d)
         every = Signals(span.inputs(c), labels, deltas, outside, certificates, uncertainty, freedom, span.batch_size)
         tolerance = (TOLERANCE * expected + ARITHMETIC * span.precision).clamp(max=LIMIT)
@@ -333,6 +366,10 @@ class ImageEquations:
         )
         likely = (cost.sqrt() < tolerance) & (uncertainty < UNSURE)
         return every, likely & (by_chance < CHANCE) & (by_the_tail < TAIL_CHANCE)
+
+    def _equations_errors(self, c: Tensor, normal: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """What equations with this J^T J leave open, by the mean square residual of an equation, (N,)."""
+        return lambda level: self._expected_error(c, c @ self.rows.flatten(1), level, normal)
 
     def _expected_error(self, c: Tensor, x: Tensor, level: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
         """An image's expected relative error, and that error's degrees of freedom, (N,) each."""

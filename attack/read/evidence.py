@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from attack.local.levels import LEVELS
 from attack.read.random_images import SAMPLE, random_features
 from network.stage import run
 from network.tracing import stages
@@ -13,8 +14,7 @@ from network.watched import watched
 from update.evidence import PIXELS, STATISTICS, Evidence
 from update.shared import SharedUpdate
 
-STEPS = 255  # of a pixel
-BEYOND = 2.0 / STEPS  # how far out of [0, 1] a pixel may lie for rounding's sake
+BEYOND = 2.0 / LEVELS  # how far out of [0, 1] a pixel may lie for rounding's sake
 ON_GRID = 0.05  # of a step: pixels of 8 bits lie so near to whole steps once their normalisation is undone
 SHARE_ON_GRID = 0.95  # of the pixels that must
 OUTSIDE = 0.05  # how far out of [0, 1] a pixel may lie that was only fitted
@@ -32,7 +32,7 @@ USUAL = {  # normalisations that clients use, by what the values are: mean and s
     "of MNIST": ((0.1307,), (0.3081,)),
     "of Fashion-MNIST": ((0.2860,), (0.3530,)),
     "of SVHN": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-    "of pixels from 0 to 255": ((0.0,), (1 / STEPS,)),
+    "of pixels from 0 to 255": ((0.0,), (1 / LEVELS,)),
 }
 OTHER_BATCH = 0.01  # relative error of variances that are not the batch's: rounding leaves 1e-5
 ZERO = 1e-4  # of the median feature: a smaller one is zero but for noise
@@ -108,7 +108,7 @@ def of_fitted_pixels(pixels: Tensor, left: float) -> list[Evidence]:
 def normalisation_of(pixels: Tensor) -> str:
     """The flags of the usual normalisation that brings pixels (N, C, H, W) to whole steps within [0, 1]; or nothing."""
     for name, raw in _undone(pixels):
-        steps = STEPS * raw
+        steps = LEVELS * raw
         inside = float(raw.min()) > -BEYOND and float(raw.max()) < 1 + BEYOND
         if inside and float(((steps - steps.round()).abs() < ON_GRID).double().mean()) > SHARE_ON_GRID:
             return _flags_of(name)

@@ -12,10 +12,12 @@ Three facts tell the a_i from their mixtures, and each of them holds for one ima
 
 Images are taken out one after the other. Signals after a ReLU are proposed by linear programmes, re-weighted towards
 sparse solutions; inputs after a smooth activation by Levenberg-Marquardt on (1) and (2) from starts anywhere, with
-dim A unknowns each. Each proposal is given the label and the scale that fit best, polished on (1) and (2), and
-believed if it fits as well as the noise of the update lets a true image fit. Then delta_i patch(a_i)^T / B is
-subtracted: what is left has a gradient, a span, and a cone of its own, smaller by one image, in which the next are
-easier to find. Labels may repeat, and B may be larger than the number of classes.
+dim A unknowns each. Where one image alone drives a unit behind which a ReLU stands, the unit's row holds that image's
+input as it is (`lone_rows`): such inputs are judged first, and not polished. Each other proposal is given the label and
+the scale that fit best, polished on (1) and (2), and believed if it fits as well as the noise of the update lets a true
+image fit. Then delta_i patch(a_i)^T / B is subtracted: what is left has a gradient, a span, and a cone of its own,
+smaller by one image, in which the next are easier to find. Labels may repeat, and B may be larger than the number of
+classes.
 
 Where the cone has too many other rays (narrow layers, inputs that resemble each other), the layers above help: one
 programme over the inputs of several layers has far more zeros per unknown, see `linked_programme`.
@@ -36,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.read.candidates import WITNESSES, ImageEquations, along_ones, by_position, nobody
+from attack.read.lone_rows import lone_rows, refitted
 from attack.read.rays import extreme_rays, linked_programme, pinned, single_programme, zeros_of
 from attack.read.signals import Signals, Tail
 from attack.read.span import Span
@@ -49,6 +52,9 @@ PASSES = 3  # from the start, while images are missing: what one order of peelin
 SPREAD = (0.2, 0.8)  # starts lie this far from the point nearest the origin, relative to it: trained nets want less
 HOPEFUL = 0.5  # a ray whose mismatch is larger is not polished: true ones lie below 0.05, random ones near 1
 NEAR = 1e-2  # a mismatch below this is polished once more against the whole gradient, and judged
+JUDGED = 5e9  # multiplications for which rows are judged, in the order of their lengths, at least FEWEST
+FEWEST = 64
+REFITTED = 2  # times that images and their deltas are taken from each other
 SAME = 1e-2  # relative distance below which two proposals are one image
 BLURRED = 5.0  # or below so many times what is expected of their errors
 
@@ -82,6 +88,7 @@ def unmix(
     loss: Loss = CROSS_ENTROPY,
     given: Signals | None = None,
     enough: Callable[[Signals], bool] = lambda found: False,
+    is_gated: bool = False,
 ) -> Signals:
     """Tell the images of a determined layer apart, as many as possible, surest first.
 
@@ -100,6 +107,7 @@ def unmix(
         given: images that are known already, with the deltas that they have in the gradient; None: none. They are taken
             out beforehand, and are not among those found.
         enough: whether the images found so far end the search.
+        is_gated: whether the layer's units are often off, as in front of a ReLU, and have no delta then.
 
     Raises:
         ValueError: the layer does not determine its inputs.
@@ -114,7 +122,8 @@ def unmix(
         layers += [ImageEquations(each.span, each.layer, each.tail, loss) for each in useful]
         slopes = [each.slope for each in useful]
     given = nobody(span) if given is None else given
-    search = _Peeling(layers, is_sparse, generator, budget, slopes=slopes, given=given, enough=enough)
+    how = {"slopes": slopes, "given": given, "enough": enough, "is_gated": is_gated}
+    search = _Peeling(layers, is_sparse, generator, budget, **how)
     with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
         search.run()
     found = unlike(search.found.surest_first(), given)  # the surest of several, if they are one
@@ -164,6 +173,7 @@ class _Peeling:
     linked: bool = False
     given: Signals | None = None
     enough: Callable[[Signals], bool] = lambda found: False
+    is_gated: bool = False
 
     def __post_init__(self) -> None:
         self.found = self.whole.nobody()
@@ -187,15 +197,47 @@ class _Peeling:
         for _ in range(PASSES):
             self._peel()
             is_complete = len(self.given) + len(self.found) == self.found.batch_size
-            if is_complete or not len(self.found) or self.budget.is_spent or self.enough(self.found):
+            is_over = self.budget.is_spent or self.rows_alone or self.enough(self.found)
+            if is_complete or is_over or not len(self.found):
                 break
+        if self.takes_rows and self.found.complete:
+            self._refit()
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether a row of the gradient may hold one image's input alone."""
+        return self.is_gated and self.whole.along is not None and self.rest.geometry.positions == 1
+
+    @property
+    def rows_alone(self) -> bool:
+        """Whether rows are all that can propose images.
+
+        A network of gates is linear in pieces. Within a piece delta depends on the input through the logits alone, so
+        the equations leave inputs of more dimensions open, and starts anywhere lead nowhere.
+        """
+        return self.takes_rows and not self.is_guided and self.rest.dimension > self.whole.classes + 1
+
+    def _refit(self) -> None:
+        """The images from all rows together, where that makes them surer."""
+        together = self.found
+        for _ in range(REFITTED):
+            c, errors = refitted(self.whole.span, together)
+            c = c / (c @ self.whole.along)
+            together, is_believed = self.whole.as_they_are(c, together.labels, errors)
+        better = is_believed & (errors < self.found.uncertainty)
+        self.found = together.pick(better).joined(self.found.pick(~better))
 
     def _peel(self) -> None:
         """Take images out one after the other, until nothing is left or no proposal is an image."""
         self.rests = self._without(self.given) if len(self.given) else [layer.span for layer in self.layers]
         before, own, fruitless = self.found, self.whole.nobody(), 0
         while self.rest.dimension and fruitless < FRUITLESS and not (self.budget.is_spent or self.enough(self.found)):
-            new = unlike(self.round(fruitless), self.given.joined(own))
+            if fruitless and self.rows_alone:
+                break
+            known = self.given.joined(own)
+            new = self.whole.nobody() if fruitless else unlike(self._lone(known), known)
+            if not len(new) and not self.rows_alone:
+                new = unlike(self.round(fruitless), known)
             fruitless = 0 if len(new) else fruitless + 1
             self.linked ^= fruitless > 0  # keep to the kind of programme that brings images
             if len(new):
@@ -212,6 +254,23 @@ class _Peeling:
             deltas = layer.deltas(values.flatten(1) @ layer.span.basis.T, found.labels)
             rests.append(without(layer.span, values, deltas))
         return rests
+
+    def _lone(self, known: Signals) -> Signals:
+        """The images among the rows that one image alone drives, when these are taken out."""
+        if not self.takes_rows:
+            return self.whole.nobody()
+        equations = self.whole.of(self.rest)
+        c, errors = lone_rows(self.rest, self.whole.span, known)
+        many = max(FEWEST, int(JUDGED / (equations.classes * self.rest.left.numel())))
+        c, errors = c[:many], errors[:many]
+        mismatch, labels = equations.mismatch(c).min(1)
+        values = c @ self.rest.basis
+        best = _distinct(values, labels, errors, mismatch < NEAR)
+        if not len(best):
+            return self.whole.nobody()
+        c = values[best] @ self.whole.span.basis.T
+        found, is_believed = self.whole.as_they_are(c, labels[best], errors[best])
+        return found.pick(is_believed)
 
     def round(self, fruitless: int) -> Signals:
         """The new images among one batch of proposals."""

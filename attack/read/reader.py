@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attack.local.closed_system import ClosedSystem
 from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
-from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights
+from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights, roundings_of_weights
 from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
@@ -33,6 +33,7 @@ from attack.read.span import Span
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.rounding import precision_of
 from attack.walk.noise import is_after_relu, without_noise
+from attack.walk.trajectory import OnePass
 from attack.walk.walk import BatchGradients, Descent, descend
 from network.chain import input_shapes, is_parametrised, shift_before
 from network.head import Head, measured_noise
@@ -70,6 +71,7 @@ class Reading:
         is_aborted: whether the clock has ended it: what was certain by then is all there is.
         in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
         order: the images of each step, where there are several and their order was found; None: in turn, or not known.
+        uses: the image of each of the `inputs`, where images were used in several passes; else empty.
         is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
         likely: (N, C, H, W) in [0, 1], images that are likely and not sure, to begin an attack with; None: none are.
         doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
@@ -84,6 +86,7 @@ class Reading:
     is_aborted: bool = False
     in_steps: bool = False
     order: tuple[tuple[int, ...], ...] | None = None
+    uses: tuple[int, ...] = ()
     is_explained: bool = False
     likely: Tensor | None = None
     doubts: tuple[Evidence, ...] = ()
@@ -285,6 +288,7 @@ class _Reader:
 
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
+        how |= {"is_gated": layer.behind.is_sparse}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
 
     def _is_head(self, layer: CandidateLayer) -> bool:
@@ -326,10 +330,35 @@ class _Reader:
 
     def _followed(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, at the deepest stage that leads from there."""
-        index, start, inputs = at.index, at.index, found.values
         doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
+        features = run(self.chain[at.index : -1], found.values)
+        loss = self.update.training.loss
+        loss = loss.of_batch(found.labels) if found.complete else loss
+        errors = loss.errors(self.head(features), found.labels)
+        return replace(self._walked(found, at, features, errors, self._given), doubts=doubts)
+
+    def _in_steps(self, found: Signals, at: CandidateLayer) -> Reading:
+        """The images found at a layer, each at the weights of its own step, at the deepest stage."""
+        system = ClosedSystem(self.update, self.model, at.index)
+        features, errors = system.at_the_head(found.values, found.labels)
+        deltas = system.deltas(found.values, found.labels)
+        steps = OnePass(self.update.training.coefficients(), system.sizes, system.counts, deltas)
+        given = replace(self._given, additive=0.0, errors=roundings_of_weights(self.update, self.model))
+        return self._walked(found, at, features, errors, given, steps)
+
+    def _walked(
+        self,
+        found: Signals,
+        at: CandidateLayer,
+        features: Tensor,
+        errors: Tensor,
+        given: BatchGradients,
+        steps: OnePass | None = None,
+    ) -> Reading:
+        """The images found at a layer, with features and softmax errors, and what a walk from there makes known."""
+        start, inputs = at.index, found.values
         if found.complete:
-            descent = self._descended(found, index)
+            descent = self._descended(found, start, given, steps)
             for record in descent.records:
                 self.rows.note_walk(record, self.forward)
             self.recovered |= descent.inner | {self.chain[i].name: inputs for i, inputs in descent.inputs.items()}
@@ -337,19 +366,7 @@ class _Reader:
             inputs = descent.inputs[start]
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        features = run(self.chain[index:-1], found.values)
-        loss = self.update.training.loss
-        loss = loss.of_batch(found.labels) if found.complete else loss
-        errors = loss.errors(self.head(features), found.labels)
-        signals = replace(found, values=features, deltas=errors)
-        return replace(self._reading(signals, *self._inverted(start, inputs)), doubts=doubts)
-
-    def _in_steps(self, found: Signals, layer: CandidateLayer) -> Reading:
-        """The images found at a layer, each at the weights of its own step."""
-        system = ClosedSystem(self.update, self.model, layer.index)
-        features, errors = system.at_the_head(found.values, found.labels)
-        signals = replace(found, values=features, deltas=errors)
-        return self._reading(signals, *self._inverted(layer.index, found.values))
+        return self._reading(replace(found, values=features, deltas=errors), *self._inverted(start, inputs))
 
     def _reading(self, signals: Signals, start: int, inputs: Tensor) -> Reading:
         """What was found at the head and at the deepest stage."""
@@ -370,9 +387,8 @@ class _Reader:
             start, inputs = start - 1, below
         return start, inputs
 
-    def _descended(self, found: Signals, index: int) -> Descent:
-        given = self._given
-        how = {"generator": self.generator, "budget": self.budget}
+    def _descended(self, found: Signals, index: int, given: BatchGradients, steps: OnePass | None) -> Descent:
+        how = {"generator": self.generator, "budget": self.budget, "steps": steps}
         try:
             given = replace(given, loss=given.loss.of_batch(found.labels))
             return descend(self.chain, self.update.image_shape, given, index, found.values, found.labels, **how)

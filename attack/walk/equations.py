@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attack.solve.cgls import Operator, Stacked
+from attack.walk.trajectory import MovingMap
 from network.kinds.affine import LinearMap
 
 # Equations for each unknown from which a layer is expected to be determined, and a block is tried as a whole: on a
@@ -29,7 +30,7 @@ RIDGE = 1e-13  # of the mean diagonal: what cannot be told apart must not stop t
 class GradientRows:
     """u -> sum_i corr(delta_i, u_i)."""
 
-    map: LinearMap
+    map: LinearMap | MovingMap
     delta: Tensor
 
     def forward(self, u: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ class GradientRows:
 class ForwardRows:
     """u -> W * u, where it is known what comes out."""
 
-    map: LinearMap
+    map: LinearMap | MovingMap
     known: Tensor
 
     def forward(self, u: Tensor) -> Tensor:
@@ -133,14 +134,19 @@ class Scaling:
         """F^-1 y."""
         return self._solve(y, transposed=False)
 
+    def undone(self, u: Tensor) -> Tensor:
+        """F^T u, from which `forward` makes u."""
+        flat = _by_place(u)
+        return _placed(self.factor[:, None] * flat if self.factor.dim() == 1 else self.factor.T @ flat, u)
+
     def _solve(self, x: Tensor, transposed: bool) -> Tensor:
-        flat = x.transpose(0, 1).flatten(1).T if x.dim() == 4 else x  # (n, channels)
+        flat = _by_place(x)
         if self.factor.dim() == 1:
             flat = flat / self.factor[:, None]
         else:
             factor = self.factor.T if transposed else self.factor
             flat = torch.linalg.solve_triangular(factor, flat, upper=transposed)
-        return flat.T.unflatten(1, (len(x), *x.shape[2:])).transpose(0, 1) if x.dim() == 4 else flat
+        return _placed(flat, x)
 
     def float(self) -> "Scaling":
         """The same in float32."""
@@ -195,9 +201,18 @@ class Scaling:
             ridge *= 10
 
 
+def _by_place(x: Tensor) -> Tensor:
+    """(B, d) or (B, C, H, W) as (n, channels), n = B * positions."""
+    return x.transpose(0, 1).flatten(1).T if x.dim() == 4 else x
+
+
+def _placed(flat: Tensor, like: Tensor) -> Tensor:
+    """The other way round."""
+    return flat.T.unflatten(1, (len(like), *like.shape[2:])).transpose(0, 1) if like.dim() == 4 else flat
+
+
 def _squared(operator: ForwardRows | KnownRows) -> Operator:
     """The operator whose adjoint sums the squares of the columns: weights squared."""
     if isinstance(operator, KnownRows):
         return operator
-    m = operator.map
-    return ForwardRows(LinearMap(m.weight.square(), m.input_shape, m.stride, m.padding, m.dilation), operator.known)
+    return ForwardRows(operator.map.squared(), operator.known)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -87,11 +88,26 @@ class LayerSolver:
     too_weak: Tensor
     needs_all: bool
 
-    def solve(self, name: str, sources: list[Source], method: SolveMethod, *, is_after_relu: bool) -> SolvedLayer:
+    def solve(
+        self,
+        name: str,
+        sources: list[Source],
+        method: SolveMethod,
+        *,
+        is_after_relu: bool,
+        settled: Callable[[], list[Source]] | None = None,
+    ) -> SolvedLayer:
         """The input that all sources agree on, and whether it is believed.
 
         Two figures decide: the recovery test, in which a known random input must come back, and the residual, which
         must be noise.
+
+        Args:
+            name: of the layer or residual stage.
+            sources: what says something of the input.
+            method: how it is found.
+            is_after_relu: whether it is never negative.
+            settled: the sources as they are once what the input itself moves in them is known.
 
         Raises:
             OutOfTimeError: the budget's clock has run out.
@@ -109,6 +125,7 @@ class LayerSolver:
         too_weak = self.too_weak if error is None else self._weakened(self.too_weak, error)
         if too_weak is None:
             return SolvedLayer(ended(_comes_back(error)))
+        sources = sources if settled is None else settled()
         u, solution, decided = self._solved(sources, method, SETTLED_NOISE * noise)
         flips = changes(sources, decided)
         if error is None:

@@ -117,10 +117,10 @@ class Alone:
         """That of the noisiest source."""
         return noisiest(sources)
 
-    def solve(self, sources: Sequence[RowSource]) -> tuple[Tensor, Solution]:
-        """The input u (B, ...) and the solver's word."""
+    def solve(self, sources: Sequence[RowSource], start: Tensor | None = None) -> tuple[Tensor, Solution]:
+        """The input u (B, ...) and the solver's word, from an input to start with (None: zeros)."""
         system = self._system(sources)
-        solution = self._solved(system, system.target)
+        solution = self._solved(system, system.target, None if start is None else system.scaling.undone(start))
         return system.scaling.forward(solution.x), solution
 
     def recovery_test(self, sources: Sequence[RowSource], noise: float) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows
+from attack.walk.trajectory import MovingMap
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
 
@@ -21,22 +22,22 @@ class LayerSource:
     Attributes:
         name: of the layer.
         map: its linear part.
-        bias: (c_out,), zeros where it has none.
+        bias: (c_out,), zeros where it has none; (B, c_out) where it moves between images.
         above: what is known of its output.
         gradient: B G, the sum of the images' gradients; None where the update has none.
         precision: relative error of each entry of G.
-        additive: absolute error of each entry of B G.
+        additive: absolute error of each entry of B G, (c_out,) or one number.
         mask_error: (B,) relative error of each image's delta by wrong masks, of the images that are too weak; zero for
             all others.
     """
 
     name: str
-    map: LinearMap
+    map: LinearMap | MovingMap
     bias: Tensor
     above: KnownOutputs
     gradient: Tensor | None
     precision: float
-    additive: float
+    additive: Tensor | float
     mask_error: Tensor
 
     @property
@@ -52,7 +53,7 @@ class LayerSource:
             found.append(Rows(operator, self.gradient, self.gradient_weights))
         known = self.above.sure
         if known.any():
-            target = torch.where(known, self.above.values - self.bias.view(self.columns), 0.0)
+            target = torch.where(known, self.above.values - wide(self.bias, self.above.values), 0.0)
             found.append(Rows(ForwardRows(self.map, known), target, torch.where(known, 1 / self.above.noise, 0.0)))
         return found
 
@@ -60,7 +61,7 @@ class LayerSource:
     def gradient_weights(self) -> Tensor:
         """One over the noise of each output channel's row."""
         length = self.gradient.flatten(1).square().mean(1).sqrt()  # (c_out,)
-        noise = (self.precision * length).maximum(length.new_tensor(self.additive))
+        noise = (self.precision * length).clamp(min=self.additive)
         noise = (noise * self._rounding()).clamp(min=self.precision * CANCELLED * float(length.max()))
         if self.mask_error.any():
             noise = noise.hypot(self._wrong_by_masks(length))
@@ -77,7 +78,7 @@ class LayerSource:
     def _rounding(self) -> Tensor:
         """(c_out,) units of rounding that each channel's delta has, its strong entries above all."""
         if self.above.rounding is None:
-            return torch.ones_like(self.bias)
+            return self.gradient.new_ones(len(self.gradient))
         squares = by_channel(self.above.delta.square())
         errors = squares * by_channel(self.above.rounding.square())
         return (errors.sum(1) / squares.sum(1).clamp(min=1e-300)).sqrt().clamp(min=1.0)
@@ -98,6 +99,10 @@ class LayerSource:
         weights = self.gradient_weights
         size = float((weights * self.gradient).norm())
         return self.gradient[weights.flatten() > 0].numel() ** 0.5 / size if size else 0.0
+
+    def told_of(self, count: int) -> "LayerSource":
+        """With known outputs of the first so many images alone."""
+        return replace(self, above=self.above.told_of(count))
 
     def coarser(self, factor: float) -> "LayerSource":
         """With masks for so many times the noise."""
@@ -178,7 +183,7 @@ class NormalisedSource(LayerSource):
     def scale_weights(self) -> Tensor:
         """One over the noise of dgamma, (c,)."""
         size = by_channel(self.above.delta).norm(dim=1)
-        noise = (self.precision * size).hypot(size.new_tensor(self.additive))
+        noise = ((self.precision * size).square() + self.additive**2).sqrt()
         return torch.where(size > CANCELLED * size.max(), 1 / noise, 0.0)
 
     def delta_before(self, values: Tensor, deviation: Tensor) -> Tensor:
@@ -228,6 +233,10 @@ class IdentitySource:
     def noise(self) -> float:
         """None: there are no gradient rows."""
         return 0.0
+
+    def told_of(self, count: int) -> "IdentitySource":
+        """Itself: no weights move between its values and the input."""
+        return self
 
     def coarser(self, factor: float) -> "IdentitySource":
         """With masks for so many times the noise."""

@@ -17,9 +17,13 @@ accordingly: in a trained network's batch of 32 the loudest may be 5,000 times a
 without a few of them: below, their inputs are only the best that there are, and gradients are trusted no further than
 these images' share in them. Pixels cannot be improved any more, so they are found of all images or of none.
 
+Several steps. Each image has met the weights of its own step, which its inputs and those of earlier steps tell
+(`trajectory`). Residual blocks are not solved as a whole there.
+
 Every layer leaves a `Record`. The walk ends at the first layer that is not believed, and the record says why.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,13 +43,17 @@ from attack.walk.methods import Alone, BlockInput, LayerInBlock, SolveMethod, ro
 from attack.walk.noise import beside, is_after_relu, noise_of, size_of
 from attack.walk.normalised import BehindNorm
 from attack.walk.sources import IdentitySource, LayerSource, Normalisation, NormalisedSource, Source
+from attack.walk.trajectory import OnePass, Trajectory
+from attack.walk.way import Given, Way
 from network.chain import input_shapes, mean_before, parametrised, shift_before
-from network.kinds import kind_of, pulled_below
-from network.kinds.affine import LinearMap
+from network.kinds import kind_of
 from network.kinds.norm import MIXES
 from network.known_outputs import FLOOR, KnownOutputs, UndeterminedError
 from network.stage import Chain, Residual, Stage, run
 from update.loss import CROSS_ENTROPY, Loss
+
+ROUNDS = 12  # in which the weights along a client's steps must settle, once those of every step have been met
+SETTLED = 1e-7  # relative change of a way that is none: rounding of the client's float32
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class BatchGradients:
         loss: of each image.
         moments: mean and variance by which BatchNorm in training mode has normalised the batch, by its name, where the
             client shares them.
+        errors: standard deviation (c_out,) of what other noise than `additive` there is in the entries of each row, by
+            the name of a layer.
     """
 
     gradients: Mapping[str, Tensor]
@@ -88,11 +98,16 @@ class BatchGradients:
     additive: float = 0.0
     loss: Loss = CROSS_ENTROPY
     moments: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    errors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def precision(self, name: str) -> float:
         """Relative rounding error of a layer's gradient."""
         gradient = self.gradients.get(f"{name}.weight")
         return FLOOR if gradient is None else max(FLOOR, precision_of(gradient))
+
+    def error(self, name: str, like: Tensor) -> Tensor:
+        """(c_out,) or one: of each entry in the rows of a layer's summed gradient, beside its rounding."""
+        return self.batch_size * self.errors.get(name, like.new_tensor(self.additive)).to(like)
 
     def of(self, name: str, like: Tensor) -> Tensor | None:
         """B G of a layer's weight, in the dtype and place of `like`; None where the update has none."""
@@ -115,6 +130,7 @@ def descend(
     *,
     generator: torch.Generator,
     budget: WorkBudget,
+    steps: OnePass | None = None,
 ) -> Descent:
     """Walk down from the inputs (B, ...) of stage `start`, with labels (B,), as far as the equations determine.
 
@@ -127,30 +143,32 @@ def descend(
         labels: class indices.
         generator: what recovery tests are drawn from, on the CPU.
         budget: whose clock is asked; when it has run out the walk ends, and its last record says so.
+        steps: of a client that made several, with the images in their order: each layer's weights at them are found
+            with its inputs, see `trajectory`. None where all images were seen at the same weights.
     """
-    walk = _Walk(gradients, generator, budget)
+    walk = _Walk(gradients, generator, budget, steps)
     shapes = input_shapes(chain, image_shape)
-    outputs = _first_outputs(chain, start, inputs, labels, gradients.loss)
-    known, walk.noises[chain[start].name], norm = {start: inputs}, outputs.noise, None
+    way = Way.from_known(_first_outputs(chain, start, inputs, labels, gradients.loss, steps))
+    known, walk.noises[chain[start].name] = {start: inputs}, way.outputs.noise
     for index in reversed(range(start)):
         stage, began = chain[index], time.perf_counter()
         try:
             if not _is_solved_for(stage):
-                outputs, norm = walk.below(stage, outputs, norm, shapes[index], chain[:index])
+                way = walk.past(way, stage, shapes[index], chain[:index])
                 continue
             needs_all = not any(parametrised(chain[:index]))
             if needs_all and walk.too_weak.any():
                 weak = int(walk.too_weak.sum())
                 raise UndeterminedError(f"pixels come of all images or of none: {weak} are too weak")
-            sources, method = walk.sources(stage, outputs, norm, shapes[index], chain[:index])
+            given, method = walk.given(stage, way, shapes[index], chain[:index])
             how = {"is_rectified": is_after_relu(chain[:index]), "needs_all": needs_all}
-            solved = walk.solve(stage.name, sources, method, **how)
+            solved = walk.solve(stage.name, given, method, **how)
         except (UndeterminedError, OutOfTimeError) as stop:
             walk.stopped(stage.name, stop, time.perf_counter() - began)
             break
-        known[index], norm = solved.u, None
+        known[index] = solved.u
         if index:
-            outputs = solved.outputs
+            way = Way.from_known(solved.outputs)
     return Descent(known, walk.inner, walk.noises, walk.records)
 
 
@@ -159,9 +177,14 @@ def _is_solved_for(stage: Stage) -> bool:
     return isinstance(stage.module, Residual) or kind_of(stage.module).is_affine
 
 
-def _first_outputs(chain: Chain, start: int, inputs: Tensor, labels: Tensor, loss: Loss) -> KnownOutputs:
+def _first_outputs(
+    chain: Chain, start: int, inputs: Tensor, labels: Tensor, loss: Loss, steps: OnePass | None
+) -> KnownOutputs:
     """What is known of the outputs below `start`, by one backward pass of the stages above."""
-    delta = loss.delta(partial(run, chain[start:]), inputs, labels)
+    if steps is None:
+        delta = loss.delta(partial(run, chain[start:]), inputs, labels)
+    else:
+        delta = steps.deltas * beside(steps.each, steps.deltas)
     nothing = torch.zeros_like(beside(size_of(inputs), inputs))  # beyond rounding, and what shows below zero
     return KnownOutputs.of(inputs, delta, noise_of(inputs, nothing, is_after_relu=is_after_relu(chain[:start])))
 
@@ -188,14 +211,14 @@ class _Branch:
     """What a branch of a residual stage says of the stage's input.
 
     Attributes:
-        sources: that say something of the input.
+        given: what says something of the input.
         output: of the branch, once a layer in it is solved; None before.
         output_error: (B,) relative error of the layer's input that the output comes from.
         flips: where the branch's gradient has decided masks behind the block otherwise.
         onward: how to find the block's input, where a layer was only found together with it.
     """
 
-    sources: list[Source]
+    given: list[Given]
     output: Tensor | None
     output_error: Tensor | None
     flips: Tensor
@@ -205,23 +228,27 @@ class _Branch:
 class _Walk:
     """What the walk carries along: records, the activations found, and which images are too weak."""
 
-    def __init__(self, gradients: BatchGradients, generator: torch.Generator, budget: WorkBudget) -> None:
+    def __init__(
+        self, gradients: BatchGradients, generator: torch.Generator, budget: WorkBudget, steps: OnePass | None
+    ) -> None:
         self.gradients, self.generator, self.budget = gradients, generator, budget
+        self.steps, self.trajectory = steps, Trajectory(steps, gradients.gradients)
         self.records: list[Record] = []
         self.inner: dict[str, Tensor] = {}
         self.noises: dict[str, Tensor] = {}
         self.too_weak = torch.zeros(gradients.batch_size, dtype=torch.bool)
 
     def solve(
-        self, name: str, sources: list[Source], method: SolveMethod, *, is_rectified: bool, needs_all: bool
+        self, name: str, given: list[Given], method: SolveMethod, *, is_rectified: bool, needs_all: bool
     ) -> SolvedLayer:
         """A layer's input; its record is kept.
 
         Raises:
             UndeterminedError: it is not believed.
         """
-        solver = LayerSolver(self.budget, self.too_weak, needs_all)
-        solved = solver.solve(name, sources, method, is_after_relu=is_rectified)
+        solver, sources = LayerSolver(self.budget, self.too_weak, needs_all), [each.source for each in given]
+        settled = partial(self._along_steps, given, method) if self.steps else None
+        solved = solver.solve(name, sources, method, is_after_relu=is_rectified, settled=settled)
         self.records.append(solved.record)
         if not solved.record.determined:
             raise UndeterminedError(solved.record.reason)
@@ -234,52 +261,77 @@ class _Walk:
         if not self.records or self.records[-1].determined:
             self.records.append(Record(name, reason, seconds=seconds))
 
-    def below(
-        self, stage: Stage, outputs: KnownOutputs, norm: Stage | None, shape: tuple[int, ...], rest: Chain
-    ) -> tuple[KnownOutputs, Stage | None]:
-        """What is known below a stage that is not solved for; `rest` are the stages below it.
+    def _along_steps(self, given: list[Given], method: Alone) -> list[Source]:
+        """What is given with the weights of each image's own step, which the input itself makes.
+
+        The outputs of later steps say nothing until the weights of these are right, one step more in each round.
+        """
+        last, change, u = len(self.steps.sizes) - 1, math.inf, None
+        for step in range(last + ROUNDS):
+            told = [each.source.told_of(self.steps.until(step)) for each in given]
+            u, _ = method.solve(told, u if step > last else None)
+            before, change = change, max(self.trajectory.learn(each.stages, u, each.way.top.delta) for each in given)
+            given = [self._given(self._again(each.way), each.layer, each.shape) for each in given]
+            if step >= last and (change < SETTLED or change > before):
+                break
+        return [each.source for each in given]
+
+    def past(self, way: Way, stage: Stage, shape: tuple[int, ...], rest: Chain) -> Way:
+        """Past a stage that is not solved for; `rest` are the stages below it.
 
         BatchNorm in training mode is handed on to the layer below it, whose equations it is a part of.
         """
         kind = kind_of(stage.module)
-        if norm is not None:
+        if way.norm is not None:
             raise UndeterminedError(MIXES)
-        if kind.is_norm and kind.mixes_images(stage.module):
-            return outputs, stage
-        outputs = pulled_below(stage.module, outputs, shape)
+        passed = (*way.passed, (stage, shape, rest))
+        if kind.is_norm and kind.mixes_images(stage.module) and self.steps is None:
+            return replace(way, passed=passed, norm=stage)
+        outputs = self.trajectory.pulled(stage, way.outputs, shape)
         if kind.is_gate:
             shift = self.gradients.summed(shift_before([*rest, stage]), outputs.values)
             outputs = outputs if shift is None else balanced(outputs, shift)
-        return outputs, None
+        return replace(way, passed=passed, outputs=outputs)
 
-    def sources(
-        self, stage: Stage, outputs: KnownOutputs, norm: Stage | None, shape: tuple[int, ...], below: Chain
-    ) -> tuple[list[Source], SolveMethod]:
+    def _again(self, way: Way) -> Way:
+        """The same with the weights that are known by now."""
+        new = Way.from_known(way.top)
+        for passed in way.passed:
+            new = self.past(new, *passed)
+        return new
+
+    def _given(self, way: Way, layer: Stage | None, shape: tuple[int, ...]) -> Given:
+        """A layer, or the input itself, as a source at the end of a way."""
+        source = IdentitySource(way.outputs) if layer is None else self._layer(layer, way.outputs, way.norm, shape)
+        return Given(source, way, layer, shape)
+
+    def given(self, stage: Stage, way: Way, shape: tuple[int, ...], below: Chain) -> tuple[list[Given], SolveMethod]:
         """All that says something of the input, of that shape, of a layer or residual stage, and how to find it.
 
         Args:
             stage: the layer, or the residual stage.
-            outputs: what is known of its outputs, or of those of the BatchNorm in training mode behind it.
-            norm: that BatchNorm, or None.
+            way: that ends behind it, or behind the BatchNorm in training mode that follows.
             shape: of the input.
             below: the stages whose outputs the input is.
         """
         if not isinstance(stage.module, Residual):
-            sources = [self._layer(stage, outputs, norm, shape)]
-            return sources, self._method(sources, shape, below)
-        if norm is not None:
+            given = [self._given(way, stage, shape)]
+            return given, self._method(given, shape, below)
+        if way.norm is not None:
             raise UndeterminedError(MIXES)
+        outputs = way.outputs
         block = _Block(stage.module, outputs, shape, below)
         body = self._branch(stage.module.body, outputs.untold(), shape, block)
         outputs = outputs.flipped(body.flips)
         rest = outputs.untold() if body.output is None else _without(outputs, body)
         shortcut = self._branch(stage.module.shortcut, rest, shape, block)
-        sources = [*body.sources, *shortcut.sources]
-        return sources, body.onward or self._method(sources, shape, below)
+        given = [*body.given, *shortcut.given]
+        return given, body.onward or self._method(given, shape, below)
 
-    def _method(self, sources: Sequence[Source], shape: tuple[int, ...], below: Chain) -> SolveMethod:
+    def _method(self, given: Sequence[Given], shape: tuple[int, ...], below: Chain) -> SolveMethod:
         """By linear equations, or by those of a layer in front of BatchNorm in training mode."""
         how = ((self.gradients.batch_size, *shape), self.generator, self.budget)
+        sources = [each.source for each in given]
         if not any(isinstance(source, NormalisedSource) for source in sources):
             return Alone(*how)
         shift = self.gradients.summed(shift_before(below), sources[0].above.values)
@@ -288,18 +340,17 @@ class _Walk:
     def _layer(self, stage: Stage, outputs: KnownOutputs, norm: Stage | None, shape: tuple[int, ...]) -> LayerSource:
         module = stage.module
         try:
-            linear = LinearMap.of(module, shape)
+            linear = self.trajectory.map_of(module, shape)
         except ValueError as error:
             raise UndeterminedError(str(error)) from None
-        width = len(module.weight)
         facts = {
             "name": stage.name,
             "map": linear,
-            "bias": module.weight.new_zeros(width) if module.bias is None else module.bias.detach(),
+            "bias": self.trajectory.bias_of(module),
             "above": outputs,
             "gradient": self.gradients.of(stage.name, outputs.values),
             "precision": self.gradients.precision(stage.name),
-            "additive": self.gradients.additive * self.gradients.batch_size,
+            "additive": self.gradients.error(stage.name, outputs.values),
             "mask_error": self._mask_error().to(outputs.values),
         }
         if norm is None:
@@ -339,35 +390,37 @@ class _Walk:
     def _branch(self, chain: Chain, outputs: KnownOutputs, shape: tuple[int, ...], block: _Block) -> _Branch:
         """Down a branch to its lowest layer, which says something of the block's input."""
         branch = _Branch([], None, None, torch.zeros_like(outputs.known), None)
-        shapes, same_mask, norm = input_shapes(chain, shape) if chain else [], True, None
+        shapes, same_mask = input_shapes(chain, shape) if chain else [], True
+        way = Way.from_known(outputs)
         for index in reversed(range(len(chain))):
             stage = chain[index]
             if not _is_solved_for(stage):
-                outputs, norm = self.below(stage, outputs, norm, shapes[index], chain[:index])
+                way = self.past(way, stage, shapes[index], chain[:index])
                 same_mask = same_mask and not kind_of(stage.module).is_activation
                 continue
             below = chain[:index] if index else block.below
-            sources, method = self.sources(stage, outputs, norm, shapes[index], below)
-            norm = None
+            given, method = self.given(stage, way, shapes[index], below)
             if index == 0:
-                return replace(branch, sources=sources)
-            is_alone = isinstance(method, Alone) and chain is block.module.body
+                return replace(branch, given=given)
+            is_alone = isinstance(method, Alone) and chain is block.module.body and self.steps is None
+            sources = [each.source for each in given]
             if is_alone and 0 < method.count(sources) < method.unknowns:
-                in_block = LayerInBlock(self._together(block, index, outputs.delta))
+                in_block = LayerInBlock(self._together(block, index, way.outputs.delta))
                 method = in_block if in_block.count(sources) >= ENOUGH * in_block.unknowns else method
-            solved = self.solve(stage.name, sources, method, is_rectified=is_after_relu(below), needs_all=False)
+            solved = self.solve(stage.name, given, method, is_rectified=is_after_relu(below), needs_all=False)
             if isinstance(method, LayerInBlock):
                 branch = replace(branch, onward=BlockInput(method.together, rows_of(solved.sources)))
             if branch.output is None:
-                branch = replace(branch, output=run(chain[index:], solved.u), output_error=solved.record.noise)
+                output = self.trajectory.run(chain[index:], solved.u)
+                branch = replace(branch, output=output, output_error=solved.record.noise)
                 if same_mask:  # the mask that these equations have judged is that of the ReLU behind the block
-                    flips = solved.sources[0].above.delta != sources[0].above.delta
+                    flips = solved.sources[0].above.delta.bool() != sources[0].above.delta.bool()
                     branch = replace(branch, flips=flips.view_as(branch.flips))
             self.inner[stage.name] = solved.u
-            outputs = solved.outputs
-        if norm is not None:
+            way = Way.from_known(solved.outputs)
+        if way.norm is not None:
             raise UndeterminedError(MIXES)
-        return replace(branch, sources=[IdentitySource(outputs)])
+        return replace(branch, given=[self._given(way, None, shape)])
 
     def _together(self, block: _Block, index: int, delta: Tensor) -> Together:
         """All that is known of a block, around a layer of its body, with delta at that layer's output."""

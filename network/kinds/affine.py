@@ -191,9 +191,13 @@ class LinearMap:
         """The same map with another weight."""
         return replace(self, weight=weight)
 
+    def squared(self) -> "LinearMap":
+        """The same map with each weight squared."""
+        return self.with_weight(self.weight.square())
+
     def float(self) -> "LinearMap":
         """The same in float32."""
-        return replace(self, weight=self.weight.float())
+        return self.with_weight(self.weight.float())
 
     @property
     def _settings(self) -> dict:

@@ -335,34 +335,44 @@ def test_a_scheduler_that_does_not_answer_is_one_line(tmp_path, capsys, monkeypa
     assert "tcp://127.0.0.1:1" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.fixture(scope="module")
+def foreign_worker(tmp_path_factory):
+    """A scheduler, its process, and the folder of its one worker, whose copy of the program differs in a constant."""
+    home = tmp_path_factory.mktemp("foreign")
+    for name in ("benchmark.py", "main_MAGIA_sel.py", "data.py", "priors.py", "schedules.py"):
+        shutil.copy(ROOT / name, home / name)
+    for name in ("attack", "bench", "cli", "client", "judge", "network", "samples", "update"):
+        shutil.copytree(ROOT / name, home / name)
+    with (home / "schedules.py").open("a") as file:
+        file.write("\nOTHER = 1\n")
+    with cluster_in(home, 1, threads=2, home=home) as (address, process):
+        yield address, process
+
+
 @cluster
-def test_a_scheduler_that_dies_ends_a_benchmark_in_a_line(tmp_path):
+def test_a_worker_of_another_version_measures_nothing(tmp_path, foreign_worker):
+    words = ["signals", "--batch_sizes", "2", "--batches", "0", "--seeds", "0", "--num_classes", "20"]
+    assert benchmark.main([*words, "--out", str(tmp_path / "out"), "--scheduler", foreign_worker[0]]) == 1
+    (row,) = read(tmp_path / "out" / "table.csv")
+    assert row["status"] == "failed: worker runs another program: restart it"
+
+
+@cluster
+def test_a_scheduler_that_dies_ends_a_benchmark_in_a_line(tmp_path, foreign_worker):
+    """The last test of this cluster."""
     import dask
+
+    address, process = foreign_worker
 
     def kill_once_begun():
         wait_for(log.exists)
         process.kill()
 
     log = tmp_path / "log"
-    soon = dask.config.set({"distributed.comm.timeouts.connect": "2s"})
-    with soon, cluster_in(tmp_path, 1, threads=2) as (address, process):
-        threading.Thread(target=kill_once_begun, daemon=True).start()
-        with pytest.raises(OSError, match="does not answer any more"):
-            run_cells(logged(log, 30), CELLS[:1], [], out=tmp_path / "out", scheduler=address)
+    threading.Thread(target=kill_once_begun, daemon=True).start()
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
+        pytest.raises(OSError, match="does not answer any more"),
+    ):
+        run_cells(logged(log, 30), CELLS[:1], [], out=tmp_path / "out", scheduler=address)
     assert not list((tmp_path / "out" / "cells").iterdir())
-
-
-@cluster
-def test_a_worker_of_another_version_measures_nothing(tmp_path):
-    """Its copy of the program differs in a constant."""
-    for name in ("benchmark.py", "main_MAGIA_sel.py", "data.py", "priors.py", "schedules.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("attack", "bench", "cli", "client", "judge", "network", "samples", "update"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    with (tmp_path / "schedules.py").open("a") as file:
-        file.write("\nOTHER = 1\n")
-    words = ["signals", "--batch_sizes", "2", "--batches", "0", "--seeds", "0", "--num_classes", "20"]
-    with cluster_in(tmp_path, 1, threads=2, home=tmp_path) as (address, _):
-        assert benchmark.main([*words, "--out", str(tmp_path / "out"), "--scheduler", address]) == 1
-    (row,) = read(tmp_path / "out" / "table.csv")
-    assert row["status"] == "failed: worker runs another program: restart it"

@@ -16,6 +16,8 @@ from network.parameters import freeze, named_by
 from network.vision import torchvision
 from network.zoo import build_model
 from update.batchnorm import batchnorms
+from update.optimiser import LocalOptimiser
+from update.training import LocalTraining
 
 
 def case(**kwargs):
@@ -61,6 +63,32 @@ def test_a_peer_gets_somewhere():
         for budget in (5, 300)
     )
     assert metrics.mean_psnr(batch.images, many) > metrics.mean_psnr(batch.images, few) + 2
+
+
+def test_a_peer_is_told_of_several_steps_and_makes_them():
+    _, model, batch = case()
+    training = LocalTraining(4, 2, 0.1)
+    update = share_update(model, "lenet", batch.images, batch.labels, 10, training=training)
+    few, many = (
+        breaching_attack("invertinggradients", update, model, batch.labels, max_evals=budget, seed=0)
+        for budget in (5, 150)
+    )
+    assert (few.evaluations, many.evaluations) == (5, 150)
+    assert metrics.mean_psnr(batch.images, many.images) > metrics.mean_psnr(batch.images, few.images) + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "words"),
+    [
+        ("invertinggradients", LocalTraining(2, 1, 0.1, optimiser=LocalOptimiser("adam")), "plain SGD"),
+        ("deepleakage", LocalTraining(2, 1, 0.1), "need the labels"),
+    ],
+)
+def test_steps_that_a_peer_does_not_know_are_refused(name, training, words):
+    _, model, batch = case()
+    update = share_update(model, "lenet", batch.images, batch.labels, 10, training=training)
+    with pytest.raises(ValueError, match=words):
+        breaching_attack(name, update, model, batch.labels, max_evals=2, seed=0)
 
 
 def test_a_peer_works_on_images_normalised_as_its_attacks_expect():

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, resolved
 
 import benchmark
-from bench.results_page import DATA, beneath, marks, read_rows, results_page, table_text, with_tables
+from bench.results_page import DATA, PAGES, beneath, marks, read_rows, results_page, table_text, with_tables
 from bench.results_tables import OTHER_TABLES, TABLES, Table
 
 SMALL = Table(
@@ -23,8 +23,9 @@ def row(method="a", batch_size="1", psnr="30.0", commit="c2", date="2026-02-02 1
 
 def test_the_pages_are_what_make_docs_writes():
     assert (ROOT / "docs" / "results.md").read_text() == results_page()
-    for page in (ROOT / "README.md", ROOT / "docs" / "defences.md", ROOT / "docs" / "networks.md"):
-        assert page.read_text() == with_tables(page.read_text())
+    for page in PAGES:
+        text = (ROOT / page).read_text()
+        assert text == with_tables(text), page
 
 
 def test_every_row_says_how_it_came_about():

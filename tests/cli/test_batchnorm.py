@@ -56,6 +56,20 @@ def test_where_they_are_kept_the_scale_is_read_or_said_to_be_open(cli, net):
     assert "by 8 bits" in said["said"]
 
 
+@pytest.mark.parametrize("has_weights", [True, False])
+def test_the_loop_keeps_the_contrast_that_batchnorm_hides(cli, net, has_weights):
+    """A prior would shrink all images together. An untrained model's statistics say nothing of their contrast."""
+    loop = [*(net if has_weights else [*net[:4], *net[6:]]), "--bn", "train_private"]
+    budget = ["--n_iter", 40, "--inner_iter", 20, "--max_evals", 100]
+    figures = metrics_of(cli(*loop, *budget))
+    (said,) = (piece for piece in figures["evidence"] if piece["topic"] == "scale")
+    assert "one scale common to all images" in said["said"]
+    free = metrics_of(cli(*loop, *budget, "--scale_weight", 0, name="free"))
+    assert not [piece for piece in free["evidence"] if piece["topic"] == "scale"]
+    assert figures["psnr_mean"] > free["psnr_mean"] + 3
+    assert min(ours - guess for ours, guess in zip(figures["psnr"], figures["psnr_guess"], strict=True)) > 0
+
+
 def test_statistics_of_another_batch_are_not_used(cli, net):
     """They contradict the inputs that were read: what they would tell is told by gradients, or not at all."""
     cli(*net, "--bn", "train", "--save_update", cli.folder / "u.npz", "--n_iter", 1)

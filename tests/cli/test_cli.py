@@ -155,7 +155,7 @@ def test_the_restart_that_matches_best_is_the_result(cli):
 
 def test_group_consistency_draws_restarts_together(cli):
     def spread(*flags, name):
-        run = cli("--restarts", 2, "--n_iter", 8, "--signals", "off", *flags, name=name)
+        run = cli("--restarts", 2, "--n_iter", 8, "--inner_iter", 4, "--signals", "off", *flags, name=name)
         z = torch.load(run / "checkpoint.pt", weights_only=True)["variables"][0]
         return float((z[:3] - z[3:]).square().mean())
 

@@ -19,7 +19,7 @@ OTHER = {
     "distance": "cosine", "soften": "off", "alpha": 0.2, "subset_loss": "mean", "rescale": "none",
     "prior": "anisotropic", "tv_weight": 1.0, "tv_final": 0.5, "tv_evals": 3, "noise_weight": 1e12,
     "chroma_weight": 9.0, "curvature_weight": 9.0, "third_weight": 9.0, "prior_power": 1.5,
-    "l2_weight": 1.0, "bn_weight": 1.0, "feature_weight": 30.0, "feature_distance": "cosine",
+    "l2_weight": 1.0, "bn_weight": 1.0, "scale_weight": 9.0, "feature_weight": 30.0, "feature_distance": "cosine",
     "init": "uniform", "box": "clamp", "spectral_power": 2.0, "chroma_gain": 3.0,
     "label_gain": 9.0, "label_std": 0.1, "restarts": 2, "group_weight": 10.0,
     "optimizer": "adam", "lr": 0.3, "lr_schedule": "cosine", "signed": None,
@@ -58,7 +58,7 @@ def attacked(case, *flags):
     objective = magia.build_objective(update, model, known, pixels, settings)
     budget = magia.Budget(settings.n_iter, settings.max_evals, settings.max_seconds)
     magia.attack(state, objective, schedule_of(settings), budget, lambda *_: None)
-    lines = without_effect(given, settings, known, model, objective.annealing)
+    lines = without_effect(given, settings, known, model, objective.annealing, holds_scale=objective.scale is not None)
     named = {flag for line in lines for flag in re.findall(r"--(\w+)", line.partition(" (")[0])}
     return objective.images(state)[state.leader].detach(), named
 

@@ -28,8 +28,14 @@ RULES = {
     "adam": ({"name": "adam"}, lambda p: torch.optim.Adam(p, 0.1)),
     "adam, decay": ({"name": "adam", "weight_decay": 0.3}, lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.3)),
     "adam, prox": ({"name": "adam", "prox": 0.7}, lambda p: torch.optim.Adam(p, 0.1)),
+    "adam, betas": ({"name": "adam", "betas": (0.5, 0.9)}, lambda p: torch.optim.Adam(p, 0.1, betas=(0.5, 0.9))),
+    "adam, no memory": ({"name": "adam", "betas": (0.0, 0.0)}, lambda p: torch.optim.Adam(p, 0.1, betas=(0.0, 0.0))),
     "adamw": ({"name": "adamw"}, lambda p: torch.optim.AdamW(p, 0.1)),
     "adamw, decay": ({"name": "adamw", "weight_decay": 0.3}, lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.3)),
+    "adamw, betas, eps": (
+        {"name": "adamw", "betas": (0.8, 0.95), "eps": 0.01},
+        lambda p: torch.optim.AdamW(p, 0.1, betas=(0.8, 0.95), eps=0.01),
+    ),
 }
 RATES = {
     "constant": None,
@@ -37,6 +43,22 @@ RATES = {
     "linear": lambda optimiser: SCHEDULERS.LinearLR(optimiser, 1.0, 0.0, total_iters=6),
     "step:2:0.1": lambda optimiser: SCHEDULERS.StepLR(optimiser, 2, 0.1),
     "exponential:0.7": lambda optimiser: SCHEDULERS.ExponentialLR(optimiser, 0.7),
+    "warmup:3": lambda optimiser: SCHEDULERS.LinearLR(optimiser, 1 / 3, 1.0, total_iters=2),
+    "warmup:20": lambda optimiser: SCHEDULERS.LinearLR(optimiser, 1 / 20, 1.0, total_iters=19),
+    "warmup:1": None,
+    "warmup:2:cosine": lambda optimiser: SCHEDULERS.SequentialLR(
+        optimiser,
+        [SCHEDULERS.LinearLR(optimiser, 1 / 2, 1.0, total_iters=1), SCHEDULERS.CosineAnnealingLR(optimiser, T_max=4)],
+        milestones=[2],
+    ),
+    "warmup:2:linear": lambda optimiser: SCHEDULERS.SequentialLR(
+        optimiser,
+        [
+            SCHEDULERS.LinearLR(optimiser, 1 / 2, 1.0, total_iters=1),
+            SCHEDULERS.LinearLR(optimiser, 1.0, 0.0, total_iters=4),
+        ],
+        milestones=[2],
+    ),
     "1,0.5,0.25,1,2,0.1": lambda optimiser: SCHEDULERS.LambdaLR(optimiser, [1, 0.5, 0.25, 1, 2, 0.1, 1].__getitem__),
     "1,0.5": lambda optimiser: SCHEDULERS.LambdaLR(optimiser, lambda step: 1 if step < 3 else 0.5),  # of each pass
 }
@@ -202,6 +224,14 @@ def test_autocast_rounds_the_clients_activations():
         ({"schedule": "step:0:0.1"}, "--local_schedule"),
         ({"schedule": "exponential:0"}, "--local_schedule"),
         ({"schedule": "1,-1"}, "--local_schedule"),
+        ({"schedule": "warmup"}, "--local_schedule"),
+        ({"schedule": "warmup:0"}, "--local_schedule"),
+        ({"schedule": "warmup:2:steep"}, "--local_schedule"),
+        ({"schedule": "warmup:2:cosine:1"}, "--local_schedule"),
+        ({"name": "adam", "betas": (0.9, 1.0)}, "--local_betas"),
+        ({"name": "adam", "betas": (0.9,)}, "--local_betas"),
+        ({"name": "adam", "eps": 0.0}, "--local_eps"),
+        ({"betas": (0.5, 0.9)}, "not of sgd"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(facts, words):

@@ -99,6 +99,23 @@ def test_the_order_of_the_steps_is_found(activation):
         assert float((own - sent).norm()) < 1e-3 * float(sent.norm())
 
 
+@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
+def test_certificates_are_measured_and_as_exact_as_the_errors_that_are_claimed(activation):
+    client = Client(6, 2, 0.05, activation=activation, pixels=lambda x: x * 0.97 + 0.011)  # no whole steps of 1/255
+    off = {}
+    for noise in (0.0, 1e-5):
+        draw, sent = generator(9), client.update.gradients
+        noisy = {
+            n: g + noise * g.square().mean().sqrt() * torch.randn(g.shape, generator=draw) for n, g in sent.items()
+        }
+        disturbed = replace(client.update, gradients=noisy)
+        signals = read_first_layer(disturbed, client.net, generator=generator(3), budget=unlimited()).signals
+        off[noise] = (signals.certificates - 1).abs()
+        assert bool((off[noise] < 5 * signals.uncertainty).all())
+    assert 0 < float(off[0.0].max()) < 1e-5
+    assert bool((off[0.0] != off[1e-5]).all())
+
+
 def test_an_order_that_the_client_drew_is_handed_on():
     client = Client(4, 1, 0.05, shuffle=True)
     known = read_ahead(client.update, client.net, Means("on", "optimise", 1e9, lambda: None), generator(3))

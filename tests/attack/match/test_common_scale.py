@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batchnorm import Plain, drawn, smooth
+from batchnorm import Plain, Shared, drawn, smooth
 from conftest import generator
 from torch import nn
 
@@ -55,3 +55,41 @@ def test_nothing_is_hidden_in_eval_mode_or_behind_a_layer_that_is_not_normalised
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5)).eval()
     use_batch_statistics(model)
     assert CommonScale.of(stages(model)) is None
+
+
+@pytest.mark.parametrize("mean", [None, [0.4, 0.5, 0.6]])
+def test_a_model_that_has_seen_no_images_leaves_the_usual_colours(mean):
+    """Its running variance of 1 is none that images could have: they would be driven to the edges of their range."""
+    model = normalised(Plain().eval(), 3, mean, None)
+    use_batch_statistics(model)
+    scale, images = CommonScale.of(stages(model)), 0.48 + 0.25 * torch.randn(4, 3, 8, 8, generator=generator(1))
+    assert float(scale(images)) < 0.02
+    for factor in (0.5, 2.0):
+        assert float(scale(scale.centre + factor * (images - scale.centre))) > 0.5
+
+
+class Late(nn.Sequential):
+    """BatchNorm behind the first activation, which hides the scale if no bias stands in front; 8-pixel images."""
+
+    def __init__(self, bias):
+        first = nn.Conv2d(3, 8, 3, bias=bias)
+        super().__init__(first, nn.ReLU(), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "is_hidden"),
+    [
+        (Plain(), "train_private", True),
+        (Plain(), "train", False),
+        (Plain(), "eval", False),
+        (Late(bias=False), "train_private", True),
+        (Late(bias=True), "train_private", False),
+    ],
+    ids=str,
+)
+def test_beside_gradients_a_scale_is_held_where_the_update_hides_it(model, mode, is_hidden):
+    shared = Shared(model, mode=mode)
+    scale = CommonScale.beside_gradients(shared.update, shared.model)
+    assert (scale is not None) == is_hidden
+    if is_hidden:
+        assert float(scale(0.3 * shared.images)) > float(scale(shared.images)) + 1

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from attack.match.entries import CORNER, UNLIKELY, WRONG_SIGN, Entries, Pruned, Rounded, Signs, observed
 from attack.published.presets import PRESETS
 from client.defences import largest, quantised, signs
+from client.victim import share_update
 from network.zoo import build_model
+from update.optimiser import LocalOptimiser
 from update.shared import SharedUpdate
+from update.training import LocalTraining, train_locally
 
 
 def gradients(seed=0):
@@ -121,3 +124,16 @@ def test_it_brings_images_out(cli, defence, gain):
 
 def test_published_attacks_match_entries_as_they_stand():
     assert all("distance" in preset for name, preset in PRESETS.items() if name != "magia")
+
+
+@pytest.mark.parametrize("rule", [{"name": "adam"}, {"name": "adam", "weight_decay": 0.1}, {"name": "adamw"}])
+def test_one_step_of_adam_is_compared_by_what_it_leaves_of_each_entry(rule):
+    model = build_model("lenet", image_shape=(3, 16, 16), num_classes=10, generator=generator(1))
+    images, labels = torch.rand(2, 3, 16, 16, generator=generator(2)), torch.tensor([1, 7])
+    training = LocalTraining(rate=1e-3, optimiser=LocalOptimiser(**rule))
+    update = share_update(model, "lenet", images, labels, 10, training=training)
+    entries = observed(update, model)
+    own, other = (train_locally(model, x, labels, entries.imitated(training)).average for x in (images, images.flip(0)))
+    assert entries(own) < 1e-2 * entries(other)
+    turned = tuple(-each for each in own)
+    assert entries(turned) > entries(other)

@@ -1,0 +1,191 @@
+"""Measure what updates of several local steps give away: the rows of results/data/local_*.csv.
+
+    python -m bench.local_training --data_path cifar10_test.npz --weights_dir checkpoints
+    python -m bench.local_training --rows "ConvNet" "LeNet, 8" --data_path cifar10_test.npz --weights_dir checkpoints
+    python -m bench.docs
+
+A row is a client and the command that attacks its update. --rows takes parts of the rows' names, as --list prints them.
+Each row is kept as soon as it is measured; the others stay as they are. `bench.docs` puts them into
+docs/local-training.md.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.remeasure import device_of, measure, program, renewed
+from bench.results_page import DATA, Row, read_rows, write_rows
+
+TRUE = "--dataset npz --data_path cifar10_test.npz --num_classes 10 --labels dataset"  # images with their own labels
+RANDOM = "--dataset npz --data_path cifar10_test.npz"  # 100 classes
+CONVNET, RESNET = "--model convnet --weights convnet.safetensors", "--model resnet18 --weights resnet18.safetensors"
+MLP = "--model mlp --activation relu --depth"
+MOMENTUM = "--local_momentum 0.9"
+SMALL_BUDGET = "--max_evals 300 --tv_evals 300"
+
+# What is measured of a row, by its column; `bench.remeasure.MEASURED` says how.
+COLUMNS = ("told_apart", "labels_right", "psnr", "psnr_least", "exact", "error", "certain", "unexplained")
+
+
+@dataclass(frozen=True)
+class Client:
+    """One row.
+
+    Attributes:
+        name: how the client trains, in words; no two of a table with as many images have the same.
+        images: that it trains on, B.
+        flags: of the attack on it.
+        program: main_MAGIA_sel.py, or benchmark.py with a peer's attack.
+    """
+
+    name: str
+    images: int
+    flags: str
+    program: str = "main_MAGIA_sel.py"
+
+    @property
+    def command(self) -> str:
+        """That measures the row."""
+        size = "batch_size" if self.program == "main_MAGIA_sel.py" else "batch_sizes"
+        return f"python {self.program} {self.flags} --{size} {self.images}"
+
+
+def steps(passes: int, batches: int, rate: float, *rules: str) -> str:
+    """The flags of a client that goes through its minibatches so many times."""
+    words = [f"--local_steps {passes * batches} --local_lr {rate:g}", *rules]
+    return " ".join([*words, f"--local_batches {batches}"] if batches > 1 else words)
+
+
+def _first_layer() -> Iterator[Client]:
+    shuffled = "--local_shuffle"
+    for passes in (1, 5, 20):
+        flags = f"{TRUE} {MLP} 3 --width 200 {steps(passes, 4, 0.01, shuffled)}"
+        yield Client(f"ReLU, 3 layers of 200, minibatches of 4, rate 0.01, passes: {passes}", 16, flags)
+    rules = f"{MOMENTUM} --local_weight_decay 5e-4 {shuffled}"
+    flags = f"{TRUE} {MLP} 3 --width 400 {steps(5, 4, 0.01, rules)}"
+    yield Client("ReLU, 3 layers of 400, minibatches of 8, 5 passes, momentum 0.9, decay 5e-4", 32, flags)
+    flags = f"{TRUE} {MLP} 3 --width 400 {steps(5, 8, 0.01, shuffled)}"
+    yield Client("ReLU, 3 layers of 400, minibatches of 8, 5 passes", 64, flags)
+    trained = f"{TRUE} --model mlp --weights mlp.safetensors"
+    yield Client(
+        "sigmoid, trained, minibatches of 4, 5 passes in one order, momentum 0.9",
+        8,
+        f"{trained} {steps(5, 2, 0.01, MOMENTUM)}",
+    )
+    yield Client(
+        "sigmoid, trained, minibatches of 4, 5 passes, momentum 0.9",
+        8,
+        f"{trained} {steps(5, 2, 0.01, MOMENTUM, shuffled)}",
+    )
+
+
+def _one_pass() -> Iterator[Client]:
+    bound = "--max_evals 400"
+    for images, batches, rules, said in (
+        (4, 2, (), ""),
+        (4, 2, (MOMENTUM,), ", momentum 0.9"),
+        (8, 2, (), ""),
+        (8, 4, (), ""),
+    ):
+        name = f"ConvNet, trained, {batches} minibatches at rate 0.01{said}"
+        yield Client(name, images, f"{TRUE} {CONVNET} {steps(1, batches, 0.01, *rules)} {bound}")
+    name = "LeNet, 100 classes, 2 minibatches at rate 0.1, momentum 0.9"
+    yield Client(name, 8, f"{RANDOM} {steps(1, 2, 0.1, MOMENTUM)} {bound}")
+
+
+def _several_passes() -> Iterator[Client]:
+    name, trained = "ResNet-18, trained, 4 steps of 2 images at rate 1e-3", f"{TRUE} {RESNET} {steps(2, 2, 1e-3)}"
+    yield Client(name, 4, f"{trained} --max_evals 300")
+    grid = "--presets mean_image --peer breaching --peer_attacks invertinggradients --batches 0 --seeds 0 --out DIR"
+    peer = f'--models "{RESNET.removeprefix("--model ")}" {TRUE} {steps(2, 2, 1e-3)} --max_evals 300 {grid}'
+    yield Client(f"{name}: breaching, labels granted", 4, peer, "benchmark.py grid")
+    yield Client(f"{name}, BatchNorm in training mode", 4, f"{trained} --bn train --max_evals 300")
+    for batches in (1, 2, 4):
+        name = f"LeNet, 100 classes, {batches} minibatch{'es' if batches > 1 else ''}, 4 steps at rate 0.1"
+        yield Client(name, 4, f"{RANDOM} {steps(4 // batches, batches, 0.1)} {SMALL_BUDGET}")
+
+
+def _products() -> Iterator[Client]:
+    for rate in (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3):
+        yield Client(f"{4 * rate:.0e}", 4, f"{RANDOM} {steps(4, 1, rate)} {SMALL_BUDGET}")
+
+
+def _adam() -> Iterator[Client]:
+    for count, rate, bound in ((1, 1e-3, 600), (1, 1e-2, 600), (5, 1e-3, 200)):
+        budget = f"--max_evals {bound} --tv_evals {bound}"
+        flags = f"{TRUE} {CONVNET} {steps(count, 1, rate, '--local_optimizer adam')} {budget}"
+        yield Client(f"ConvNet, trained, {count} step{'s' if count > 1 else ''} at rate {rate:g}", 4, flags)
+
+
+TABLES: dict[str, tuple[Client, ...]] = {
+    "local_first_layer": tuple(_first_layer()),
+    "local_one_pass": tuple(_one_pass()),
+    "local_several_passes": tuple(_several_passes()),
+    "local_products": tuple(_products()),
+    "local_adam": tuple(_adam()),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
+    parser = argparse.ArgumentParser(
+        prog="bench.local_training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="only rows whose name has one of these")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and commands, and stop")
+    parser.add_argument("--data_path", type=Path, help="the file that stands for cifar10_test.npz")
+    parser.add_argument("--weights_dir", type=Path, help="the folder of the checkpoints (train_victim.py makes them)")
+    parser.add_argument(
+        "--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's name"
+    )
+    parser.add_argument("--folder", type=Path, default=DATA, help="where the tables are; default results/data")
+    asked = parser.parse_args(argv)
+    chosen = [(table, client) for table, clients in TABLES.items() for client in clients]
+    chosen = [(table, client) for table, client in chosen if any(t in f"{table}: {client.name}" for t in asked.rows)]
+    if not chosen:
+        print(f"bench.local_training: error: no row has {' or '.join(map(repr, asked.rows))}", file=sys.stderr)
+        return 2
+    try:
+        origin = program()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"bench.local_training: error: {error}", file=sys.stderr)
+        return 2
+    failed = 0
+    for table, client in chosen:
+        print(f"{table}: {client.name}\n    {client.command}", flush=True)
+        if asked.list:
+            continue
+        try:
+            figures = measure(client.command, asked.data_path, asked.weights_dir)
+        except ValueError as error:
+            failed += 1
+            print(f"bench.local_training: {error}", file=sys.stderr)
+            continue
+        empty = {"client": client.name, "batch_size": str(client.images)} | dict.fromkeys((*COLUMNS, "note"), "")
+        row = renewed(empty | {"command": client.command}, figures) | origin
+        keep(asked.folder, table, row | {"device": asked.machine or device_of(client.command)})
+    return int(bool(failed))
+
+
+def keep(folder: Path, table: str, row: Row) -> None:
+    """Put a row into its table, in the order of `TABLES`, in the place of one of the same client.
+
+    Rows of clients that are no longer measured are left out.
+    """
+    try:
+        held = {(each["client"], each["batch_size"]): each for each in read_rows(folder, table)}
+    except OSError:
+        held = {}
+    held[row["client"], row["batch_size"]] = row
+    every = [(client.name, str(client.images)) for client in TABLES[table]]
+    write_rows(folder, table, [held[key] for key in every if key in held])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
