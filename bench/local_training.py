@@ -83,7 +83,6 @@ def _first_layer() -> Iterator[Client]:
 
 
 def _one_pass() -> Iterator[Client]:
-    bound = "--max_evals 400"
     for images, batches, rules, said in (
         (4, 2, (), ""),
         (4, 2, (MOMENTUM,), ", momentum 0.9"),
@@ -91,9 +90,9 @@ def _one_pass() -> Iterator[Client]:
         (8, 4, (), ""),
     ):
         name = f"ConvNet, trained, {batches} minibatches at rate 0.01{said}"
-        yield Client(name, images, f"{TRUE} {CONVNET} {steps(1, batches, 0.01, *rules)} {bound}")
+        yield Client(name, images, f"{TRUE} {CONVNET} {steps(1, batches, 0.01, *rules)}")
     name = "LeNet, 100 classes, 2 minibatches at rate 0.1, momentum 0.9"
-    yield Client(name, 8, f"{RANDOM} {steps(1, 2, 0.1, MOMENTUM)} {bound}")
+    yield Client(name, 8, f"{RANDOM} {steps(1, 2, 0.1, MOMENTUM)}")
 
 
 def _several_passes() -> Iterator[Client]:
@@ -110,7 +109,7 @@ def _several_passes() -> Iterator[Client]:
 
 def _products() -> Iterator[Client]:
     for rate in (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.3):
-        yield Client(f"{4 * rate:.0e}", 4, f"{RANDOM} {steps(4, 1, rate)} {SMALL_BUDGET}")
+        yield Client(f"{4 * rate:g}", 4, f"{RANDOM} {steps(4, 1, rate)} {SMALL_BUDGET}")
 
 
 def _adam() -> Iterator[Client]:
