@@ -1,10 +1,11 @@
 """Single images from one averaged gradient: which layer to ask, what it says, and how far down that leads.
 
 Layers whose gradient spans their inputs are asked one after the other, the most promising first (`layer_choice`): their
-inputs are told apart from their mixtures, with labels (`peel`), until all images of the batch are known somewhere. For
-a smooth head there are two methods of its own (`head`), for all images at once: with label counts from random images,
-which an untrained network of many classes resembles, and with counts by trial. From there linear algebra leads down,
-layer by layer (`attack.walk`). What cannot be certain is not used, and every layer that was asked says what came of it.
+inputs are told apart from their mixtures, with labels (`peel`), until all images of the batch are known somewhere. A
+head whose features have no zeros has two methods of its own (`head`), for all images at once: with label counts from
+random images, which an untrained network of many classes resembles, and with counts by trial. From there linear algebra
+leads down, layer by layer (`attack.walk`). What cannot be certain is not used, and every layer that was asked says what
+came of it.
 """
 
 import copy
