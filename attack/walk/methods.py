@@ -117,11 +117,18 @@ class Alone:
         """That of the noisiest source."""
         return noisiest(sources)
 
-    def solve(self, sources: Sequence[RowSource], start: Tensor | None = None) -> tuple[Tensor, Solution]:
-        """The input u (B, ...) and the solver's word, from an input to start with (None: zeros)."""
+    def solve(self, sources: Sequence[RowSource]) -> tuple[Tensor, Solution]:
+        """The input u (B, ...) and the solver's word."""
         system = self._system(sources)
-        solution = self._solved(system, system.target, None if start is None else system.scaling.undone(start))
+        solution = self._solved(system, system.target)
         return system.scaling.forward(solution.x), solution
+
+    def approached(self, sources: Sequence[RowSource], start: Tensor | None) -> Tensor:
+        """The input (B, ...) after a few iterations, from another (None: zeros)."""
+        system = self._system(sources)
+        first = system.target.new_zeros(self.shape) if start is None else system.scaling.undone(start)
+        how = {"iterations": LOOK, "budget": self.budget}
+        return system.scaling.forward(refined(system.exact, system.rough, system.target, first, **how).x)
 
     def recovery_test(self, sources: Sequence[RowSource], noise: float) -> Tensor:
         """The relative error (B,) with which a random input comes back through the equations with so much noise."""
