@@ -45,7 +45,7 @@ from cli.output import lasting_output, refused
 from cli.provenance import provenance
 from cli.runtime import INTERRUPTED, enough_threads, interruptible, place_named
 from cli.settings import adopt, facts_of, privacy_of, resolve, run_path, schedule_of, words_of
-from cli.start import first_state, pixel_map, weighed_penalties
+from cli.start import annealing_of, first_state, pixel_map, weighed_penalties
 from cli.victim import save_batch, victim
 from data import Batch
 from judge.recorder import Recorder, open_record
@@ -345,7 +345,7 @@ def build_objective(
     scale = CommonScale.beside_gradients(update, model) if settings.scale_weight and known.pixels is None else None
     penalties = weighed_penalties(model, known, settings, matching.distance, scale)
     matching = SoftenedMatching(matching, kinked) if kinked else matching
-    annealing = Annealing(settings.tv_weight, settings.tv_final, settings.tv_evals, least, matching.phases)
+    annealing = annealing_of(settings, known, least, matching.phases)
     return Objective(matching, prior, annealing, pixels, penalties, settings.group_weight, known.pixels, scale)
 
 

@@ -20,7 +20,7 @@ from attack.match.unbounded import unbounded_pixels
 from attack.prepare import FOLLOWED, Known, all_labels
 from attack.published.ica import unmixed_features
 from attack.published.labels import infer_labels
-from attack.read.by_positions import NoEmbeddingError, read_by_positions
+from attack.read.by_positions import NoEmbeddingError, VagueImageError, read_by_positions
 from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.last_convolution import labels_of_last_convolution
@@ -48,7 +48,7 @@ ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
     "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
-    "uses", "is_explained", "local_labels", "layers", "evidence",
+    "uses", "is_explained", "likely", "local_labels", "layers", "evidence",
 )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
         return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
-    names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "uses", "is_explained")
+    names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "uses", "is_explained", "likely")
     facts = {name: getattr(reading, name) for name in names}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = list(_evidence(update, model, reading, generator))
@@ -185,7 +185,10 @@ def known_again(
             checked.whole(u, "uses", 0, update.batch_size - 1) for u in checked.sequence(began["uses"], "uses")
         ),
         "is_explained": checked.switch(began["is_explained"], "is_explained"),
+        "likely": began["likely"],
     }
+    if facts["likely"] is not None:
+        checked.tensor(facts["likely"], "likely", (update.batch_size, *update.image_shape), torch.float64)
     signals = local_labels = None
     if began["signals"] is not None:
         signals = Signals.restored(began["signals"], Head.of(model).layer, update.batch_size)
@@ -297,7 +300,8 @@ def _read(
         return _read_layers(update, model, means, generator, clock)
     except ValueError as error:
         try:
-            return _read_layers(update, model, means, generator, clock)
+            found = _read_layers(update, model, means, generator, clock)
+            return replace(found, likely=error.image) if isinstance(error, VagueImageError) else found
         except ValueError as other:
             raise type(other)(f"{error}; {other}") from None
 

@@ -131,9 +131,9 @@ def measured(each: Family, command: str) -> Row:
     exact = figures["psnr_mean"] if figures["ended_by"] == "exact" else None
     return {
         "told_apart": str(figures["signals_found"]),
-        "labels_right": rounded(figures["label_accuracy"], 0, times=each.batch_size),
-        "exact_psnr": rounded(exact, 1),
-        "seconds": rounded(figures["seconds"], 0),
+        "labels_right": rounded(figures["label_accuracy"], ".0f", times=each.batch_size),
+        "exact_psnr": rounded(exact, ".1f"),
+        "seconds": rounded(figures["seconds"], ".0f"),
     }
 
 

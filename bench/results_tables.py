@@ -285,7 +285,6 @@ FAMILIES = Table(
         "known down to the inputs of": "`{deepest}`",
         "only run, and why": "{only_run}",
         "PSNR of exact images (dB)": "{exact_psnr}",
-        "seconds": "{seconds}",
     },
 )
 # Of bench.local_training, with the column that names its clients.

@@ -74,6 +74,7 @@ def introduction(
             deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
             found += ", " + ("pixels and all" if known.pixels is not None else deepest)
         found += f", in {known.seconds:.1f} s"
+        found += "; the attack begins with the likely image" if known.likely is not None else ""
     elif known.local_labels is not None and update.training.is_gradient:
         found += f"; labels counted by the last convolution's bias (they leave {known.local_labels.distance:.2g})"
     if known.is_aborted:

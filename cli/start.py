@@ -6,9 +6,10 @@ import math
 import torch
 from torch import nn
 
-from attack.match.activations import spectral_power_for
+from attack.match.activations import GREY, spectral_power_for
 from attack.match.common_scale import CommonScale
 from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty
+from attack.optimise.budget import Annealing
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from attack.prepare import Known, start_images
@@ -40,6 +41,8 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     named = (settings.init, update.batch_size, shape[1:], stream(settings.seed, "init"))
     given = images_named(*named) if copies == 1 else None
     start = start_images(settings.init, (update.batch_size, *shape), copies, generator, given, noise=known.noise)
+    if known.likely is not None and settings.init == "grey":
+        start = start - GREY + known.likely.cpu().to(start).repeat(copies, 1, 1, 1)
     if known.is_exact:
         start = known.pixels.repeat(copies, 1, 1, 1)
     logits = settings.label_std * torch.randn(copies * update.batch_size, update.num_classes, generator=generator)
@@ -52,6 +55,18 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
         known_labels=known.labels,
         copies=copies,
     )
+
+
+def annealing_of(settings: argparse.Namespace, known: Known, least: float, phases: int) -> Annealing:
+    """The prior's weight over the run, never below `least`.
+
+    Where a likely image is the start, the weight is the last one from the first step on: the full one would smooth away
+    most of what that image shows.
+    """
+    weight, final = settings.tv_weight, settings.tv_final
+    if known.likely is not None:
+        weight, final = weight * final, 1.0
+    return Annealing(weight, final, settings.tv_evals, least, phases)
 
 
 def weighed_penalties(

@@ -27,6 +27,10 @@ class Pixels:
     scale: Tensor
     shift: Tensor
 
+    def inputs(self, image: Tensor) -> Tensor:
+        """The layer's input (n,) of an image (C, H, W)."""
+        return image.flatten()[self.order] * self.scale.to(image) + self.shift.to(image)
+
     def image(self, inputs: Tensor, image_shape: Sequence[int]) -> Tensor:
         """The image (C, H, W) of such an input; a pixel that is in it several times is their mean."""
         pixels = (inputs.flatten() - self.shift.to(inputs)) / self.scale.to(inputs)
@@ -83,6 +87,13 @@ class PatchEmbedding:
     def deltas(self, gradient: Tensor) -> Tensor:
         """The derivatives (P, D) by the projection's outputs, from the gradient of the position embedding."""
         return as_rows(gradient, self.channels)[self.rows]
+
+    def patches(self, image: Tensor) -> Tensor:
+        """The patches (P, n) of an image (C, H, W)."""
+        inputs = self.pixels.inputs(image)
+        if isinstance(self.layer, nn.Linear):
+            return inputs.view(self.positions, self.patch)
+        return Geometry.of(self.layer, self.input_shape).patches(inputs.view(1, *self.input_shape))[0]
 
     def image(self, patches: Tensor, image_shape: Sequence[int]) -> Tensor:
         """The image (C, H, W) of its patches (P, n)."""

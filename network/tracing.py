@@ -19,6 +19,13 @@ from network.stage import Stage, run
 from network.unwalked import Unwalked, is_close, last_linear
 
 UNTRACED = "cannot be traced"
+# What torch.fx says, in part, of forward passes that it cannot follow, and what that means.
+IN_WORDS = {
+    "control flow": "its forward pass decides by a tensor's values or sizes, as in an if or an assert",
+    "cannot be iterated": "its forward pass loops over a tensor",
+    "'len' is not supported": "its forward pass asks for the length of a tensor (len)",
+    "Proxy": "its forward pass takes a tensor's size or entry for a plain number",
+}
 _READ_AS = "_chain_of_stages"  # the attribute in which a model keeps its chain, or why it has none; copies keep it too
 
 
@@ -92,8 +99,7 @@ def _chain_of(model: nn.Module) -> list[Stage]:
     try:
         graph = tracer.trace(model, concrete_args=_defaults(model))
     except Exception as error:  # the model's own code runs here, on stand-ins for tensors
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{type(model).__name__} {UNTRACED}: {reason}") from None
+        raise ValueError(f"{type(model).__name__} {UNTRACED}: {_in_words(error)}") from None
     chain = GraphReader(model, graph, tracer.node_name_to_scope).chain()
     while chain and kind_of(chain[-1].module).is_reshape:
         chain.pop()  # of logits (B, K), which stay as they are
@@ -102,6 +108,12 @@ def _chain_of(model: nn.Module) -> list[Stage]:
             "the last stage is not linear" if not chain else f"the last stage, {chain[-1].name}, is not linear"
         )
     return chain
+
+
+def _in_words(error: Exception) -> str:
+    """What keeps a forward pass from being traced: torch's own message of common reasons speaks to its developers."""
+    told = str(error).partition("\n")[0]
+    return next((words for part, words in IN_WORDS.items() if part in told), told)
 
 
 def _defaults(model: nn.Module) -> dict[str, object]:

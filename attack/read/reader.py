@@ -1,10 +1,11 @@
 """Single images from one averaged gradient: which layer to ask, what it says, and how far down that leads.
 
 Layers whose gradient spans their inputs are asked one after the other, the most promising first (`layer_choice`): their
-inputs are told apart from their mixtures, with labels (`peel`), until all images of the batch are known somewhere. For
-a smooth head there are two methods of its own (`head`), for all images at once: with label counts from random images,
-which an untrained network of many classes resembles, and with counts by trial. From there linear algebra leads down,
-layer by layer (`attack.walk`). What cannot be certain is not used, and every layer that was asked says what came of it.
+inputs are told apart from their mixtures, with labels (`peel`), until all images of the batch are known somewhere. A
+head whose features have no zeros has two methods of its own (`head`), for all images at once: with label counts from
+random images, which an untrained network of many classes resembles, and with counts by trial. From there linear algebra
+leads down, layer by layer (`attack.walk`). What cannot be certain is not used, and every layer that was asked says what
+came of it.
 """
 
 import copy
@@ -73,6 +74,7 @@ class Reading:
         order: the images of each step, where there are several and their order was found; None: in turn, or not known.
         uses: the image of each of the `inputs`, where images were used in several passes; else empty.
         is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
+        likely: (N, C, H, W) in [0, 1], images that are likely and not sure, to begin an attack with; None: none are.
         doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
     """
 
@@ -87,6 +89,7 @@ class Reading:
     order: tuple[tuple[int, ...], ...] | None = None
     uses: tuple[int, ...] = ()
     is_explained: bool = False
+    likely: Tensor | None = None
     doubts: tuple[Evidence, ...] = ()
     drift: float | None = None
 

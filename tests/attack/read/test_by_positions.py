@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import config_of, metrics_of
+from conftest import config_of, metrics_of, without_times
 from torch import nn
 
 from attack.ahead import Means, read_ahead
-from attack.read.by_positions import NoEmbeddingError, read_by_positions
+from attack.read.by_positions import NoEmbeddingError, VagueImageError, read_by_positions
 from attack.read.forecast import explain
 from attack.read.reader import read_layers
 from client.victim import share_update
@@ -82,6 +82,27 @@ def test_noise_is_not_taken_for_an_image():
     client = Client("with_class_token", defence="noise:0.01")
     with pytest.raises(ValueError, match="within"):
         read_by_positions(client.update, client.net)
+
+
+def test_an_image_that_is_only_likely_begins_the_attack(cli):
+    flags = ["--model", f"{FILE}:with_class_token", "--batch_size", 1, "--signals", "auto", "--labels", "dataset"]
+    run = cli(*flags, "--defence", "bfloat16", "--max_evals", 8)
+    assert "1 of 1 images told apart, down to the inputs of head" in cli.out
+    assert "the attack begins with the likely image" in cli.out
+    assert metrics_of(run)["psnr_mean"] > 20
+    whole = without_times(run)
+    cli(*flags, "--defence", "bfloat16", "--n_iter", 1, name="halves")
+    halves = cli(*flags, "--defence", "bfloat16", "--max_evals", 8, "--resume", name="halves")
+    assert without_times(halves)[1:] == whole[1:]
+    grey = cli(*flags, "--defence", "bfloat16", "--max_evals", 8, "--init", "uniform", name="uniform")
+    assert metrics_of(grey)["psnr_mean"] < 15
+
+
+def test_an_image_that_is_no_likelier_than_grey_is_not_proposed():
+    client = Client("with_class_token", defence="noise:0.01")
+    with pytest.raises(VagueImageError) as vague:
+        read_by_positions(client.update, client.net)
+    assert vague.value.image is None
 
 
 def test_as_many_patches_as_channels_are_said_to_be_too_many():
