@@ -310,15 +310,15 @@ class ColumnSearch:
         if self.size == 1:  # the movement is the image
             c = self.along.new_ones(1)
             return [Column(c, self.zeros(c, *SETTLING[-1]))]
-        found = self.lone()  # most zeros first
-        first, fruitless = None, 0
+        found, fruitless = self.lone(), 0  # most zeros first
+        first = self.guesses(self.others([]), generator, 0.0) if len(found) < self.size else None  # of all images
         while len(found) < self.size and fruitless < FRUITLESS:
             budget.check()
             # A mixture of two images that have not been found may be among the columns, and hides both.
             is_kept = torch.rand(len(found), generator=generator) >= fruitless / FRUITLESS
             believed = [column for column, kept in zip(found, is_kept.tolist(), strict=True) if kept]
-            q = self.guesses(self.others(believed), generator, ELSEWHERE * fruitless)
-            first = q if first is None else first
+            is_anew = believed or fruitless
+            q = self.guesses(self.others(believed), generator, ELSEWHERE * fruitless) if is_anew else first
             beside = self._paired(first, believed)
             more = self.proposed(q, beside, fruitless / FRUITLESS)
             before = len(found)
