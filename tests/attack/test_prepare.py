@@ -81,7 +81,7 @@ def test_starts():
 def test_activations_take_the_gradients_place_where_all_are_known_well(error, batch_size, pixels, followed):
     signals = dataclasses.replace(read(0, 1), uncertainty=torch.tensor([0.0, error]))
     inputs = torch.zeros(2, 4)
-    known = Known(batch_size, signals, inputs, signals.labels, 1, inputs, inputs if pixels else None)
+    known = Known(batch_size, signals, inputs, signals.labels, 1, inputs, pixels=inputs if pixels else None)
     assert known.is_followed == followed
     assert (known.noise < START_NOISE / 100) == followed
     assert not dataclasses.replace(known, says_enough=False, pixels=None).is_followed

@@ -137,10 +137,9 @@ def test_certificates_are_measured_and_as_exact_as_the_errors_that_are_claimed(a
     assert bool((off[0.0] != off[1e-5]).all())
 
 
-@pytest.mark.parametrize(("momentum", "rate"), [(0.0, 0.1), (0.9, 0.03)])
-def test_one_pass_tells_labels_and_order_step_by_step(momentum, rate):
+def test_one_pass_tells_labels_and_order_step_by_step():
     """At a rate at which the network changes between two steps, so that labels at the server's weights are wrong."""
-    client = Client(6, 1, rate, batches=6, shuffle=True, momentum=momentum)
+    client = Client(6, 1, 0.03, batches=6, shuffle=True, momentum=0.9)
     reading = client.read()
     whose, _ = client.judged(reading)
     assert torch.equal(reading.signals.labels, client.labels[whose])
