@@ -48,7 +48,10 @@ def test_without_unrolling_the_same_update_gives_nothing(cli):
 
 
 def test_a_saved_update_is_attacked_as_the_one_in_hand(cli):
-    flags, steps = ["--n_iter", 2, "--batch_size", 2, *SIGNALS], ["--local_steps", 4, "--local_lr", 0.1, "--local_batches", 2]
+    flags, steps = (
+        ["--n_iter", 2, "--batch_size", 2, *SIGNALS],
+        ["--local_steps", 4, "--local_lr", 0.1, "--local_batches", 2],
+    )
     first = cli(*steps, *flags, "--save_update", cli.folder / "u.safetensors", name="first")
     again = cli("--update", cli.folder / "u.safetensors", *flags, name="again")
     assert [p.tolist() for p in pictures_of(first)] == [p.tolist() for p in pictures_of(again)]
@@ -161,7 +164,7 @@ def test_one_pass_of_minibatches_is_read_step_by_step_and_its_pictures_follow(cl
 
 
 def test_a_resumed_run_keeps_what_was_read_step_by_step(cli):
-    flags = ["--model", "convnet", "--batch_size", 2, "--local_steps", 2, "--local_batches", 2, "--local_lr", 0.1]
+    flags = ["--model", "convnet", "--batch_size", 4, "--local_steps", 2, "--local_batches", 2, "--local_lr", 0.1]
     flags += ["--labels", "dataset", *SIGNALS]
     whole = cli(*flags, name="whole")
     cli(*flags, "--n_iter", 2, name="halves")

@@ -96,7 +96,6 @@ def behind_conv(tensor):
 
 CHANGES = {
     "as in torch": {},
-    "rows": {"3.weight": behind_conv},
     "sides": {"0.weight": sides},
     "both": {"0.weight": sides, "3.weight": behind_conv},
 }
@@ -104,7 +103,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     ("change", "weights_too"),
-    [("as in torch", True), ("rows", False), ("sides", True), ("both", False)],
+    [("as in torch", True), ("sides", True), ("both", False)],
 )
 def test_the_layout_that_fits_is_taken(cli, tmp_path, change, weights_too):
     client = Client(cli, tmp_path, "conv")
