@@ -97,7 +97,7 @@ def _one_pass() -> Iterator[Client]:
 
 def _several_passes() -> Iterator[Client]:
     name, trained = "ResNet-18, trained, 4 steps of 2 images at rate 1e-3", f"{TRUE} {RESNET} {steps(2, 2, 1e-3)}"
-    yield Client(name, 4, f"{trained} --max_evals 300")
+    yield Client(name, 4, trained)
     grid = "--presets mean_image --peer breaching --peer_attacks invertinggradients --batches 0 --seeds 0 --out DIR"
     peer = f'--models "{RESNET.removeprefix("--model ")}" {TRUE} {steps(2, 2, 1e-3)} --max_evals 300 {grid}'
     yield Client(f"{name}: breaching, labels granted", 4, peer, "benchmark.py grid")

@@ -333,6 +333,12 @@ ALONE = (
     ),
     ("ResNet-18, BatchNorm in training mode", "`resnet18`, trained (62 %), BatchNorm in training mode", (4, 8, 16)),
     ("MLP, six layers, ReLU, untrained", "`mlp`, ReLU, six layers of width 200, untrained", (30,)),
+    ("MLP, two layers, ReLU, width 1,000, untrained", "`mlp`, ReLU, two layers, width 1,000, untrained", (128,)),
+    (
+        "`torchvision:vit_b_16`, 1,000 classes, 224 pixels, untrained",
+        "`torchvision:vit_b_16`, 1,000 classes, 224 pixels, untrained",
+        (1,),
+    ),
     (
         "`torchvision:resnet18`, 1,000 classes, 224 pixels, untrained",
         "`torchvision:resnet18`, untrained, 1,000 classes, photographs of 224 pixels",
