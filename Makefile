@@ -1,5 +1,6 @@
 # make run    set up, reconstruct 16 bundled images from one averaged gradient in 2,500 evaluations, say where they are
 # make test   set up, lint, run the tests
+# make test-long   the tests that take long; a shorter one of `make test` asks nearly the same as each
 # make docs   write docs/flags.md from the comments at the top of main_MAGIA_sel.py, and docs/results.md and
 #             the tables of results in README.md, docs/defences.md, docs/local-training.md and docs/networks.md from
 #             results/data
@@ -7,13 +8,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --max_evals 2500
 
-.PHONY: run test lint docs clean
+.PHONY: run test test-long lint docs clean
 
 run: .venv/installed
 	$(BIN)/python main_MAGIA_sel.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-long: .venv/installed-dev
+	$(BIN)/python -m pytest -m long
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -395,6 +395,7 @@ def test_ctrl_c_ends_a_grid_and_what_it_interrupted_is_not_finished(tmp_path, ca
     assert not list(tmp_path.glob("cells/*.json"))
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_two_processes_as_well(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "benchmark.py", *ENDLESS, "--out", str(tmp_path), "--threads", "1", "--jobs", "2"],

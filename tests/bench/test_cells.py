@@ -264,6 +264,7 @@ def test_a_process_that_runs_another_program_measures_nothing(tmp_path):
     assert rows == [{"number": 0, "square": 0}]
 
 
+@pytest.mark.long
 def test_a_process_states_the_sources_that_it_imported(tmp_path):
     """A copy of the program, of which a file is edited while a process has it loaded, as a cluster's worker may."""
     for folder in ("bench", "cli", "client", "network", "update"):

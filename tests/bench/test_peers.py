@@ -65,6 +65,7 @@ def test_a_peer_gets_somewhere():
     assert metrics.mean_psnr(batch.images, many) > metrics.mean_psnr(batch.images, few) + 2
 
 
+@pytest.mark.long
 def test_a_peer_is_told_of_several_steps_and_makes_them():
     _, model, batch = case()
     training = LocalTraining(4, 2, 0.1)

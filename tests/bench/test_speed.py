@@ -40,6 +40,7 @@ def test_the_command_leaves_its_tables(tmp_path, capsys):
     assert capsys.readouterr().out == (tmp_path / "speed.md").read_text()
 
 
+@pytest.mark.long
 def test_the_command_takes_a_network_its_weights_and_a_seed(tmp_path, capsys):
     weights = tmp_path / "weights.npz"
     model = build_model("mlp", image_shape=(3, 16, 16), num_classes=10, generator=torch.Generator())

@@ -70,7 +70,7 @@ def test_every_selection_mode_runs_and_follows_its_schedule(cli, curves, mode):
         "--dtype float64 --tv_final 1 --spectral_power 0 --chroma_gain 1",
         "--indices 5,1-2 --labels dataset",
         "--restarts 2 --group_weight 0.1 --l2_weight 0.1",
-        "--model resnet18 --bn_weight 0.01 --restarts 2 --optimizer adam --batch_size 1 --inner_iter 1",
+        pytest.param("--model resnet18 --bn_weight 0.01 --restarts 2 --optimizer adam", marks=pytest.mark.long),
         "--signals ica --feature_distance cosine",
         "--signals auto --model lenet5",
     ],

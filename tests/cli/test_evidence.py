@@ -133,6 +133,7 @@ def test_a_declared_loss_needs_no_word(client):
     assert client.levels == ["read", "read"]
 
 
+@pytest.mark.long
 def test_a_network_that_has_learnt_its_images_is_no_other_client(client):
     optimiser, batch = torch.optim.Adam(client.net.parameters(), 0.003), images()
     while (loss := cross_entropy(client.net(batch), LABELS)) > 1e-6:

@@ -163,6 +163,7 @@ def test_one_pass_of_minibatches_is_read_step_by_step_and_its_pictures_follow(cl
     assert head["relative_error"] < 1e-4
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_what_was_read_step_by_step(cli):
     flags = ["--model", "convnet", "--batch_size", 4, "--local_steps", 2, "--local_batches", 2, "--local_lr", 0.1]
     flags += ["--labels", "dataset", *SIGNALS]

@@ -122,6 +122,7 @@ def test_pixels_are_put_in_the_order_in_which_they_are_a_picture(cli, tmp_path):
     assert "(h, w, c)" in client.said["layout"]["said"]
 
 
+@pytest.mark.long
 def test_a_model_whose_kernels_are_all_square_may_be_kerass(cli, tmp_path):
     client = Client(cli, tmp_path, "square", side=4)
     dense = {f"{index}.weight": lambda tensor: tensor.T for index in (3, 5)}
@@ -130,6 +131,7 @@ def test_a_model_whose_kernels_are_all_square_may_be_kerass(cli, tmp_path):
     assert "Keras's layout" in client.said["layout"]["said"]
 
 
+@pytest.mark.long
 def test_a_forgotten_normalisation_is_no_layout(cli, tmp_path):
     client = Client(cli, tmp_path, "conv")
     client.sent({}, (client.images - 0.5) / 0.5)
@@ -138,6 +140,7 @@ def test_a_forgotten_normalisation_is_no_layout(cli, tmp_path):
     assert client.said[PIXELS]["contradicts"]
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_the_layout(cli, tmp_path):
     client = Client(cli, tmp_path, "conv")
     client.sent(CHANGES["both"])

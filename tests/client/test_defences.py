@@ -391,6 +391,7 @@ def test_numbers_that_a_defence_takes_beyond_floats_are_refused(defence):
         defend(large, defence, generator=generator())
 
 
+@pytest.mark.long
 def test_heeding_the_noise_pays(cli):
     flags = ["--batch_size", 4, "--num_classes", 20, "--defence", "noise:3e-3", "--n_iter", 40, "--inner_iter", 20]
     flags += ["--tv_evals", 100, "--max_evals", 200]

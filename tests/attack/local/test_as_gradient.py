@@ -31,6 +31,7 @@ def test_minibatches_declared_as_one_step_leave_nothing_certain(count, batches, 
     assert "the client made other steps" in contradictions(known.evidence)[0].said
 
 
+@pytest.mark.long
 def test_one_step_is_not_doubted():
     scene = OnePass("convnet", 3, 1, 0.05, trained=True)
     reading = read_layers(declared(scene, FEDSGD), scene.net, generator=generator(3))

@@ -114,7 +114,10 @@ def case(name):
     return truth, images, loss, logits, torch.tensor([1])
 
 
-@pytest.mark.parametrize("name", ["convnet", "vgg11", "resnet18"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("vgg11", "resnet18")]
+
+
+@pytest.mark.parametrize("name", ["convnet", *LONG])
 def test_the_truth_is_matched_ever_better_as_kinks_harden(name):
     truth, images, loss, logits, subset = case(name)
     matching = SoftenedMatching(loss, kinked_chain(loss.model), (5.0, 50.0, 5000.0, math.inf))

@@ -84,6 +84,7 @@ def test_noise_leaves_the_residual_that_is_expected_of_it():
     assert sum(ratio) / len(ratio) == pytest.approx(1, abs=0.3)
 
 
+@pytest.mark.long
 def test_images_that_share_a_label_err_along_few_directions():
     update, model, _, features = case([4, 4, 9, 4, 2])
     ratio, freedom = [], []

@@ -308,6 +308,7 @@ def test_signals_that_must_be_had_and_cannot_are_an_error(cli):
     assert metrics_of(cli("--batch_size", 6, "--num_classes", 6, *SIGNALS, name="auto"))["signals_found"] == 0
 
 
+@pytest.mark.long
 def test_images_that_share_a_label_come_out_sharper_with_signals(cli):
     flags = "--batch_size 3 --num_classes 20 --indices 0,10,20 --labels dataset --image_size 32 --inner_iter 20"
     flags = [*flags.split(), "--n_iter", 300, "--max_evals", 150]

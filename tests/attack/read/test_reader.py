@@ -94,7 +94,7 @@ KINDS = [
     ("lenet5", 4, {}, "flatten"),
     ("convnet", 3, {}, "flatten"),
     ("resnet18", 3, {}, "body.layer1.0"),
-    ("resnet18_cifar", 1, {}, "body.conv1"),
+    pytest.param("resnet18_cifar", 1, {}, "body.conv1", marks=pytest.mark.long),
     ("vgg11", 3, {}, "conv3"),
 ]
 

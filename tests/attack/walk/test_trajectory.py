@@ -59,6 +59,7 @@ def test_it_ends_at_a_layer_that_says_too_little_without_a_try():
     assert "equations for 1536 unknowns" in descent.records[-1].reason
 
 
+@pytest.mark.long
 def test_a_lenets_images_are_followed_from_its_head_to_the_pixels():
     scene = Scene("lenet", 2, 2, 0.1, num_classes=100, rules={"momentum": 0.9})
     reading = scene.read(labels=scene.batch.labels)
