@@ -36,6 +36,7 @@ from network.zoo import place_of
 from update import checked
 from update.evidence import Evidence, contradictions
 from update.shared import SharedUpdate
+from update.training import Order
 
 READS = ("auto", "on")  # values of --signals with which single images are sought
 
@@ -227,7 +228,7 @@ def _layer_rows(rows: object) -> list[dict]:
     return found
 
 
-def _order(held: object, update: SharedUpdate) -> tuple[tuple[int, ...], ...] | None:
+def _order(held: object, update: SharedUpdate) -> Order | None:
     """The images of each step from a checkpoint."""
     if held is None:
         return None

@@ -13,6 +13,7 @@ from network.chain import parametrised
 from network.stage import Stage
 from update.evidence import Evidence
 from update.shared import SharedUpdate
+from update.training import Order
 
 # Expected relative error up to which activations are matched in the gradient's place. On LeNet, B = 8, they bring 30.5
 # dB at 1e-3, 25.4 at 6e-3 and 23.7 at 1.3e-2, and as company of the gradient 28.1, 25.0 and 24.7; on a trained ConvNet,
@@ -68,7 +69,7 @@ class Known:
     likely: Tensor | None = None
     says_enough: bool = True
     steps: Sequence[int] = ()
-    order: tuple[tuple[int, ...], ...] | None = None
+    order: Order | None = None
     is_explained: bool = False
     drift: float | None = None
     local_labels: LocalLabels | None = None

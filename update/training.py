@@ -33,6 +33,7 @@ from update.optimiser import LocalOptimiser
 
 PRECISIONS = ("float32", "bfloat16")  # of a client's activations: as the weights are, or torch.autocast's
 PLAIN_SGD = LocalOptimiser()
+Order = tuple[tuple[int, ...], ...]  # the images of each step
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class LocalTraining:
     optimiser: LocalOptimiser = PLAIN_SGD
     sizes: tuple[int, ...] | None = None
     shuffle: bool = False
-    order: tuple[tuple[int, ...], ...] | None = None
+    order: Order | None = None
     precision: str = "float32"
     frozen_norms: tuple[str, ...] = ()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attack.local.columns import ColumnSearch
 from attack.local.levels import snapped
-from attack.local.unrolled import Solution, Training, solve_in_turn, solve_training
+from attack.local.unrolled import Solution, Training, label_fits, solve_in_turn, solve_training
 from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.layer_rows import COLUMNS
 from attack.read.reader import Reading
@@ -150,12 +150,8 @@ class _FirstLayer:
         (weight, bias), (last, last_bias) = self.weights
         outputs = (inputs @ ((weight + last) / 2).T + (bias + last_bias) / 2).requires_grad_()
         with torch.enable_grad():
-            logits, fits = self.layer.tail(inputs, outputs), []
-            for label in range(logits.shape[1]):
-                loss = self.training.loss.each(logits, torch.full_like(outputs[:, 0], label).long()).sum()
-                (delta,) = torch.autograd.grad(loss, outputs, retain_graph=True)
-                fits.append(nn.functional.cosine_similarity(delta, columns.T))
-        return torch.stack(fits, 1).argmax(1)
+            logits = self.layer.tail(inputs, outputs)
+            return label_fits(self.training.loss, logits, outputs, columns).argmax(1)
 
     @property
     def _is_plain(self) -> bool:

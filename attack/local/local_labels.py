@@ -28,7 +28,7 @@ from network.parameters import trainable
 from network.work import multiplications
 from update import checked
 from update.shared import SharedUpdate
-from update.training import LocalTraining, train_locally
+from update.training import LocalTraining, Order, train_locally
 
 WORK = 4e11  # multiplications that the search may take: two minutes of a core, about
 OVERHEAD = 1e7  # multiplications that a step costs beside those of its image
@@ -43,9 +43,6 @@ FITTING = 0.02  # relative squared distance at which no other start is tried
 # Relative squared distance up to which labels are used. Right labels leave 0.02 to 0.18 on an untrained LeNet at rate
 # 0.1.
 BELIEVED = 0.25
-
-
-Order = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)

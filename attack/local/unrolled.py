@@ -19,7 +19,8 @@ from attack.local.kernel_form import LayerInSteps
 from attack.solve.budget import WorkBudget
 from attack.solve.levenberg import DampingRule, Differentiated, LevenbergSolution, levenberg
 from network.stage import Chain, Stage
-from update.training import LocalTraining
+from update.loss import Loss
+from update.training import LocalTraining, Order
 
 ROUNDS, STEPS = 10, 4  # of Levenberg-Marquardt, at most, and its steps before weights are rounded
 SLOW = 0.9  # a round that leaves more of the squared residual is the last
@@ -28,9 +29,6 @@ MOST = 2e10  # multiplications of a derivative by all unknowns, at most: some te
 CLOSE = 1e-3  # share of the update left, from which on an order is taken for the right one and images are polished
 RULE = DampingRule(first=1e-6, refused=5.0, accepted=0.2, refusals=10, patience=3)
 POLISH = DampingRule(first=1e-10, refused=5.0, accepted=0.1, patience=3)
-
-
-Order = tuple[tuple[int, ...], ...]  # the images of each step
 
 
 @dataclass(frozen=True)
@@ -115,14 +113,10 @@ class Training:
         first, *rest = self.chain
         outputs = layers[first.name].outputs(x).requires_grad_()
         with torch.enable_grad():
-            x, fits = outputs, []
+            x = outputs
             for stage in rest:
                 x = layers[stage.name].outputs(x) if stage.name in layers else stage.module(x)
-            for label in range(x.shape[1]):
-                loss = self.rule.loss.each(x, torch.full_like(self.labels, label)).sum()
-                (delta,) = torch.autograd.grad(loss, outputs, retain_graph=True)
-                fits.append(nn.functional.cosine_similarity(delta, columns.T))
-        return torch.stack(fits, 1)
+            return label_fits(self.rule.loss, x, outputs, columns)
 
     def with_labels(self, labels: Tensor) -> "Training":
         """The same on images with other labels (B,)."""
@@ -163,6 +157,23 @@ class Training:
             below = layers[stage.name].pulled(delta)
             layers[stage.name].step(inputs[stage.name], delta)
             delta = below
+
+
+def label_fits(loss: Loss, logits: Tensor, outputs: Tensor, columns: Tensor) -> Tensor:
+    """(B, K), how nearly the delta that each label gives each image points along the image's column.
+
+    Args:
+        loss: the client's.
+        logits: (B, K), made of the outputs.
+        outputs: (B, m) of the first layer, with their graph.
+        columns: (m, B).
+    """
+    fits = []
+    for label in range(logits.shape[1]):
+        own = loss.each(logits, torch.full_like(outputs[:, 0], label).long()).sum()
+        (delta,) = torch.autograd.grad(own, outputs, retain_graph=True)
+        fits.append(nn.functional.cosine_similarity(delta, columns.T))
+    return torch.stack(fits, 1)
 
 
 class Assignment:

@@ -45,6 +45,7 @@ from network.tracing import stages
 from update.batchnorm import batchnorms
 from update.evidence import Evidence
 from update.shared import SharedUpdate
+from update.training import Order
 
 READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
 SHARE = 0.5  # of the work left that one layer may take while others wait
@@ -86,7 +87,7 @@ class Reading:
     seconds: float
     is_aborted: bool = False
     in_steps: bool = False
-    order: tuple[tuple[int, ...], ...] | None = None
+    order: Order | None = None
     uses: tuple[int, ...] = ()
     is_explained: bool = False
     likely: Tensor | None = None
