@@ -9,7 +9,6 @@ explained first, as --explain does, and then attacked for five evaluations: what
 of them. A row whose command fails stays as it is.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from typing import NamedTuple
 import torch
 
 from attack.read.forecast import explain
-from bench.remeasure import device_of, measure, program, rounded
-from bench.results_page import DATA, Row, read_rows, write_rows
+from bench.remeasure import device_of, measure, program, rounded, row_parser
+from bench.results_page import Row, read_rows, write_rows
 from network.embedding import patch_embedding
 from network.tracing import stages, why_not_walked
 from network.zoo import build_model
@@ -69,15 +68,8 @@ FAMILIES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
-    parser = argparse.ArgumentParser(
-        prog="bench.families",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = row_parser("bench.families", __doc__)
     parser.add_argument("--rows", default="", metavar="TEXT", help="only networks whose name contains this")
-    parser.add_argument("--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's")
-    parser.add_argument("--folder", type=Path, default=DATA, help="where the table is; default results/data")
     asked = parser.parse_args(argv)
     chosen = [each for each in FAMILIES if asked.rows in each.network]
     if not chosen:

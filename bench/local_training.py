@@ -9,15 +9,14 @@ Each row is kept as soon as it is measured; the others stay as they are. `bench.
 docs/local-training.md.
 """
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.remeasure import device_of, measure, program, renewed
-from bench.results_page import DATA, Row, read_rows, write_rows
+from bench.remeasure import device_of, measure, program, renewed, row_parser
+from bench.results_page import Row, read_rows, write_rows
 
 TRUE = "--dataset npz --data_path cifar10_test.npz --num_classes 10 --labels dataset"  # images with their own labels
 RANDOM = "--dataset npz --data_path cifar10_test.npz"  # 100 classes
@@ -130,20 +129,11 @@ TABLES: dict[str, tuple[Client, ...]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
-    parser = argparse.ArgumentParser(
-        prog="bench.local_training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = row_parser("bench.local_training", __doc__)
     parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="only rows whose name has one of these")
     parser.add_argument("--list", action="store_true", help="print the rows' names and commands, and stop")
     parser.add_argument("--data_path", type=Path, help="the file that stands for cifar10_test.npz")
     parser.add_argument("--weights_dir", type=Path, help="the folder of the checkpoints (train_victim.py makes them)")
-    parser.add_argument(
-        "--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's name"
-    )
-    parser.add_argument("--folder", type=Path, default=DATA, help="where the tables are; default results/data")
     asked = parser.parse_args(argv)
     chosen = [(table, client) for table, clients in TABLES.items() for client in clients]
     chosen = [(table, client) for table, client in chosen if any(t in f"{table}: {client.name}" for t in asked.rows)]

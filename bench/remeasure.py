@@ -48,20 +48,11 @@ SHORT = 10  # seconds below which a digit behind the point is kept
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
-    parser = argparse.ArgumentParser(
-        prog="bench.remeasure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = row_parser("bench.remeasure", __doc__)
     parser.add_argument("table", help="NAME of results/data/NAME.csv")
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose command contains this")
     parser.add_argument("--data_path", type=Path, help="the file that stands for the .npz file of a command")
     parser.add_argument("--weights_dir", type=Path, help="the folder of the checkpoints that commands name")
-    parser.add_argument(
-        "--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's name"
-    )
-    parser.add_argument("--folder", type=Path, default=DATA, help="where the tables are; default results/data")
     asked = parser.parse_args(argv)
     try:
         rows, origin = read_rows(asked.folder, asked.table), program()
@@ -84,6 +75,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows[number] = renewed(row, figures) | origin | {"device": asked.machine or device_of(row["command"])}
         write_rows(asked.folder, asked.table, rows)
     return int(bool(failed))
+
+
+def row_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A command line that measures rows: the name of their device, and the folder of the tables."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--machine", default="", metavar="TEXT", help="the column `device`; default: the processor's name"
+    )
+    parser.add_argument("--folder", type=Path, default=DATA, help="where the tables are; default results/data")
+    return parser
 
 
 def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> dict[str, object]:
