@@ -22,7 +22,8 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def _images(which, num_classes, labels="dataset"):
+def sample_images(which, num_classes=10, labels="dataset"):
+    """Bundled images of 16 pixels a side, those with these indices."""
     draw = {"num_classes": num_classes, "generator": generator(), "image_size": 16}
     return load_batch(open_source("sample", None), which, labels=labels, **draw)
 
@@ -30,7 +31,7 @@ def _images(which, num_classes, labels="dataset"):
 @cache
 def _net(name, num_classes, trained, settings):
     net = build_model(name, image_shape=(3, 16, 16), num_classes=num_classes, generator=generator(1), **dict(settings))
-    more = _images(range(20, 120), num_classes) if trained else None
+    more = sample_images(range(20, 120), num_classes) if trained else None
     optimiser = torch.optim.Adam(net.parameters(), 3e-3)
     for _ in range(20 if trained else 0):  # a few steps make its softmax unlike that of random images
         optimiser.zero_grad()
@@ -48,7 +49,7 @@ class OnePass:
         own = isinstance(name, nn.Module)
         self.net = copy.deepcopy(name if own else _net(name, num_classes, trained, tuple(net.items())))
         labels = "dataset" if num_classes == 10 else "random"
-        self.batch = _images(range(first, first + count), num_classes, labels)
+        self.batch = sample_images(range(first, first + count), num_classes, labels)
         rules = LocalOptimiser(**(rules or {}))
         self.training = LocalTraining(batches, batches, rate, optimiser=rules, sizes=sizes)
         batch = (self.batch.images, self.batch.labels)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from passes import sample_images
 
 import main_MAGIA_sel as magia
 from attack.match.activations import ForwardLoss, ForwardMatching, course_for, says_enough
@@ -14,7 +15,6 @@ from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from client.defences import defend_received
 from client.victim import share_update
-from data import load_batch, open_source
 from network.chain import index_of
 from network.head import features_of
 from network.stage import Stage, run
@@ -32,14 +32,7 @@ def generator(seed=0):
 def scene(name, start, count=2, uses_gradients=None):
     """Images, and the loss from the true inputs of a stage."""
     net = build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=generator())
-    data = load_batch(
-        open_source("sample", None),
-        range(count),
-        labels="dataset",
-        num_classes=10,
-        generator=generator(),
-        image_size=16,
-    )
+    data = sample_images(range(count))
     update = share_update(net, name, data.images, data.labels, 10)
     chain = stages(net)
     index = index_of(chain, start)

@@ -3,29 +3,18 @@
 import pytest
 import torch
 from conftest import metrics_of
+from passes import generator, sample_images
 
 from attack.read.reader import read_layers
 from client.victim import share_update
-from data import load_batch, open_source
 from network.zoo import build_model
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Wide:
     """A client of a ReLU network with one wide hidden layer, and what a reading finds in its update."""
 
     def __init__(self, width, count, seed=1, **settings):
-        self.batch = load_batch(
-            open_source("sample", None),
-            range(count),
-            labels="dataset",
-            num_classes=10,
-            generator=generator(),
-            image_size=16,
-        )
+        self.batch = sample_images(range(count))
         shape, net = (3, 16, 16), {"activation": "relu", "depth": 1, "width": width}
         model = build_model("mlp", image_shape=shape, num_classes=10, generator=generator(seed), **net)
         how = {"generator": generator(2), **settings}

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from passes import sample_images
 from torch import nn
 
 from attack.read.forecast import explain
@@ -19,7 +20,6 @@ from attack.walk.noise import noise_of, without_noise
 from attack.walk.sources import LayerSource
 from attack.walk.walk import BatchGradients, descend
 from client.victim import share_update
-from data import load_batch, open_source
 from network.chain import index_of
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
@@ -226,14 +226,7 @@ def small_net(activation):
 
 
 def batch(count):
-    return load_batch(
-        open_source("sample", None),
-        range(count),
-        labels="dataset",
-        num_classes=10,
-        generator=generator(),
-        image_size=16,
-    )
+    return sample_images(range(count))
 
 
 def walk(net, count, start, noise=1e-7):
