@@ -103,14 +103,15 @@ def test_the_branch_with_more_layers_is_the_body():
 
 
 OPAQUE_BELOW = {  # by what is said of it: a forward pass, and the stages that are walked above the opaque one
-    "torch.cat joins": (lambda m, x: m.head(m.fc(torch.cat([pooled(m, x)], 1)).relu()), ["fc", "head"]),
+    "torch.cat joins": (lambda m, x: m.head(m.fc(torch.cat([pooled(m, x)[:, :9], pooled(m, x)[:, 9:]], 1)).relu()),
+                        ["fc", "head"]),
     "multiplied, as by a gate": (lambda m, x: m.head(m.fc(gated(m.conv(x)).relu().flatten(1))), ["fc", "head"]),
     "weight is used twice": (lambda m, x: m.head(m.fc(pooled(m, x) * m.fc.weight[0])), ["head"]),
     "a softmax mixes": (lambda m, x: plain(m, x.softmax(1)), None),
     "another shape than one for each": (lambda m, x: m.head(m.fc(pooled(m, x).view(3, -1))), ["fc", "head"]),
     "dropout is switched on": (lambda m, x: plain(m, functional.dropout(x)), None),
     "function sin is no stage": (lambda m, x: m.head(m.fc(pooled(m, x)).sin()), ["head"]),
-    "order (permute)": (lambda m, x: m.head(m.fc(pooled(m, x.permute(0, 1, 3, 2)))), None),
+    "order (permute)": (lambda m, x: m.head(m.fc(pooled(m, x.permute(1, 0, 2, 3).permute(1, 0, 2, 3)))), None),
     "only a part": (lambda m, x: m.head(m.fc(pooled(m, x))[:, :12].relu()), ["head"]),
 }
 
