@@ -32,6 +32,7 @@ from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
 from attack.read.signals import Signals
 from attack.read.span import Span
+from attack.read.whole_pixels import WholePixels
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.rounding import precision_of
 from attack.walk.noise import is_after_relu, without_noise
@@ -292,6 +293,7 @@ class _Reader:
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
         how |= {"is_gated": layer.behind.is_sparse, "given": given}
+        how |= {"pixels": WholePixels(self.chain[: layer.index], self.shapes)}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
 
     def _is_head(self, layer: CandidateLayer) -> bool:
