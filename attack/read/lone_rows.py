@@ -20,7 +20,7 @@ rows; here the weights are as they are.
 import torch
 from torch import Tensor
 
-from attack.local.levels import LEVELS, off_levels
+from attack.local.levels import ALIKE, LEVELS, UNLIKE, off_levels
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.read.whole_pixels import WholePixels
@@ -64,7 +64,9 @@ def paired_rows(rest: Span, whole: Span, found: Signals, pixels: WholePixels) ->
     images = pixels.images(inputs @ basis) if len(inputs) > 1 else None
     if images is None:
         return inputs[:0], within[:0]
-    images = images.flatten(1)
+    images = _unlike(images.flatten(1))
+    if images.shape[1] < UNLIKE:
+        return inputs[:0], within[:0]
     first, second = torch.triu_indices(len(inputs), len(inputs), 1, device=inputs.device)
     at, t = _whole_places(images, first, second)
     first, second = first[at], second[at]
@@ -76,8 +78,6 @@ def paired_rows(rest: Span, whole: Span, found: Signals, pixels: WholePixels) ->
 
 def _whole_places(images: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """The lines, by index, through two of the images (N, n) on which pixels are whole, and the places t, (M,) each."""
-    order = torch.randperm(images.shape[1], generator=torch.Generator().manual_seed(0)).to(images.device)
-    images = images[:, order].contiguous()
     levels, found = torch.arange(LEVELS + 1).to(images) / LEVELS, []
     for lines in torch.arange(len(first), device=first.device).split(LINES):
         start = images[first[lines], : SEEN[-1]]
@@ -93,6 +93,18 @@ def _whole_places(images: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor
         which, t = which[fits], t[fits]
         found.append((lines[which], t))
     return torch.cat([lines for lines, _ in found]), torch.cat([t for _, t in found])
+
+
+def _unlike(images: Tensor) -> Tensor:
+    """Pixels (N, m) of images (N, n), each of the pixels that are alike in all images once, those that vary most first.
+
+    Pixels that are the same in all images are the same all along a line, and say nothing of a place on it.
+    """
+    _, which = torch.unique((images / ALIKE).round(), dim=1, return_inverse=True)
+    last = which.new_empty(int(which.max()) + 1).scatter_(0, which, torch.arange(len(which), device=which.device))
+    spread = images[:, last].std(0)
+    order = spread.argsort(descending=True)
+    return images[:, last[order[spread[order] > ALIKE]]].contiguous()
 
 
 def _are_whole(values: Tensor) -> Tensor:

@@ -281,12 +281,19 @@ class _Peeling:
         best = _distinct(values, labels, errors, mismatch < NEAR)
         if not len(best):
             return self.whole.nobody()
-        span = self.whole.span
-        values, is_whole = self.pixels.rounded(values[best])
-        c = values @ span.basis.T
-        errors = torch.where(is_whole, span.turned(c @ self.whole.rows.flatten(1)), errors[best])
+        c, errors = self._rounded(values[best], errors[best])
         found, is_believed = self.whole.as_they_are(c, labels[best], errors)
         return found.pick(is_believed)
+
+    def _rounded(self, values: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of inputs (N, n) with relative errors (N,); of whole pixels, where these lie in A too."""
+        span = self.whole.span
+        whole, is_whole = self.pixels.rounded(values)
+        c = whole @ span.basis.T
+        turned = span.turned(c @ self.whole.rows.flatten(1))
+        outside = (whole - c @ span.basis).norm(dim=1) / whole.norm(dim=1)
+        is_whole = is_whole & (outside < BLURRED * (turned + span.precision))
+        return torch.where(is_whole[:, None], c, values @ span.basis.T), torch.where(is_whole, turned, errors)
 
     def round(self, fruitless: int) -> Signals:
         """The new images among one batch of proposals."""

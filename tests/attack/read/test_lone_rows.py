@@ -127,3 +127,30 @@ def test_whole_pixels_are_rounded_and_others_are_left():
     rounded, is_whole = FLATTENED.rounded(others)
     assert not is_whole.any()
     assert torch.equal(rounded, others)
+
+
+def test_images_of_which_most_pixels_are_whole_are_not_rounded_to_others():
+    """White sheets with a few pixels between two steps."""
+    count, draw = 6, generator(5)
+    images = torch.ones(count, 3, 16, 16)
+    images[:, :, 4:8, 4:8] = torch.rand(count, 3, 4, 4, generator=draw)
+    batch, model = (
+        sample_images(range(count)),
+        build_model(
+            "mlp",
+            image_shape=(3, 16, 16),
+            num_classes=10,
+            generator=generator(1),
+            activation="relu",
+            depth=1,
+            width=300,
+        ),
+    )
+    update = share_update(model, "mlp", images, batch.labels, 10)
+    try:
+        reading = read_layers(update, model, generator=generator(3))
+    except ValueError:
+        return  # nothing is claimed
+    truth = images.double().flatten(1)
+    errors, which = torch.cdist(reading.inputs.flatten(1), truth).min(1)
+    assert (errors / truth[which].norm(dim=1) < 10 * reading.signals.uncertainty).all()
