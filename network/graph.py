@@ -172,10 +172,10 @@ class GraphReader:
             counts = [channels_of(self.model, part) for part in parts]
         except LookupError:
             raise ValueError(f"{self._where(node)}: {_why_not(node)}") from None
-        starts, name = itertools.accumulate([0, *counts]), self.scopes[node.name][0] or node.name
+        starts, name = itertools.accumulate([0, *counts]), self._name(node)
         places = [Among(first, count, sum(counts)) for first, count in zip(starts, counts, strict=False)]
         branches = [
-            [*self._between(gate, part), Stage(f"{name}.{node.name}", place)]
+            [*self._between(gate, part), Stage(f"{name}.{part.name}", place)]
             for part, place in zip(parts, places, strict=True)
         ]
         branches.sort(key=lambda branch: -len(list(parametrised(branch))))

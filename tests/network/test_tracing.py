@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from network.chain import measured, parametrised, unmixed_from
+from network.chain import inputs_along, measured, parametrised, unmixed_from
 from network.head import Head, feature_range, features_of
 from network.kinds import kind_of, pulled_below
 from network.kinds.rearranged import Rearranged
@@ -407,6 +407,29 @@ JOINED = {  # what is joined of the convolution's six channels
     "three branches": lambda m, z: torch.cat((z.chunk(3, 1)[0], z.chunk(3, 1)[1].tanh(), z.chunk(3, 1)[2]), dim=1),
     "one tensor": lambda m, z: torch.cat([z], 1),
 }
+
+
+class Branching(nn.Module):
+    """A block with a join inside a branch of another join, as Inception's last ones have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.left, self.right = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        y = self.low(x).relu()
+        return torch.cat([x, torch.cat([self.left(y), self.right(y)], 1)], 1)
+
+
+def test_a_join_inside_a_branch_has_a_name_of_its_own():
+    layers = {"block": Branching, "fc": lambda: nn.Linear(11 * 16, 12)}
+    model = net(lambda m, x: m.head(m.fc(functional.max_pool2d(m.block(m.conv(x)), 2).flatten(1))), **layers)
+    chain = stages(model)
+    assert not why_not_walked(model)
+    assert torch.allclose(run(chain, images()), model(images()), atol=1e-6)
+    shapes = {}
+    for stage, x in inputs_along(chain, images()):
+        assert shapes.setdefault(stage.name, x.shape) == x.shape
 
 
 @pytest.mark.parametrize("case", JOINED)
