@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from client.defences import defend
+from client.defences import defend, encrypted
 from client.privacy import private_gradient
 from network.parameters import freeze, named_by, trainable
 from update.batchnorm import after_training, use_batch_statistics
@@ -25,6 +25,7 @@ def share_update(
     frozen: Sequence[str] = (),
     training: LocalTraining = FEDSGD,
     defence: str = "none",
+    hidden: Sequence[str] = (),
     generator: torch.Generator | None = None,
 ) -> SharedUpdate:
     """The update that the server sees after training on images (B, C, H, W) with labels (B,).
@@ -37,11 +38,12 @@ def share_update(
         options: further settings of the architecture.
         training: one step of FedSGD, or local training.
         defence: defences as `update.defences` reads them.
+        hidden: beginnings of the names of parameters that are encrypted, as in `client.defences.encrypted`.
         generator: the source of random numbers of the defences, on the CPU.
 
     Raises:
-        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, the defence is unknown or does not
-            go with the training, or the training does not suit the batch or the model.
+        ValueError: the gradient is not finite, a name in `frozen` or `hidden` fits no parameter, the defence is unknown
+            or does not go with the training, or the training does not suit the batch or the model.
     """
     freeze(model, named_by(model, frozen))
     training.check(len(images))
@@ -73,7 +75,8 @@ def share_update(
         return update
 
     batches = zip(images.chunk(defences.clients), labels.chunk(defences.clients), strict=True)
-    return defend([one_client(*batch) for batch in batches], defences, generator=generator)
+    defended = defend([one_client(*batch) for batch in batches], defences, generator=generator)
+    return encrypted(defended, model, hidden)
 
 
 def trained_update(

@@ -11,6 +11,7 @@ ATTACK = "magia"
 
 def line(defence, psnr, preset=ATTACK, ssim=0.5, size=4):
     figures = {"psnr_mean": psnr, "ssim_mean": ssim, "label_accuracy": 0.5, "signals_found": 2, "psnr_spread": None}
+    figures |= {"identification": 0.5, "bit_exact": 0.0, "certified": 0.0}
     where = {"model": "lenet", "labels": "random", "batch_size": size, "failed": 0, "seconds": 1.0}
     return where | {"defence": defence, "preset": preset} | figures
 
@@ -35,6 +36,10 @@ def test_every_default_is_a_defence_or_a_flag():
         ("secure_sum:8", ("secure_sum", 8)),
         ("dpsgd:0.5:1e-2", ("dpsgd:0.5", 1e-2)),
         ("sign", ("sign", 0)),
+        ("localdp:1:0.5:10:1e-5", ("localdp:1:0.5:*:1e-5", -10)),
+        ("feedback:0.1:5", ("feedback:*:5", -0.1)),
+        ("truncate:1e-3", ("truncate", -1e-3)),
+        ("percentile:90", ("percentile", 90)),
         ("clip:1,noise:0.1", ("clip:1,noise:0.1", 0)),
         ("--frozen=head", ("--frozen=head", 0)),
     ],
