@@ -271,7 +271,7 @@ def summary(figures: Mapping) -> str:
 
 def in_words(signals: Signals, index: int, *, is_contradicted: bool = False) -> list[str]:
     """How sure one signal is, as lines of a picture's caption."""
-    confidence, error = float(signals.confidence[index]), float(signals.uncertainty[index])
+    confidence, error = float(signals.confidence[index]), float(signals.error[index])
     sure = "certain" if confidence > CERTAIN else f"{100 * confidence:.0f} % sure"
     sure = "contradicted" if is_contradicted else sure
     return [f"signal {sure}", f"±{error:.0e}".replace("e-0", "e-")]
@@ -302,7 +302,7 @@ def _signal_figures(known: Known, *, is_sure: bool) -> dict:
     if signals is None:
         return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said
     confidence = signals.confidence * is_sure
-    columns = (signals.labels, signals.certificates, confidence, signals.uncertainty, signals.residuals)
+    columns = (signals.labels, signals.certificates, confidence, signals.error, signals.residuals)
     columns = [column.tolist() for column in columns]
     names = ("label", "certificate", "confidence", "uncertainty", "residual")
     if known.in_steps:

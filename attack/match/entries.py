@@ -55,6 +55,11 @@ class Entries:
         """The training whose update is compared with the entries: the client's."""
         return training
 
+    @property
+    def missing(self) -> list[float]:
+        """The share of each tensor's gradient that the defence left out and no noise shows, at most 1."""
+        return [0.0] * len(self.sent)
+
     @cached_property
     def units(self) -> list[float]:
         """The divisors of the squares of each tensor's entries."""
@@ -103,6 +108,18 @@ class Within(Entries):
         """What each tensor's entries of the gradient are at least and at most."""
         return [self._bounds(q) for q in self.sent]
 
+    @property
+    def missing(self) -> list[float]:
+        """As in `Entries`: by how much missing, truncated and late entries may be off; rounded ones have noise."""
+        found = []
+        for q, (low, high) in zip(self.sent, self.bounds, strict=True):
+            half = (high - low).double() / 2
+            if any(step.name == "int8" for step in self.steps):
+                half = torch.where(q == 0, half, half - float(q.abs().max()) / EIGHT_BITS / 2)
+            share = float((half.square().sum() / 3).sqrt() / q.double().norm())
+            found.append(min(1.0, share) if q.any() else 1.0)
+        return found
+
     def _bounds(self, q: Tensor) -> tuple[Tensor, Tensor]:
         low, high = q, q
         for step in reversed(self.steps):
@@ -140,6 +157,11 @@ class Answers(Entries):
     spread: float
     is_whole = False
 
+    @property
+    def missing(self) -> list[float]:
+        """As in `Entries`: what is missing may be of any size."""
+        return [1.0] * len(self.sent)
+
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
         size = p.abs()
         near, far = (torch.exp(-gap / self.spread) for gap in ((size - self.gamma).abs(), size + self.gamma))
@@ -152,6 +174,11 @@ class Signs(Entries):
     """Signs of the entries, and each tensor's mean magnitude."""
 
     is_whole = False
+
+    @property
+    def missing(self) -> list[float]:
+        """As in `Entries`: no magnitude is sent."""
+        return [1.0] * len(self.sent)
 
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
         wrong = (-q.sign() * p).relu().square().sum()
@@ -258,7 +285,12 @@ def observed(update: SharedUpdate, model: nn.Module, *, relative: bool = False) 
     """
     if update.training.is_quotient:
         return Quotients.of(update, model)
-    sent, told = update.targets(model), Defences.parse(update.defence).of_gradient(update.training)
+    return told_by(update.targets(model), update, relative=relative)
+
+
+def told_by(sent: Gradient, update: SharedUpdate, *, relative: bool = False) -> Entries:
+    """What these tensors of an update still tell of the gradient, by the defences of the update; not of Adam's step."""
+    told = Defences.parse(update.defence).of_gradient(update.training)
     left = [step for step in told if step.name not in FLOATS]
     last = left[-1].name if left else "none"
     if last == "quantise":

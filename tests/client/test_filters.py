@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import CPU, SIGNALS, config_of, generator, metrics_of, resolved
 
-from attack.read.reader import read_layers
+from attack.read.error_bars import WITHIN
+from attack.read.reader import READING_WORK, read_layers
 from cli.ahead import scaled_update
 from cli.victim import victim
 from client.defences import defend as defend_all
@@ -98,7 +99,7 @@ def answers(own, count, epsilon, gamma, tau, draw):
 
 def test_the_sparse_vector_technique_sends_as_often_what_its_rounds_would():
     own = np.linspace(0.0, 2.0, 12)
-    draw, drawn, runs = np.random.default_rng(0), generator(1), 3000
+    draw, drawn, runs = np.random.default_rng(0), generator(1), 1000
     counts = np.zeros((2, len(own)))
     for _ in range(runs):
         counts[0, answers(own, 4, 3.0, 1.5, 1.0, draw)] += 1
@@ -147,17 +148,14 @@ def test_errors_name_the_value(cli, defence, words):
 
 def test_hidden_parameters_are_missing_from_what_is_saved_and_matched(cli, tmp_path):
     path, plain = tmp_path / "u.npz", tmp_path / "plain.npz"
-    flags = ["--labels", "unique", *SIGNALS]
-    run = cli("--hidden", "conv1,head.bias", "--save_update", path, *flags)
+    run = cli("--hidden", "conv1,head.bias", "--save_update", path, "--n_iter", 2)
     update = SharedUpdate.load(path)
     assert set(update.gradients) == {"conv2.weight", "conv2.bias", "conv3.weight", "conv3.bias", "head.weight"}
-    assert metrics_of(run)["signals_found"] == 3
     row = next(row for row in report_rows(run) if row["topic"] == "Defence")
     assert row["here"].endswith("Encrypted, so that the server does not see it: conv1,head.bias.")
-    again = cli("--update", path, *SIGNALS, name="again")
-    cli("--save_update", plain, *flags, name="plain")
-    on_top = cli("--update", plain, "--hidden", "conv1,head.bias", *SIGNALS, name="on_top")
-    assert len({metrics_of(each)["final_loss"] for each in (run, again, on_top)}) == 1
+    cli("--save_update", plain, "--n_iter", 1, name="plain")
+    on_top = cli("--update", plain, "--hidden", "conv1,head.bias", "--n_iter", 2, name="on_top")
+    assert metrics_of(on_top)["final_loss"] == metrics_of(run)["final_loss"]
     assert config_of(on_top)["hidden"] == "conv1,head.bias"
 
 
@@ -179,32 +177,42 @@ def test_errors_of_hidden_parameters_name_them(cli):
 # ----------------------------------------------------------------------------------------------------
 # How sure the attack is
 
-SCENES = (
-    "--batch_size 4 --image_size 16 --num_classes 20 --labels unique",
-    "--batch_size 1 --image_size 16 --num_classes 20",
-    "--model mlp --activation relu --batch_size 1 --image_size 8 --num_classes 10",
-)
-EACH = (
-    "truncate:0.05", "truncate:1e-4", "percentile:10", "percentile:10,truncate:0.01", "svt:0.9:1e7:1e7:1:1e-9",
-    "svt:0.1:0.1:0.1:1e-5:1e-6", "localdp:1:1e-4:1:1e-5", "feedback:0.5:3", "int8",
+MLP = "--model mlp --batch_size 1 --image_size 16 --num_classes 10 --activation"
+FEW = ("--defence percentile:60", "--defence int8", "--defence truncate:0.1", "--hidden head.bias")
+MANY = (
+    *(f"--defence {each}" for each in ("percentile:10,truncate:0.01", "topk:0.5", "feedback:0.5:3", "sign")),
+    *(f"--defence svt:{each}" for each in ("0.9:1e7:1e7:1:1e-9", "0.1:0.1:0.1:1e-5:1e-6")),
+    *(f"--defence localdp:{each}" for each in ("1:1e-4:1:1e-5", "0.1:1e-7:1:1e-5")),
+    *FEW, "--hidden head",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("scene", SCENES)
-@pytest.mark.parametrize("words", [*(f"--defence {each}" for each in EACH), "--hidden conv2", "--hidden head.bias"])
-def test_no_image_is_certain_and_wrong_under_a_filter(scene, words):
-    if "mlp" in scene:
-        words = words.replace("conv2", "0")
-    settings = resolved(*scene.split(), *words.split())
-    update, model, truth = victim(settings, CPU)
-    try:
-        update, _ = scaled_update(update, model, settings)
-        signals = read_layers(update, model, generator=generator(1)).signals
-    except ValueError:
-        return  # nothing is read, and nothing is certain
-    with torch.no_grad():
-        features = features_of(model, truth.images).to(signals.values)
-    for found, true, error in zip(*matched(signals.values, features), strict=True):
-        if float(signals.confidence[found]) >= CERTAIN:
-            assert signals.labels[found] == truth.labels[true]
-            assert float(error) < 0.01
+@pytest.mark.parametrize(
+    ("scene", "filters"),
+    [
+        (f"{MLP} tanh", FEW),
+        pytest.param(f"{MLP} tanh", MANY, marks=pytest.mark.long),
+        pytest.param(f"{MLP} relu", MANY, marks=pytest.mark.long),
+        pytest.param("--batch_size 1 --image_size 16 --num_classes 20", MANY, marks=pytest.mark.long),
+    ],
+)
+def test_no_image_is_certain_and_wrong_under_a_filter(scene, filters):
+    certain = {}
+    for words in filters:
+        settings = resolved(*scene.split(), *words.split())
+        update, model, truth = victim(settings, CPU)
+        try:
+            update, _ = scaled_update(update, model, settings)
+            signals = read_layers(update, model, generator=generator(1), work=READING_WORK / 500).signals
+        except ValueError:  # nothing is read, and nothing is certain
+            continue
+        with torch.no_grad():
+            features = features_of(model, truth.images).to(signals.values)
+        for found, true, error in zip(*matched(signals.values, features), strict=True):
+            certain[words] = float(signals.confidence[found]) >= CERTAIN
+            if certain[words]:
+                assert signals.labels[found] == truth.labels[true]
+                assert float(error) < WITHIN
+    assert certain["--hidden head.bias"]
+    if "tanh" in scene:
+        assert not certain["--defence percentile:60"]  # it was, and off by 6 %
