@@ -45,7 +45,10 @@ def audits(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     settings = resolve(["--update", str(paths[0]), *flags], magia.FLAGS)[0]
     named = (Path(str(getattr(settings, name))) for name in FILES)
     made_by = origin(path for path in named if path.is_file())
-    cells = [{"update": str(path), "digest": hashlib.sha256(path.read_bytes()).hexdigest()[:12]} for path in paths]
+    cells = [
+        {"name": path.stem, "update": str(path), "digest": hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+        for path in paths
+    ]
     how = {"figures": FIGURES, "jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     out = asked.out.resolve()
     rows = run_cells(

@@ -274,6 +274,20 @@ DEFENCES = tuple(
     )
     for name in ("defences_lenet", "defences_convnet", "defences_resnet18_cifar")
 )
+IDENTIFIED = Table(
+    "identification",
+    "Which images are identified?",
+    "",
+    {"update": "`{update}`", "network": "{network}"},
+    {
+        "identification rate, share of the labels right (PSNR in dB)": (
+            "{identification}",
+            ", {label_accuracy}",
+            " ({psnr})",
+        )
+    },
+    "`{attack}`",
+)
 FAMILIES = Table(
     "networks_families",
     "What does one update of an untrained network of each family give away?",
@@ -314,7 +328,7 @@ LOCAL_TRAINING = tuple(
     )
     for name, head in LOCAL.items()
 )
-OTHER_TABLES = (*DEFENCES, *LOCAL_TRAINING, FAMILIES)
+OTHER_TABLES = (*DEFENCES, IDENTIFIED, *LOCAL_TRAINING, FAMILIES)
 
 # The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
 # name in networks.csv, batch sizes).
