@@ -45,11 +45,13 @@ class Entries:
         relative: divide squares by the mean square of their tensor, and take the mean over all entries. Tensors of a
             trained network differ a thousandfold in size, and small tensors say as much of the images as large ones.
         is_whole: whether every entry has the gradient's value, but for noise.
+        is_legible: whether some entries have it, so that single images can be read.
     """
 
     sent: Gradient
     relative: bool = False
     is_whole = True
+    is_legible = True
 
     def imitated(self, training: LocalTraining) -> LocalTraining:
         """The training whose update is compared with the entries: the client's."""
@@ -156,11 +158,7 @@ class Answers(Entries):
     gamma: float
     spread: float
     is_whole = False
-
-    @property
-    def missing(self) -> list[float]:
-        """As in `Entries`: what is missing may be of any size."""
-        return [1.0] * len(self.sent)
+    is_legible = False
 
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
         size = p.abs()
@@ -174,11 +172,7 @@ class Signs(Entries):
     """Signs of the entries, and each tensor's mean magnitude."""
 
     is_whole = False
-
-    @property
-    def missing(self) -> list[float]:
-        """As in `Entries`: no magnitude is sent."""
-        return [1.0] * len(self.sent)
+    is_legible = False
 
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
         wrong = (-q.sign() * p).relu().square().sum()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from attack.local.closed_system import ClosedSystem
 from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
+from attack.match.entries import told_by
 from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights, roundings_of_weights
 from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
@@ -128,6 +129,8 @@ def read_layers(
     """
     if update.is_rescaled:  # its images' errors have other lengths than the equations give them
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
+    if not told_by(tuple(update.gradients.values()), update).is_legible:
+        raise ValueError(f"no image can be told apart: {update.defence} leaves no entry its value")
     budget = WorkBudget(work, deadline=time.perf_counter() + max_seconds, tick=tick)
     update = replace(update, gradients=with_weights(update.gradients, model))
     return _Reader(update, model, generator, budget, in_steps=in_steps, labels=labels).read()
