@@ -52,6 +52,17 @@ def test_hand_computed_cases():
     assert float(rounded((torch.tensor([3.5, 0.0]),))) == pytest.approx(-2 / 6 * math.log(1 - r))
 
 
+def test_what_a_defence_may_have_left_out_is_a_share_of_each_tensor():
+    sent = (torch.tensor([3.0, 0.0, 4.0, 0.0]), torch.zeros(2), torch.ones(3))
+    pruned = math.sqrt(2 * 1.0**2 / 3) / 5  # the least that was sent is 1
+    assert within(sent, "topk:0.5").missing == [pytest.approx(pruned), 1.0, 0.0]
+    assert within(sent, "truncate:4").missing == [1.0, 1.0, 0.0]
+    assert within(sent, "truncate:5").missing == [0.0, 1.0, 0.0]
+    assert within(sent, "int8").missing == [pytest.approx(math.sqrt(2 * (4 / 254) ** 2 / 3) / 5), 1.0, 0.0]
+    assert Entries(sent).missing == [0.0] * 3
+    assert [kind.is_legible for kind in (Entries, Within, Rounded, Signs, Answers)] == [True] * 3 + [False] * 2
+
+
 @given(st.integers(0, 10**6), st.sampled_from([0.01, 0.1, 0.5, 1.0]))
 def test_a_gradient_is_no_distance_from_what_is_left_of_it(seed, share):
     own = gradients(seed)
