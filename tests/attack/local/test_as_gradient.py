@@ -39,6 +39,7 @@ def test_one_step_is_not_doubted():
     assert reading.doubts == ()
 
 
+@pytest.mark.long
 def test_one_step_declared_as_several_is_said_to_be_one():
     scene = OnePass("convnet", 3, 1, 0.3, trained=True)
     known = read_ahead(declared(scene, LocalTraining(4, 1, 0.3)), scene.net, means(), generator(3))
