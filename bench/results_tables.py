@@ -41,7 +41,7 @@ classes, and labels are random. Trained networks were trained with Adam, batches
 `train_victim.py` makes networks of this sort. The brackets behind a network have its accuracy on 2,000 test images.
 
 **Seconds** are wall time on the device and include the search for signals. Two programs at a time ran on two cores,
-and up to four on the H100. All rows were measured with torch 2.13.0.
+up to four on the H100, and eight on the H200. All rows were measured with torch 2.13.0, those of the H200 with 2.11.0.
 """
 
 RIVAL = ("{psnr}", " ± {psnr_spread}", ", {ssim}", ", {seconds} s", " (diverged: {diverged} of {runs})")
