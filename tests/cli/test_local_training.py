@@ -48,6 +48,7 @@ def test_without_unrolling_the_same_update_gives_nothing(cli):
     assert metrics_of(cli.folder / "plain")["final_loss"] > 10 * unrolled
 
 
+@pytest.mark.long
 def test_a_saved_update_is_attacked_as_the_one_in_hand(cli):
     flags, steps = (
         ["--n_iter", 2, "--batch_size", 2, *SIGNALS],
