@@ -326,6 +326,7 @@ def test_the_origin_names_sources_versions_and_files(tmp_path):
     assert {name for name, value in origin([tmp_path / "a"]).items() if value != first[name]} == {"files"}
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("pool")
 def test_a_local_process_that_is_killed_costs_the_cells_under_way(tmp_path):
     log = tmp_path / "log"
@@ -376,6 +377,7 @@ def foreign_worker(tmp_path_factory):
         yield address, process
 
 
+@pytest.mark.long
 @cluster
 def test_a_worker_of_another_version_measures_nothing(tmp_path, foreign_worker):
     words = ["signals", "--batch_sizes", "2", "--batches", "0", "--seeds", "0", "--num_classes", "20"]
@@ -384,6 +386,7 @@ def test_a_worker_of_another_version_measures_nothing(tmp_path, foreign_worker):
     assert row["status"] == "failed: worker runs another program: restart it"
 
 
+@pytest.mark.long
 @cluster
 def test_a_scheduler_that_dies_ends_a_benchmark_in_a_line(tmp_path, foreign_worker):
     """The last test of this cluster."""
