@@ -65,7 +65,7 @@ def test_a_grid_compares_presets_on_the_same_updates(tmp_path, capsys):
     rows = table(tmp_path)
     assert list(rows[0]) == [
         "preset", "batch_size", "labels", "model", "batch", "seed", "psnr_mean", "ssim_mean", "label_accuracy",
-        "signals_found", "evaluations", "seconds", "status", "max_evals",
+        "identification", "bit_exact", "certified", "signals_found", "evaluations", "seconds", "status", "max_evals",
     ]  # fmt: skip
     assert len(rows) == 8
     assert {(r["preset"], r["batch_size"], r["seed"]) for r in rows} == {

@@ -142,6 +142,23 @@ def test_errors_name_the_value(cli, defence, words):
     assert words in cli.error("--defence", defence)
 
 
+def test_an_update_from_outside_is_matched_by_the_filter_that_is_declared(cli, tmp_path):
+    """The weight difference of one step at rate 0.5, truncated by somebody else's filter."""
+    plain, weights, theirs = (tmp_path / name for name in ("plain.npz", "weights.npz", "theirs.npz"))
+    cli("--save_update", plain, "--n_iter", 1, name="plain")
+    update = SharedUpdate.load(plain)
+    np.savez(weights, **{name: weight.numpy() for name, weight in update.weights.items()})
+    moved = {name: np.clip(-0.5 * gradient.numpy(), -0.005, 0.005) for name, gradient in update.gradients.items()}
+    np.savez(theirs, **moved)
+    facts = ["--update", theirs, "--weights", weights, "--update_kind", "difference", "--local_lr", 0.5]
+    run = cli(*facts, "--defended", "truncate:0.005", "--n_iter", 2, name="theirs")
+    assert not any(piece["contradicts"] for piece in metrics_of(run)["evidence"])
+    own = cli("--update", plain, "--defence", "truncate:0.01", "--n_iter", 2, name="own")  # of a rate of 1
+    assert metrics_of(run)["final_loss"] == pytest.approx(metrics_of(own)["final_loss"], rel=1e-3)
+    as_they_stand = cli(*facts, "--n_iter", 2, name="as_they_stand")
+    assert any(piece["contradicts"] for piece in metrics_of(as_they_stand)["evidence"])
+
+
 # ----------------------------------------------------------------------------------------------------
 # Parameters that the server does not see
 
