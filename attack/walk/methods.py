@@ -124,10 +124,10 @@ class Alone:
         return system.scaling.forward(solution.x), solution
 
     def approached(self, sources: Sequence[RowSource], start: Tensor | None) -> Tensor:
-        """The input (B, ...) after a few iterations, from another (None: zeros)."""
+        """The input (B, ...) from another (None: zeros), while what the equations hold is still to settle."""
         system = self._system(sources)
         first = system.target.new_zeros(self.shape) if start is None else system.scaling.undone(start)
-        how = {"iterations": LOOK, "budget": self.budget}
+        how = {"iterations": self.iterations, "budget": self.budget}
         return system.scaling.forward(refined(system.exact, system.rough, system.target, first, **how).x)
 
     def recovery_test(self, sources: Sequence[RowSource], noise: float) -> Tensor:
