@@ -6,8 +6,8 @@ shares of the labels in each of N steps. One training for each entry of T gives 
     |r + J (T - T_0)|^2 = |r|^2 + 2 g (T - T_0) + (T - T_0) H (T - T_0),    g = J^T r,  H = J^T J
 
 Another label of an image, or two images in each other's place, change T by a (e_k - e_l) with shares a (N,). What that
-is worth is told by g and H in a few multiplications, where a training takes millions. With H = R R^T two moves together are
-worth what each is, and twice the product of their R^T a (e_k - e_l). So labels go down to where no move and no two
+is worth is told by g and H in a few multiplications, where a training takes millions. With H = R R^T two moves together
+are worth what each is, and twice the product of their R^T a (e_k - e_l). So labels go down to where no move and no two
 moves are worth anything, again and again from random moves away from the best.
 """
 

@@ -44,9 +44,10 @@ TRIED = 96  # of the most promising changes and swaps, each by itself, before a 
 FEW = 8  # images up to which the best of these is taken, and not the first that comes closer
 OPTIMA = 8  # least values of the quadratic function that are tried
 AFFORDED = 0.25  # share of the work left that its derivative may cost
+HELD = 3e7  # numbers that its moves may take
 IDLE = 2  # starts in a row that find nothing better, and end the search
 TOGETHER = (8, 4, 2)  # so many of the most promising at once, of different images
-FITTING = 0.02  # relative squared distance at which no other start is tried
+FITTING = 0.02  # relative squared distance of so few images at which no other start is tried
 # Relative squared distance up to which labels are used. Right labels leave 0.02 to 0.18 on an untrained LeNet at rate
 # 0.1.
 BELIEVED = 0.25
@@ -121,7 +122,8 @@ def labels_by_trial(
             search.descend(trial, f"start {start + 1} of {STARTS} at most", generator)
             best = search.best()
             least, idle = (best.distance, 0) if best.distance < least else (least, idle + 1)
-            if best.distance < FITTING or search.is_spent or idle == IDLE:
+            is_enough = best.distance < FITTING and len(best.labels) <= FEW
+            if is_enough or search.is_spent or idle == IDLE:
                 break
             trial = Trial(search.shaken(best.labels, generator), search.in_turn)
     except OutOfTimeError:
@@ -208,13 +210,19 @@ class _LabelSearch:
             trial, distance = closer, self._tried(closer)
 
     def _leapt(self, trial: Trial, distance: float, generator: torch.Generator) -> Trial | None:
-        """A trial that comes closer, by the quadratic function near this one; None: none, or it costs too much."""
-        if self.update.training.steps * self.update.num_classes * self._cost > AFFORDED * self.left:
+        """A trial that comes closer, by the quadratic function near this one.
+
+        None: there is none, or it costs too much, or images are so few that all promising changes are tried anyway.
+        """
+        steps, classes, count = self.update.training.steps, self.update.num_classes, len(trial.labels)
+        moves = count * (classes + count * (1 + len(self._open_passes)))
+        is_dear = steps * classes * self._cost > AFFORDED * self.left or moves * steps**2 > HELD
+        if count <= FEW or is_dear:
             return None
         batches = self.update.training.batches
         passes = [range(which * batches, (which + 1) * batches) for which in self._open_passes]
         how = {"is_fixed": self.is_fixed, "passes": passes, "spend": self._spend}
-        optima = Quadratic(trial, self._left, self.update.num_classes, self._grey, **how).optima(generator)
+        optima = Quadratic(trial, self._left, classes, self._grey, **how).optima(generator)
         best = min(optima[:OPTIMA], key=self._tried)
         return best if self._tried(best) < distance else None
 
