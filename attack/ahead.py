@@ -118,7 +118,9 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     labels = infer_labels(means.label_strategy, update, model, means.granted)
     if labels is None and means.reads and update.training.is_quotient:
         labels = labels_of_quotients(update, model)
-    local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
+    is_in_part = reading is not None and reading.in_steps and len(reading) < update.batch_size
+    seeks_labels = reading is None or is_in_part
+    local_labels = _local_labels(update, model, means, generator, labels, clock) if seeks_labels else None
     reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
     if reading is None and failure is not None and means.signals == "on":
         raise ValueError(f"--signals on: {failure}")
@@ -131,7 +133,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "uses", "is_explained", "likely")
     facts = {name: getattr(reading, name) for name in names}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
-    evidence = list(_evidence(update, model, reading, generator))
+    evidence = [*_evidence(update, model, reading, generator), *_of_trial(local_labels)]
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
     return replace(known, evidence=tuple(evidence))
@@ -265,7 +267,7 @@ def _known(
         features = signals.values[: steps.count(0) if steps else None]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
-    labels = all_labels(signals, labels)
+    labels = all_labels(signals, labels, update.training.sizes_of(update.batch_size) if steps else ())
     return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels, steps=steps)
 
 
