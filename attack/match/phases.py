@@ -22,7 +22,7 @@ class Phase:
     """So many evaluations with one hardness of the kinks and one weight of the prior.
 
     Attributes:
-        evaluations: closure evaluations, at most.
+        evaluations: closure evaluations, at least in the last phase, in others at most.
         prior_weight: of the prior.
         hardness: beta times the root mean square of the values that enter a kink; infinite: no softening.
         width: within which an entry may be the largest of its window, relative to the known outputs' root mean square,
@@ -66,6 +66,10 @@ ASSIGNED = (
     Phase(100, 3e-6, width=0.005),
 )
 
+# The last phase goes on until a hundred evaluations lower the objective by less than this share of it. LeNet, 48
+# images: 27.6 dB after 550 evaluations, 28.8 after 1,158, where a hundred still lower it by 0.8 %.
+GAIN = 2.5e-3
+
 # Sigmoid and tanh have no kinks.
 SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
 
@@ -86,7 +90,8 @@ def phases_for(chain: Chain) -> tuple[Phase, ...]:
 class Course:
     """Hardness of the kinks and weight of the prior, phase by phase, over an attack's closure evaluations.
 
-    A course without phases is over at once: the images are exact, nothing is left to be optimised.
+    The last phase goes on for as long as the objective still falls. A course without phases is over at once: the images
+    are exact, nothing is left to be optimised.
 
     Attributes:
         phases: in their order.
@@ -112,8 +117,14 @@ class Course:
         """The prior's weight after so many evaluations, in the units of `ForwardMatching`."""
         return UNITS * max(self.least, self.scale * self.phases[self.phase(evaluations)].prior_weight)
 
-    def ended(self, evaluations: float) -> str | None:
-        """The reason why the attack has ended: `course`, `exact` where there was nothing to do, or None."""
+    def ended(self, evaluations: float, gain: float) -> str | None:
+        """The reason why the attack has ended: `course`, `exact` where there was nothing to do, or None.
+
+        Args:
+            evaluations: so far.
+            gain: the objective's recent relative decrease, see `attack.optimise.state.AttackState.gain`.
+        """
         if not self.phases:
             return "exact"
-        return "course" if evaluations >= sum(phase.evaluations for phase in self.phases) else None
+        is_through = evaluations >= sum(phase.evaluations for phase in self.phases)
+        return "course" if is_through and gain < GAIN else None
