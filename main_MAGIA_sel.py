@@ -280,6 +280,7 @@ def attack(
     ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns the reason of the end:
     n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
     """
+
     def ended() -> str | None:
         return objective.annealing.ended(state.evaluations / state.copies, state.gain) or state.ended(budget)
 
