@@ -34,7 +34,17 @@ from attack.match.below import TrainedBelow
 from attack.match.entries import Entries
 from attack.match.gradients import Matching
 from attack.match.maxima import Maxima
-from attack.match.phases import ASSIGNED, MEASURED_AT, UNITS, Course, Phase, is_pooled, max_pools, phases_for
+from attack.match.phases import (
+    ASSIGNED,
+    MEASURED_AT,
+    UNITS,
+    Course,
+    Phase,
+    is_pooled,
+    least_gain_for,
+    max_pools,
+    phases_for,
+)
 from attack.match.softening import softened
 from attack.match.strided import quickened
 from network.chain import Moments, first_layer, input_shapes, is_walked, parametrised, with_moments
@@ -218,7 +228,7 @@ def course_for(
     scale, phases = prior_weight / MEASURED_AT, phases_for(chain)
     heard = tuple(filter(is_heard, phases)) or (replace(phases[-1], hardness=math.inf),)
     heard += ASSIGNED if maxima else ()
-    return Course(heard, least=NOISE_FLOOR * loss.uncertainty**2, scale=scale)
+    return Course(heard, NOISE_FLOOR * loss.uncertainty**2, scale, least_gain_for(chain))
 
 
 def spectral_power_for(chain: Chain) -> float:
