@@ -88,6 +88,11 @@ def with_mean():
     return Encoded(has_class_token=False)
 
 
+def wide():
+    """Has more channels than the tokens of two images."""
+    return Encoded(width=48, has_class_token=False)
+
+
 def with_spare_places():
     """Uses a part of its positions."""
     return Encoded(places=PATCHES + 4)
