@@ -89,7 +89,16 @@ def with_mean():
 
 
 def wide():
-    """Has more channels than the tokens of two images."""
+    """Has more channels than the tokens of two images, and positions that nothing trains."""
+    model = Encoded(width=48, has_class_token=False)
+    places = model.places.detach()
+    del model.places
+    model.register_buffer("places", places)
+    return model
+
+
+def wide_and_placed():
+    """The same with trained positions."""
     return Encoded(width=48, has_class_token=False)
 
 

@@ -14,17 +14,19 @@ the token is in them, and these weights agree. And noise moves it by little: tok
 
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from attack.read.from_tokens import IMAGES, images_of_tokens
 from attack.read.layer_rows import COLUMNS
 from attack.read.reader import OUT_OF_TIME
 from attack.read.token_span import TokenSpan
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.levenberg import DampingRule, LevenbergSolution, levenberg
+from network.embedding import patch_embedding
 from network.parametrised import with_weights
 from network.perceptrons import Perceptron, lowest, perceptrons
 from update.shared import SharedUpdate
@@ -43,7 +45,7 @@ FITTING = 3.0  # root mean square of the equations at a token, in units of their
 AGREEING = 0.1  # by which the two weights of a token may differ, relative to either
 SURE = 1e-2  # expected relative error of a token that is believed
 TOLD = "tokens told apart, of no image or position"  # in a layer's note
-WORK = 4e11  # multiplications of all searches: a minute of a core, about
+WORK = 1e12  # multiplications of all searches: three minutes of a core, about
 
 
 class TokenEquations:
@@ -243,14 +245,16 @@ class TokenReading:
     Attributes:
         rows: of `layer_rows.COLUMNS`, one a perceptron.
         found: the tokens (n, D) float64 by the name of the first layer.
+        likely: (B, C, H, W) images that the tokens make, in no order; None where they make none.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it.
     """
 
     rows: list[dict]
     found: dict[str, Tensor]
-    seconds: float
-    is_aborted: bool
+    likely: Tensor | None = None
+    seconds: float = 0.0
+    is_aborted: bool = False
 
 
 def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, generator: torch.Generator) -> TokenReading:
@@ -267,42 +271,71 @@ def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, gene
     places = [each for each in lowest(perceptrons(model, update.image_shape)) if not each.why_not(update.batch_size)]
     places = [each for each in places if {f"{each.first}.weight", f"{each.second}.weight"} <= set(gradients)]
     if not places:
-        return TokenReading([], {}, 0.0, False)
+        return TokenReading([], {})
     exact = copy.deepcopy(model).double().requires_grad_(False)
     rows: list[dict] = []
     found: dict[str, Tensor] = {}
+    likely = None
     work = WorkBudget(WORK, deadline=budget.deadline, tick=budget.tick)
     for place in reversed(places):  # the highest have the fewest tokens
         since, told = time.perf_counter(), None
         exactly = place.within(exact)
         row = _row(place, update.batch_size)
         try:
-            told, facts = _told_apart(exactly, gradients, update.batch_size, work, generator)
+            told, spans = _told_apart(exactly, gradients, update.batch_size, work, generator)
             note = f"{len(told.values)} of {told.expected} {TOLD}" + (
                 ", then no work was left" if work.is_spent else ""
             )
-            row |= facts
+            row |= _facts(told, spans)
         except OutOfTimeError:
             note = OUT_OF_TIME
         except (ValueError, RuntimeError, ArithmeticError) as error:  # no layer's failure ends a reading
             note = str(error).partition("\n")[0]
         if told is not None and len(told.values):
             found[place.first] = told.values
+            if place is places[0]:
+                likely = _images(exact, exactly, spans, update.image_shape, told, work, generator)
         rows.insert(0, row | {"note": note, "seconds": time.perf_counter() - since})
-    return TokenReading(rows, found, time.perf_counter() - began, budget.is_out_of_time)
+    return TokenReading(rows, found, likely, time.perf_counter() - began, budget.is_out_of_time)
+
+
+def _images(
+    model: nn.Module,
+    place: Perceptron,
+    spans: Sequence[TokenSpan],
+    image_shape: Sequence[int],
+    told: Tokens,
+    work: WorkBudget,
+    generator: torch.Generator,
+) -> Tensor | None:
+    """Likely images of the tokens of two, in the first block of a model that cuts patches; None if there are none."""
+    embedding = patch_embedding(model.requires_grad_(), image_shape)
+    model.requires_grad_(False)
+    if embedding is None or told.expected != IMAGES * place.tokens:
+        return None
+    try:
+        return images_of_tokens(
+            model, place, spans, embedding, image_shape, told.values, told.uncertainty, work, generator
+        )
+    except (ValueError, RuntimeError, ArithmeticError, OutOfTimeError):
+        return None
 
 
 def _told_apart(
     place: Perceptron, gradients: Mapping[str, Tensor], batch_size: int, work: WorkBudget, generator: torch.Generator
-) -> tuple[Tokens, dict]:
-    """The tokens of one perceptron, and what layers.csv says of them."""
+) -> tuple[Tokens, list[TokenSpan]]:
+    """The tokens of one perceptron, and the spans of its gradients."""
     rank = batch_size * place.tokens
     spans = [TokenSpan.of(gradients[f"{name}.weight"], rank) for name in (place.first, place.second)]
-    told = _Peel(TokenEquations(place, *spans), work, generator).run()
-    facts = {"rank": rank, "gap": spans[0].gap}
+    return _Peel(TokenEquations(place, *spans), work, generator).run(), spans
+
+
+def _facts(told: Tokens, spans: Sequence[TokenSpan]) -> dict:
+    """What layers.csv says of tokens."""
+    facts = {"rank": told.expected, "gap": spans[0].gap}
     if len(told.values):
         facts |= {"residual": float(told.fits.max()), "uncertainty": float(told.uncertainty.max())}
-    return told, facts
+    return facts
 
 
 def _row(place: Perceptron, batch_size: int) -> dict:

@@ -29,8 +29,8 @@ def generator(seed=0):
 class Client:
     """A transformer with room for the tokens of two images, and what a client sends."""
 
-    def __init__(self, count=2, **how):
-        model = f"{FILE}:wide"
+    def __init__(self, count=2, name="wide", **how):
+        model = f"{FILE}:{name}"
         self.net = build_model(model, image_shape=SHAPE, num_classes=10, generator=generator(1))
         draw = {"num_classes": 10, "generator": generator(), "image_size": 16}
         self.batch = load_batch(open_source("sample", None), range(5, 5 + count), labels="dataset", **draw)
@@ -76,6 +76,14 @@ def test_tokens_of_more_images_than_are_declared_are_not_believed():
     client = Client()
     found = read(replace(client.update, batch_size=1), client.net).found
     assert FIRST not in found or client.errors(found[FIRST])[0].max() < 1e-2
+
+
+@pytest.mark.long
+def test_likely_images_of_two_are_never_certain():
+    client = Client(name="wide_and_placed")
+    likely = read(client.update, client.net).likely
+    assert likely is None or likely.shape == client.batch.images.shape
+    assert likely is None or (likely.min() >= 0 and likely.max() <= 1)
 
 
 def test_where_tokens_fill_all_channels_nothing_is_asked():
