@@ -6,6 +6,7 @@
     python benchmark.py schedules --out results/schedules  # S(t) with and without the subset term, each to its end
     python benchmark.py tune --out results/tune            # settings, on images that no other command shows
     python benchmark.py speed --out results/speed          # time and memory of an evaluation, and their parts
+    python benchmark.py audit --updates 'inbox/*.npz' --out results/audit  # many updates that came from outside
 
 Every measurement is a grid of cells. A finished cell lies in OUT/cells as one JSON file and is not run again, so an
 interrupted grid goes on where it stopped. A model or a preset may bring flags of its own, as in
@@ -24,8 +25,9 @@ from pathlib import Path
 import main_MAGIA_sel as magia
 from attack.prepare import INITS
 from attack.published.presets import PRESETS
+from bench.audits import add_audit, audits
 from bench.batches import batch_indices
-from bench.beforehand import mark, refuse_foreign, refuse_unfit
+from bench.beforehand import flags_behind, mark, refuse_foreign, refuse_own, refuse_unfit, refuse_unknown
 from bench.cells import FAILED, Cell, has_failed, run_cells
 from bench.figures import (
     WALL,
@@ -62,19 +64,10 @@ from data import LABEL_MODES, open_source
 from network.zoo import MODELS
 from schedules import MODES
 
-# flags that each cell sets itself
-OWN = (
-    "resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "explain",
-    "quiet", "preset", "model", "batch_size", "indices", "seed",
-)  # fmt: skip
-TAKEN = ("model", "seed")  # flags of OWN that `speed` takes, which has one network and no cells
 ATTACKS = ("magia --signals auto", "magia --signals off")  # attacks of `defences`
 ALPHAS = (0.999, 1.0)  # values of alpha in `schedules`: with the subset term and without
 BATCH = ("batch_size", "labels", "model", "batch", "seed", "indices")  # entries of a cell that name its update
 BUDGETS = ("max_evals", "max_seconds")
-# Flags that change the attacked update: the groups of the script's flags that stand before those of the attack.
-VICTIMS = ("data (the client's batch)", "model and update (what the server has)")
-OF_VICTIM = (*(flag.name for flag in magia.FLAGS if flag.group in VICTIMS), "dtype")
 
 # ----------------------------------------------------------------------------------------------------
 # The command line
@@ -118,6 +111,11 @@ def add(commands: Commands, name: str, text: str, batch_sizes: list[int]) -> arg
         "--models", type=listed(one_with_flags(MODELS)), default=["lenet"], metavar="LIST",
         help="networks, each with flags of its own where needed; its --labels then stand alone",
     )  # fmt: skip
+    return add_places(command)
+
+
+def add_places(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The flags of where cells run, and where what they leave goes."""
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where tables, plots and cells go")
     command.add_argument("--jobs", type=SIZE, default=1, metavar="N", help="cells at a time; default 1")
     command.add_argument("--threads", type=SIZE, metavar="N", help="of each process; default the cores shared out")
@@ -174,6 +172,7 @@ def build_parser() -> OneLineParser:
     command.add_argument("--max_evals", type=SIZE, default=2500, metavar="N", help="of a whole attack; default 2500")
     command.add_argument("--device", type=listed(str), default=devices(), metavar="LIST", help="default: all there are")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tables go")
+    add_places(add_audit(commands))
     return parser
 
 
@@ -182,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some cells failed, 2 wrong input, 130 interrupted."""
     asked, flags = build_parser().parse_known_args(argv)
     try:
-        refuse_own(flags, TAKEN if asked.command == "speed" else ())
+        refuse_own(flags, asked.command)
         refuse_foreign(asked.out)
         if asked.command == "speed":
             for device in asked.device:
@@ -192,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print((asked.out / "speed.md").read_text(), end="")
             return 0
         refuse_unknown(asked, flags)
-        if asked.scheduler is None:  # devices and files of a cluster's workers are theirs
+        if asked.scheduler is None and asked.command != "audit":  # devices and files of a cluster's workers are theirs
             networks = [["--model", *shlex.split(text)] for text in asked.models]
             every = [resolve([*words, *flags], magia.FLAGS)[0] for words in (*networks, *flags_behind(asked))]
             refuse_unfit(every, len(networks), asked.num_classes if asked.command == "signals" else [None])
@@ -209,43 +208,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         why = str(failed[0]["status"]).removeprefix(FAILED)
         print(f"{len(failed)} of {len(rows)} cells failed: {why}", file=sys.stderr)
     return int(bool(failed))
-
-
-def refuse_own(flags: Sequence[str], taken: Collection[str] = ()) -> None:
-    """Refuse further flags that a cell of a benchmark sets itself or cannot have, except those in `taken`.
-
-    Raises:
-        ValueError: there is such a flag.
-    """
-    for flag in flags:
-        name = flag.split("=")[0].removeprefix("--")
-        if name in OWN and name not in taken:
-            raise ValueError(
-                f"{flag.split('=')[0]}: not in a benchmark, whose cells have runs and updates of their own"
-            )
-
-
-def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Refuse at once, as the attack's own command line does, flags with which no cell could run.
-
-    Raises:
-        ValueError: a flag that cells set themselves, or an attack's flag that would change the update.
-    """
-    for text in getattr(asked, "presets", ()):
-        for name in own_flags(text):
-            if name in OF_VICTIM:
-                raise ValueError(f"--presets {text}: --{name} is the victim's, the same for all attacks: give it alone")
-    for words in flags_behind(asked):
-        refuse_own([word for word in words if word.startswith("--")])
-        resolve([*words, *flags], magia.FLAGS)
-
-
-def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:
-    """The flags that each network, attack and defence brings."""
-    for text in (*asked.models, *getattr(asked, "presets", ())):
-        yield shlex.split(text)[1:]
-    for text in getattr(asked, "defences", ()):
-        yield [text] if text.startswith("--") else ["--defence", text]
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -441,7 +403,9 @@ def files_read(asked: argparse.Namespace, flags: Sequence[str]) -> Iterator[Path
         yield from (Path(name) for name in (settings.weights, images, start) if name and Path(name).exists())
 
 
-COMMANDS = {"grid": grid, "signals": signals, "defences": defences, "schedules": schedules, "tune": tune}
+COMMANDS = {
+    "grid": grid, "signals": signals, "defences": defences, "schedules": schedules, "tune": tune, "audit": audits,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,8 @@ mode. A batch is grey where all its pictures are, and RGB otherwise.
 import math
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +41,8 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tif
 
 MOST_TEXT, MOST_INDICES = 100_000, 10**6  # characters and images of --indices: beyond, the text is a mistake
 CHANNELS, FLOAT = 3, 4  # of an image in a batch, and bytes of each of its numbers
+MOST_OTHERS = 1000  # other images of the source that a reconstruction is compared with
+PORTION = 64  # of these, read at a time
 MOST_PIXELS = 5 * 10**7  # pixels of an image file, checked before the file is decoded
 
 
@@ -56,17 +59,54 @@ class ImageSource(Protocol):
 
 
 @dataclass(frozen=True)
+class Others:
+    """Other images of a batch's source, in the batch's size and channels, read anew each time they are asked for.
+
+    Attributes:
+        source: of the batch.
+        indices: positions in the source.
+        shape: (C, H, W) of the batch's images.
+    """
+
+    source: ImageSource
+    indices: Sequence[int]
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, source: ImageSource, taken: Sequence[int], shape: tuple[int, int, int]) -> "Others":
+        """Up to MOST_OTHERS images beside those that are `taken`, evenly spread over the source."""
+        own = set(taken)
+        rest = [index for index in range(len(source)) if index not in own]
+        count = min(MOST_OTHERS, len(rest))
+        return cls(source, [rest[len(rest) * number // count] for number in range(count)], shape)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Portions (N, C, H, W) of the images; one that cannot be read is left out."""
+        channels, *size = self.shape
+        for first in range(0, len(self.indices), PORTION):
+            pictures = []
+            for index in self.indices[first : first + PORTION]:
+                with suppress(DataError):
+                    picture = self.source[index][0]
+                    pictures.append(picture.convert("L") if channels == 1 and picture.mode == "RGB" else picture)
+            if pictures:
+                yield torch.stack([_pixels(picture, channels) for picture in _of_size(pictures, tuple(size))])
+
+
+@dataclass(frozen=True)
 class Batch:
     """Images (B, C, H, W) float32 in [0, 1] and their class indices (B,) int64.
 
     Attributes:
         images, labels: as above.
         notes: what was assumed when files were read, in sentences.
+        others: images of the same source that are not in the batch; None where no source is known.
     """
 
     images: Tensor
     labels: Tensor
     notes: tuple[str, ...] = ()
+    others: Others | None = None
 
 
 class NpzImages:
@@ -242,7 +282,8 @@ def load_batch(
             f"from 1, subtract 1 from each, or it stands for the class above its own"
         )
     chosen = _labels(labels, own, num_classes, generator, values)
-    return Batch(_to_tensor(pictures, image_size), chosen, tuple(notes))
+    images = _to_tensor(pictures, image_size)
+    return Batch(images, chosen, tuple(notes), Others.of(source, indices, tuple(images.shape[1:])))
 
 
 def _begin_at_1(values: Sequence[int], num_classes: int) -> bool:
@@ -308,15 +349,18 @@ def sides(size: int | str | tuple[int, int]) -> tuple[int, int]:
 
 def _to_tensor(images: list[Image.Image], image_size: int | tuple[int, int] | None) -> Tensor:
     """One (B, C, H, W) tensor: grey if every image is grey, RGB otherwise."""
-    if image_size is not None:
-        height, width = sides(image_size)
-        size = (width, height)
-        images = [i if i.size == size else ImageOps.fit(i, size, Image.Resampling.LANCZOS) for i in images]
+    images = images if image_size is None else _of_size(images, sides(image_size))
     sizes = sorted({image.size for image in images})
     if len(sizes) > 1:
         raise DataError(f"images differ in size ({', '.join(f'{w}x{h}' for w, h in sizes[:3])}, ...): set --image_size")
     channels = 1 if all(image.mode in ("L", "F") for image in images) else 3
     return torch.stack([_pixels(image, channels) for image in images])
+
+
+def _of_size(images: list[Image.Image], size: tuple[int, int]) -> list[Image.Image]:
+    """The images cropped and resized to (height, width)."""
+    size = size[::-1]
+    return [i if i.size == size else ImageOps.fit(i, size, Image.Resampling.LANCZOS) for i in images]
 
 
 def _pixels(image: Image.Image, channels: int) -> Tensor:

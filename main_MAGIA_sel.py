@@ -86,8 +86,11 @@ STD = None  # standard deviation of the same pixels (None: 1); images stay in [0
 WEIGHTS = None  # checkpoint to load, .safetensors, .npz, .pt, .ckpt, .bin (docs/update-format.md; None: random weights)
 EXPLAIN = False  # forecast without any data which layers give this batch size away, and stop
 FROZEN = None  # beginnings of the names of parameters that are not trained, e.g. head.bias,conv1
+HIDDEN = None  # the same of parameters that are trained and encrypted: the server does not see how far these went
 DEFENCE = "none"  # defences that the client applies in this order, e.g. clip:1.0,noise:0.01; from clip:NORM, noise:STD,
-# topk:SHARE, quantise:BITS, sign, float16, bfloat16, secure_sum:CLIENTS, dpsgd:CLIP:SIGMA (docs/defences.md)
+# topk:SHARE, feedback:SHARE:ROUNDS, percentile:PERCENT, truncate:GAMMA, svt:FRACTION:EPSILON:NOISE_VAR:GAMMA:TAU,
+# localdp:CLIP:SENSITIVITY:EPSILON:DELTA, quantise:BITS, int8, sign, float16, bfloat16, secure_sum:CLIENTS,
+# dpsgd:CLIP:SIGMA (docs/defences.md)
 DP_DELTA = 1e-5  # delta of the (epsilon, delta)-differential privacy of dpsgd
 DP_RATE = 0.01  # share of all examples that is sampled for a round of dpsgd
 DP_ROUNDS = 1  # rounds of dpsgd that an example may be sampled for

@@ -152,7 +152,8 @@ def _read_ahead(
     steps = _steps(update, len(reading)) if reading and reading.in_steps else ()
     known = _known(update, model, signals, features, labels, local_labels, steps)
     if reading is None:
-        return replace(known, is_aborted=is_aborted, evidence=tuple(_of_trial(local_labels)))
+        why_not = "" if failure is None else str(failure)
+        return replace(known, is_aborted=is_aborted, why_not=why_not, evidence=tuple(_of_trial(local_labels)))
     names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "uses", "is_explained", "likely")
     facts = {name: getattr(reading, name) for name in names}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)

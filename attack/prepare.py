@@ -54,6 +54,7 @@ class Known:
         drift: of several steps that were read as one gradient, see `attack.local.as_gradient`; else None.
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
+        why_not: why nothing was read where that was tried, as a line; empty where something was.
         layers, recovered, seconds, is_aborted: of the reading, see `attack.read.reader.Reading`; a resumed run has no
             need of `recovered`.
     """
@@ -74,6 +75,7 @@ class Known:
     drift: float | None = None
     local_labels: LocalLabels | None = None
     evidence: tuple[Evidence, ...] = ()
+    why_not: str = ""
     layers: Sequence[Mapping] = ()
     recovered: Mapping[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0

@@ -2,12 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import main_MAGIA_sel as magia
 from attack.prepare import INITS
+from bench.networks import own_flags
 from cli.model import model_options, parse_names, server_model
 from cli.runtime import choose_device, stream
+from cli.settings import resolve
 from data import load_batch, open_source, sides
 from network.parameters import named_by
 
@@ -18,6 +22,17 @@ WRITTEN = (
     "table.*", "summary.*", "overview.md", "weakest.*", "psnr_vs_*.png", "ssim_vs_*.png", "signals.png", "leakage*.png",
     "wall*.png", "speed.*", "limits.*", "courses.*", "stages.*", ORIGIN,
 )  # fmt: skip
+
+# flags that each cell sets itself
+OWN = (
+    "resume", "overwrite", "run_name", "save_dir", "update", "save_update", "save_batch", "show_schedule", "explain",
+    "quiet", "preset", "model", "batch_size", "indices", "seed",
+)  # fmt: skip
+# Flags of OWN that go to a command whose cells differ in other things, or which has no cells.
+TAKEN = {"speed": ("model", "seed"), "audit": ("preset", "model", "batch_size", "seed")}
+# Flags that change the attacked update: the groups of the script's flags that stand before those of the attack.
+VICTIMS = ("data (the client's batch)", "model and update (what the server has)")
+OF_VICTIM = (*(flag.name for flag in magia.FLAGS if flag.group in VICTIMS), "dtype")
 
 
 def mark(out: Path, made_by: object) -> None:
@@ -39,6 +54,43 @@ def refuse_foreign(out: Path) -> None:
     for name in WRITTEN:
         for file in sorted(out.glob(name)):
             raise ValueError(f"{file} is not of a benchmark: it will not be overwritten, give another --out")
+
+
+def refuse_own(flags: Sequence[str], command: str = "") -> None:
+    """Refuse further flags that a cell of this command sets itself or cannot have.
+
+    Raises:
+        ValueError: there is such a flag.
+    """
+    for flag in flags:
+        name = flag.split("=")[0].removeprefix("--")
+        if name in OWN and name not in TAKEN.get(command, ()):
+            raise ValueError(
+                f"{flag.split('=')[0]}: not in a benchmark, whose cells have runs and updates of their own"
+            )
+
+
+def refuse_unknown(asked: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Refuse at once, as the attack's own command line does, flags with which no cell could run.
+
+    Raises:
+        ValueError: a flag that cells set themselves, or an attack's flag that would change the update.
+    """
+    for text in getattr(asked, "presets", ()):
+        for name in own_flags(text):
+            if name in OF_VICTIM:
+                raise ValueError(f"--presets {text}: --{name} is the victim's, the same for all attacks: give it alone")
+    for words in flags_behind(asked):
+        refuse_own([word for word in words if word.startswith("--")])
+        resolve([*words, *flags], magia.FLAGS)
+
+
+def flags_behind(asked: argparse.Namespace) -> Iterator[list[str]]:
+    """The flags that each network, attack and defence brings."""
+    for text in (*getattr(asked, "models", ()), *getattr(asked, "presets", ())):
+        yield shlex.split(text)[1:]
+    for text in getattr(asked, "defences", ()):
+        yield [text] if text.startswith("--") else ["--defence", text]
 
 
 def refuse_unfit(cells: Sequence[argparse.Namespace], networks: int, classes: Sequence[int | None]) -> None:

@@ -256,5 +256,5 @@ def _watched(client: "Client", address: str) -> Iterator[None]:  # noqa: F821, D
 def cell_name(cell: Cell, flags: Sequence[str]) -> str:
     """A file name for a cell and its further flags: a readable part, and a digest that makes it unique."""
     words = "_".join(str(value).strip("-") for value in cell.values())[:60]
-    readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in words)
+    readable = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in words).lstrip(".-")
     return f"{readable}_{hashlib.sha256(json.dumps([cell, list(flags)]).encode()).hexdigest()[:8]}"

@@ -1,7 +1,8 @@
-"""Write docs/results.md, and the tables of results in other pages: python -m bench.docs."""
+"""Write docs/results.md, the tables of results in other pages, and a figure of one: python -m bench.docs."""
 
 from pathlib import Path
 
+from bench import decision
 from bench.results_page import PAGES, results_page, with_tables
 
 if __name__ == "__main__":
@@ -13,3 +14,4 @@ if __name__ == "__main__":
         other = root / other
         other.write_text(with_tables(other.read_text(encoding="utf-8")), encoding="utf-8")
         print(other)
+    decision.main()

@@ -18,11 +18,17 @@ from judge.tables import markdown, write_csv
 
 WALL = 8  # images in a row of the picture wall
 LEAST = {"evaluations": 1, "seconds": 0.1}  # resolution of the tables, and lower bound on a logarithmic axis
-MEANS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found", "evaluations", "seconds")
+MEANS = (
+    "psnr_mean", "ssim_mean", "label_accuracy", "identification", "bit_exact", "certified", "signals_found",
+    "evaluations", "seconds",
+)  # fmt: skip
 OVERVIEW = {
     "psnr_mean": "PSNR (dB)",
     "ssim_mean": "SSIM",
     "label_accuracy": "labels right",
+    "identification": "identified",
+    "bit_exact": "bit for bit",
+    "certified": "exact with a certificate",
     "signals_found": "images told apart",
     "seconds": "seconds",
 }
@@ -30,6 +36,7 @@ MEASURES = {"psnr": "mean PSNR (dB)", "ssim": "mean SSIM"}
 PANEL = {"batch_size": "B = {}", "max_evals": "{} evaluations", "max_seconds": "{} seconds"}
 MARKERS = "os^v"  # one for every ten lines
 DECADE = 10
+SHARES = ("ssim_mean", "label_accuracy", "identification", "bit_exact", "certified")  # figures between 0 and 1
 PANELS = 3  # in a row
 
 
@@ -81,7 +88,7 @@ def in_a_word(line: Cell, name: str) -> str:
     """A mean as the overview's tables show it, PSNR with its spread and the share of failures."""
     if line[name] is None:
         return ""
-    text = f"{line[name]:.2f}" if name in ("ssim_mean", "label_accuracy") else f"{line[name]:.1f}"
+    text = f"{line[name]:.2f}" if name in SHARES else f"{line[name]:.1f}"
     if name == "psnr_mean":
         text += f" ± {line['psnr_spread']:.1f}" if line["psnr_spread"] is not None else ""
         text += f" ({100 * line['failed']:.0f} % failed)" if line["failed"] else ""

@@ -32,8 +32,9 @@ from update.shared import SharedUpdate
 
 CLOSE = 0.01  # features count as read when their relative error is below this
 MANY_STEPS = 100_000  # steps of a run whose budget is seconds, so that seconds end the run
-QUALITY = ("psnr_mean", "ssim_mean", "label_accuracy")
+QUALITY = ("psnr_mean", "ssim_mean", "label_accuracy", "identification", "bit_exact", "certified")
 FIGURES = (*QUALITY, "signals_found", "evaluations", "seconds")
+UNREAD = {"certified": 0.0, "signals_found": 0}  # figures of what reads no signals
 READ = ("found", "labels_right", "within_1_percent", "worst_error", "signal_seconds", "note")  # figures of signals
 
 # A run has diverged if its loss was not finite, or if the share of its pixels at the edges of [0, 1] exceeds the
@@ -107,17 +108,28 @@ def measure_attack(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
         KeyboardInterrupt: the run was interrupted.
     """
     path = run_folder(cell, flags, out)
-    argv = [*flags_of(cell), *flags, "--quiet", "--save_dir", str(path.parent), "--run_name", path.name]
+    figures = run_of([*flags_of(cell), *flags], path)
+    lost = figures["ended_by"] == "non-finite" or is_saturated(pictures(path), truth_of(cell, flags).images)
+    return {name: figures[name] for name in FIGURES} | {"status": DIVERGED if lost else figures["ended_by"]}
+
+
+def run_of(words: Sequence[str], path: Path) -> Cell:
+    """The content of the metrics.json that the command line of these words leaves in the run directory `path`.
+
+    A run that broke down on numbers that are not finite is a result.
+
+    Raises:
+        RuntimeError: the run ended with an error, which the message repeats.
+        KeyboardInterrupt: the run was interrupted.
+    """
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
-        status = magia.main(argv)
+        status = magia.main([*words, "--quiet", "--save_dir", str(path.parent), "--run_name", path.name])
     if status == INTERRUPTED:
         raise KeyboardInterrupt
     figures = json.loads((path / "metrics.json").read_text()) if (path / "metrics.json").is_file() else None
-    ended_by = figures["ended_by"] if figures else None
-    if figures is None or (status and ended_by != "non-finite"):
+    if figures is None or (status and figures["ended_by"] != "non-finite"):
         raise RuntimeError((said.getvalue().splitlines() or [f"exit status {status}"])[-1].split("error: ")[-1])
-    lost = ended_by == "non-finite" or is_saturated(pictures(path), truth_of(cell, flags).images)
-    return {name: figures[name] for name in FIGURES} | {"status": DIVERGED if lost else ended_by}
+    return figures
 
 
 def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
@@ -131,8 +143,8 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     with enough_threads(model, update.batch_size, update.image_shape):
         result = breaching_attack(attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed)
     images = result.images
-    figures = metrics.evaluate(truth.images, truth.labels, images, result.labels)
-    figures |= {"signals_found": 0, "evaluations": result.evaluations, "seconds": round(result.seconds, 3)}
+    figures = metrics.evaluate(truth.images, truth.labels, images, result.labels, truth.others)
+    figures |= UNREAD | {"evaluations": result.evaluations, "seconds": round(result.seconds, 3)}
     lost = is_saturated(images, truth.images)
     return _recorded(cell, flags, out, images, figures | {"status": DIVERGED if lost else "max_evals"})
 
@@ -140,7 +152,7 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
 def measure_guess(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """The figures of a guess on the batch of a cell; a guess names no labels."""
     images, figures = _guessed(str(cell["preset"]), cell, flags)
-    figures |= {"label_accuracy": None, "signals_found": 0, "evaluations": 0, "seconds": 0.0, "status": "guess"}
+    figures |= UNREAD | {"label_accuracy": None, "evaluations": 0, "seconds": 0.0, "status": "guess"}
     return _recorded(cell, flags, out, images, figures)
 
 
@@ -154,7 +166,7 @@ def _guessed(name: str, cell: Cell, flags: Sequence[str]) -> tuple[Tensor, Cell]
     """The images (B, C, H, W) of a guess, and how close they come to the batch of a cell."""
     settings, truth = settings_of(cell, flags), truth_of(cell, flags)
     images = guess(name, open_source(settings.dataset, settings.data_path), truth.images)
-    return images, metrics.evaluate(truth.images, truth.labels, images, truth.labels)
+    return images, metrics.evaluate(truth.images, truth.labels, images, truth.labels, truth.others)
 
 
 def _recorded(cell: Cell, flags: Sequence[str], out: Path, images: Tensor, figures: Cell) -> Cell:

@@ -18,8 +18,16 @@ SOURCES = (
     "update/*.py",
     "judge/metrics.py",
     "judge/layers.py",
+    "judge/verdict.py",
 )
-MEASURING = ("bench/measures.py", "bench/peers.py", "bench/guesses.py", "bench/batches.py", "samples/*.npz")
+MEASURING = (
+    "bench/measures.py",
+    "bench/audits.py",
+    "bench/peers.py",
+    "bench/guesses.py",
+    "bench/batches.py",
+    "samples/*.npz",
+)
 LEFT_OUT = ("benchmark.py", "train_victim.py", "cli/docs.py", "cli/console.py")
 PEERS = ("breaching", "joblib")  # packages of benchmarks, beside those of every run
 

@@ -167,9 +167,9 @@ def readme_table(folder: Path = DATA) -> str:
             shown = [at["magia"], at.get("magia --signals off"), at.get("paper_tuned"), best, at["mean_image"]]
             figures = " | ".join("" if row is None else "diverged" if is_lost(row) else row["psnr"] for row in shown)
             lines.append(f"| {network} | {size} | {figures} | {at['magia']['seconds']} |")
-    rows = read_rows(folder, "networks")
-    for network, label, sizes in ALONE:
-        at = {row["batch_size"]: row for row in rows if row["network"] == label}
+    for network, name, label, sizes in ALONE:
+        rows = [row for row in read_rows(folder, name) if "--device cuda" not in row["command"]]
+        at = {row["batch_size"]: row for row in rows if label in (row.get("network"), row.get("client"))}
         lines += [f"| {network} | {s} | {at[str(s)]['psnr']} | | | | | {at[str(s)]['seconds']} |" for s in sizes]
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ classes, and labels are random. Trained networks were trained with Adam, batches
 `train_victim.py` makes networks of this sort. The brackets behind a network have its accuracy on 2,000 test images.
 
 **Seconds** are wall time on the device and include the search for signals. Two programs at a time ran on two cores,
-and up to four on the H100. All rows were measured with torch 2.13.0.
+up to four on the H100, and eight on the H200. All rows were measured with torch 2.13.0, those of the H200 with 2.11.0.
 """
 
 RIVAL = ("{psnr}", " ± {psnr_spread}", ", {ssim}", ", {seconds} s", " (diverged: {diverged} of {runs})")
@@ -274,6 +274,20 @@ DEFENCES = tuple(
     )
     for name in ("defences_lenet", "defences_convnet", "defences_resnet18_cifar")
 )
+IDENTIFIED = Table(
+    "identification",
+    "Which images are identified?",
+    "",
+    {"update": "`{update}`", "network": "{network}"},
+    {
+        "identification rate, share of the labels right (PSNR in dB)": (
+            "{identification}",
+            ", {label_accuracy}",
+            " ({psnr})",
+        )
+    },
+    "`{attack}`",
+)
 FAMILIES = Table(
     "networks_families",
     "What does one update of an untrained network of each family give away?",
@@ -314,7 +328,7 @@ LOCAL_TRAINING = tuple(
     )
     for name, head in LOCAL.items()
 )
-OTHER_TABLES = (*DEFENCES, *LOCAL_TRAINING, FAMILIES)
+OTHER_TABLES = (*DEFENCES, IDENTIFIED, *LOCAL_TRAINING, FAMILIES)
 
 # The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
 # name in networks.csv, batch sizes).
@@ -324,23 +338,54 @@ COMPARED = (
     ("ResNet-18 for small images, trained to 61 %", "rivals_resnet18_cifar", (1, 4)),
     ("ResNet-18, BatchNorm in training mode", "rivals_resnet18_bn", (4,)),
 )
-ALONE = (
-    ("ResNet-18, trained to 62 %", "`resnet18`, trained (62 %)", (16, 24)),
+ALONE = (  # a row's name in the README, its table, its name there, and its batch sizes
+    ("ResNet-18, trained to 62 %", "networks", "`resnet18`, trained (62 %)", (16, 24)),
     (
         "ResNet-18 for small images, BatchNorm in training mode",
+        "networks",
         "`resnet18_cifar`, trained (61 %), BatchNorm in training mode",
         (4, 8),
     ),
-    ("ResNet-18, BatchNorm in training mode", "`resnet18`, trained (62 %), BatchNorm in training mode", (4, 8, 16)),
-    ("MLP, six layers, ReLU, untrained", "`mlp`, ReLU, six layers of width 200, untrained", (30,)),
-    ("MLP, two layers, ReLU, width 1,000, untrained", "`mlp`, ReLU, two layers, width 1,000, untrained", (128,)),
+    (
+        "ResNet-18, BatchNorm in training mode",
+        "networks",
+        "`resnet18`, trained (62 %), BatchNorm in training mode",
+        (4, 8, 16),
+    ),
+    ("MLP, six layers, ReLU, untrained", "networks", "`mlp`, ReLU, six layers of width 200, untrained", (30,)),
+    (
+        "MLP, two layers, ReLU, width 1,000, untrained",
+        "networks",
+        "`mlp`, ReLU, two layers, width 1,000, untrained",
+        (128,),
+    ),
+    (
+        "MLP, 20 shuffled passes of four minibatches",
+        "local_first_layer",
+        "ReLU, 3 layers of 200, minibatches of 4, rate 0.01, passes: 20",
+        (16,),
+    ),
+    (
+        "MLP, 5 shuffled passes of four minibatches, momentum 0.9",
+        "local_first_layer",
+        "ReLU, 3 layers of 400, minibatches of 8, 5 passes, momentum 0.9, decay 5e-4",
+        (32,),
+    ),
+    (
+        "ConvNet, trained to 58 %, one pass of two minibatches, momentum 0.9",
+        "local_one_pass",
+        "ConvNet, trained, 2 minibatches at rate 0.01, momentum 0.9",
+        (4,),
+    ),
     (
         "`torchvision:vit_b_16`, 1,000 classes, 224 pixels, untrained",
+        "networks",
         "`torchvision:vit_b_16`, 1,000 classes, 224 pixels, untrained",
         (1,),
     ),
     (
         "`torchvision:resnet18`, 1,000 classes, 224 pixels, untrained",
+        "networks",
         "`torchvision:resnet18`, untrained, 1,000 classes, photographs of 224 pixels",
         (4,),
     ),

@@ -14,15 +14,20 @@ from update.defences import Defences
 
 NONE = "none"
 DEFENCES = (
-    NONE, "--frozen=head.bias", "--frozen=head", "float16", "bfloat16",
+    NONE, "--frozen=head.bias", "--frozen=head", "float16", "bfloat16", "int8",
     "noise:1e-5", "noise:1e-4", "noise:1e-3", "noise:1e-2", "noise:1e-1",
-    "topk:0.5", "topk:0.1", "topk:0.01", "topk:0.001",
+    "topk:0.5", "topk:0.1", "topk:0.01", "topk:0.001", "feedback:0.1:5", "feedback:0.01:5",
+    "percentile:10,truncate:0.01", "percentile:90", "truncate:1e-2", "truncate:1e-3", "truncate:1e-4",
+    "svt:0.1:0.1:0.1:1e-5:1e-6", "localdp:1:1:1e5:1e-5", "localdp:1:1:1e4:1e-5", "localdp:1:1:1e3:1e-5",
+    "localdp:1:1:100:1e-5", "localdp:1:1:10:1e-5",
     "quantise:8", "quantise:4", "quantise:2", "quantise:1", "sign",
     "clip:1", "clip:0.1", "secure_sum:2", "secure_sum:4", "secure_sum:8",
     "dpsgd:1:1e-4", "dpsgd:1:1e-3", "dpsgd:1:1e-2", "dpsgd:1:1e-1", "dpsgd:1:1",
 )  # fmt: skip
-STRONGER_BELOW = ("topk", "quantise", "clip")  # defences that are stronger the smaller their number is
-LEAKS = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # figures of OVERVIEW that are drawn
+# Defences that are stronger the smaller their number is.
+STRONGER_BELOW = ("topk", "feedback", "truncate", "svt", "localdp", "quantise", "clip")
+STRENGTHS = {"feedback": 0, "svt": 2, "localdp": 2}  # which of a defence's numbers is its strength, where not the last
+LEAKS = ("psnr_mean", "ssim_mean", "label_accuracy", "identification", "signals_found")  # of OVERVIEW, which are drawn
 WORTH = {"psnr_mean": "from PSNR", "ssim_mean": "from SSIM"}  # figures that the mean image has too
 WIDTH, HEIGHT = 3.0, 2.2  # of a panel, inches
 
@@ -30,15 +35,22 @@ WIDTH, HEIGHT = 3.0, 2.2  # of a panel, inches
 def kind_and_strength(defence: str) -> tuple[str, float]:
     """A defence's kind and strength, such as ("noise", 0.01): defences of one kind differ in strength alone.
 
-    A stronger defence has the larger strength. The strength of DP-SGD is SIGMA, and CLIP is part of the kind. A defence
-    without a number, a flag, and a composition of defences are kinds of their own.
+    A stronger defence has the larger strength. The strength of DP-SGD is SIGMA, and CLIP is part of the kind; STRENGTHS
+    has others. A defence without a number, a flag, and a composition of defences are kinds of their own.
     """
     steps = () if defence.startswith("--") else Defences.parse(defence).steps
     if len(steps) != 1 or not steps[0].amounts:
         return defence, 0.0
-    *kind, _ = defence.split(":")
-    amount = float(steps[0].amounts[-1])
-    return ":".join(kind), -amount if kind[0] in STRONGER_BELOW else amount
+    name, *numbers = defence.split(":")
+    at = STRENGTHS.get(name, len(numbers) - 1)
+    behind = ["*", *numbers[at + 1 :]] if numbers[at + 1 :] else []
+    return ":".join([name, *numbers[:at], *behind]), float(numbers[at]) * (-1 if name in STRONGER_BELOW else 1)
+
+
+def strength_in_words(defence: str) -> str:
+    """The number of a defence that is its strength, as it was written; the whole defence where it has none."""
+    name, *numbers = defence.split(":")
+    return numbers[STRENGTHS.get(name, -1)] if numbers and kind_and_strength(defence)[0] != defence else defence
 
 
 def panels(lines: Sequence[Cell]) -> dict[tuple, list[Cell]]:
@@ -119,7 +131,7 @@ def _plot(lines: Sequence[Cell], kinds: Mapping[str, Sequence[str]], path: Path,
     at = {(line["defence"], line["preset"]): line for line in lines}
     for row, measure in zip(axes, LEAKS, strict=True):
         row[0].set_ylabel(OVERVIEW[measure])
-        for axis, (kind, members) in zip(row, kinds.items(), strict=True):
+        for axis, members in zip(row, kinds.values(), strict=True):
             shown = [NONE, *members] if any(defence == NONE for defence, _ in at) else list(members)
             for number, preset in enumerate(dict.fromkeys(line["preset"] for line in lines)):
                 points = [(i, at[text, preset][measure]) for i, text in enumerate(shown) if (text, preset) in at]
@@ -128,7 +140,7 @@ def _plot(lines: Sequence[Cell], kinds: Mapping[str, Sequence[str]], path: Path,
                 )
                 if preset != MEAN or measure in WORTH:
                     axis.plot(*zip(*((i, y) for i, y in points if y is not None), strict=True), label=preset, **style)
-            names = [text.removeprefix(f"{kind}:") for text in shown]
+            names = [strength_in_words(text) for text in shown]
             axis.set_xticks(range(len(shown)), names, rotation=45)
     for axis, kind in zip(axes[-1], kinds, strict=True):
         axis.set_xlabel(kind)

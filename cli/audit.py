@@ -21,7 +21,7 @@ from update.shared import SharedUpdate
 # Defences of any update that leave the client's training unchanged, each kind from weak to strong.
 NEAREST = ("float16", "quantise:8", "noise:1e-3", "noise:1e-2", "noise:1e-1", "topk:0.1", "topk:0.01", "sign")
 
-SHOWN = ("defence", "level", "psnr_mean", "ssim_mean", "likeness", "signals_found", "change", "note")
+SHOWN = ("defence", "level", "psnr_mean", "ssim_mean", "identification", "likeness", "signals_found", "change", "note")
 
 RunOne = Callable[[argparse.Namespace, Mapping, Sequence[str]], int]
 

@@ -69,7 +69,7 @@ def introduction(
     """The batch, the objective, what was read, how the client trained if not in one step, and where results go."""
     shape = "x".join(map(str, update.image_shape))
     source = settings.update or f"{settings.dataset}, labels {settings.labels}"
-    found = f"signals: none used{_why_not_walked(model)}"
+    found = f"signals: none used{_why_not_walked(model) or _why_not_read(known)}"
     if known.signals is not None:
         found = f"signals: {len(known.signals)} of {update.batch_size} images told apart"
         if known.inputs is not None:
@@ -194,6 +194,11 @@ def _why_not_walked(model: nn.Module) -> str:
         return f", the model cannot be taken apart: {reason}"
     reason = why_no_gradient(Head.of(model).layer)
     return f", the head is not read: {reason}" if reason else ""
+
+
+def _why_not_read(known: Known) -> str:
+    """What came of the layers that were asked, where none told an image apart; empty where none was asked."""
+    return f", {known.why_not}" if known.why_not else ""
 
 
 def show_leaks(settings: argparse.Namespace) -> int:

@@ -185,6 +185,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "mean": numbers(-1e6),
     "std": numbers(0, above=True),
     "frozen": names,
+    "hidden": names,
     "defence": defence,
     "defended": defence,
     "dp_delta": _chance,

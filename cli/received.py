@@ -14,6 +14,7 @@ from cli.flags import checked_value
 from cli.model import model_options, parse_names, server_model, two_classes
 from cli.runtime import stream
 from cli.settings import facts_of
+from client.defences import encrypted
 from data import sides
 from network.chain import below_norms
 from network.head import Head
@@ -108,6 +109,7 @@ def _own(text: dict[str, str], settings: argparse.Namespace) -> tuple:
         notes.clear()  # on weights that were drawn
     freeze(model, [name for name, _ in model.named_parameters() if name not in update.gradients])
     update.targets(model)  # raises on an update that does not fit
+    update = encrypted(update, model, parse_names(settings.hidden))
     in_order = {name: update.gradients[name] for name in trainable(model)}  # the client's order; files keep another
     update = replace(update, gradients=in_order, notes=tuple(notes))
     return _examined(update, model, settings), model
@@ -143,7 +145,8 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     training = _declared(settings)
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
-    freeze(model, named_by(model, parse_names(settings.frozen)))
+    unseen = parse_names(settings.hidden)
+    freeze(model, named_by(model, [*parse_names(settings.frozen), *unseen]))
     tensors, text = read_tensors(source, most=room_for(model))
     notes += [text[ENTERED]] if ENTERED in text else []
     tensors, said = recognised(tensors, model, shape, source)
@@ -172,6 +175,7 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
         notes=(*notes, *said),
     )
     update.check(source)
+    update = encrypted(update, model, unseen)
     update = _examined(update, model, settings, rounding)
     if settings.batch_size is None:
         if not training.is_plain:

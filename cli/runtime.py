@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from network.zoo import place_of
 
@@ -59,15 +58,34 @@ def enough_threads(model: nn.Module, batch_size: int, image_shape: tuple[int, ..
     number of threads, and a seed has to repeat a run.
     """
     before = torch.get_num_threads()
-    if before > 1 and place_of(model)["device"].type == "cpu":  # to count takes a second, which one thread can save
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(torch.zeros(PAIR, *image_shape, **place_of(model)))
-        work = batch_size / PAIR * counter.get_total_flops()
+    if before > 1 and place_of(model)["device"].type == "cpu":
+        work = batch_size / PAIR * _work(model, torch.zeros(PAIR, *image_shape, **place_of(model)))
         torch.set_num_threads(min(before, max(1, int(work / FLOPS_PER_THREAD))))
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _work(model: nn.Module, images: torch.Tensor) -> int:
+    """Operations of a forward pass in the layers that have a matrix; the others take little beside them.
+
+    torch's own counter would load the compiler, which takes longer than many a run's first steps.
+    """
+    counts = []
+
+    def count(layer: nn.Module, _: object, outputs: torch.Tensor) -> None:
+        counts.append(2 * outputs.numel() * layer.weight[0].numel())
+
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "weight", None), torch.Tensor)]
+    hooks = [layer.register_forward_hook(count) for layer in layers if layer.weight.dim() > 1]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(counts)
 
 
 @contextmanager

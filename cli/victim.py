@@ -60,6 +60,7 @@ def victim(
         frozen=parse_names(settings.frozen),
         training=training,
         defence=settings.defence,
+        hidden=parse_names(settings.hidden),
         generator=stream(settings.seed, "defence"),
     )
     return replace(update, notes=tuple(notes), evidence=evidence), model, batch

@@ -1,15 +1,20 @@
 """The defences that a client may apply to its update before it shares the update."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from update.defences import PRIVATE, SUM, Defences
+from network.parameters import named_by, trainable
+from update.defences import EIGHT_BITS, PRIVATE, SUM, Defences
 from update.shared import SharedUpdate
 
 Gradients = dict[str, Tensor]  # by parameter name
+
+RARE = -20.0  # logarithm of a chance below which waiting for it is no longer counted in whole rounds
 
 
 def defend(
@@ -20,9 +25,18 @@ def defend(
     clip:NORM           the whole update scaled to L2 norm NORM where it is longer
     noise:STD           Gaussian noise of this standard deviation added to every entry
     topk:SHARE          all but this share of the entries, the largest of the whole update, set to zero
+    feedback:SHARE:ROUNDS  the same with error feedback: what was not sent is added to the next round's update (Stich et
+                        al. 2018, arXiv 1809.07599); the last of ROUNDS rounds that have all this very gradient
+    percentile:PERCENT  magnitudes below this percentile of the whole update set to zero (NVFlare's PercentilePrivacy;
+                        Shokri and Shmatikov 2015)
+    truncate:GAMMA      entries of the weight difference over the steps clamped to [-GAMMA, GAMMA] (the same filter)
+    svt:FRACTION:EPSILON:NOISE_VAR:GAMMA:TAU  sparse vector technique, see `sparse_vector` (NVFlare's SVTPrivacy)
+    localdp:CLIP:SENSITIVITY:EPSILON:DELTA  the weight difference clipped to L2 norm CLIP, then Gaussian noise of the
+                        standard deviation SENSITIVITY sqrt(2 ln(1.25 / DELTA)) / EPSILON (Flower's LocalDpMod)
     quantise:BITS       each tensor's magnitudes rounded up or down, at random and right on average, to 2^BITS - 1 equal
                         steps of its largest one, signs apart (QSGD, Alistarh et al. 2017, arXiv 1610.02132, with the
                         largest magnitude for scale; 1 bit is TernGrad, Wen et al. 2017, arXiv 1705.07878)
+    int8                each tensor rounded to the nearest of the 255 whole multiples of its largest magnitude / 127
     sign                each tensor's signs times its mean magnitude (signSGD, Bernstein et al. 2018, arXiv 1802.04434,
                         with the scale of Karimireddy et al. 2019, arXiv 1901.09847); zeros stay zero
     float16, bfloat16   rounded to half precision
@@ -40,7 +54,7 @@ def defend(
     if len(clients) != defences.clients:
         raise ValueError(f"--defence {defences} is of {defences.clients} clients, not {len(clients)}")
     updates = list(clients)
-    for defence in defences:
+    for defence in defences.of_gradient(clients[0].training):
         if defence.name == SUM:
             updates = [_summed(updates)]
         elif defence.name != PRIVATE:
@@ -67,6 +81,27 @@ def defend_received(update: SharedUpdate, defence: str, *, generator: torch.Gene
         raise ValueError(f"--defence {defence}: {PRIVATE} and {SUM} take the clients' images, not an update of theirs")
     both = defence if update.defence == "none" else f"{update.defence},{defence}"
     return dataclasses.replace(defend([update], defences, generator=generator), defence=both)
+
+
+def encrypted(update: SharedUpdate, model: nn.Module, prefixes: Sequence[str]) -> SharedUpdate:
+    """The update of which a server does not see the parameters whose names start with one of the prefixes.
+
+    In one step such a parameter is to the server what a frozen one is, and the model's is frozen: its weights are
+    known, and how far they went is not.
+
+    Raises:
+        ValueError: a prefix fits no parameter, nothing is left to see, or the client made several steps, in which what
+            is hidden moves all else.
+    """
+    names = set(named_by(model, prefixes))
+    if names and not update.training.is_one_step:
+        raise ValueError(f"--hidden {','.join(prefixes)}: for one local step only")
+    seen = {name: gradient for name, gradient in update.gradients.items() if name not in names}
+    if not seen:
+        raise ValueError(f"--hidden {','.join(prefixes)}: nothing is left to see")
+    for name in names & trainable(model).keys():
+        model.get_parameter(name).requires_grad_(False)
+    return dataclasses.replace(update, gradients=seen)
 
 
 def _summed(updates: Sequence[SharedUpdate]) -> SharedUpdate:
@@ -100,6 +135,100 @@ def largest(gradients: Gradients, share: float, *, generator: torch.Generator | 
     return {name: torch.where(gradient.abs() >= least, gradient, 0) for name, gradient in gradients.items()}
 
 
+def fed_back(
+    gradients: Gradients, share: float, rounds: float, *, generator: torch.Generator | None = None
+) -> Gradients:
+    """What the last of these rounds sends, each with the same gradients, if each keeps what it did not send."""
+    due = sent = {name: torch.zeros_like(gradient) for name, gradient in gradients.items()}
+    for _ in range(int(rounds)):
+        due = {name: due[name] - sent[name] + gradient for name, gradient in gradients.items()}
+        sent = largest(due, share)
+    return sent
+
+
+def above_percentile(gradients: Gradients, percent: float, *, generator: torch.Generator | None = None) -> Gradients:
+    """Magnitudes below this percentile of those of all tensors together set to zero."""
+    sizes = np.concatenate([gradient.abs().double().cpu().numpy().ravel() for gradient in gradients.values()])
+    cutoff = float(np.percentile(sizes, percent))
+    return {name: torch.where(gradient.double().abs() >= cutoff, gradient, 0) for name, gradient in gradients.items()}
+
+
+def truncated(gradients: Gradients, gamma: float, *, generator: torch.Generator | None = None) -> Gradients:
+    """Every entry clamped to [-gamma, gamma]."""
+    return {name: gradient.clamp(-gamma, gamma) for name, gradient in gradients.items()}
+
+
+def sparse_vector(
+    gradients: Gradients,
+    fraction: float,
+    epsilon: float,
+    noise_var: float,
+    gamma: float,
+    tau: float,
+    *,
+    generator: torch.Generator | None = None,
+) -> Gradients:
+    """Noisy values of some entries whose magnitudes, clamped to gamma, exceed a noisy threshold; the others are zero.
+
+    n is this fraction of the entries. The threshold is tau + Lap(2 gamma / epsilon). Round after round, every entry
+    that was not accepted yet is compared with it under fresh noise Lap(4 gamma n / (epsilon (2 n)^(2/3))), until n are
+    accepted. n of these are drawn with replacement, so some twice, and sent with noise Lap(2 gamma / noise_var),
+    clamped to [-gamma, gamma].
+    """
+    flat = torch.cat([gradient.double().cpu().flatten() for gradient in gradients.values()])
+    count = math.ceil(fraction * len(flat))
+    threshold = tau + 2 * gamma / epsilon * laplace_noise(1, generator)
+    spread = 4 * gamma * count / (epsilon * (2 * count) ** (2 / 3))
+    rounds = _rounds_to_pass((flat.abs().clamp(max=gamma) - threshold) / spread, generator)
+    accepted = (rounds <= rounds.kthvalue(count).values).nonzero()[:, 0]
+    chosen = accepted[torch.randint(len(accepted), (count,), generator=generator)].unique()
+    noise, sent = 2 * gamma / noise_var * laplace_noise(len(chosen), generator), torch.zeros_like(flat)
+    sent[chosen] = (flat[chosen] + noise).clamp(-gamma, gamma)
+    parts = sent.split([gradient.numel() for gradient in gradients.values()])
+    return {name: part.view_as(own).to(own) for (name, own), part in zip(gradients.items(), parts, strict=True)}
+
+
+def _rounds_to_pass(margins: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The logarithm of the round in which each margin (N,) first is positive under fresh noise Lap(1) in every round.
+
+    Drawn at once, as a rounded exponential variable: where margins are far below zero, rounds would never end.
+    """
+    log_chance = torch.where(margins >= 0, torch.log1p(-torch.exp(-margins.abs()) / 2), margins - math.log(2))
+    log_rate = torch.where(log_chance < RARE, log_chance, torch.log(-torch.log1p(-log_chance.exp())))
+    waited = torch.empty_like(margins).exponential_(generator=generator).log() - log_rate
+    return torch.where(waited < -RARE, waited.exp().ceil().clamp(min=1).log(), waited)
+
+
+def laplace_noise(count: int, generator: torch.Generator | None) -> Tensor:
+    """Laplace noise (count,) of scale 1 in float64, drawn on the CPU."""
+    drawn = torch.empty(2, count, dtype=torch.float64).exponential_(generator=generator)
+    return drawn[0] - drawn[1]
+
+
+def locally_private(
+    gradients: Gradients,
+    clip: float,
+    sensitivity: float,
+    epsilon: float,
+    delta: float,
+    *,
+    generator: torch.Generator | None = None,
+) -> Gradients:
+    """Clipped to this norm, with the noise of the Gaussian mechanism for (epsilon, delta) at this sensitivity."""
+    std = sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / epsilon
+    return noisy(clipped(gradients, clip), std, generator=generator)
+
+
+def in_eight_bits(gradients: Gradients, *, generator: torch.Generator | None = None) -> Gradients:
+    """Whole multiples of each tensor's largest magnitude / EIGHT_BITS, the nearest ones; halves to even ones."""
+
+    def rounded(gradient: Tensor) -> Tensor:
+        step = gradient.abs().max() / EIGHT_BITS
+        return (gradient / step).round() * step if step else gradient
+
+    return {name: rounded(gradient) for name, gradient in gradients.items()}
+
+
 def quantised(gradients: Gradients, bits: int, *, generator: torch.Generator | None = None) -> Gradients:
     """Magnitudes at 2^bits - 1 equal steps of each tensor's largest, by stochastic rounding; signs are kept."""
     steps = 2**bits - 1
@@ -130,6 +259,12 @@ ACTS: Mapping[str, Callable[..., Gradients]] = {
     "clip": clipped,
     "noise": noisy,
     "topk": largest,
+    "feedback": fed_back,
+    "percentile": above_percentile,
+    "truncate": truncated,
+    "svt": sparse_vector,
+    "localdp": locally_private,
+    "int8": in_eight_bits,
     "quantise": quantised,
     "sign": signs,
     "float16": _rounded_to(torch.float16),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from client.defences import defend
+from client.defences import defend, encrypted
 from client.privacy import private_gradient
 from network.parameters import freeze, named_by, trainable
 from update.batchnorm import after_training, use_batch_statistics
@@ -25,6 +25,7 @@ def share_update(
     frozen: Sequence[str] = (),
     training: LocalTraining = FEDSGD,
     defence: str = "none",
+    hidden: Sequence[str] = (),
     generator: torch.Generator | None = None,
 ) -> SharedUpdate:
     """The update that the server sees after training on images (B, C, H, W) with labels (B,).
@@ -37,11 +38,11 @@ def share_update(
         options: further settings of the architecture.
         training: one step of FedSGD, or local training.
         defence: defences as `update.defences` reads them.
+        hidden: beginnings of the names of parameters that are encrypted, as in `client.defences.encrypted`.
         generator: the source of random numbers of the defences, on the CPU.
 
     Raises:
-        ValueError: the gradient is not finite, a name in `frozen` fits no parameter, the defence is unknown or does not
-            go with the training, or the training does not suit the batch or the model.
+        ValueError: the gradient is not finite, a name fits no parameter, or what is asked for does not go together.
     """
     freeze(model, named_by(model, frozen))
     training.check(len(images))
@@ -52,12 +53,11 @@ def share_update(
         use_batch_statistics(model, training.frozen_norms)
 
     def one_client(images: Tensor, labels: Tensor) -> SharedUpdate:
-        statistics: dict[str, Tensor] = {}
         if defences.private:
             gradients = private_gradient(model, images, labels, *defences.private, generator, loss=training.loss)
+            statistics: dict[str, Tensor] = {}
         else:
-            own = training.shuffled(len(images), generator)
-            gradients, statistics = trained_update(model, images, labels, own)
+            gradients, statistics = trained_update(model, images, labels, training.shuffled(len(images), generator))
         update = SharedUpdate(
             gradients={name: gradient.detach() for name, gradient in zip(trainable(model), gradients, strict=True)},
             weights={n: w.detach().clone() for n, w in model.state_dict().items()},
@@ -72,8 +72,8 @@ def share_update(
         update.check("the client's update")
         return update
 
-    batches = zip(images.chunk(defences.clients), labels.chunk(defences.clients), strict=True)
-    return defend([one_client(*batch) for batch in batches], defences, generator=generator)
+    each = map(one_client, images.chunk(defences.clients), labels.chunk(defences.clients))
+    return encrypted(defend(list(each), defences, generator=generator), model, hidden)
 
 
 def trained_update(

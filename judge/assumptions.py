@@ -87,6 +87,11 @@ def _batch_norm(config: Mapping) -> str:
 
 
 def _defence(config: Mapping) -> str:
+    hidden = config.get("hidden")
+    return _applied(config) + (f" Encrypted, so that the server does not see it: {hidden}." if hidden else "")
+
+
+def _applied(config: Mapping) -> str:
     if config["update"]:
         applied = f" On top of it, {config['defence']} was applied here." if config["defence"] else ""
         declared = config.get("defended")

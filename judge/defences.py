@@ -11,7 +11,13 @@ from judge.pictures import read_images
 from judge.report import STRIP, first_pictures, read_facts
 from judge.run_directory import DEFENDED
 
-FIGURES = ("psnr_mean", "ssim_mean", "label_accuracy", "signals_found")  # figures of a row, None where not known
+FIGURES = (
+    "psnr_mean",
+    "ssim_mean",
+    "label_accuracy",
+    "identification",
+    "signals_found",
+)  # figures of a row, None where not known
 WHY = {
     "interrupt": "interrupted: resume the audit",
     "abort": "interrupted: resume the audit",

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -84,22 +85,54 @@ def guess_psnr(truth: Tensor) -> list[float]:
     return best
 
 
-def evaluate(truth: Tensor, labels: Tensor, reconstruction: Tensor, predicted: Tensor) -> dict:
+def identified(truth: Tensor, matched: Tensor, others: Iterable[Tensor] = ()) -> tuple[list[bool], int]:
+    """Whether each matched picture is nearer to its truth than to every other image, and the number of other images.
+
+    Near is a small squared distance of the pixels. The other images are the rest of the batch and `others`, without
+    copies of the truth.
+
+    Args:
+        truth, matched: (B, C, H, W) in [0, 1], picture i matched to truth i.
+        others: portions (N, C, H, W) of images that are not of the batch.
+    """
+    a, b = (images.detach().double().cpu().flatten(1) for images in (matched, truth))
+    own, nearest, count = (a - b).square().sum(1), torch.full((len(a),), math.inf, dtype=torch.float64), len(b) - 1
+    for portion in (truth, *others):
+        images = portion.detach().double().cpu().flatten(1)
+        is_copy = torch.cdist(b, images).square() < LEAST_MSE * b.shape[1]
+        nearest = torch.minimum(nearest, torch.cdist(a, images).square().masked_fill(is_copy, math.inf).amin(1))
+        count += len(images) if portion is not truth else 0
+    return (own < nearest).tolist(), count
+
+
+def equal_bits(truth: Tensor, matched: Tensor) -> list[bool]:
+    """Whether each matched picture (B, C, H, W), rounded to 8 bits, is the truth in 8 bits, every pixel the same."""
+    a, b = ((images.detach().double().cpu().flatten(1) * 255).round() for images in (matched, truth))
+    return (a == b).all(1).tolist()
+
+
+def evaluate(
+    truth: Tensor, labels: Tensor, reconstruction: Tensor, predicted: Tensor, others: Iterable[Tensor] = ()
+) -> dict:
     """All figures of a reconstruction, keys as in metrics.json.
 
     Args:
         truth, reconstruction: (B, C, H, W) in [0, 1].
         labels, predicted: class indices (B,).
+        others: images that are not of the batch, see `identified`.
 
     Returns:
-        `assignment[i]` is the reconstruction matched to truth i; `psnr` and `ssim` are lists by truth, over this
-        assignment. `psnr_mean_best_match` lets several truths share a reconstruction.
+        `assignment[i]` is the reconstruction matched to truth i; `psnr`, `ssim`, `identified` and `equal_bits` are
+        lists by truth, over this assignment. `psnr_mean_best_match` lets several truths share a reconstruction.
+        `identification` is None where there is no other image.
     """
     psnr = psnr_matrix(truth, reconstruction)
     assignment = assign(psnr)
     matched = psnr[np.arange(len(psnr)), assignment]
     similarity = [ssim(truth[i], reconstruction[j]) for i, j in enumerate(assignment)]
     order = assignment.tolist()
+    who, compared = identified(truth, reconstruction[order], others)
+    same = equal_bits(truth, reconstruction[order])
     return {
         "psnr_mean": float(matched.mean()),
         "psnr": matched.tolist(),
@@ -109,5 +142,10 @@ def evaluate(truth: Tensor, labels: Tensor, reconstruction: Tensor, predicted: T
         "mse_mean": float((truth - reconstruction[order]).square().mean()),
         "label_accuracy": label_accuracy(labels, predicted),
         "recovered": float(np.mean(np.array(similarity) >= RECOVERED_SSIM)),
+        "identification": float(np.mean(who)) if compared else None,
+        "identified_among": compared,
+        "identified": who if compared else [None] * len(who),
+        "bit_exact": float(np.mean(same)),
+        "equal_bits": same,
         "assignment": order,
     }

@@ -19,7 +19,7 @@ from judge.pictures import Film, comparison, save_curves, save_images, save_png,
 from judge.report import audit_facts, write_report
 from judge.run_directory import RunDirectory, Trace
 from judge.tables import write_csv
-from judge.verdict import CERTAIN
+from judge.verdict import CERTAIN, certified
 from update import checked
 from update.evidence import Evidence, contradictions
 
@@ -141,6 +141,7 @@ class Recorder:
             "final_loss": self.final_loss,
             "ended_by": ended_by,
         }
+        figures["certified"] = certified(figures)
         if self.known.layers:
             run.write("layers.csv", lambda path: write_csv(path, self.known.layers))
         run.write_json("config.json", {**config, "schedule": self.sizes})
@@ -152,7 +153,7 @@ class Recorder:
     def _judge(self, images: Tensor, labels: Tensor, num_classes: int) -> dict:
         truth, signals = self.truth, self.signals
         guesses = metrics.guess_psnr(truth.images)
-        figures = metrics.evaluate(truth.images, truth.labels, images, labels) | {
+        figures = metrics.evaluate(truth.images, truth.labels, images, labels, truth.others or ()) | {
             "psnr_guess_mean": sum(guesses) / len(guesses),
             "psnr_guess": guesses,
             "label_accuracy_guess": metrics.guessed_label_accuracy(truth.labels, num_classes),
@@ -253,6 +254,12 @@ def summary(figures: Mapping) -> str:
             f"SSIM {figures['ssim_mean']:.2f}",
             f"labels {right}/{len(figures['psnr'])}",
         ]
+        if figures["identification"] is not None:
+            found = f"{sum(figures['identified'])}/{len(figures['psnr'])}"
+            parts.append(f"identified {found} among {figures['identified_among']} others")
+        parts.append(f"bit for bit {sum(figures['equal_bits'])}/{len(figures['psnr'])}")
+    certain = round(figures["certified"] * len(figures["labels"]))
+    parts.append(f"certified {certain}/{len(figures['labels'])}")
     if figures["final_loss"] is not None:
         parts.append(f"loss {figures['final_loss']:.3e}")
     parts += [
@@ -264,7 +271,7 @@ def summary(figures: Mapping) -> str:
 
 def in_words(signals: Signals, index: int, *, is_contradicted: bool = False) -> list[str]:
     """How sure one signal is, as lines of a picture's caption."""
-    confidence, error = float(signals.confidence[index]), float(signals.uncertainty[index])
+    confidence, error = float(signals.confidence[index]), float(signals.error[index])
     sure = "certain" if confidence > CERTAIN else f"{100 * confidence:.0f} % sure"
     sure = "contradicted" if is_contradicted else sure
     return [f"signal {sure}", f"±{error:.0e}".replace("e-0", "e-")]
@@ -295,7 +302,7 @@ def _signal_figures(known: Known, *, is_sure: bool) -> dict:
     if signals is None:
         return {"signals_found": 0, "signals_rank": None, "signals_seconds": 0.0, "signals": []} | said
     confidence = signals.confidence * is_sure
-    columns = (signals.labels, signals.certificates, confidence, signals.uncertainty, signals.residuals)
+    columns = (signals.labels, signals.certificates, confidence, signals.error, signals.residuals)
     columns = [column.tolist() for column in columns]
     names = ("label", "certificate", "confidence", "uncertainty", "residual")
     if known.in_steps:

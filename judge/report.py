@@ -81,9 +81,10 @@ def audit_facts(config: Mapping, figures: Mapping, name: str) -> dict:
 
 def _judged(figures: Mapping) -> list[dict]:
     """The images in the order of the truth, each with its reconstruction."""
-    columns = ("assignment", "psnr", "ssim", "psnr_guess", "true_labels")
+    columns = ("assignment", "psnr", "ssim", "psnr_guess", "true_labels", "identified", "equal_bits")
     images = []
-    for truth, (index, psnr, ssim, guess, label) in enumerate(zip(*(figures[c] for c in columns), strict=True)):
+    rows = zip(*(figures[column] for column in columns), strict=True)
+    for truth, (index, psnr, ssim, guess, label, identified, equal_bits) in enumerate(rows):
         images.append(
             {
                 "level": verdict.level_of(psnr, ssim, guess),
@@ -93,6 +94,8 @@ def _judged(figures: Mapping) -> list[dict]:
                 "psnr": psnr,
                 "psnr_guess": guess,
                 "ssim": ssim,
+                "identified": identified,
+                "equal_bits": equal_bits,
             }
         )
     return images

@@ -80,6 +80,21 @@ def belief_of(confidence: float | None, *, has_pixels: bool) -> str:
     return "read" if has_pixels else "apart"
 
 
+def certified(figures: Mapping) -> float:
+    """The share of the images whose pixels were read with certainty, and are exact where the truth is at hand.
+
+    Args:
+        figures: the content of metrics.json.
+    """
+    sure = figures["pixels_read"] if are_certain(figures["layers"]) else 0
+    signals = figures["signals"][:sure]
+    read = {j for j, own in enumerate(signals) if belief_of(own["confidence"], has_pixels=True) == "read"}
+    if "psnr" in figures:
+        matched = zip(figures["assignment"], figures["psnr"], strict=True)
+        read &= {j for j, psnr in matched if psnr >= EXACT_PSNR}
+    return len(read) / len(figures["labels"])
+
+
 def are_certain(layers: Sequence[Mapping]) -> bool:
     """Whether the pixels, the inputs of the first layer, are known to WITHIN, by the rows of layers.csv."""
     return bool(layers) and layers[0]["uncertainty"] is not None and layers[0]["uncertainty"] <= WITHIN

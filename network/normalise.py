@@ -11,13 +11,15 @@ NAME = "normalise"  # of the layer in the model; it has no parameters, and a sta
 class Normalise(nn.BatchNorm2d):
     """(x - mean) / std for each channel: a BatchNorm whose statistics nothing moves, so it is walked through like one.
 
+    Its eps is too small to change a variance. It is not 0, which several versions of torch refuse.
+
     Args:
         mean: one for each channel, in units of pixels in [0, 1].
         std: likewise.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__(len(mean), eps=0.0, affine=False, track_running_stats=False)
+        super().__init__(len(mean), eps=torch.finfo(torch.float32).tiny, affine=False, track_running_stats=False)
         for name, values in {"running_mean": mean, "running_var": [s * s for s in std]}.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
         self.eval()

@@ -235,3 +235,28 @@ def test_a_picture_too_large_to_be_meant_is_refused_before_it_is_decoded(tmp_pat
         warnings.simplefilter("error")
         with pytest.raises(DataError, match=r"huge\.png"):
             load(FolderImages(tmp_path), [0], image_size=16)
+
+
+def test_the_other_images_of_a_source_are_those_outside_the_batch_at_its_size(folder):
+    batch = load(open_source("sample", None), [3, 5], image_size=16)
+    others = torch.cat(list(batch.others))
+    whole = load(open_source("sample", None), range(128), image_size=16).images
+    assert torch.equal(others, whole[[i for i in range(128) if i not in (3, 5)]])
+    assert torch.equal(torch.cat(list(batch.others)), others)
+    (folder / "dog" / "torn.png").write_bytes(b"no image")
+    few = load(FolderImages(folder), [0, 1])  # the others are of another size, or damaged
+    assert torch.cat(list(few.others)).shape == (2, 3, 20, 20)
+    everything = load(open_source("sample", None), range(128))
+    assert list(everything.others) == []
+
+
+def test_of_many_other_images_a_thousand_are_spread_over_the_source(tmp_path):
+    count = 3500
+    pixels = np.arange(count, dtype=np.uint32).view(np.uint8).reshape(count, 2, 2, 1)[..., 0]
+    source = NpzImages(write_npz(tmp_path / "many.npz", images=pixels, labels=np.zeros(count, np.int64)))
+    others = (torch.cat(list(load(source, [0, 1]).others)) * 255).round().flatten(1).long()
+    numbers = others[:, 0] + 256 * others[:, 1]
+    assert len(set(numbers.tolist())) == data.MOST_OTHERS == 1000
+    assert (numbers.diff() <= 4).all()
+    assert numbers[0] == 2
+    assert numbers[-1] > count - 5

@@ -2,18 +2,24 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from update.training import LocalTraining
 
 
 @dataclass(frozen=True)
 class Amount:
-    """A number that a defence takes: whole or not, from `least` to `most`; `above` excludes `least`."""
+    """A number that a defence takes: whole or not, from `least` to `most`; `above` excludes `least`.
+
+    `per` is ROUND for a length of the weight difference, STEP for one of this difference over the client's steps.
+    """
 
     name: str
     least: float = 0.0
     most: float = math.inf
     whole: bool = False
     above: bool = False
+    per: str = ""
 
     def read(self, text: str, defence: str) -> float:
         """The number in `text`.
@@ -34,20 +40,36 @@ class Amount:
         return value
 
 
+ROUND, STEP = "round", "step"
 SUM, PRIVATE = "secure_sum", "dpsgd"
+EIGHT_BITS = 127  # the largest whole number of int8, of which -127 ... 127 are used
+SHARE = Amount("SHARE", most=1, above=True)
+GAMMA = Amount("GAMMA", most=1e30, above=True, per=STEP)
 AMOUNTS: Mapping[str, tuple[Amount, ...]] = {
     "clip": (Amount("NORM", above=True),),
     "noise": (Amount("STD", above=True),),
-    "topk": (Amount("SHARE", most=1, above=True),),
+    "topk": (SHARE,),
+    "feedback": (SHARE, Amount("ROUNDS", least=1, most=1000, whole=True)),
+    "percentile": (Amount("PERCENT", most=100),),
+    "truncate": (GAMMA,),
+    "svt": (
+        Amount("FRACTION", most=1, above=True), Amount("EPSILON", least=1e-6), Amount("NOISE_VAR", least=1e-6), GAMMA,
+        Amount("TAU", most=1e30, per=STEP),
+    ),
+    "localdp": (
+        Amount("CLIP", above=True, per=ROUND), Amount("SENSITIVITY", above=True, per=ROUND),
+        Amount("EPSILON", above=True), Amount("DELTA", most=1, above=True),
+    ),
     "quantise": (Amount("BITS", least=1, most=16, whole=True),),
+    "int8": (),
     "sign": (),
     "float16": (),
     "bfloat16": (),
     SUM: (Amount("CLIENTS", least=2, most=10**4, whole=True),),
     PRIVATE: (Amount("CLIP", above=True), Amount("SIGMA", least=1e-6)),
-}
+}  # fmt: skip
 NAMES = ("none", *(":".join([name, *(amount.name for amount in own)]) for name, own in AMOUNTS.items()))
-RESCALING = ("clip", PRIVATE)  # defences that may shorten an update by a factor that is not sent
+RESCALING = ("clip", "localdp", PRIVATE)  # defences that may shorten an update by a factor that is not sent
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,16 @@ class Defence:
 
     name: str
     amounts: tuple[float, ...]
+
+    def of_gradient(self, training: LocalTraining) -> "Defence":
+        """The defence with its amounts in units of the averaged gradient that the update holds.
+
+        The weight difference of a client is `training.combination().total` times as long: its rate times its steps.
+        """
+        reach = training.combination().total
+        units = {"": 1.0, ROUND: reach, STEP: reach / training.steps}
+        own = zip(AMOUNTS[self.name], self.amounts, strict=True)
+        return replace(self, amounts=tuple(value / units[amount.per] for amount, value in own))
 
 
 @dataclass(frozen=True)
@@ -91,6 +123,10 @@ class Defences:
     def __str__(self) -> str:
         return self.text
 
+    def of_gradient(self, training: LocalTraining) -> list[Defence]:
+        """The defences with their amounts in units of the averaged gradient, see `Defence.of_gradient`."""
+        return [step.of_gradient(training) for step in self.steps]
+
     @property
     def clients(self) -> int:
         """The number of clients whose updates are in the server's sum."""
@@ -105,7 +141,8 @@ class Defences:
     def uneven(self) -> bool:
         """Whether each image or each client is shortened by itself, so that no single factor undoes the shortening."""
         names = [step.name for step in self.steps]
-        return PRIVATE in names or (SUM in names and "clip" in names[: names.index(SUM)])
+        summed = names[: names.index(SUM)] if SUM in names else ()
+        return PRIVATE in names or any(name in RESCALING for name in summed)
 
     @property
     def rescale(self) -> bool:

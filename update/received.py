@@ -65,7 +65,10 @@ def averaged_gradients(
         raise StorageError(f"{source}: it has none of the model's parameters: it {begins}, the model with {first!r}")
     for name, parameter in parameters.items():
         if name not in tensors:
-            raise StorageError(f"{source}: {name!r} is missing; name it with --frozen if the client does not train it")
+            raise StorageError(
+                f"{source}: {name!r} is missing; name it with --frozen if the client does not train it, with --hidden "
+                "if it is encrypted"
+            )
         _check_fit(name, tensors[name], parameter, source)
     for name in tensors:
         if name not in state:

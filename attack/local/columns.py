@@ -29,6 +29,7 @@ from attack.local.levels import off_levels
 from attack.read.span import Span
 from attack.solve.budget import WorkBudget
 from attack.solve.ica import fast_ica
+from attack.solve.least_squares import least_squares
 
 LUMA_AND_CHROMA = ((1 / 3, 1 / 3, 1 / 3), (0.5, -0.5, 0.0), (0.25, 0.25, -0.5))
 
@@ -376,7 +377,7 @@ class ColumnSearch:
         """All images, from all columns."""
         zeros = torch.stack([column.zeros for column in found], 1) | ~self.live[:, None]  # (m, B)
         columns = (self.span.left @ _matrix(found)).masked_fill(zeros, 0.0)
-        columns = columns * torch.linalg.lstsq(columns, self.bias[:, None]).solution[:, 0]
+        columns = columns * least_squares(columns, self.bias[:, None])[:, 0]
         moved = torch.cat([self.span.left * self.span.sigma, self.bias[:, None]], 1)  # (m, B + 1)
         rows, columns = _alternating(columns, moved, ~zeros)
         residual = float((columns @ rows - moved).norm() / moved.norm())
@@ -409,12 +410,12 @@ class ColumnSearch:
 def _alternating(columns: Tensor, moved: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares columns @ rows = moved (m, B + 1) over rows (B, B + 1) and over columns (m, B) `on` in turn."""
     for _ in range(PASSES):
-        rows = torch.linalg.lstsq(columns, moved).solution
+        rows = least_squares(columns, moved)
         columns = torch.zeros_like(columns)
         for unit in on.any(1).nonzero()[:, 0].tolist():
             mine = on[unit]
-            columns[unit, mine] = torch.linalg.lstsq(rows[mine].T, moved[unit][:, None], driver="gelsd").solution[:, 0]
-    return torch.linalg.lstsq(columns, moved).solution, columns
+            columns[unit, mine] = least_squares(rows[mine].T, moved[unit][:, None], driver="gelsd")[:, 0]
+    return least_squares(columns, moved), columns
 
 
 def _differences(images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.func import jvp
 
 from attack.local.kernel_form import LayerInSteps
 from attack.solve.budget import WorkBudget
+from attack.solve.least_squares import least_squares
 from attack.solve.levenberg import DampingRule, Differentiated, LevenbergSolution, levenberg
 from network.stage import Chain, Stage
 from update.loss import Loss
@@ -85,7 +86,7 @@ class Training:
         name = self.chain[0].name
         columns = self._trained(inputs, weights)[name].columns()
         met = ((columns @ self.goal[f"{name}.weight"]) * inputs).sum(1)
-        return torch.linalg.lstsq((columns @ columns.T) * (inputs @ inputs.T), met[:, None]).solution[:, 0]
+        return least_squares((columns @ columns.T) * (inputs @ inputs.T), met[:, None])[:, 0]
 
     def in_turn(self, inputs: Tensor, columns: Tensor) -> tuple[Tensor, Order]:
         """Labels and order of a client's one pass, step by step, from the columns of the images.

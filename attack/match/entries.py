@@ -1,10 +1,12 @@
 """How far a gradient is from those that the client's defence could have turned into the update.
 
-A client that prunes, rounds or sends signs makes its defence public (`update.defences`). An entry of its update then no
-longer has the gradient's value: matched by value, entries that were left out would pull the gradient to zero. This
+A client that prunes, truncates, rounds or sends signs makes its defence public (`update.defences`). An entry of its
+update then no longer has the gradient's value: matched by value, entries left out would pull the gradient to zero. This
 module compares what the entries still tell of the gradient, on the scale of a squared distance of entries.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from attack.solve.quotients import bounds_of
 from network.parameters import trainable
-from update.defences import Defences
+from update.defences import EIGHT_BITS, Defence, Defences
 from update.shared import SharedUpdate
 from update.training import LocalTraining
 
@@ -24,6 +26,9 @@ CORNER = 0.3  # of a step: below it the likelihood of a rounded entry is smooth,
 UNLIKELY = 0.9  # of a step: beyond it the likelihood, which ends at one, goes on as a parabola
 SILENT = 1e-6  # lower bound on a tensor's mean square, relative to the mean square of all entries
 FLOATS = ("float16", "bfloat16")  # defences that change no entry but by rounding to 16 bits
+PRUNING = ("topk", "feedback", "percentile")  # those of which a missing entry is no larger than the least that was sent
+BOUNDING = (*PRUNING, "truncate", "int8")  # those after which an entry bounds the gradient's
+AT_GAMMA = 1 - 2**-8  # of GAMMA: from there on an entry may have been truncated, and then rounded to 16 bits
 
 
 def squared_distance(a: Gradient, b: Gradient) -> Tensor:
@@ -40,15 +45,22 @@ class Entries:
         relative: divide squares by the mean square of their tensor, and take the mean over all entries. Tensors of a
             trained network differ a thousandfold in size, and small tensors say as much of the images as large ones.
         is_whole: whether every entry has the gradient's value, but for noise.
+        is_legible: whether some entries have it, so that single images can be read.
     """
 
     sent: Gradient
     relative: bool = False
     is_whole = True
+    is_legible = True
 
     def imitated(self, training: LocalTraining) -> LocalTraining:
         """The training whose update is compared with the entries: the client's."""
         return training
+
+    @property
+    def missing(self) -> list[float]:
+        """The share of each tensor's gradient that the defence left out and no noise shows, at most 1."""
+        return [0.0] * len(self.sent)
 
     @cached_property
     def units(self) -> list[float]:
@@ -75,12 +87,17 @@ class Entries:
         return (p - q).square().sum()
 
 
-class Pruned(Entries):
-    """Entries of which only the largest were sent: an entry that is missing is no larger than the least that was sent.
+@dataclass(frozen=True, kw_only=True)
+class Within(Entries):
+    """Entries that bound the gradient's: by how much it lies outside its bounds is what counts.
 
-    Where nothing was pruned, the least entry is close to zero, and the distance is that of all entries.
+    Where nothing was pruned, truncated or rounded, both bounds are the entry, and the distance is that of all entries.
+
+    Attributes:
+        steps: the defences, in their order, with their amounts in units of the gradient.
     """
 
+    steps: tuple[Defence, ...]
     is_whole = False
 
     @cached_property
@@ -88,14 +105,74 @@ class Pruned(Entries):
         """The smallest magnitude that was sent."""
         return min(float(q[q != 0].abs().min()) for q in self.sent if q.any())
 
+    @cached_property
+    def bounds(self) -> list[tuple[Tensor, Tensor]]:
+        """What each tensor's entries of the gradient are at least and at most."""
+        return [self._bounds(q) for q in self.sent]
+
+    @property
+    def missing(self) -> list[float]:
+        """As in `Entries`: by how much missing, truncated and late entries may be off; rounded ones have noise."""
+        found = []
+        for q, (low, high) in zip(self.sent, self.bounds, strict=True):
+            half = (high - low).double() / 2
+            if any(step.name == "int8" for step in self.steps):
+                half = torch.where(q == 0, half, half - float(q.abs().max()) / EIGHT_BITS / 2)
+            share = float((half.square().sum() / 3).sqrt() / q.double().norm())
+            found.append(min(1.0, share) if q.any() else 1.0)
+        return found
+
+    def _bounds(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = q, q
+        for step in reversed(self.steps):
+            if step.name == "int8":
+                half = float(q.abs().max()) / EIGHT_BITS / 2
+                low, high = low - half, high + half
+            elif step.name == "truncate":
+                gamma = step.amounts[0] * AT_GAMMA
+                low, high = low.masked_fill(low <= -gamma, -math.inf), high.masked_fill(high >= gamma, math.inf)
+            elif step.name == "feedback":  # a sent entry is the gradient's as often as it waited, and was due but once
+                least = torch.maximum(q.abs() / step.amounts[1], q.abs() - self.least)
+                low, high = torch.where(q > 0, least, low), torch.where(q < 0, -least, high)
+            if step.name in PRUNING:
+                low, high = torch.where(q == 0, -self.least, low), torch.where(q == 0, self.least, high)
+        return low, high
+
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
-        return torch.where(q != 0, p - q, (p.abs() - self.least).relu()).square().sum()
+        low, high = self.bounds[at]
+        return ((low - p).relu() + (p - high).relu()).square().sum()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(Entries):
+    """Some of the entries with Laplace noise, clamped to [-gamma, gamma]; the others are missing and tell nothing.
+
+    What was sent is compared with the mean of what a gradient would send. By value, clamped noise would pull every
+    entry to +-gamma.
+
+    Attributes:
+        gamma: as in `client.defences.sparse_vector`, in units of the gradient.
+        spread: the scale of the noise.
+    """
+
+    gamma: float
+    spread: float
+    is_whole = False
+    is_legible = False
+
+    def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
+        size = p.abs()
+        near, far = (torch.exp(-gap / self.spread) for gap in ((size - self.gamma).abs(), size + self.gamma))
+        mean = size.clamp(max=self.gamma) - self.spread / 2 * (near - far)
+        beyond = torch.where(q.abs() < self.gamma, (size - self.gamma).relu(), 0)  # else the mean says nothing of it
+        return torch.where(q != 0, p.sign() * (mean + beyond) - q, 0).square().sum()
 
 
 class Signs(Entries):
     """Signs of the entries, and each tensor's mean magnitude."""
 
     is_whole = False
+    is_legible = False
 
     def _of_one(self, p: Tensor, q: Tensor, at: int) -> Tensor:
         wrong = (-q.sign() * p).relu().square().sum()
@@ -197,14 +274,25 @@ class Quotients(Entries):
 def observed(update: SharedUpdate, model: nn.Module, *, relative: bool = False) -> Entries:
     """The entries of an update, and what they still tell of the gradient by the parameters of `model`.
 
-    The last defence decides. The effects of earlier defences count as noise, and so do all after one step of Adam.
+    The last defence decides, together with those before it that leave bounds. The effects of earlier defences count as
+    noise, and so do all after one step of Adam.
     """
     if update.training.is_quotient:
         return Quotients.of(update, model)
-    sent, defences = update.targets(model), Defences.parse(update.defence)
-    last = next((step for step in reversed(defences.steps) if step.name not in FLOATS), None)
-    if last is None or last.name not in ("topk", "sign", "quantise"):
-        return Entries(sent, relative)
-    if last.name == "quantise":
-        return Rounded(sent, relative, steps=2 ** int(last.amounts[0]) - 1)
-    return Pruned(sent, relative) if last.name == "topk" else Signs(sent, relative)
+    return told_by(update.targets(model), update, relative=relative)
+
+
+def told_by(sent: Gradient, update: SharedUpdate, *, relative: bool = False) -> Entries:
+    """What these tensors of an update still tell of the gradient, by the defences of the update; not of Adam's step."""
+    told = Defences.parse(update.defence).of_gradient(update.training)
+    left = [step for step in told if step.name not in FLOATS]
+    last = left[-1].name if left else "none"
+    if last == "quantise":
+        return Rounded(sent, relative, steps=2 ** int(left[-1].amounts[0]) - 1)
+    if last == "sign":
+        return Signs(sent, relative)
+    if last == "svt":
+        _, _, noise_var, gamma, _ = left[-1].amounts
+        return Answers(sent, relative, gamma=gamma, spread=2 * gamma / noise_var)
+    bounding = tuple(reversed([*itertools.takewhile(lambda step: step.name in BOUNDING, reversed(left))]))
+    return Within(sent, relative, steps=bounding) if bounding else Entries(sent, relative)

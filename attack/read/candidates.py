@@ -14,6 +14,7 @@ from torch import Tensor
 from attack.read.signals import Signals, Tail
 from attack.read.span import Span
 from attack.solve.budget import WorkBudget
+from attack.solve.least_squares import least_squares
 from attack.solve.levenberg import DampingRule, levenberg
 from update.loss import CROSS_ENTROPY, Loss
 
@@ -122,7 +123,7 @@ class ImageEquations:
         """The weighted deltas (N, P c_out) with which N inputs together give the gradient, whatever made them."""
         span = self.span
         patches = (span.geometry.patches(span.inputs(c)) @ span.right.T).flatten(0, 1)  # (N P, r)
-        return torch.linalg.lstsq(patches.T, summed_gradient(span)).solution.reshape(len(c), -1)
+        return least_squares(patches.T, summed_gradient(span)).reshape(len(c), -1)
 
     def mislabelled(self, c: Tensor, deltas: Tensor) -> Tensor:
         """How far each label's deltas are from these (N, P c_out), (N, K)."""

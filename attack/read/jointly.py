@@ -27,6 +27,7 @@ from attack.read.rays import extreme_rays, pinned, single_programme
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.solve.budget import WorkBudget
+from attack.solve.least_squares import least_squares
 from attack.solve.programmes import Programme
 from attack.walk.gauge import AGAIN, factor_by_shift
 from network.known_outputs import FLOOR, UndeterminedError
@@ -60,7 +61,7 @@ class Upwards:
     def judged(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Labels (B,), the head's errors e (B, K), and the errors of these labels (B, K)."""
         features, logits = self.run(inputs)
-        told = torch.linalg.lstsq(features.T, self.head_gradient.T).solution  # (B, K)
+        told = least_squares(features.T, self.head_gradient.T)  # (B, K)
         count, classes = logits.shape
         every = torch.arange(classes, device=logits.device).repeat(count)
         errors = self.loss.errors(logits.repeat_interleave(classes, 0), every).view(count, classes, classes)
@@ -151,7 +152,8 @@ def _by_head(values: Tensor, upwards: Upwards) -> tuple[float, float]:
     """The factor at which errors and the head's gradient agree best, and how sharply."""
 
     def cost(power: float) -> float:
-        return upwards.disagreement(10**power * values)
+        off = upwards.disagreement(10**power * values)
+        return off if math.isfinite(off) else math.inf
 
     powers = torch.linspace(*POWERS).tolist()
     best = min(powers, key=cost)

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from attack.local.closed_system import ClosedSystem
 from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
+from attack.match.entries import told_by
 from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights, roundings_of_weights
 from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
 from attack.read.layer_rows import LayerRows
+from attack.read.left_out import left_out
 from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
 from attack.read.signals import Signals
@@ -127,6 +129,8 @@ def read_layers(
     """
     if update.is_rescaled:  # its images' errors have other lengths than the equations give them
         raise ValueError(f"by how much {update.defence} has shortened the update is not known exactly, image by image")
+    if not told_by(tuple(update.gradients.values()), update).is_legible:
+        raise ValueError(f"no image can be told apart: {update.defence} leaves no entry its value")
     budget = WorkBudget(work, deadline=time.perf_counter() + max_seconds, tick=tick)
     update = replace(update, gradients=with_weights(update.gradients, model))
     return _Reader(update, model, generator, budget, in_steps=in_steps, labels=labels).read()
@@ -181,7 +185,9 @@ class _Reader:
         self.rows = LayerRows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
         self.spans: dict[str, Span] = {}
-        self.forward = [0.0] * len(self.chain)  # relative errors of each stage's inputs, by the client's arithmetic
+        self.forward = [0.0] * len(
+            self.chain
+        )  # relative errors of each stage's inputs, by the client's arithmetic and by what its defence left out
         self.noise_shares: dict[str, float] = {}  # of the layers that were asked, see `Span.noise_share`
 
     def read(self) -> Reading:
@@ -193,9 +199,11 @@ class _Reader:
         # a defence explains noise in the gradient by itself
         noise = self._noise_share(at) if self.update.defence == "none" else 0.0
         precision = min(map(precision_of, self.update.gradients.values()))  # tensors of few entries may look rounded
-        self.forward = forward_errors(self.model, self.update.image_shape, noise, precision)
+        coarse = forward_errors(self.model, self.update.image_shape, noise, precision)
+        missing = left_out(self.update, self.chain, at.index)
+        self.forward = list(map(math.hypot, coarse, missing))
         self.rows.blur(self.forward)
-        best = blurred(best, self.forward[at.index])
+        best = replace(blurred(best, coarse[at.index]), left_out=missing[at.index])
         return self._in_steps(best, at) if self.in_steps else self._followed(best.surest_first(), at)
 
     def _noise_share(self, layer: CandidateLayer) -> float:

@@ -32,9 +32,11 @@ class Signals:
         deltas: (N, *output_shape), the gradient of each image's own loss by the layer's output.
         residuals: (N,) share of delta that lies outside the gradient's column space, rows weighted.
         certificates: (N,) the weight with which delta patch^T is part of B G, 1 for a true image.
-        uncertainty: (N,) expected relative error of the values, root mean square.
+        uncertainty: (N,) expected relative error of the values by the noise that shows, root mean square.
         freedom: (N,) degrees of freedom of that error, see `attack.read.error_bars`.
         batch_size: B.
+        left_out: a further relative error of all images, by what the client's defence left out of the gradient, see
+            `attack.read.left_out`. It may be much smaller, so that it bounds what is believed and not what is tried.
     """
 
     values: Tensor
@@ -45,6 +47,7 @@ class Signals:
     uncertainty: Tensor
     freedom: Tensor
     batch_size: int
+    left_out: float = 0.0
 
     @classmethod
     def none(
@@ -62,7 +65,7 @@ class Signals:
         Raises:
             ValueError: an entry is damaged, or of another head or batch; the message names the entry.
         """
-        held = checked.mapping(state, "signals", (*PER_IMAGE, "batch_size"))
+        held = checked.mapping(state, "signals", (*PER_IMAGE, "batch_size", "left_out"))
         checked.whole(held["batch_size"], "signals.batch_size", batch_size, batch_size)
         count = len(held["labels"]) if isinstance(held["labels"], Tensor) and held["labels"].dim() == 1 else 0
         if not 1 <= count <= batch_size:
@@ -75,7 +78,8 @@ class Signals:
                 found[name] = checked.tensor(held[name], f"signals.{name}", shape, torch.float64)
         if (found["uncertainty"] < 0).any() or (found["freedom"] < 0).any():
             raise checked.DamagedError("signals.uncertainty or signals.freedom is negative")
-        return cls(**found, batch_size=batch_size)
+        left_out = checked.real(held["left_out"], "signals.left_out", 0)
+        return cls(**found, batch_size=batch_size, left_out=left_out)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,9 +90,14 @@ class Signals:
         return len(self) == self.batch_size
 
     @property
+    def error(self) -> Tensor:
+        """(N,) expected relative error of the values, with what the defence left out."""
+        return self.uncertainty.square().add(self.left_out**2).sqrt() if self.left_out else self.uncertainty
+
+    @property
     def confidence(self) -> Tensor:
         """(N,) probability that the values are within 1 % of the truth, if the noise is Gaussian."""
-        return confidence(self.uncertainty, self.freedom)
+        return confidence(self.error, self.freedom)
 
     def pick(self, index: Tensor) -> "Signals":
         """Some of the images: an index or a mask."""

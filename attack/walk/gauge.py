@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attack.solve.least_squares import least_squares
 from attack.walk.noise import is_active, noise_below_zero
 from attack.walk.sources import IdentitySource, NormalisedSource, Source, by_channel, over_batch, wide
 from network.known_outputs import ZERO, UndeterminedError
@@ -282,4 +283,4 @@ def _by_means(u: Tensor, patterns: Tensor, sources: Sequence[NormalisedSource]) 
     values = torch.linalg.svdvals(rows)
     if rows.shape[0] < rows.shape[1] or values[-1] < SINGULAR * values[0]:
         raise UndeterminedError("BatchNorm hides shifts of single channels, and shared means do not tell so many")
-    return torch.linalg.lstsq(rows, missing[:, None]).solution[:, 0]
+    return least_squares(rows, missing[:, None])[:, 0]

@@ -65,7 +65,7 @@ def test_a_grid_compares_presets_on_the_same_updates(tmp_path, capsys):
     rows = table(tmp_path)
     assert list(rows[0]) == [
         "preset", "batch_size", "labels", "model", "batch", "seed", "psnr_mean", "ssim_mean", "label_accuracy",
-        "signals_found", "evaluations", "seconds", "status", "max_evals",
+        "identification", "bit_exact", "certified", "signals_found", "evaluations", "seconds", "status", "max_evals",
     ]  # fmt: skip
     assert len(rows) == 8
     assert {(r["preset"], r["batch_size"], r["seed"]) for r in rows} == {
@@ -411,11 +411,11 @@ def test_ctrl_c_ends_two_processes_as_well(tmp_path):
 
 @pytest.mark.xdist_group("pool")  # of local processes, which the next test with as many goes on with
 def test_two_processes_measure_what_one_does(tmp_path):
-    words = ["signals", "--batch_sizes", "2,3", "--num_classes", "20", "--seeds", "0,1", *FAST]
+    words = ["signals", "--batch_sizes", "2", "--num_classes", "20", "--seeds", "0,1", *FAST]
     run(*words, "--out", tmp_path / "one")
     run(*words, "--out", tmp_path / "two", "--jobs", 2)
     one, two = table(tmp_path / "one"), table(tmp_path / "two")
-    assert len(one) == 4
+    assert len(one) == 2
     for a, b in zip(one, two, strict=True):
         assert float(a.pop("worst_error")) == pytest.approx(float(b.pop("worst_error")), rel=1e-3)
         assert a | {"signal_seconds": ""} == b | {"signal_seconds": ""}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import pytest
 from conftest import ROOT
 from distributed import Client
+from inbox import QUICKLY, inbox
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import benchmark
@@ -120,6 +121,31 @@ def test_a_dask_worker_that_is_killed_costs_its_cell_only(tmp_path, scheduler):
         processes = [process for cell, process in begun if cell == number]
         assert len(processes) == 1 or (len(processes) == 2 and processes[0] == str(dead))
     assert len(begun) == count + 1  # it was at one cell, which it had just begun
+
+
+@pytest.mark.long
+@cluster
+def test_a_worker_that_is_killed_costs_its_audit_only(tmp_path, scheduler):
+    """MAGIA_CELLS=200 makes it two hundred updates."""
+    count, folder, out = int(os.environ.get("MAGIA_CELLS", "12")), inbox(tmp_path / "inbox", 2), tmp_path / "out"
+    for number in range(2, count):
+        shutil.copy(folder / f"client{number % 2}.npz", folder / f"client{number}.npz")
+    with Client(scheduler) as client:
+        client.wait_for_workers(2, timeout=60)
+        dead = client.run(os.getpid).popitem()[1]
+    words = ["audit", "--updates", str(folder / "*.npz"), "--out", str(out), "--scheduler", scheduler, *QUICKLY]
+    ended: list[int] = []
+    thread = threading.Thread(target=lambda: ended.append(benchmark.main(words)))
+    thread.start()
+    wait_for(lambda: len(list((out / "cells").glob("*.json"))) >= count // 4, seconds=240)
+    os.kill(dead, signal.SIGKILL)
+    thread.join(240 + 2 * count)
+    assert ended == [0]
+    rows = read(out / "table.csv")
+    assert sorted(row["update"] for row in rows) == sorted(path.name for path in folder.iterdir())
+    assert {row["verdict"] for row in rows} <= {"read", "apart"}
+    assert len(list((out / "runs").glob("*/report.html"))) == count
+    assert (out / "runs" / "index.html").read_text().count("/report.html") >= count
 
 
 @cluster
@@ -300,6 +326,7 @@ def test_the_origin_names_sources_versions_and_files(tmp_path):
     assert {name for name, value in origin([tmp_path / "a"]).items() if value != first[name]} == {"files"}
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("pool")
 def test_a_local_process_that_is_killed_costs_the_cells_under_way(tmp_path):
     log = tmp_path / "log"
@@ -350,6 +377,7 @@ def foreign_worker(tmp_path_factory):
         yield address, process
 
 
+@pytest.mark.long
 @cluster
 def test_a_worker_of_another_version_measures_nothing(tmp_path, foreign_worker):
     words = ["signals", "--batch_sizes", "2", "--batches", "0", "--seeds", "0", "--num_classes", "20"]
@@ -358,6 +386,7 @@ def test_a_worker_of_another_version_measures_nothing(tmp_path, foreign_worker):
     assert row["status"] == "failed: worker runs another program: restart it"
 
 
+@pytest.mark.long
 @cluster
 def test_a_scheduler_that_dies_ends_a_benchmark_in_a_line(tmp_path, foreign_worker):
     """The last test of this cluster."""

@@ -56,6 +56,7 @@ def test_labels_are_granted_where_the_paper_grants_them():
     assert sorted(read.tolist()) == sorted(batch.labels.tolist())
 
 
+@pytest.mark.long
 def test_a_peer_gets_somewhere():
     update, model, batch = case()
     few, many = (

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, resolved
 
 import benchmark
+from bench.beforehand import refuse_unknown
 from bench.results_page import DATA, PAGES, beneath, marks, read_rows, results_page, table_text, with_tables
 from bench.results_tables import OTHER_TABLES, TABLES, Table
 
@@ -47,7 +48,7 @@ def test_every_command_is_one_that_its_program_takes():
             asked, words = parser.parse_known_args(words)
             assert asked.out.name == "DIR"
             if asked.command != "speed":  # which has one network, and no attacks of others
-                benchmark.refuse_unknown(asked, words)
+                refuse_unknown(asked, words)
                 continue
         else:
             assert script == "main_MAGIA_sel.py"

@@ -1,7 +1,9 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from bench.decision import STYLES, plot_decision
 from bench.guesses import MEAN
 from bench.strengths import DEFENCES, by_kind, kind_and_strength, plot_strengths, weakest
 from cli.flags import TYPES
@@ -11,6 +13,7 @@ ATTACK = "magia"
 
 def line(defence, psnr, preset=ATTACK, ssim=0.5, size=4):
     figures = {"psnr_mean": psnr, "ssim_mean": ssim, "label_accuracy": 0.5, "signals_found": 2, "psnr_spread": None}
+    figures |= {"identification": 0.5, "bit_exact": 0.0, "certified": 0.0}
     where = {"model": "lenet", "labels": "random", "batch_size": size, "failed": 0, "seconds": 1.0}
     return where | {"defence": defence, "preset": preset} | figures
 
@@ -35,6 +38,10 @@ def test_every_default_is_a_defence_or_a_flag():
         ("secure_sum:8", ("secure_sum", 8)),
         ("dpsgd:0.5:1e-2", ("dpsgd:0.5", 1e-2)),
         ("sign", ("sign", 0)),
+        ("localdp:1:0.5:10:1e-5", ("localdp:1:0.5:*:1e-5", -10)),
+        ("feedback:0.1:5", ("feedback:*:5", -0.1)),
+        ("truncate:1e-3", ("truncate", -1e-3)),
+        ("percentile:90", ("percentile", 90)),
         ("clip:1,noise:0.1", ("clip:1,noise:0.1", 0)),
         ("--frozen=head", ("--frozen=head", 0)),
     ],
@@ -95,3 +102,19 @@ def test_networks_and_batch_sizes_have_plots_of_their_own(tmp_path):
     plot_strengths([*several, *guesses, line("sign", 6, size=16)], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["leakage_B4.png", "leakage_B8.png"]
     assert all(path.stat().st_size > 5000 for path in tmp_path.iterdir())
+
+
+def test_the_figure_of_the_decision_has_a_line_for_each_defence(tmp_path):
+    rows = [
+        {"network": network, "update": update, "attack": attack, "identification": "0.50"}
+        for network in ("lenet", "mlp")
+        for update in ("none", "int8", "sign")
+        for attack in STYLES
+    ]
+    plot_decision(rows, tmp_path / "figure.png")
+    plot_decision(rows * 4 + [row | {"update": f"{row['update']}2"} for row in rows], tmp_path / "taller.png")
+    heights = []
+    for name in ("figure", "taller"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            heights.append(picture.height)
+    assert heights[1] > heights[0]

@@ -48,6 +48,7 @@ def test_each_defence_has_a_run_and_a_row(cli):
         assert rows[defence]["run"] == f"{DEFENDED}/{name}"
         assert f'href="{DEFENDED}/{name}/report.html"' in page
         assert rows[defence]["psnr_mean"] == metrics_of(folder)["psnr_mean"]
+        assert rows[defence]["identification"] == metrics_of(folder)["identification"]
         assert rows[defence]["level"] == read_facts(folder)["verdict"]["level"]
         assert read_facts(folder)["defences"] is None
         assert config_of(folder)["defence"] == defence

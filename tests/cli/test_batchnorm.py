@@ -56,7 +56,7 @@ def test_where_they_are_kept_the_scale_is_read_or_said_to_be_open(cli, net):
     assert "by 8 bits" in said["said"]
 
 
-@pytest.mark.parametrize("has_weights", [True, False])
+@pytest.mark.parametrize("has_weights", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_loop_keeps_the_contrast_that_batchnorm_hides(cli, net, has_weights):
     """A prior would shrink all images together. An untrained model's statistics say nothing of their contrast."""
     loop = [*(net if has_weights else [*net[:4], *net[6:]]), "--bn", "train_private"]

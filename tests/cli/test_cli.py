@@ -177,6 +177,11 @@ def test_two_real_images_are_reconstructed(cli):
 # ---------------------------------------------------------------------------------------------------- repeatability
 
 
+def test_where_nothing_is_read_the_run_says_why(cli):
+    cli("--model", "convnet", "--batch_size", 40, "--n_iter", 1, *SIGNALS)
+    assert "signals: none used, no image can be told apart: 4 layers have too many positions" in cli.out
+
+
 def test_one_seed_repeats_a_run_and_another_does_not(cli):
     first, again, other = cli(name="a"), cli(name="b"), cli("--seed", 1, name="c")
     assert without_times(first) == without_times(again)

@@ -79,7 +79,7 @@ class Client:
 @pytest.fixture(autouse=True)
 def short_glances(monkeypatch):
     """These images are told apart in no time, or never."""
-    monkeypatch.setattr(origin, "GLANCE", 5e6)
+    monkeypatch.setattr(origin, "GLANCE", 1e6)
 
 
 @pytest.fixture
@@ -146,11 +146,14 @@ def test_a_network_that_has_learnt_its_images_is_no_other_client(client):
     assert not any(piece["contradicts"] for piece in client.said.values())
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.parametrize(
     ("loss", "topics"),
     [
         (lambda z: bce(z, ONE_HOT + ONE_HOT.roll(1, 1)), {"loss", "fit"}),  # two labels for each image
-        (lambda z: cross_entropy(z, 0.7 * ONE_HOT + 0.3 * ONE_HOT.flip(0)), {"fit"}),  # mixup
+        pytest.param(lambda z: cross_entropy(z, 0.7 * ONE_HOT + 0.3 * ONE_HOT.flip(0)), {"fit"}, marks=LONG),  # mixup
     ],
 )
 def test_what_fits_nothing_is_said_and_nothing_is_certain(client, loss, topics):

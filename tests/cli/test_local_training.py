@@ -37,6 +37,7 @@ def test_an_update_of_four_steps_gives_its_images_away(cli):
     assert "labels by trial" in cli.out
 
 
+@pytest.mark.long
 def test_without_unrolling_the_same_update_gives_nothing(cli):
     flags = ["--n_iter", 20, "--inner_iter", 20, "--max_evals", 40, "--num_classes", 20]
     cli(*TRAINED, *flags, *SIGNALS, "--save_update", cli.folder / "u.npz", name="unrolled")
@@ -47,6 +48,7 @@ def test_without_unrolling_the_same_update_gives_nothing(cli):
     assert metrics_of(cli.folder / "plain")["final_loss"] > 10 * unrolled
 
 
+@pytest.mark.long
 def test_a_saved_update_is_attacked_as_the_one_in_hand(cli):
     flags, steps = (
         ["--n_iter", 2, "--batch_size", 2, *SIGNALS],

@@ -103,7 +103,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     ("change", "weights_too"),
-    [("as in torch", True), ("sides", True), ("both", False)],
+    [("as in torch", True), ("sides", True), pytest.param("both", False, marks=pytest.mark.long)],
 )
 def test_the_layout_that_fits_is_taken(cli, tmp_path, change, weights_too):
     client = Client(cli, tmp_path, "conv")

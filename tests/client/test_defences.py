@@ -218,7 +218,7 @@ def nets():
     yield "lenet", {}
     yield "mlp", {"activation": "relu"}
     yield "convnet", {}
-    yield "resnet18_cifar", {}
+    yield pytest.param("resnet18_cifar", {}, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(("name", "options"), nets())

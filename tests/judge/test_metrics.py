@@ -59,3 +59,39 @@ def test_identical_images_are_capped_not_infinite():
     assert figures["psnr_mean"] == 100
     assert figures["ssim_mean"] == pytest.approx(1)
     assert figures["mse_mean"] == 0
+
+
+def test_an_image_is_identified_where_its_picture_is_nearer_to_it_than_to_every_other():
+    truth, labels = images(3), torch.zeros(3, dtype=torch.long)
+    others = images(40, seed=1)
+    noisy = (truth + 0.05 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
+    picture = torch.stack([noisy[0], others[7], torch.full_like(truth[2], 0.5)])
+    figures = evaluate(truth, labels, picture, labels, (others[:25], others[25:]))
+    assert figures["identified"][:2] == [True, False]
+    distances = (others - 0.5).square().sum((1, 2, 3))
+    nearest = min(float(distances.min()), float((truth[:2] - 0.5).square().sum((1, 2, 3)).min()))
+    assert figures["identified"][2] == (float((truth[2] - 0.5).square().sum()) < nearest)
+    assert figures["identified_among"] == 42
+    assert figures["identification"] == pytest.approx(sum(figures["identified"]) / 3)
+
+
+def test_copies_of_an_image_do_not_keep_it_from_being_identified_and_the_rest_of_its_batch_does():
+    labels = torch.zeros(2, dtype=torch.long)
+    twice = images(1).repeat(2, 1, 1, 1)
+    assert evaluate(twice, labels, twice, labels, (twice,))["identified"] == [True, True]
+    near = torch.stack([torch.full((1, 16, 16), v) for v in (0.4, 0.6)])
+    guess = torch.stack([torch.full((1, 16, 16), v) for v in (0.41, 0.49)])
+    figures = evaluate(near, labels, guess, labels)
+    assert (figures["identified"], figures["identified_among"]) == ([True, False], 1)
+    alone = evaluate(near[:1], labels[:1], guess[:1], labels[:1])
+    assert (alone["identification"], alone["identified"], alone["identified_among"]) == (None, [None], 0)
+
+
+@given(st.integers(0, 10**6))
+def test_bits_are_equal_where_every_pixel_rounds_to_the_same_step(seed):
+    drawn = torch.Generator().manual_seed(seed)
+    truth = torch.randint(0, 256, (2, 3, 16, 16), generator=drawn) / 255
+    off = truth + 0.49 / 255 * (2 * torch.rand(truth.shape, generator=drawn) - 1)
+    off[1, 0, 3, 3] = truth[1, 0, 3, 3] + (0.51 / 255 if truth[1, 0, 3, 3] < 0.5 else -0.51 / 255)
+    figures = evaluate(truth, torch.tensor([0, 0]), off, torch.tensor([0, 0]))
+    assert (figures["equal_bits"], figures["bit_exact"]) == ([True, False], 0.5)

@@ -88,6 +88,8 @@ def test_a_run_with_its_truth(cli, curves):
     assert "failure is not safety" in page.text
     assert f"verdict: {facts['verdict']['level']}" in cli.out or "verdict: no better than a guess" in cli.out
     assert f"report: {run}/report.html" in cli.out
+    identified = sum(image["identified"] for image in facts["images"])
+    assert f"identified {identified}/3 among 127 others | bit for bit 0/3 | certified 0/3" in cli.out
 
 
 def test_what_was_read_is_told_layer_by_layer(cli):
@@ -121,7 +123,18 @@ def test_pixels_that_were_read_need_no_truth(cli, tmp_path):
     facts = read_facts(cli("--update", path, *SIGNALS, name="theirs"))
     assert facts["verdict"]["images"] == {"read": 3, "apart": 0, "unknown": 0}
     assert facts["verdict"]["headline"] == "All 3 images are read from the update, pixels and all"
-    assert read_facts(cli.folder / "run")["verdict"]["images"]["exact"] == 3
+    assert facts["figures"]["certified"] == 1
+    assert "identification" not in facts["figures"]
+    assert cli.out.rstrip().splitlines()[-1].startswith("certified 3/3 | ")
+    told = read_facts(cli.folder / "run")
+    assert told["verdict"]["images"]["exact"] == 3
+    shares = ("identification", "bit_exact", "certified", "identified_among")
+    assert [told["figures"][name] for name in shares] == [1, 1, 1, 127]
+    assert all(image["identified"] and image["equal_bits"] for image in told["images"])
+    text = " ".join(page_of(cli.folder / "run").text.split())
+    assert "nearer to the truth than to 127 other images of sample" in text
+    assert "Bit for bit3 of 3" in text
+    assert "Certified3 of 3" in text
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])

@@ -300,6 +300,8 @@ def test_a_normalised_model_is_a_stage_longer_and_keeps_its_names():
     front = stages(model)[0].module
     assert torch.allclose(kind_of(front).inverted(front, front(x), x.shape[1:]), x, atol=1e-6)
     assert not front.train().training
+    assert front.eps > 0  # several versions of torch refuse a BatchNorm without
+    assert torch.equal(front.running_var + front.eps, front.running_var)
     with pytest.raises(ValueError, match="2 numbers: images have 3 channels"):
         normalised(bare, 3, [0.1, 0.2], None)
 

@@ -139,7 +139,7 @@ def test_certificates_are_measured_and_as_exact_as_the_errors_that_are_claimed(a
 
 def test_one_pass_tells_labels_and_order_step_by_step():
     """At a rate at which the network changes between two steps, so that labels at the server's weights are wrong."""
-    client = Client(6, 1, 0.03, batches=6, shuffle=True, momentum=0.9)
+    client = Client(6, 1, 0.03, batches=6, shuffle=True, momentum=0.9, width=200)
     reading = client.read()
     whose, _ = client.judged(reading)
     assert torch.equal(reading.signals.labels, client.labels[whose])
@@ -308,7 +308,7 @@ def test_weights_are_rounded_to_the_nearest_order():
     assert float(places.sums(weights.flatten()).abs().max()) == 0
 
 
-MLP = ["--model", "mlp", "--activation", "relu", "--width", 64, "--signals", "auto"]
+MLP = ["--model", "mlp", "--activation", "relu", "--width", 128, "--signals", "auto"]
 STEPS = ["--local_steps", 6, "--local_lr", 0.02, "--local_batches", "2,1", "--local_shuffle", "--local_momentum", 0.9]
 
 

@@ -73,7 +73,7 @@ def test_the_first_minibatch_is_read_where_the_training_was_another_than_declare
 
 
 def test_a_training_that_breaks_the_network_leaves_nothing_that_is_certain_and_wrong():
-    scene = OnePass("convnet", 4, 2, 20.0, trained=True)
+    scene = OnePass("convnet", 4, 2, 2.0, trained=True, first=4)
     found = _told_apart(scene, work=2e6)
     truth = scene.truth(6).flatten(1)
     error = torch.cdist(found.values.flatten(1), truth) / truth.norm(dim=1)

@@ -45,6 +45,7 @@ def test_so_many_gaussian_errors_are_as_small_as_the_confidence_says(spread, unc
     assert share == pytest.approx(called.item(), abs=0.09)  # sampling leaves 0.01, the match of two moments up to 0.06
 
 
+@pytest.mark.long
 def test_of_signals_called_ninety_percent_sure_ninety_percent_are_within_one_percent():
     """Noise between what all images survive and what none does, drawn anew for each update."""
     update, model, _, features = case([3, 11, 0, 19, 5])

@@ -285,6 +285,7 @@ def test_models_and_batches_that_do_not_permit_signals_say_so():
 FLAGS = "--signals auto --batch_size 4 --num_classes 20 --indices 0,10,20,1 --labels dataset --n_iter 3".split()  # noqa: SIM905
 
 
+@pytest.mark.long
 def test_the_run_records_its_signals(cli):
     run = cli(*FLAGS)
     figures = metrics_of(run)

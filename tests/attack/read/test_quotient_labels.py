@@ -13,7 +13,7 @@ from update.training import LocalTraining
 
 def shared(rule, activation=nn.ReLU, count=3, rate=1e-2):
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 600), activation(), nn.Linear(600, 10))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2000), activation(), nn.Linear(2000, 10))
     model[1].bias.data -= 0.6  # a feature is on for few images
     model[3].weight.data *= 8  # a network that knows something: its images have different errors
     images = 2 * torch.rand(count, 3, 4, 4, generator=generator(3)) - 0.5

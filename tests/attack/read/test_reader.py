@@ -255,7 +255,8 @@ def test_a_weak_defence_leaves_every_image_to_be_read(net, defence):
 
 
 @pytest.mark.parametrize(
-    ("net", "defence"), [(SHALLOW, "noise:1e-3"), (SIGMOID, "noise:5e-4"), (CONVNET, "noise:2e-4")]
+    ("net", "defence"),
+    [(SHALLOW, "noise:1e-3"), (SIGMOID, "noise:5e-4"), pytest.param(CONVNET, "noise:2e-4", marks=pytest.mark.long)],
 )
 def test_what_is_claimed_of_a_defended_update_is_right(net, defence):
     """Noise between what all images survive and what none does."""
