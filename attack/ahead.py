@@ -28,9 +28,10 @@ from attack.read.layer_rows import COLUMNS
 from attack.read.quotient_labels import labels_of_quotients
 from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
+from attack.read.tokens import read_tokens
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from network.chain import input_shapes, is_walked
-from network.head import Head
+from network.head import Head, features_of
 from network.tracing import stages
 from network.zoo import place_of
 from update import checked
@@ -98,13 +99,38 @@ def with_scale(
 
 
 def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator) -> Known:
-    """Signals, features and labels that are known before the first step.
+    """Signals, features, labels and single tokens that are known before the first step.
 
     Raises:
         ValueError: --signals on or ica, or a --label_strategy, and model or update do not permit it.
     """
-    reading, failure, features = None, None, torch.empty(0)
     clock = WorkBudget(deadline=time.perf_counter() + means.max_seconds, tick=means.tick)
+    known = _read_ahead(update, model, means, generator, clock)
+    if not means.reads or not update.training.is_gradient or known.pixels is not None:
+        return known
+    tokens = read_tokens(update, model, clock, generator)
+    told = {row["layer"] for row in tokens.rows}
+    layers = [*tokens.rows, *(row for row in known.layers if row["layer"] not in told)]
+    facts = {"seconds": known.seconds + tokens.seconds, "is_aborted": known.is_aborted or tokens.is_aborted}
+    likely = known.likely if tokens.likely is None else _in_order(tokens.likely, model, known)
+    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, likely=likely, **facts)
+
+
+@torch.no_grad()
+def _in_order(images: Tensor, model: nn.Module, known: Known) -> Tensor:
+    """Likely images (B, C, H, W) in the order of those whose features are known, by their features."""
+    if not len(known.features):
+        return images
+    features = features_of(model, images.to(next(model.parameters())))
+    nearest, others = torch.cdist(known.features, features).argmin(1).tolist(), list(range(len(images)))
+    order = list(dict.fromkeys([*nearest, *others]))
+    return images[order]
+
+
+def _read_ahead(
+    update: SharedUpdate, model: nn.Module, means: Means, generator: torch.Generator, clock: WorkBudget
+) -> Known:
+    reading, failure, features = None, None, torch.empty(0)
     if means.reads:
         try:
             reading = _read(update, model, means, generator, clock)
