@@ -30,7 +30,7 @@ from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAborte
 from attack.read.signals import Signals
 from attack.read.tokens import read_tokens
 from attack.solve.budget import OutOfTimeError, WorkBudget
-from network.chain import input_shapes, is_walked
+from network.chain import input_shapes, is_walked, mixes_images, modules
 from network.head import Head, features_of
 from network.tracing import stages
 from network.zoo import place_of
@@ -123,8 +123,7 @@ def _in_order(images: Tensor, model: nn.Module, known: Known) -> Tensor:
         return images
     features = features_of(model, images.to(next(model.parameters())))
     nearest, others = torch.cdist(known.features, features).argmin(1).tolist(), list(range(len(images)))
-    order = list(dict.fromkeys([*nearest, *others]))
-    return images[order]
+    return images[list(dict.fromkeys([*nearest, *others]))]
 
 
 def _read_ahead(
@@ -290,7 +289,8 @@ def _known(
     place = place_of(model)
     if signals is not None:
         signals = signals.to(place["device"])
-        features = signals.values[: steps.count(0) if steps else None]
+        of_all = not (steps and mixes_images(model.modules()))  # else each step's images are a batch of their own
+        features = signals.values[: (steps.count(0) if steps else None) if of_all else 0]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
     labels = all_labels(signals, labels, update.training.sizes_of(update.batch_size) if steps else ())
@@ -308,7 +308,8 @@ def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, 
     place, below = place_of(model), stages(model)[:start]
     inputs = inputs.to(place["device"])
     pixels = None if start else inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
-    enough = says_enough(below, update.image_shape, inputs) and (is_walked(below) or not known.in_steps)
+    each = is_walked(below) and not mixes_images(modules(below))  # else followed at the server's weights, all at once
+    enough = says_enough(below, update.image_shape, inputs) and (each or not known.in_steps)
     return replace(known, start=start, inputs=inputs, pixels=pixels, says_enough=enough)
 
 
