@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from attack.prepare import Known
 from attack.read.forecast import explain
+from attack.read.tokens import TOLD
 from cli.model import model_options, server_model, two_classes
 from cli.runtime import INTERRUPTED
 from cli.settings import clients_of, privacy_of
@@ -24,6 +25,7 @@ from network.chain import first_layer
 from network.embedding import patch_embedding
 from network.head import Head
 from network.parametrised import why_no_gradient
+from network.perceptrons import lowest, perceptrons
 from network.tracing import stages, why_not_walked
 from schedules import Schedule
 from update.batchnorm import use_batch_statistics
@@ -77,6 +79,7 @@ def introduction(
         found += "; the attack begins with the likely image" if known.likely is not None else ""
     elif known.local_labels is not None and update.training.is_gradient:
         found += f"; labels counted by the last convolution's bias (they leave {known.local_labels.distance:.2g})"
+    found += "".join(f"\n{row['layer']}: {row['note']}" for row in known.layers if TOLD in row["note"])
     if known.is_aborted:
         found += ", until --max_seconds stopped the reading: on another machine it may read more, or less"
     found += _how_trained(update, known)
@@ -166,6 +169,8 @@ def _replay_line(figures: Mapping) -> str:
     noise = f"noise is {percent(figures['noise_share'])}"
     words = {True: "; the steps on what was read make it", False: "; so nothing is certain", None: ""}
     ending = words[figures["replays"]]
+    if figures["replays"] and 0 < figures["signals_found"] < len(figures["labels"]):
+        ending = "; images that were told apart make their own parts of it"
     if figures["explains_first_layer"] and not figures["replays"]:
         ending = "; the order of the steps is not known, but the images make all of the first layer's movement"
     return f"replay: the client's training on these pictures leaves {said}, {noise}{ending}"
@@ -222,7 +227,8 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print(f"the model cannot be taken apart: {error}")
         print(f"no layer's inputs are to be expected exactly, yet {STILL_ATTACKED}")
         return 0
-    rows = explain(chain, shape, settings.batch_size, patch_embedding(model, shape))
+    places = lowest(perceptrons(model, shape))
+    rows = explain(chain, shape, settings.batch_size, patch_embedding(model, shape), places)
     name = Path(settings.model).name.replace(":", "_")
     stem = Path(settings.save_dir) / f"explain_{name}_B{settings.batch_size}_{settings.image_size or SIDE}{ending}"
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -236,6 +242,8 @@ def show_leaks(settings: argparse.Namespace) -> int:
         print(f"the deepest inputs to be expected exactly: the inputs of {deepest}")
     else:
         print("no layer's inputs are to be expected exactly: only the attack loop is left")
+    if told := [place.first for place in places if not place.why_not(settings.batch_size)]:
+        print(f"single tokens are to be expected, of no image or position, at: {', '.join(told)}")
     if reason := why_not_walked(model):
         print(f"run as a whole: {reason}; {STILL_ATTACKED}")
     print(f"table and picture: {stem}.csv, .md, .png")

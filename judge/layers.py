@@ -11,20 +11,23 @@ from torch import Tensor, nn
 
 from attack.prepare import Known
 from data import Batch
-from network.chain import inputs_along, parametrised
-from network.tracing import stages
+from network.chain import inputs_along, mixes_images, parametrised
+from network.perceptrons import perceptrons
+from network.tracing import stages_if_walked
 
 
 def measured(known: Known, model: nn.Module, truth: Batch | None) -> Known:
     """`known`, each layer's row with its `relative_error`, None where the error cannot be known.
 
-    Of a client's several steps it is that of the first minibatch, whose true inputs are those at the server's weights.
+    Of a client's several steps it is that of the first minibatch, whose true inputs are those at the server's weights,
+    and which BatchNorm in training mode mixed with no other.
     The recovered inputs have then served their purpose and are left out: they are as large as all activations.
     """
     recovered, first = known.recovered, known.steps.count(0)
     if known.in_steps:
         recovered = {name: inputs[:first] for name, inputs in recovered.items()}
-    errors = relative_errors(recovered, model, truth.images) if truth and recovered else {}
+    beside = first if known.in_steps and mixes_images(model.modules()) else None
+    errors = relative_errors(recovered, model, truth.images[:beside]) if truth and recovered else {}
     rows = [_beside_uncertainty(row, errors.get(row["layer"])) for row in known.layers]
     return replace(known, layers=rows, recovered={})
 
@@ -33,21 +36,30 @@ def relative_errors(recovered: Mapping[str, Tensor], model: nn.Module, images: T
     """By layer, the largest relative error |a' - a| / |a| of the inputs a' recovered there.
 
     Args:
-        recovered: inputs (N, ...) by the name of the layer or residual stage that takes them, in any order.
+        recovered: inputs (N, ...) by the name of the layer or residual stage that takes them, in any order; single
+            tokens (n, D) by that of a perceptron's first layer.
         model: the model that takes the images.
         images: the truth (B, C, H, W), B >= N. True inputs are computed in float64, and matched one to one.
 
     Returns:
         errors by the name of a layer; a residual stage has the name of its first layer, as in layers.csv.
     """
-    chain = stages(copy.deepcopy(model).double())
-    taken = inputs_along(chain, images.to(next(model.parameters()).device).double())
-    return {
+    exact, images = copy.deepcopy(model).double(), images.to(next(model.parameters()).device).double()
+    taken = inputs_along(stages_if_walked(exact) or [], images)
+    return _errors_of_tokens(recovered, exact, images) | {
         layer.name: float(matched(recovered[stage.name], truth)[2].max())
         for stage, truth in taken
-        if stage.name in recovered
+        if stage.name in recovered and recovered[stage.name].shape[1:] == truth.shape[1:]
         for layer in itertools.islice(parametrised([stage]), 1)  # none in a block without layers
     }
+
+
+@torch.no_grad()
+def _errors_of_tokens(recovered: Mapping[str, Tensor], model: nn.Module, images: Tensor) -> dict[str, float]:
+    """The same of single tokens, each matched to one of all images' and positions'."""
+    places = [place for place in perceptrons(model, images.shape[1:]) if recovered.get(place.first, images).dim() == 2]
+    truth = {place.first: place.inputs(model, images).flatten(0, 1) for place in places}
+    return {name: float(matched(recovered[name], tokens)[2].max()) for name, tokens in truth.items()}
 
 
 def matched(found: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:

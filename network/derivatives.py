@@ -2,12 +2,14 @@
 
 An attack differentiates a gradient, so every function of a model needs a second derivative. Torch's fused attention
 and hard sigmoid have none. Attention is therefore run step by step (the `MATH` kernel), and hard sigmoid as
-ReLU6(x + 3) / 6.
+ReLU6(x + 3) / 6. Torch's encoder layers have a path of their own, which knows no derivative and calls none of the
+layers inside; it is not taken.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -16,8 +18,13 @@ from torch.overrides import TorchFunctionMode
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Within it, attention and hard sigmoid have second derivatives."""
-    with sdpa_kernel(SDPBackend.MATH), _PlainHardsigmoid():
-        yield
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), _PlainHardsigmoid():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(is_fast)
 
 
 def make_twice_differentiable(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """What layers see while a model runs, without a word of the model itself."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -26,3 +26,26 @@ def watched(layers: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], See
     finally:
         for hook in hooks:
             hook.remove()
+
+
+class _Enough(Exception):  # noqa: N818 - it ends a forward pass whose rest is not asked for
+    """The last layer's input was seen."""
+
+
+def inputs_until(layers: Sequence[nn.Module], run: Callable[[], object]) -> list[Tensor]:
+    """The inputs of these layers in a run of the model, which ends in front of the last of them.
+
+    Raises:
+        LookupError: a layer does not run before the last one.
+    """
+
+    def look(layer: nn.Module, inputs: Tensor) -> Tensor:
+        if layer is layers[-1]:
+            found.append(inputs)
+            raise _Enough
+        return inputs
+
+    found: list[Tensor] = []
+    with watched(layers, look) as seen, suppress(_Enough):
+        run()
+    return [*(seen[layer] for layer in layers[:-1]), found[0]]

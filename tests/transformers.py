@@ -88,6 +88,20 @@ def with_mean():
     return Encoded(has_class_token=False)
 
 
+def wide():
+    """Has more channels than the tokens of two images, and positions that nothing trains."""
+    model = Encoded(width=48, has_class_token=False)
+    places = model.places.detach()
+    del model.places
+    model.register_buffer("places", places)
+    return model
+
+
+def wide_and_placed():
+    """The same with trained positions."""
+    return Encoded(width=48, has_class_token=False)
+
+
 def with_spare_places():
     """Uses a part of its positions."""
     return Encoded(places=PATCHES + 4)

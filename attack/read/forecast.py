@@ -28,7 +28,10 @@ from network.kinds.affine import is_spanned
 from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
 from network.parametrised import why_no_gradient
+from network.perceptrons import Perceptron
 from network.stage import Chain, Residual
+
+ONE_BY_ONE = "its tokens are told apart one by one, and neither their images nor their positions"
 
 
 class Step(NamedTuple):
@@ -48,11 +51,16 @@ class Step(NamedTuple):
 
 
 def explain(
-    chain: Chain, image_shape: Sequence[int], batch_size: int, embedding: PatchEmbedding | None = None
+    chain: Chain,
+    image_shape: Sequence[int],
+    batch_size: int,
+    embedding: PatchEmbedding | None = None,
+    places: Sequence[Perceptron] = (),
 ) -> list[dict]:
     """One row for each linear or convolutional layer, from the images up.
 
-    The patch projection of a transformer, `embedding`, has a row although what follows it is not walked.
+    The patch projection of a transformer, `embedding`, has a row although what follows it is not walked, and so have
+    the `places` whose single tokens may be told apart.
 
     Columns: layer, input_shape, positions (P), rank_bound (B P), rank_room (min(c_out, c_in k^2)), spanned, equations
     and unknowns of the step down to this layer's input, determined, known (its inputs are to be expected), deepest (the
@@ -74,6 +82,11 @@ def explain(
     if embedding is not None:
         rows = [_embedding_row(embedding, batch_size), *(row for row in rows if row["layer"] != embedding.name)]
         reasons[embedding.name] = embedding.why_not(batch_size)
+    above = {row["layer"] for row in rows}
+    told = [_place_row(place, batch_size) for place in places if place.first not in above]
+    start = int(embedding is not None)
+    rows = [*rows[:start], *told, *rows[start:]]
+    reasons |= {place.first: place.why_not(batch_size) or ONE_BY_ONE for place in places}
     deepest = next((row["layer"] for row in rows if row["known"]), None)
     return [{**row, "deepest": row["layer"] == deepest, "reason": reasons[row["layer"]]} for row in rows]
 
@@ -108,6 +121,23 @@ def _embedding_row(embedding: PatchEmbedding, batch_size: int) -> dict:
         "unknowns": patches * embedding.patch,
         "determined": is_known,
         "known": is_known,
+    }
+
+
+def _place_row(place: Perceptron, batch_size: int) -> dict:
+    """The tokens of a perceptron: they are told apart, and not the images that they belong to."""
+    count = batch_size * place.tokens
+    return {
+        "layer": place.first,
+        "input_shape": (place.tokens, place.width),
+        "positions": place.tokens,
+        "rank_bound": count,
+        "rank_room": min(place.width, place.outer.out_features),
+        "spanned": not place.why_not(batch_size),
+        "equations": 0,
+        "unknowns": count * place.width,
+        "determined": False,
+        "known": False,
     }
 
 

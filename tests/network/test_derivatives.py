@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional
 
 from network.derivatives import make_twice_differentiable, twice_differentiable
@@ -46,13 +46,23 @@ def test_a_model_is_differentiated_twice_and_image_by_image(name):
         assert torch.allclose(one.sum(0), whole, atol=1e-5)
 
 
+def test_a_frozen_encoder_layer_is_differentiated_forward_too():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True).eval().requires_grad_(False)
+    make_twice_differentiable(layer)
+    x, step = torch.randn(2, 2, 4, 8)
+    _, slope = jvp(layer, (x,), (step,))
+    assert torch.allclose(slope, (layer(x + 1e-3 * step) - layer(x - 1e-3 * step)) / 2e-3, atol=1e-2)
+
+
 def test_torch_is_as_it_was_afterwards_whatever_the_model_raises():
     model = nn.Sequential(nn.Linear(8, 3))
     make_twice_differentiable(model)
     before = torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(RuntimeError):
         model(torch.zeros(2, 5))
     assert torch.backends.cuda.flash_sdp_enabled() == before
+    assert torch.backends.mha.get_fastpath_enabled()
     x = torch.zeros(3, requires_grad=True)
     with twice_differentiable():
         y = functional.hardsigmoid(x, inplace=False)

@@ -1,0 +1,344 @@
+"""Single tokens of a transformer, from the gradients of two linear layers with a smooth activation between them.
+
+Of r = B N tokens x_t (D,), with r < D, the gradient of W1 is  G1 = sum_t delta_t x_t^T,  so its row space holds every
+token, and that of W2 every phi(W1 x_t + b1). A mixture of tokens is in the first space too, and phi of it is not in the
+second: an x in the first whose phi is in the second *is* a token. Such x = Q c are found by Levenberg-Marquardt from
+random starts, nearly each of which ends at some token; the LayerNorm in front adds that x, without its scale and shift,
+has mean 0 and mean square 1. Later starts keep away from the tokens found: the functional x^T G1^+ delta_t is 1 at
+token t and 0 at all others.
+
+A token is certified by itself. Its equations hold to within their noise. Its delta at W2's outputs is some U2 v, and
+phi' W2^T U2 v is that at W1's and lies in U1: the one v for which it does. Both gradients then say with which weight
+the token is in them, and these weights agree. And noise moves it by little: tokens of small delta drown.
+"""
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from attack.read.from_tokens import IMAGES, images_of_tokens
+from attack.read.layer_rows import COLUMNS
+from attack.read.reader import OUT_OF_TIME
+from attack.read.token_span import TokenSpan
+from attack.solve.budget import OutOfTimeError, WorkBudget
+from attack.solve.levenberg import DampingRule, LevenbergSolution, levenberg
+from network.embedding import patch_embedding
+from network.parametrised import with_weights
+from network.perceptrons import Perceptron, lowest, perceptrons
+from update.shared import SharedUpdate
+
+LAYERNORM = 0.3  # weight of the LayerNorm's two equations, times sqrt(D)
+LOOSE = 0.01  # the mean square's weight in the end, where the spaces alone are to decide
+RULE = DampingRule(
+    1e-2, least=1e-10, most=1e6, refused=4.0, accepted=0.3, refusals=None, patience=4, counts_refusals=True
+)
+STARTS = 16  # side by side
+ROUNDS, POLISH = 60, 12  # iterations from a start, and of the last equations
+MISSES = 3  # rounds without a new token, after which starts are drawn from the whole space; after twice as many it ends
+NEAR = 0.1  # |f|^2 beyond which a search beside the tokens found has ended at none
+SAME = 0.02  # relative distance of two solutions that are one token
+FITTING = 3.0  # root mean square of the equations at a token, in units of their noise, at most
+AGREEING = 0.1  # by which the two weights of a token may differ, relative to either
+SURE = 1e-2  # expected relative error of a token that is believed
+TOLD = "tokens told apart, of no image or position"  # in a layer's note
+WORK = 1e12  # multiplications of all searches: three minutes of a core, about
+
+
+class TokenEquations:
+    """phi(W1 Q c + b1) outside the row space of G2, and the LayerNorm's equations: zero at tokens, for each c (n, r).
+
+    Args:
+        place: both layers, in float64.
+        inner, outer: the spans of their gradients.
+        free: (r, k) the directions in which c may move, c = free c'; None: all.
+        squares: weight of the mean square's equation.
+    """
+
+    def __init__(
+        self,
+        place: Perceptron,
+        inner: TokenSpan,
+        outer: TokenSpan,
+        free: Tensor | None = None,
+        squares: float = 1.0,
+    ) -> None:
+        self.place, self.inner, self.outer, self.squares = place, inner, outer, squares
+        basis = torch.linalg.qr(inner.columns[:, None] * inner.right)[0]
+        self.basis = basis if free is None else basis @ free  # Q (D, k)
+        self.weight = place.inner.weight @ self.basis
+        self.unit = float(outer.columns.mean())
+        like = self.basis[:, 0]
+        gamma = torch.ones_like(like) if place.norm.weight is None else place.norm.weight
+        shift = torch.zeros_like(like) if place.norm.bias is None else place.norm.bias
+        self.bare, self.offset = self.basis / gamma[:, None], shift / gamma
+        self.strength = LAYERNORM * place.width**0.5
+
+    def activations(self, tokens: Tensor) -> Tensor:
+        """phi(W1 x + b1) (n, H) of tokens (n, D)."""
+        return self.place.activation(self.place.inner(tokens))
+
+    def starts(self, generator: torch.Generator) -> Tensor:
+        """Random c, of the size of tokens."""
+        c = torch.randn(STARTS, self.basis.shape[1], generator=generator, dtype=torch.float64).to(self.basis)
+        return c * (self.place.width**0.5 / (c @ self.bare.T).norm(dim=1, keepdim=True))
+
+    def _residual(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z = self.place.inner(c @ self.basis.T)
+        bare = c @ self.bare.T - self.offset
+        norm = torch.stack([bare.mean(1), self.squares * (bare.square().mean(1) - 1)], 1) * self.strength
+        return z, self.unit * self.outer.outside(self.place.activation(z)), bare, norm
+
+    def cost(self, c: Tensor, which: Tensor) -> Tensor:
+        """|f|^2 (n,)."""
+        _, f, _, norm = self._residual(c)
+        return f.square().sum(1) + norm.square().sum(1)
+
+    def linearised(self, c: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|f|^2 (n,), J^T J (n, k, k) and J^T f (n, k)."""
+        z, f, bare, norm = self._residual(c)
+        slopes = slope(self.place.activation, z) * (self.unit / self.outer.columns)
+        normal, gradient = [], []
+        for n in range(len(c)):
+            jacobian = slopes[n][:, None] * self.weight
+            inside = self.outer.right.T @ jacobian
+            square = 2 * self.squares * (bare[n][:, None] * self.bare).mean(0)
+            rows = torch.stack([self.bare.mean(0), square]) * self.strength
+            normal.append(jacobian.T @ jacobian - inside.T @ inside + rows.T @ rows)
+            gradient.append(jacobian.T @ f[n] + rows.T @ norm[n])
+        return f.square().sum(1) + norm.square().sum(1), torch.stack(normal), torch.stack(gradient)
+
+    @property
+    def work(self) -> float:
+        """Multiplications of one iteration of one start, about."""
+        return 2 * len(self.weight) * self.weight.shape[1] ** 2
+
+    def certified(self, token: Tensor) -> tuple[Tensor, float]:
+        """delta (H,) at W1's outputs of a token (D,), and the ratio of the two weights that certify it."""
+        z = self.place.inner(token)
+        rows = torch.where(self.outer.rows.isfinite(), self.outer.rows, 0.0)
+        second = rows[:, None] * self.outer.left
+        first = slope(self.place.activation, z)[:, None] * (self.place.outer.weight.T @ second)
+        seen = first / self.inner.rows[:, None]
+        outside = seen - self.inner.left @ (self.inner.left.T @ seen)
+        v = torch.linalg.eigh(outside.T @ outside)[1][:, 0]
+        own = self.inner.functional(first @ v) @ token
+        other = self.outer.functional(second @ v) @ self.place.activation(z)
+        return first @ v / own, float(own / other)
+
+
+def slope(activation: nn.Module, values: Tensor) -> Tensor:
+    """phi' at these values."""
+    with torch.enable_grad():
+        leaf = values.detach().clone().requires_grad_()
+        return torch.autograd.grad(activation(leaf).sum(), leaf)[0]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens that were found at a perceptron's first layer and are believed.
+
+    Attributes:
+        values: (n, D) float64, in no order: neither image nor position is known.
+        fits: (n,) root mean squares of their equations, in units of noise.
+        uncertainty: (n,) expected relative errors.
+        expected: r, how many there are.
+        doubted: how many more were found and are not believed.
+    """
+
+    values: Tensor
+    fits: Tensor
+    uncertainty: Tensor
+    expected: int
+    doubted: int
+
+
+class _Peel:
+    """The search for the tokens of one perceptron."""
+
+    def __init__(self, equations: TokenEquations, budget: WorkBudget, generator: torch.Generator) -> None:
+        self.whole, self.budget, self.generator = equations, budget, generator
+        self.last = TokenEquations(equations.place, equations.inner, equations.outer, squares=LOOSE)
+        self.rank = equations.basis.shape[1]
+        like = equations.basis
+        self.found, self.costs = like.new_zeros(0, len(like)), []  # of c as tokens
+        self.normals: list[Tensor] = []
+        self.away = like.new_zeros(0, self.rank)
+
+    def run(self) -> Tokens:
+        """Until all are found, or starts find no more, or no work is left.
+
+        Raises:
+            ValueError: a round of starts takes more work than there is.
+        """
+        missed = 0
+        if self.budget.left < STARTS * ROUNDS * self.whole.work:
+            raise ValueError(f"to tell {self.rank} tokens apart takes more work than is left")
+        while len(self.found) < self.rank and missed < 2 * MISSES and not self.budget.is_spent:
+            solution = self._searched(is_beside=missed < MISSES)
+            missed = 0 if solution is not None and self._kept(solution) else missed + 1
+        return self._believed()
+
+    def _searched(self, *, is_beside: bool) -> LevenbergSolution | None:
+        """Where starts end, beside the tokens found or anywhere; None where that is nowhere near a token."""
+        beside = self.whole
+        if is_beside and len(self.away):
+            free = torch.linalg.svd(self.away, full_matrices=True)[2][len(self.away) :].T
+            place, inner, outer = self.whole.place, self.whole.inner, self.whole.outer
+            beside = TokenEquations(place, inner, outer, free)
+        c = self._solved(beside, beside.starts(self.generator), ROUNDS)
+        if beside is not self.whole:
+            near = c.x[c.cost < NEAR] @ (beside.basis.T @ self.whole.basis)
+            if not len(near):
+                return None
+            c = self._solved(self.whole, near, ROUNDS)
+        return self._solved(self.last, c.x, POLISH)
+
+    def _solved(self, equations: TokenEquations, c: Tensor, iterations: int) -> LevenbergSolution:
+        self.budget.spend(len(c) * iterations * equations.work / 2)  # half of the iterations are made, about
+        return levenberg(equations, c, RULE, iterations=iterations, budget=self.budget)
+
+    def _kept(self, solution: LevenbergSolution) -> int:
+        """Add the solutions that fit and are new; how many they are."""
+        tokens = solution.x @ self.whole.basis.T
+        fits = self._fits(tokens)
+        new = 0
+        for n in fits.argsort().tolist():
+            if not fits[n] <= FITTING:
+                break
+            near = (self.found - tokens[n]).norm(dim=1) / tokens[n].norm()
+            if len(near) and near.min() <= SAME:
+                continue
+            delta, _ = self.whole.certified(tokens[n])
+            self.found = torch.cat([self.found, tokens[n][None]])
+            self.normals.append(solution.normal[n])
+            self.away = torch.cat([self.away, (self.whole.inner.functional(delta) @ self.whole.basis)[None]])
+            new += 1
+        return new
+
+    def _fits(self, tokens: Tensor) -> Tensor:
+        """The root mean square (n,) of what of phi lies outside its space, in units of noise."""
+        values, outer = self.whole.activations(tokens), self.whole.outer
+        spare = len(outer.columns) - len(outer.values)
+        return outer.outside(values).norm(dim=1) / outer.error(values) / spare**0.5
+
+    def _believed(self) -> Tokens:
+        """The tokens whose certificate holds."""
+        tokens, outer, inner = self.found, self.whole.outer, self.whole.inner
+        noise = self.whole.unit * outer.error(self.whole.activations(tokens))
+        spreads = [torch.linalg.inv(normal).diagonal().clamp(min=0).sum().sqrt() for normal in self.normals]
+        within = noise * (torch.stack(spreads) if spreads else noise)
+        beyond = inner.error(tokens) * float(inner.columns.norm())
+        uncertainty = torch.hypot(within, beyond) / tokens.norm(dim=1)
+        agree = tokens.new_tensor([abs(self.whole.certified(token)[1] - 1) for token in tokens])
+        sure = (uncertainty <= SURE) & (agree <= AGREEING)
+        return Tokens(tokens[sure], self._fits(tokens)[sure], uncertainty[sure], self.rank, int((~sure).sum()))
+
+
+@dataclass(frozen=True)
+class TokenReading:
+    """What was read at the lowest perceptron of each stage of a model whose tokens leave room.
+
+    Attributes:
+        rows: of `layer_rows.COLUMNS`, one a perceptron.
+        found: the tokens (n, D) float64 by the name of the first layer.
+        likely: (B, C, H, W) images that the tokens make, in no order; None where they make none.
+        seconds: wall time of the reading.
+        is_aborted: whether the clock has ended it.
+    """
+
+    rows: list[dict]
+    found: dict[str, Tensor]
+    likely: Tensor | None = None
+    seconds: float = 0.0
+    is_aborted: bool = False
+
+
+def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, generator: torch.Generator) -> TokenReading:
+    """Single tokens, from the update of one step and the model alone.
+
+    Args:
+        update: the client's.
+        model: that it was computed on.
+        budget: whose clock ends the reading; its work is not asked.
+        generator: what starts are drawn from (on the CPU).
+    """
+    began = time.perf_counter()
+    gradients = with_weights(update.gradients, model)
+    places = [each for each in lowest(perceptrons(model, update.image_shape)) if not each.why_not(update.batch_size)]
+    places = [each for each in places if {f"{each.first}.weight", f"{each.second}.weight"} <= set(gradients)]
+    if not places:
+        return TokenReading([], {})
+    exact = copy.deepcopy(model).double().requires_grad_(False)
+    rows: list[dict] = []
+    found: dict[str, Tensor] = {}
+    likely = None
+    work = WorkBudget(WORK, deadline=budget.deadline, tick=budget.tick)
+    for place in reversed(places):  # the highest have the fewest tokens
+        since, told = time.perf_counter(), None
+        exactly = place.within(exact)
+        row = _row(place, update.batch_size)
+        try:
+            told, spans = _told_apart(exactly, gradients, update.batch_size, work, generator)
+            note = f"{len(told.values)} of {told.expected} {TOLD}" + (
+                ", then no work was left" if work.is_spent else ""
+            )
+            row |= _facts(told, spans)
+        except OutOfTimeError:
+            note = OUT_OF_TIME
+        except (ValueError, RuntimeError, ArithmeticError) as error:  # no layer's failure ends a reading
+            note = str(error).partition("\n")[0]
+        if told is not None and len(told.values):
+            found[place.first] = told.values
+            if place is places[0]:
+                likely = _images(exact, exactly, spans, update.image_shape, told, work, generator)
+        rows.insert(0, row | {"note": note, "seconds": time.perf_counter() - since})
+    return TokenReading(rows, found, likely, time.perf_counter() - began, budget.is_out_of_time)
+
+
+def _images(
+    model: nn.Module,
+    place: Perceptron,
+    spans: Sequence[TokenSpan],
+    image_shape: Sequence[int],
+    told: Tokens,
+    work: WorkBudget,
+    generator: torch.Generator,
+) -> Tensor | None:
+    """Likely images of the tokens of two, in the first block of a model that cuts patches; None if there are none."""
+    embedding = patch_embedding(model.requires_grad_(), image_shape)
+    model.requires_grad_(False)
+    if embedding is None or told.expected != IMAGES * place.tokens:
+        return None
+    try:
+        return images_of_tokens(
+            model, place, spans, embedding, image_shape, told.values, told.uncertainty, work, generator
+        )
+    except (ValueError, RuntimeError, ArithmeticError, OutOfTimeError):
+        return None
+
+
+def _told_apart(
+    place: Perceptron, gradients: Mapping[str, Tensor], batch_size: int, work: WorkBudget, generator: torch.Generator
+) -> tuple[Tokens, list[TokenSpan]]:
+    """The tokens of one perceptron, and the spans of its gradients."""
+    rank = batch_size * place.tokens
+    spans = [TokenSpan.of(gradients[f"{name}.weight"], rank) for name in (place.first, place.second)]
+    return _Peel(TokenEquations(place, *spans), work, generator).run(), spans
+
+
+def _facts(told: Tokens, spans: Sequence[TokenSpan]) -> dict:
+    """What layers.csv says of tokens."""
+    facts = {"rank": told.expected, "gap": spans[0].gap}
+    if len(told.values):
+        facts |= {"residual": float(told.fits.max()), "uncertainty": float(told.uncertainty.max())}
+    return facts
+
+
+def _row(place: Perceptron, batch_size: int) -> dict:
+    count = batch_size * place.tokens
+    known = {"layer": place.first, "positions": place.tokens, "rank_bound": count, "spanned": True}
+    return dict.fromkeys(COLUMNS) | known
