@@ -30,7 +30,7 @@ from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAborte
 from attack.read.signals import Signals
 from attack.read.tokens import read_tokens
 from attack.solve.budget import OutOfTimeError, WorkBudget
-from network.chain import input_shapes, is_walked
+from network.chain import input_shapes, is_walked, mixes_images, modules
 from network.head import Head, features_of
 from network.tracing import stages
 from network.zoo import place_of
@@ -123,8 +123,7 @@ def _in_order(images: Tensor, model: nn.Module, known: Known) -> Tensor:
         return images
     features = features_of(model, images.to(next(model.parameters())))
     nearest, others = torch.cdist(known.features, features).argmin(1).tolist(), list(range(len(images)))
-    order = list(dict.fromkeys([*nearest, *others]))
-    return images[order]
+    return images[list(dict.fromkeys([*nearest, *others]))]
 
 
 def _read_ahead(
@@ -144,7 +143,9 @@ def _read_ahead(
     labels = infer_labels(means.label_strategy, update, model, means.granted)
     if labels is None and means.reads and update.training.is_quotient:
         labels = labels_of_quotients(update, model)
-    local_labels = None if reading else _local_labels(update, model, means, generator, labels, clock)
+    is_in_part = reading is not None and reading.in_steps and len(reading) < update.batch_size
+    seeks_labels = reading is None or is_in_part
+    local_labels = _local_labels(update, model, means, generator, labels, clock) if seeks_labels else None
     reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
     if reading is None and failure is not None and means.signals == "on":
         raise ValueError(f"--signals on: {failure}")
@@ -157,7 +158,7 @@ def _read_ahead(
     names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "uses", "is_explained", "likely")
     facts = {name: getattr(reading, name) for name in names}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
-    evidence = list(_evidence(update, model, reading, generator))
+    evidence = [*_evidence(update, model, reading, generator), *_of_trial(local_labels)]
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
     return replace(known, evidence=tuple(evidence))
@@ -288,10 +289,11 @@ def _known(
     place = place_of(model)
     if signals is not None:
         signals = signals.to(place["device"])
-        features = signals.values[: steps.count(0) if steps else None]
+        of_all = not (steps and mixes_images(model.modules()))  # else each step's images are a batch of their own
+        features = signals.values[: (steps.count(0) if steps else None) if of_all else 0]
     if local_labels and local_labels.is_believed:
         labels = local_labels.labels.to(place["device"])
-    labels = all_labels(signals, labels)
+    labels = all_labels(signals, labels, update.training.sizes_of(update.batch_size) if steps else ())
     return Known(update.batch_size, signals, features.to(**place), labels, local_labels=local_labels, steps=steps)
 
 
@@ -306,7 +308,8 @@ def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, 
     place, below = place_of(model), stages(model)[:start]
     inputs = inputs.to(place["device"])
     pixels = None if start else inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
-    enough = says_enough(below, update.image_shape, inputs) and (is_walked(below) or not known.in_steps)
+    each = is_walked(below) and not mixes_images(modules(below))  # else followed at the server's weights, all at once
+    enough = says_enough(below, update.image_shape, inputs) and (each or not known.in_steps)
     return replace(known, start=start, inputs=inputs, pixels=pixels, says_enough=enough)
 
 

@@ -136,19 +136,29 @@ class Known:
         return self.pixels is not None and self.is_complete
 
 
-def all_labels(signals: Signals | None, others: Tensor | None) -> Tensor | None:
+def all_labels(signals: Signals | None, others: Tensor | None, sizes: Sequence[int] = ()) -> Tensor | None:
     """Labels of the leading images: those of the signals, then whatever `others` (B,) has beyond them.
 
     `others` comes from another source and knows no order: its labels are matched to those of the signals one by one,
     and what is left belongs to the images that were not read. A label of the signals that it does not have takes the
     place of its last.
+
+    Args:
+        signals: that were read.
+        others: labels from another source.
+        sizes: images in each of a client's steps, where both are in their order: labels are matched step by step.
     """
     if signals is None or others is None:
         return others if signals is None else signals.labels
-    left = Counter(others.tolist())
-    left.subtract(signals.labels.tolist())
-    rest = [label for label in sorted(left) for _ in range(left[label])][: len(others) - len(signals)]
-    return torch.cat([signals.labels, signals.labels.new_tensor(rest)])
+    found, first = [], 0
+    for part in others.split(list(sizes) if sum(sizes) == len(others) else len(others)):
+        own = signals.labels[first : first + len(part)]
+        left = Counter(part.tolist())
+        left.subtract(own.tolist())
+        rest = [label for label in sorted(left) for _ in range(left[label])][: len(part) - len(own)]
+        found += [own, own.new_tensor(rest)]
+        first += len(part)
+    return torch.cat(found)
 
 
 def start_images(

@@ -169,6 +169,8 @@ def _replay_line(figures: Mapping) -> str:
     noise = f"noise is {percent(figures['noise_share'])}"
     words = {True: "; the steps on what was read make it", False: "; so nothing is certain", None: ""}
     ending = words[figures["replays"]]
+    if figures["replays"] and 0 < figures["signals_found"] < len(figures["labels"]):
+        ending = "; images that were told apart make their own parts of it"
     if figures["explains_first_layer"] and not figures["replays"]:
         ending = "; the order of the steps is not known, but the images make all of the first layer's movement"
     return f"replay: the client's training on these pictures leaves {said}, {noise}{ending}"

@@ -255,7 +255,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "dtype": one_of(DTYPES),
     "checkpoint_every": _count,
     "log_every": _steps,
-    "epochs": _steps,
+    "epochs": _count,
     "train_batch": _size,
     "hold_out": _share,
 }

@@ -5,8 +5,12 @@
 
 Flags of main_MAGIA_sel.py may follow.
 
+The network and the training are those of Flower's PyTorch quickstart: two small convolutions, two max-pools and three
+linear layers; a shuffling DataLoader, SGD with momentum, one epoch. Each client has 32 images, in minibatches of 8.
+
 The server keeps what a client sends, its new weights, as `np.savez` writes them: arrays without names. That is all
-that the audit gets, beside the model and the weights that the server itself sent out.
+that the audit gets, beside the model, the weights that the server itself sent out, and the rules that every client of
+the round was told to train by. In which minibatch an image was is not among them.
 """
 
 import subprocess
@@ -18,26 +22,51 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).parent.parent
 OUT = Path("results") / "flower"
-RATE, BATCH = 0.1, 4
+IMAGES, BATCH = 32, 8  # of a client, and of a step
+RATE, MOMENTUM = 0.01, 0.9
 
 
 def net() -> nn.Module:
     """The model that the server starts from."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 16 * 16, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10),
+    )
 
 
-def step(model: nn.Module, first: int) -> None:
-    """One step of SGD on so many bundled images, from `first` on."""
+def train(model: nn.Module, partition: int) -> None:
+    """One epoch of a client on its part of the bundled images, reshuffled."""
+    first = IMAGES * partition
     with np.load(ROOT / "samples" / "cifar10_sample128.npz") as sample:
-        images = torch.from_numpy(sample["images"][first : first + BATCH]).permute(0, 3, 1, 2) / 255
-        labels = torch.from_numpy(sample["labels"][first : first + BATCH]).long()
-    nn.functional.cross_entropy(model(images), labels).backward()
-    torch.optim.SGD(model.parameters(), lr=RATE).step()
+        images = torch.from_numpy(sample["images"][first : first + IMAGES]).permute(0, 3, 1, 2) / 255
+        labels = torch.from_numpy(sample["labels"][first : first + IMAGES]).long()
+    optimiser = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+    for some, own in DataLoader(TensorDataset(images, labels), batch_size=BATCH, shuffle=True):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(some), own).backward()
+        optimiser.step()
+
+
+def keep(arrays: Iterable[np.ndarray]) -> None:
+    """Write down what a client has sent, and what the server knew before."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    torch.save(net().state_dict(), OUT / "server.pt")
+    np.savez(OUT / "update.npz", *arrays)
 
 
 def simulate() -> None:
@@ -51,11 +80,11 @@ def simulate() -> None:
     client, server = ClientApp(), ServerApp()
 
     @client.train()
-    def train(message: Message, context: Context) -> Message:
+    def fit(message: Message, context: Context) -> Message:
         model = net()
         model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        step(model, BATCH * int(context.node_config["partition-id"]))
-        content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": BATCH})}
+        train(model, int(context.node_config["partition-id"]))
+        content = {"arrays": ArrayRecord(model.state_dict()), "metrics": MetricRecord({"num-examples": IMAGES})}
         return Message(content=RecordDict(content), reply_to=message)
 
     class Keeping(FedAvg):
@@ -63,7 +92,7 @@ def simulate() -> None:
 
         def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple:
             replies = list(replies)
-            np.savez(OUT / "update.npz", *replies[0].content["arrays"].to_numpy_ndarrays())
+            keep(replies[0].content["arrays"].to_numpy_ndarrays())
             return super().aggregate_train(server_round, replies)
 
     @server.main()
@@ -73,26 +102,22 @@ def simulate() -> None:
     run_simulation(server, client, num_supernodes=2, backend_config={"client_resources": {"num_cpus": 1}})
 
 
+def audit(*flags: str) -> int:
+    """Attack the update that was kept. Returns the exit status."""
+    steps = IMAGES // BATCH
+    rules = f"--local_steps {steps} --local_batches {steps} --local_lr {RATE} --local_momentum {MOMENTUM}"
+    sent = ["--update", OUT / "update.npz", "--update_kind", "weights", "--batch_size", str(IMAGES), *rules.split()]
+    known = ["--model", f"{__file__}:net", "--weights", OUT / "server.pt", "--num_classes", "10", "--image_size", "32"]
+    program = [sys.executable, ROOT / "main_MAGIA_sel.py"]
+    return subprocess.run([*program, *sent, *known, "--save_dir", OUT, *flags]).returncode
+
+
 def main() -> int:
     """The simulation, then the audit of the update that was kept. Returns the exit status."""
     if find_spec("flwr") is None:
         sys.exit("flower_audit.py needs Flower: pip install -r requirements-examples.txt")
-    OUT.mkdir(parents=True, exist_ok=True)
-    torch.save(net().state_dict(), OUT / "server.pt")
     simulate()
-    sent = [
-        "--update",
-        OUT / "update.npz",
-        "--update_kind",
-        "weights",
-        "--local_lr",
-        str(RATE),
-        "--batch_size",
-        str(BATCH),
-    ]
-    known = ["--model", f"{__file__}:net", "--weights", OUT / "server.pt", "--num_classes", "10", "--image_size", "32"]
-    audit = [sys.executable, ROOT / "main_MAGIA_sel.py", *sent, *known, "--save_dir", OUT, *sys.argv[1:]]
-    return subprocess.run(audit).returncode
+    return audit(*sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from attack.prepare import Known
 from data import Batch
-from network.chain import inputs_along, parametrised
+from network.chain import inputs_along, mixes_images, parametrised
 from network.perceptrons import perceptrons
 from network.tracing import stages_if_walked
 
@@ -19,13 +19,15 @@ from network.tracing import stages_if_walked
 def measured(known: Known, model: nn.Module, truth: Batch | None) -> Known:
     """`known`, each layer's row with its `relative_error`, None where the error cannot be known.
 
-    Of a client's several steps it is that of the first minibatch, whose true inputs are those at the server's weights.
+    Of a client's several steps it is that of the first minibatch, whose true inputs are those at the server's weights,
+    and which BatchNorm in training mode mixed with no other.
     The recovered inputs have then served their purpose and are left out: they are as large as all activations.
     """
     recovered, first = known.recovered, known.steps.count(0)
     if known.in_steps:
         recovered = {name: inputs[:first] for name, inputs in recovered.items()}
-    errors = relative_errors(recovered, model, truth.images) if truth and recovered else {}
+    beside = first if known.in_steps and mixes_images(model.modules()) else None
+    errors = relative_errors(recovered, model, truth.images[:beside]) if truth and recovered else {}
     rows = [_beside_uncertainty(row, errors.get(row["layer"])) for row in known.layers]
     return replace(known, layers=rows, recovered={})
 

@@ -124,7 +124,7 @@ def verdict(counts: Mapping[str, int], figures: Mapping, *, granted_labels: bool
             level = "none"
         headline, sentence = _said(level, counts[level], total)
         meaning = [sentence, *_rest(level, counts)]
-    meaning += _of_labels(figures, total, granted_labels) + _of_signals(figures, total) + _of_evidence(figures)
+    meaning += _of_labels(figures, total, granted_labels) + _of_signals(figures, total) + _of_evidence(figures, total)
     if figures["ended_by"] in ("interrupt", "abort"):
         meaning.append("The attack was interrupted. Resumed, it may get further.")
     if figures["ended_by"] == "non-finite":
@@ -197,7 +197,7 @@ def _of_signals(figures: Mapping, total: int) -> list[str]:
     return [f"{found} {'was' if figures['signals_found'] == 1 else 'were'} told apart by features and label, {how}."]
 
 
-def _of_evidence(figures: Mapping) -> list[str]:
+def _of_evidence(figures: Mapping, total: int) -> list[str]:
     """What contradicts the assumptions, and how much of the update is left unexplained."""
     against = [piece["said"] for piece in figures["evidence"] if piece["contradicts"]]
     said = [f"The update contradicts what was assumed of it, so nothing is called certain: {each}." for each in against]
@@ -209,13 +209,18 @@ def _of_evidence(figures: Mapping) -> list[str]:
         )
     if figures["replays"] is not None:
         is_explained = figures["explains_first_layer"] and not figures["replays"]
-        said.append(BY_FIRST_LAYER if is_explained else CERTIFICATES[figures["replays"]])
+        in_part = figures["replays"] and 0 < figures["signals_found"] < total
+        said.append(BY_FIRST_LAYER if is_explained else BY_THEMSELVES if in_part else CERTIFICATES[figures["replays"]])
     return said
 
 
 BY_FIRST_LAYER = (
     "Which image was in which step is not known. The images make all of the first layer's movement in any order, and "
     "their pixels are whole steps of 1/255, which no mixture of images is: that is the certificate."
+)
+BY_THEMSELVES = (
+    "The images that were told apart make their own parts of the update at the weights of their steps: that is their "
+    "certificate, and says nothing of the others."
 )
 CERTIFICATES = {
     True: "The client's steps, made again on what was found, make the update: that is the certificate.",

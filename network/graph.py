@@ -1,12 +1,16 @@
 """The way through the graph of a forward pass (`torch.fx`), from the logits down to the images, stage by stage."""
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from torch import fx, nn
 
 from network.chain import parametrised
+from network.joins import CUTS, channels_of, cut_out, joined, name_called, nest_joins, only_order
 from network.kinds import called
+from network.kinds.joining import Among, Part
+from network.kinds.rearranged import Rearranged
 from network.kinds.scaling import OPERATIONS, SAME, normalise, scaling
 from network.stage import Residual, Stage
 from network.unwalked import Unwalked, part_of
@@ -64,6 +68,7 @@ class GraphReader:
 
     def __init__(self, model: nn.Module, graph: fx.Graph, scopes: dict[str, tuple]) -> None:
         self.model, self.graph, self.scopes = model, graph, scopes
+        nest_joins(graph)
         self.images, self.output = next(iter(graph.nodes)), next(iter(reversed(graph.nodes)))
         self._carrying = {self.images}  # the nodes whose values depend on the images' pixels
         self._uses = Counter(id(p) for node in graph.nodes for p in self._parameters(node))
@@ -85,7 +90,7 @@ class GraphReader:
         node, backwards = self._logits(), []
         while node is not self.images:
             try:
-                found = self._sum(node) if self._is_sum(node) else self._stages(node)
+                found, below = self._step(node)
             except ValueError as error:
                 if not backwards:
                     raise ValueError(f"the model does not end in a linear layer: {error}") from None
@@ -93,7 +98,7 @@ class GraphReader:
                 backwards.append(Stage(f"all below {backwards[-1].name}", part))
                 break
             backwards += reversed(found)
-            node = self._gates[node]
+            node = below
         return backwards[::-1]
 
     def _logits(self) -> fx.Node:
@@ -103,7 +108,7 @@ class GraphReader:
             raise ValueError(f"{type(self.model).__name__} puts out a {type(node).__name__}, not a tensor")
         while self._over_classes(node, "log_softmax", nn.LogSoftmax) or self._is_identity(node):
             node = self._gates[node]
-        if _called(node) == "log" and self._over_classes(node.args[0], "softmax", nn.Softmax):
+        if name_called(node) == "log" and self._over_classes(node.args[0], "softmax", nn.Softmax):
             return self._gates[node.args[0]]
         if self._over_classes(node, "softmax", nn.Softmax):
             raise ValueError(SOFTMAX_TWICE)
@@ -114,7 +119,7 @@ class GraphReader:
         if node.op == "call_module":
             layer = self.model.get_submodule(node.target)
             return isinstance(layer, module) and layer.dim in (1, -1, None)
-        if _called(node) != name:
+        if name_called(node) != name:
             return False
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return dim in (1, -1, None)
@@ -129,15 +134,60 @@ class GraphReader:
         """The stages behind `first`, up to `last`."""
         backwards: list[Stage] = []
         while last is not first:
-            backwards += reversed(self._sum(last) if self._is_sum(last) else self._stages(last))
-            last = self._gates[last]
+            found, last = self._step(last)
+            backwards += reversed(found)
         return backwards[::-1]
+
+    def _step(self, node: fx.Node) -> tuple[list[Stage], fx.Node]:
+        """The stages that a node stands for, and the node in front of them.
+
+        Raises:
+            ValueError: it stands for none.
+        """
+        if self._is_sum(node):
+            return self._sum(node), self._gates[node]
+        if self._joined(node):
+            return self._join(node), self._gates[node]
+        try:
+            return self._stages(node), self._gates[node]
+        except ValueError:
+            ordered = only_order(node, self._carrying.__contains__)
+            if ordered is None:
+                raise
+        graph, below = ordered
+        return [Stage(self._name(node), Rearranged(graph))], below
 
     def _sum(self, node: fx.Node) -> list[Stage]:
         """A residual stage, named by its block; the branch with more layers is its body."""
         branches = [self._between(self._gate(node), branch) for branch in node.args]
         branches.sort(key=lambda branch: -len(list(parametrised(branch))))
         return [Stage(self.scopes[node.name][0] or node.name, Residual(*branches))]
+
+    def _join(self, node: fx.Node) -> list[Stage]:
+        """A residual stage whose branches put out different channels; those with most layers come first."""
+        gate, parts = self._gate(node), self._joined(node)
+        if len(parts) == 1:
+            return []
+        try:
+            counts = [channels_of(self.model, part) for part in parts]
+        except LookupError:
+            raise ValueError(f"{self._where(node)}: {_why_not(node)}") from None
+        starts, name = itertools.accumulate([0, *counts]), self._name(node)
+        places = [Among(first, count, sum(counts)) for first, count in zip(starts, counts, strict=False)]
+        branches = [
+            [*self._between(gate, part), Stage(f"{name}.{part.name}", place)]
+            for part, place in zip(parts, places, strict=True)
+        ]
+        branches.sort(key=lambda branch: -len(list(parametrised(branch))))
+        *others, last = branches
+        for branch in reversed(others):
+            last = [Stage(name, Residual(branch, last))]
+        return last
+
+    def _joined(self, node: fx.Node) -> list[fx.Node] | None:
+        """The tensors that a node joins by their channels, all of which come from the images; None of other nodes."""
+        parts = joined(node)
+        return parts if parts and all(part in self._carrying for part in parts) else None
 
     def _stages(self, node: fx.Node) -> list[Stage]:
         """What a node of one tensor stands for; identities do nothing and are left out."""
@@ -147,6 +197,10 @@ class GraphReader:
         if node.op == "call_module":
             return self._module(node)
         try:
+            if name_called(node) in CUTS:
+                return []  # what is taken out of it says which part it is
+            if cut := cut_out(self.model, node):
+                return [Stage(self._name(node), Part(*cut))]
             modules = [self._scaling(node)] if self._is_scaling(node) else self._call(node)
         except (LookupError, TypeError, ValueError):
             raise ValueError(f"{self._where(node)}: {_why_not(node)}") from None
@@ -168,14 +222,14 @@ class GraphReader:
 
     def _call(self, node: fx.Node) -> list[nn.Module]:
         """The modules that a function or method stands for; only a view may be told sizes of tensors."""
-        name, others = _called(node), node.args[1:]
+        name, others = name_called(node), node.args[1:]
         if name not in ("view", "reshape") and any(n is not node.args[0] for n in node.all_input_nodes):
             raise LookupError(name)
         return called(name, others, _how(node))
 
     def _is_scaling(self, node: fx.Node) -> bool:
         """Whether a node adds a constant or multiplies by one."""
-        name = _called(node)
+        name = name_called(node)
         is_arithmetic = SAME.get(name, name) in (*OPERATIONS, "rsub") and len(node.args) == 2 and not node.kwargs
         return is_arithmetic and any(arg not in self._carrying for arg in node.args)
 
@@ -185,10 +239,10 @@ class GraphReader:
         if isinstance(constant, fx.Node):
             if not _is_constant(constant):
                 raise LookupError(node.name)
-            return scaling(_called(node), part_of(self.graph, constant), is_first=is_first, model=self.model)
+            return scaling(name_called(node), part_of(self.graph, constant), is_first=is_first, model=self.model)
         if not isinstance(constant, int | float):
             raise LookupError(node.name)
-        return scaling(_called(node), float(constant), is_first=is_first)
+        return scaling(name_called(node), float(constant), is_first=is_first)
 
     def _gate(self, node: fx.Node) -> fx.Node:
         """Where the tensors that a node takes come from.
@@ -196,7 +250,7 @@ class GraphReader:
         Raises:
             ValueError: not from the images, or there are more of them than such a node takes.
         """
-        gate, most = self._gates[node], 2 if self._is_sum(node) else 1
+        gate, most = self._gates[node], 2 if self._is_sum(node) else len(self._joined(node) or [node])
         if gate is None or len(self._sources(node)) > most:
             raise ValueError(f"{self._where(node)}: {_why_not(node)}")
         return gate
@@ -206,7 +260,7 @@ class GraphReader:
         return [source for source in node.all_input_nodes if source in self._carrying]
 
     def _is_sum(self, node: fx.Node) -> bool:
-        plain = _called(node) in ("add", "iadd") and not node.kwargs and len(node.args) == 2
+        plain = name_called(node) in ("add", "iadd") and not node.kwargs and len(node.args) == 2
         return plain and all(branch in self._carrying for branch in node.args)
 
     def _meeting(self, sources: Sequence[fx.Node]) -> fx.Node | None:
@@ -250,7 +304,7 @@ def _why_not(node: fx.Node) -> str:
         return "it takes more than one tensor, or one that does not come from the images"
     if node.op in ("get_attr", "placeholder"):
         return "a tensor is used that does not come from the images"
-    name = _called(node)
+    name = name_called(node)
     return WHY_NOT.get(OTHER_NAMES.get(name, name), f"the function {name} is no stage that can be walked")
 
 
@@ -260,19 +314,12 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def _is_size(node: fx.Node) -> bool:
-    name = _called(node)
+    name = name_called(node)
     if name == "getitem":
         return isinstance(node.args[0], fx.Node) and _is_size(node.args[0])
     return name in ("size", "len", "dim") or (
         name == "getattr" and node.args[1] in ("shape", "ndim", "device", "dtype")
     )
-
-
-def _called(node: object) -> str:
-    """The name of the function or method, without the underscore of one that works in place."""
-    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
-        return ""
-    return getattr(node.target, "__name__", str(node.target)).removesuffix("_")
 
 
 def _how(node: fx.Node) -> dict[str, object]:

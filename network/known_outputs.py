@@ -1,5 +1,6 @@
 """What is known of a stage's outputs, image by image: values, deltas, and how far each is trusted."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,6 +9,10 @@ from torch import Tensor
 
 ZERO = 6.0  # standard deviations of an image's noise up to which an entry behind a ReLU is taken for zero
 RANGE = 40.0  # standard deviations up to which a residual may change the mask of an entry
+# What is said of an entry of which nothing is known, and on which no loss depends.
+NOTHING = {
+    "values": 0.0, "known": False, "delta": 0.0, "masked_delta": 0.0, "noise": 1.0, "margin": math.inf, "rounding": 1.0,
+}  # fmt: skip
 FLOOR = 1.2e-7  # relative: no noise is taken for less than rounding of the float32 that the victim computed in
 
 
@@ -103,6 +108,29 @@ class KnownOutputs:
         """Of all images, from the same stage's of some of them each, in turn."""
         wide = [part.part(slice(None)) for part in parts]
         return replace(wide[0], **{name: torch.cat([vars(part)[name] for part in wide]) for name in wide[0]._tensors})
+
+    def channels(self, first: int, count: int) -> "KnownOutputs":
+        """The same of some channels."""
+        return replace(
+            self, **{name: t.expand_as(self.values)[:, first : first + count] for name, t in self._tensors.items()}
+        )
+
+    def among(self, first: int, total: int) -> "KnownOutputs":
+        """Among so many channels, of whose others nothing is known, and on which no loss depends."""
+        whole = {}
+        for name, t in self._tensors.items():
+            wide = t.expand_as(self.values)
+            rest = (total - first - wide.shape[1], NOTHING[name])
+            sides = [
+                wide.new_full((len(wide), size, *wide.shape[2:]), value) for size, value in ((first, rest[1]), rest)
+            ]
+            whole[name] = torch.cat([sides[0], wide, sides[1]], 1)
+        return replace(self, **whole)
+
+    def in_order(self, index: Tensor, shape: tuple[int, ...]) -> "KnownOutputs":
+        """In another order, and of that shape: the entries (n,) with these indices in the flattened present ones."""
+        tensors = {name: t.expand_as(self.values).flatten(1) for name, t in self._tensors.items()}
+        return replace(self, **{name: t[:, index].view(len(t), *shape) for name, t in tensors.items()})
 
     @property
     def _tensors(self) -> dict[str, Tensor]:

@@ -77,7 +77,7 @@ def outside_model(name: str, *, num_classes: int, generator: torch.Generator) ->
         raise ValueError(f"{name} has weights on the meta device, which have no values: load them first")
     make_copyable(model)
     make_twice_differentiable(model)
-    with _blamed(f"{name} cannot be brought to the CPU:"):
+    with blamed(f"{name} cannot be brought to the CPU:"):
         return model.to("cpu", torch.float32).eval()
 
 
@@ -90,7 +90,7 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
     images = torch.rand(PROBES, *image_shape, generator=seeded)
     shape = "x".join(map(str, image_shape))
     way = "set --image_size, such as 24 or 16x24, if it takes others"
-    with _blamed(f"{name} does not take images of {shape} ({way}):"):
+    with blamed(f"{name} does not take images of {shape} ({way}):"):
         logits, again = model(images), model(images)
     if isinstance(logits, Tensor) and not torch.equal(torch.nan_to_num(again), torch.nan_to_num(logits)):
         raise ValueError(f"{name} gives other logits for the same images in eval mode: it draws random numbers")
@@ -108,7 +108,7 @@ def try_out(model: nn.Module, name: str, image_shape: Sequence[int], num_classes
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not logits.requires_grad:
         raise ValueError(f"{name} has no parameter that is trained")
-    with _blamed(f"{name} cannot be differentiated:"):
+    with blamed(f"{name} cannot be differentiated:"):
         gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     try_batch(model, name, image_shape, PROBES + 1, num_classes)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -124,7 +124,7 @@ def try_batch(model: nn.Module, name: str, image_shape: Sequence[int], count: in
         ValueError: it does not.
     """
     shape = "x".join(map(str, image_shape))
-    with _blamed(f"{name} takes {PROBES} images of {shape} and not {count}:"):
+    with blamed(f"{name} takes {PROBES} images of {shape} and not {count}:"):
         logits = model(torch.full((count, *image_shape), 0.5).to(next(model.parameters())))
     if logits.shape != (count, num_classes) and (logits.shape, num_classes) != ((count, 1), 2):
         raise ValueError(f"{name} takes {PROBES} images of {shape} and not {count}: it puts out {_kind(logits)}")
@@ -185,12 +185,12 @@ def _executed(path: Path) -> ModuleType:
 
 def _called(function: Callable[[], object], name: str) -> object:
     """What a user's code returns."""
-    with _blamed(f"--model {name} raises"):
+    with blamed(f"--model {name} raises"):
         return function()
 
 
 @contextmanager
-def _blamed(text: str) -> Iterator[None]:
+def blamed(text: str) -> Iterator[None]:
     """Whatever a user's code raises is the user's to read, in a line; even what would end the program.
 
     A KeyboardInterrupt is the model's own, unless the signal of Ctrl-C has come.

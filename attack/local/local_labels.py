@@ -7,8 +7,11 @@ are tried, a few changes and swaps at a time, until none comes closer. The searc
 shows most plainly.
 
 All images of a trial are alike, so a minibatch is one grey image with the mean of its labels as target: a trial costs
-one image a step. The derivative of the distance by the targets, through all steps, foretells what each change and each
-swap is worth, beside the square of what it moves itself. So only the most promising are tried.
+one image a step. Where the work permits one trial for each class and step, the distance is a quadratic function of the
+targets, nearly, and its least values over labels are sought without further trials (`label_shares`); the best of them
+are tried, and the function is taken anew there. Elsewhere, and at the end, the derivative of the distance by the
+targets, through all steps, foretells what each change and each swap is worth, beside the square of what it moves
+itself. So only the most promising are tried.
 
 The gradient of head bias k is p_k - [y_i = k], averaged over images i and steps. This average is negative for classes
 in the batch alone.
@@ -21,6 +24,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from attack.local.label_shares import Change, Quadratic, Trial
 from attack.match.activations import GREY
 from attack.solve.budget import OutOfTimeError, WorkBudget, unlimited
 from network.head import Head, features_of
@@ -38,8 +42,12 @@ STARTS = 8  # sets of labels that the search begins from, at most
 SHAKEN = 1 / 3  # share of the best labels drawn anew for another start; the order of all labels is drawn anew
 TRIED = 96  # of the most promising changes and swaps, each by itself, before a start is at its end
 FEW = 8  # images up to which the best of these is taken, and not the first that comes closer
+OPTIMA = 8  # least values of the quadratic function that are tried
+AFFORDED = 0.25  # share of the work left that its derivative may cost
+HELD = 3e7  # numbers that its moves may take
+IDLE = 2  # starts in a row that find nothing better, and end the search
 TOGETHER = (8, 4, 2)  # so many of the most promising at once, of different images
-FITTING = 0.02  # relative squared distance at which no other start is tried
+FITTING = 0.02  # relative squared distance of so few images at which no other start is tried
 # Relative squared distance up to which labels are used. Right labels leave 0.02 to 0.18 on an untrained LeNet at rate
 # 0.1.
 BELIEVED = 0.25
@@ -108,50 +116,19 @@ def labels_by_trial(
     search = _LabelSearch(update, model, given is not None, budget or unlimited(), work, say)
     labels = search.shown() if given is None else given
     trial = Trial(labels, search.in_turn)
+    least, idle = math.inf, 0
     try:
         for start in range(STARTS):
-            search.descend(trial, f"start {start + 1} of {STARTS} at most")
+            search.descend(trial, f"start {start + 1} of {STARTS} at most", generator)
             best = search.best()
-            if best.distance < FITTING or search.is_spent:
+            least, idle = (best.distance, 0) if best.distance < least else (least, idle + 1)
+            is_enough = best.distance < FITTING and len(best.labels) <= FEW
+            if is_enough or search.is_spent or idle == IDLE:
                 break
             trial = Trial(search.shaken(best.labels, generator), search.in_turn)
     except OutOfTimeError:
         return replace(search.best(), is_aborted=True)
     return search.best()
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Labels (B,), and the images of each step."""
-
-    labels: Tensor
-    order: Order
-
-    @property
-    def key(self) -> tuple:
-        """The same for comparison."""
-        return tuple(self.labels.tolist()), self.order
-
-
-@dataclass(frozen=True)
-class _Change:
-    """Labels of one image, or of two that are swapped, that take the place of others; or two images of one pass."""
-
-    images: tuple[int, ...]
-    labels: tuple[int, ...]
-    steps: tuple[int, ...] = ()  # of a pass, in which the two images are swapped
-
-    def applied(self, trial: Trial) -> Trial:
-        """The labels and the order with this change."""
-        if self.steps:
-            other = dict(zip(self.images, self.images[::-1], strict=True))
-            order = list(trial.order)
-            for step in self.steps:
-                order[step] = tuple(other.get(image, image) for image in order[step])
-            return replace(trial, order=tuple(order))
-        changed = trial.labels.clone()
-        changed[list(self.images)] = changed.new_tensor(self.labels)
-        return replace(trial, labels=changed)
 
 
 @dataclass
@@ -222,15 +199,36 @@ class _LabelSearch:
         order = torch.randperm(len(labels), generator=generator)
         return torch.where(is_new, drawn, labels.cpu()[order]).to(labels.device)
 
-    def descend(self, trial: Trial, where: str) -> None:
-        """Down from these labels, by the changes that the derivative foretells to be best, while any comes closer."""
+    def descend(self, trial: Trial, where: str, generator: torch.Generator) -> None:
+        """Down from these labels, by the changes that derivatives foretell to be best, while any comes closer."""
         distance = self._tried(trial)
         while not self.is_spent:
             self.say(f"labels by trial, {where}: the best leave {self.best().distance:.3f}")
-            closer = self._closer(trial, distance)
+            closer = self._leapt(trial, distance, generator) or self._closer(trial, distance)
             if closer is None:
                 break
             trial, distance = closer, self._tried(closer)
+
+    def _leapt(self, trial: Trial, distance: float, generator: torch.Generator) -> Trial | None:
+        """A trial that comes closer, by the quadratic function near this one.
+
+        None: there is none, or it costs too much, or images are so few that all promising changes are tried anyway.
+        """
+        steps, classes, count = self.update.training.steps, self.update.num_classes, len(trial.labels)
+        moves = count * (classes + count * (1 + len(self._open_passes)))
+        is_dear = steps * classes * self._cost > AFFORDED * self.left or moves * steps**2 > HELD
+        if count <= FEW or is_dear:
+            return None
+        batches = self.update.training.batches
+        passes = [range(which * batches, (which + 1) * batches) for which in self._open_passes]
+        how = {"is_fixed": self.is_fixed, "passes": passes, "spend": self._spend}
+        optima = Quadratic(trial, self._left, classes, self._grey, **how).optima(generator)
+        best = min(optima[:OPTIMA], key=self._tried)
+        return best if self._tried(best) < distance else None
+
+    def _spend(self, work: float) -> None:
+        self.budget.check()
+        self.left -= work
 
     def _closer(self, trial: Trial, distance: float) -> Trial | None:
         """A trial that comes closer by several changes or by one, None where the most promising ones do not."""
@@ -255,9 +253,9 @@ class _LabelSearch:
                 return changed
         return None
 
-    def _promising(self, trial: Trial) -> list[_Change]:
+    def _promising(self, trial: Trial) -> list[Change]:
         """The changes of one label and the swaps of two that the derivative and their own square say most of."""
-        labels, share, slopes = trial.labels, self._shares(trial.order), self._slopes(trial)
+        labels, share, slopes = trial.labels, trial.shares(self._grey), self._slopes(trial)
         count, by_image = len(labels), share.T @ slopes  # (B, K)
         reach = (share * self._reach[:, None]).sum(0)  # (B,)
         worth = by_image - by_image.gather(1, labels[:, None])  # of another label
@@ -267,14 +265,14 @@ class _LabelSearch:
         swaps = between + between.T + 2 * self._moved * (reach[:, None] - reach).square()
         alike = (share.T[:, None] == share.T).all(2) | (labels[:, None] == labels)
         swaps[alike | torch.ones_like(alike).tril()] = math.inf
-        found = [(float(changes[i, k]), _Change((i,), (k,))) for i, k in _least(changes, TRIED)]
+        found = [(float(changes[i, k]), Change((i,), (k,))) for i, k in _least(changes, TRIED)]
         for i, j in _least(swaps, TRIED):
-            found.append((float(swaps[i, j]), _Change((i, j), (int(labels[j]), int(labels[i])))))
+            found.append((float(swaps[i, j]), Change((i, j), (int(labels[j]), int(labels[i])))))
         for which in self._open_passes:
             found += self._of_pass(trial, slopes, which)
         return [change for _, change in sorted(found, key=lambda each: each[0])[:TRIED]]
 
-    def _of_pass(self, trial: Trial, slopes: Tensor, which: int) -> list[tuple[float, _Change]]:
+    def _of_pass(self, trial: Trial, slopes: Tensor, which: int) -> list[tuple[float, Change]]:
         """Swaps of two images between the steps of one pass, and what the derivative says that they are worth."""
         batches, labels, found = self.update.training.batches, trial.labels.tolist(), []
         place = {image: s for s in range(which * batches, (which + 1) * batches) for image in trial.order[s]}
@@ -284,37 +282,29 @@ class _LabelSearch:
                 if first < second and labels[i] != labels[j]:
                     worth = (own[first][j] - own[first][i]) / len(trial.order[first])
                     worth += (own[second][i] - own[second][j]) / len(trial.order[second])
-                    found.append((worth, _Change((i, j), (), (first, second))))
+                    found.append((worth, Change((i, j), (), (first, second))))
         return found
 
     def _slopes(self, trial: Trial) -> Tensor:
         """The derivative (N, K) of the distance by the target of each step."""
-        self.budget.check()
-        self.left -= SLOPES * self._cost
-        targets = self._targets(trial).requires_grad_()
+        self._spend(SLOPES * self._cost)
+        targets = trial.targets(self.update.num_classes, self._grey).requires_grad_()
         with torch.enable_grad():
-            distance = self._distance(targets, create_graph=True)
+            distance = self._residual(targets, create_graph=True).square().sum()
             (slopes,) = torch.autograd.grad(distance, targets)
         return torch.nan_to_num(slopes)
 
-    def _shares(self, order: Order) -> Tensor:
-        """The share (N, B) of each image in the target of each step."""
-        shares = self._grey.new_zeros(len(order), self.update.batch_size)
-        for step, images in enumerate(order):
-            shares[step, list(images)] = 1 / len(images)
-        return shares
-
-    def _targets(self, trial: Trial) -> Tensor:
-        """The mean label (N, K) of each step."""
-        shares = self._shares(trial.order)
-        return shares @ nn.functional.one_hot(trial.labels, self.update.num_classes).to(shares)
-
-    def _distance(self, targets: Tensor, *, create_graph: bool) -> Tensor:
-        """The relative squared distance that training on grey images with these targets leaves in the head's update."""
+    def _residual(self, targets: Tensor, *, create_graph: bool) -> Tensor:
+        """What training on grey images with these targets (N, K) leaves of the head's update (m,), in its lengths."""
         targets = targets.repeat_interleave(self._copies, 0)
         average = train_locally(self.model, self._grey, targets, self._training, create_graph=create_graph).average
-        left = [goal - average[index] for goal, index in zip(self._goal, self._own, strict=True)]
-        return sum(each.square().sum() for each in left) / self._size
+        left = [(goal - average[index]).flatten() for goal, index in zip(self._goal, self._own, strict=True)]
+        return torch.cat(left) / self._size**0.5
+
+    def _left(self, targets: Tensor) -> Tensor:
+        """The same, of one more training."""
+        self._spend(self._cost)
+        return self._residual(targets, create_graph=False)
 
     def _tried(self, trial: Trial) -> float:
         """The distance that these labels leave."""
@@ -322,7 +312,8 @@ class _LabelSearch:
             if self._found:  # without any there would be nothing to return
                 self.budget.check()
             self.left -= self._cost
-            distance = float(self._distance(self._targets(trial), create_graph=False))
+            targets = trial.targets(self.update.num_classes, self._grey)
+            distance = float(self._residual(targets, create_graph=False).square().sum())
             self._found[trial.key] = distance if math.isfinite(distance) else math.inf
         return self._found[trial.key]
 
@@ -333,9 +324,9 @@ def _least(worth: Tensor, count: int) -> list[tuple[int, int]]:
     return [divmod(i, worth.shape[1]) for i in flat.argsort()[:count].tolist() if flat[i] < math.inf]
 
 
-def _apart(changes: list[_Change], count: int) -> list[_Change]:
+def _apart(changes: list[Change], count: int) -> list[Change]:
     """The first so many of the changes that touch no image twice."""
-    kept: list[_Change] = []
+    kept: list[Change] = []
     touched: set[int] = set()
     for change in changes:
         if len(kept) < count and touched.isdisjoint(change.images):

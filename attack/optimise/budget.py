@@ -139,7 +139,7 @@ class Annealing:
         """The index of the phase after so many evaluations; the last one stays."""
         return min(int(self.phases * evaluations / self.horizon), self.phases - 1)
 
-    def ended(self, evaluations: float) -> None:
+    def ended(self, evaluations: float, gain: float) -> None:
         """None: an annealing never ends an attack."""
 
     def at(self, evaluations: float) -> float:

@@ -14,6 +14,7 @@ from update import checked
 
 CERTAIN_LOGIT = 100.0  # the logit of a known label, so far above the others that softmax is one-hot in float64 too
 NOT_TWICE = ("is not implemented", "differentiate twice")  # torch's words where a function has no second derivative
+LOOK_BACK = 100  # closure evaluations over which the loss's decrease is judged: four steps of L-BFGS
 MAX_SETBACKS = 3  # number of times that the attack returns to the best iterate after a non-finite loss
 
 
@@ -55,7 +56,7 @@ class AttackState:
         seconds: wall time spent before the first step.
 
     `leader` is the copy that matches the gradient best; pictures and figures are of the leader. `anchor` is the value
-    of z at the start of the present phase.
+    of z at the start of the present phase. `trail` has the evaluations and the loss after the last steps of this phase.
     """
 
     z: Tensor
@@ -78,6 +79,7 @@ class AttackState:
         self._whole_step = self.optimizer.param_groups[0].get("max_eval")  # None: not L-BFGS
         self.subset = torch.arange(self.batch_size, device=self.z.device)
         self.anchor = self.z.detach().clone()
+        self.trail: list[tuple[int, float]] = []
         self._remember(math.inf)
 
     @property
@@ -98,9 +100,17 @@ class AttackState:
     def enter(self, phase: int) -> None:
         """Begin a phase of the objective, unless it has begun; best iterate and curvature start anew."""
         if phase != self.phase:
-            self.phase, self.anchor = phase, self.z.detach().clone()
+            self.phase, self.anchor, self.trail = phase, self.z.detach().clone(), []
             self.optimizer = self.optimiser.build(self.variables)
             self._remember(math.inf)
+
+    @property
+    def gain(self) -> float:
+        """The relative decrease of the loss over LOOK_BACK evaluations; infinite where this phase has had fewer."""
+        before = [loss for evaluations, loss in self.trail if evaluations <= self.evaluations - LOOK_BACK * self.copies]
+        if not before:
+            return math.inf
+        return (before[-1] - self.trail[-1][1]) / before[-1] if before[-1] else 0.0
 
     def draw_subset(self, size: int) -> None:
         """Set `subset` to a uniform random subset of `size` images, the same in every copy."""
@@ -197,12 +207,20 @@ class AttackState:
             self.setbacks += 1
             self.restore_best()
             self.optimizer = self.optimiser.build(self.variables)
+            self.trail = []
             return False
+        self._note(float(terms.loss))
         self.leader = terms.leader
         least = float(terms.full[self.leader])
         if least <= self.best["full"]:
             self._remember(least)
         return True
+
+    def _note(self, loss: float) -> None:
+        """Put the loss on the trail, and drop what `gain` looks back at no more."""
+        self.trail.append((self.evaluations, loss))
+        while len(self.trail) > 1 and self.trail[1][0] <= self.evaluations - LOOK_BACK * self.copies:
+            del self.trail[0]
 
     def restore_best(self) -> None:
         """Return to the best iterate; the optimiser keeps its curvature."""
@@ -227,6 +245,7 @@ class AttackState:
             "counters": [self.step, self.evaluations, self.seconds, self.setbacks, self.leader, self.phase],
             "anchor": self.anchor,
             "best": self.best,
+            "trail": [list(pair) for pair in self.trail],
         }
 
     @torch.no_grad()
@@ -236,7 +255,8 @@ class AttackState:
         Raises:
             ValueError: an entry is damaged, or of a run with other settings; the message names the entry.
         """
-        checked.mapping(state, "the state", ("variables", "generator", "optimizer", "counters", "anchor", "best"))
+        names = ("variables", "generator", "optimizer", "counters", "anchor", "best", "trail")
+        checked.mapping(state, "the state", names)
         best = checked.mapping(state["best"], "best", ("full", "leader", "variables"))
         generator = self.generator.get_state()
         generator = checked.tensor(state["generator"], "generator", generator.shape, generator.dtype)
@@ -251,6 +271,7 @@ class AttackState:
             "leader": checked.whole(best["leader"], "best.leader", most=self.copies - 1),
             "variables": [v.to(self.z) for v in self._alike(best["variables"], "best.variables")],
         }
+        trail = [_pair(pair) for pair in checked.sequence(state["trail"], "trail")]
         optimizer = self.optimiser.resumed(self.variables, state["optimizer"])
         try:
             self.generator.set_state(generator)
@@ -259,10 +280,16 @@ class AttackState:
         self._restore(variables)
         self.step, self.evaluations, self.seconds = step, evaluations, seconds
         self.setbacks, self.leader, self.phase = setbacks, leader, phase
-        self.anchor, self.best, self.optimizer = anchor.to(self.z), kept, optimizer
+        self.anchor, self.best, self.optimizer, self.trail = anchor.to(self.z), kept, optimizer, trail
 
     def _alike(self, values: object, name: str, likes: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Tensors from a file in the shapes and types of the variables, or of `likes`."""
         likes = self.variables if likes is None else likes
         pairs = zip(checked.sequence(values, name, len(likes)), likes, strict=True)
         return [checked.tensor(value, name, like.shape, like.dtype) for value, like in pairs]
+
+
+def _pair(held: object) -> tuple[int, float]:
+    """An entry of the trail, from a file."""
+    evaluations, loss = checked.sequence(held, "trail", 2)
+    return checked.whole(evaluations, "trail"), checked.real(loss, "trail")

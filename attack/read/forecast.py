@@ -25,6 +25,7 @@ from network.chain import Layer, input_shapes, measured, mixed_below, parametris
 from network.embedding import PatchEmbedding
 from network.kinds import kind_of
 from network.kinds.affine import is_spanned
+from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
 from network.parametrised import why_no_gradient
 from network.perceptrons import Perceptron
@@ -188,7 +189,7 @@ class _Forecast:
 
     def _block(self, module: Residual, told: Told, shape: tuple[int, ...]) -> dict[str, Step]:
         """The steps inside a residual block: the lowest layers of both branches share theirs, since they share u."""
-        body, _ = self.steps(module.body, told._replace(share=0.0), shape)
+        body, _ = self.steps(module.body, told if is_joined(module) else told._replace(share=0.0), shape)
         shortcut, _ = self.steps(module.shortcut, told, shape)
         found = body | shortcut
         lowest = [next(parametrised(branch)).name for branch in (module.body, module.shortcut) if has_layers(branch)]
@@ -196,13 +197,14 @@ class _Forecast:
         if reason or not lowest or lowest[0] not in body:  # the walk ends inside the block, above its lowest layers
             return found | {name: found[name]._replace(reason=found[name].reason or reason) for name in lowest}
         last = [stage.name for stage in parametrised(module.body)][-1]
-        outputs = int(told.share * self.batch_size * math.prod(self.layers[last].output_shape))
         unknowns = found[lowest[0]].unknowns
+        size = unknowns if is_joined(module) else self.batch_size * math.prod(self.layers[last].output_shape)
+        outputs = int(told.share * size)
         for name in body:
             if name != lowest[0] and not body[name].is_determined and name not in mixed_below(module.body):
                 together = Step(body[name].equations + outputs, unknowns)
                 found[name] = together if together.is_determined else body[name]
-        total = sum(found[name].equations for name in lowest) + (0 if module.shortcut else outputs)
+        total = sum(found[name].equations for name in lowest) + (0 if has_layers(module.shortcut) else outputs)
         return found | dict.fromkeys(lowest, Step(total, unknowns))
 
 

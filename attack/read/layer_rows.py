@@ -45,7 +45,7 @@ class LayerRows:
     def note(self, name: str, note: str, **facts: object) -> None:
         """Write a note on a layer beside those that it has, and facts in the place of others; seconds add up."""
         row = self._rows[name]
-        notes = [row["note"], note] if row["note"] else [note]
+        notes = [row["note"], note] if row["note"] and row["note"] != note else [note]
         row |= facts | {"note": "; ".join(notes), "seconds": row["seconds"] + facts.get("seconds", 0.0)}
 
     def blur(self, forward: Sequence[float]) -> None:

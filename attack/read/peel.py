@@ -38,10 +38,11 @@ import torch
 from torch import Tensor, nn
 
 from attack.read.candidates import WITNESSES, ImageEquations, along_ones, by_position, nobody
-from attack.read.lone_rows import lone_rows, refitted
+from attack.read.lone_rows import lone_rows, paired_rows, refitted
 from attack.read.rays import extreme_rays, linked_programme, pinned, single_programme, zeros_of
 from attack.read.signals import Signals, Tail
 from attack.read.span import Span
+from attack.read.whole_pixels import WholePixels
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from update.loss import CROSS_ENTROPY, Loss
 
@@ -57,6 +58,7 @@ FEWEST = 64
 REFITTED = 2  # times that images and their deltas are taken from each other
 SAME = 1e-2  # relative distance below which two proposals are one image
 BLURRED = 5.0  # or below so many times what is expected of their errors
+NO_PIXELS = WholePixels()  # of a layer whose inputs do not tell the images
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def unmix(
     given: Signals | None = None,
     enough: Callable[[Signals], bool] = lambda found: False,
     is_gated: bool = False,
+    pixels: WholePixels = NO_PIXELS,
 ) -> Signals:
     """Tell the images of a determined layer apart, as many as possible, surest first.
 
@@ -108,6 +111,7 @@ def unmix(
             out beforehand, and are not among those found.
         enough: whether the images found so far end the search.
         is_gated: whether the layer's units are often off, as in front of a ReLU, and have no delta then.
+        pixels: the images of the layer's inputs.
 
     Raises:
         ValueError: the layer does not determine its inputs.
@@ -122,7 +126,8 @@ def unmix(
         layers += [ImageEquations(each.span, each.layer, each.tail, loss) for each in useful]
         slopes = [each.slope for each in useful]
     given = nobody(span) if given is None else given
-    how = {"slopes": slopes, "given": given, "enough": enough, "is_gated": is_gated}
+    how = {"slopes": slopes, "given": given, "enough": enough}
+    how |= {"is_gated": is_gated, "pixels": pixels}
     search = _Peeling(layers, is_sparse, generator, budget, **how)
     with suppress(OutOfTimeError):  # images that are certain by then stay; the reader says that time ran out
         search.run()
@@ -174,6 +179,7 @@ class _Peeling:
     given: Signals | None = None
     enough: Callable[[Signals], bool] = lambda found: False
     is_gated: bool = False
+    pixels: WholePixels = NO_PIXELS
 
     def __post_init__(self) -> None:
         self.found = self.whole.nobody()
@@ -235,7 +241,7 @@ class _Peeling:
             if fruitless and self.rows_alone:
                 break
             known = self.given.joined(own)
-            new = self.whole.nobody() if fruitless else unlike(self._lone(known), known)
+            new = self.whole.nobody() if fruitless else self._by_rows(known)
             if not len(new) and not self.rows_alone:
                 new = unlike(self.round(fruitless), known)
             fruitless = 0 if len(new) else fruitless + 1
@@ -255,12 +261,19 @@ class _Peeling:
             rests.append(without(layer.span, values, deltas))
         return rests
 
-    def _lone(self, known: Signals) -> Signals:
-        """The images among the rows that one image alone drives, when these are taken out."""
+    def _by_rows(self, known: Signals) -> Signals:
+        """The images that alone drive a unit, once the known ones are taken out; else those of pairs of units."""
         if not self.takes_rows:
             return self.whole.nobody()
+        left = (self.rest, self.whole.span, known)
+        new = unlike(self._judged_rows(*lone_rows(*left)), known)
+        return new if len(new) else unlike(self._judged_rows(*paired_rows(*left, self.pixels)), known)
+
+    def _judged_rows(self, c: Tensor, errors: Tensor) -> Signals:
+        """The images among inputs (N, dim A) of the rest that rows propose, with relative errors (N,)."""
+        if not len(c):
+            return self.whole.nobody()
         equations = self.whole.of(self.rest)
-        c, errors = lone_rows(self.rest, self.whole.span, known)
         many = max(FEWEST, int(JUDGED / (equations.classes * self.rest.left.numel())))
         c, errors = c[:many], errors[:many]
         mismatch, labels = equations.mismatch(c).min(1)
@@ -268,9 +281,19 @@ class _Peeling:
         best = _distinct(values, labels, errors, mismatch < NEAR)
         if not len(best):
             return self.whole.nobody()
-        c = values[best] @ self.whole.span.basis.T
-        found, is_believed = self.whole.as_they_are(c, labels[best], errors[best])
+        c, errors = self._rounded(values[best], errors[best])
+        found, is_believed = self.whole.as_they_are(c, labels[best], errors)
         return found.pick(is_believed)
+
+    def _rounded(self, values: Tensor, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of inputs (N, n) with relative errors (N,); of whole pixels, where these lie in A too."""
+        span = self.whole.span
+        whole, is_whole = self.pixels.rounded(values)
+        c = whole @ span.basis.T
+        turned = span.turned(c @ self.whole.rows.flatten(1))
+        outside = (whole - c @ span.basis).norm(dim=1) / whole.norm(dim=1)
+        is_whole = is_whole & (outside < BLURRED * (turned + span.precision))
+        return torch.where(is_whole[:, None], c, values @ span.basis.T), torch.where(is_whole, turned, errors)
 
     def round(self, fruitless: int) -> Signals:
         """The new images among one batch of proposals."""

@@ -24,6 +24,7 @@ from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
 from attack.match.entries import told_by
 from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights, roundings_of_weights
+from attack.read.carried import carried_down, inverted, layers_below
 from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
@@ -33,14 +34,14 @@ from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
 from attack.read.signals import Signals
 from attack.read.span import Span
+from attack.read.whole_pixels import WholePixels
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.rounding import precision_of
 from attack.walk.noise import is_after_relu, without_noise
 from attack.walk.trajectory import OnePass
 from attack.walk.walk import BatchGradients, Descent, descend
-from network.chain import input_shapes, is_parametrised, shift_before
+from network.chain import input_shapes, shift_before
 from network.head import Head, measured_noise
-from network.kinds import kind_of
 from network.parametrised import with_weights
 from network.stage import Stage, run
 from network.tracing import stages
@@ -290,8 +291,8 @@ class _Reader:
             return told_apart_jointly(span, self._upwards(layer), generator=self.generator, budget=budget)
         return self._peeled(layer, span, budget)
 
-    def _peeled(self, layer: CandidateLayer, span: Span, budget: WorkBudget) -> Signals:
-        """One image after the other."""
+    def _peeled(self, layer: CandidateLayer, span: Span, budget: WorkBudget, given: Signals | None = None) -> Signals:
+        """One image after the other, without those that are given."""
 
         def tail(inputs: Tensor, outputs: Tensor) -> Tensor:
             budget.tick()
@@ -299,7 +300,8 @@ class _Reader:
 
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
-        how |= {"is_gated": layer.behind.is_sparse}
+        how |= {"is_gated": layer.behind.is_sparse, "given": given}
+        how |= {"pixels": WholePixels(self.chain[: layer.index], self.shapes)}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
 
     def _is_head(self, layer: CandidateLayer) -> bool:
@@ -344,12 +346,48 @@ class _Reader:
         for name in at.entrances:
             self.rows.note(name, f"known by {at.name}", determined=True, uncertainty=float(found.uncertainty.max()))
         doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
+        reading = self._entered(found, at)
+        spanned = order(list(self.candidates.values()), self.update.batch_size, self.like)
+        below = layers_below(spanned, at, self.chain)
+        if below and below[-1].index < reading.start:
+            found, lowest = self._carried_down(found, at, below)
+            reading = self._entered(found, lowest) if lowest.index < reading.start else reading
+        return replace(reading, doubts=doubts)
+
+    def _entered(self, found: Signals, at: CandidateLayer) -> Reading:
+        """The images found at a layer, and what a walk from there makes known."""
         entered = replace(found, values=at.stage_inputs(found.values))
         features = run(self.chain[at.index : -1], entered.values)
         loss = self.update.training.loss
         loss = loss.of_batch(found.labels) if found.complete else loss
         errors = loss.errors(self.head(features), found.labels)
-        return replace(self._walked(entered, at, features, errors, self._given), doubts=doubts)
+        return self._walked(entered, at, features, errors, self._given)
+
+    def _carried_down(
+        self, found: Signals, at: CandidateLayer, below: list[CandidateLayer]
+    ) -> tuple[Signals, CandidateLayer]:
+        """The images found at the lowest of these layers that they lead down to, with those told apart on the way."""
+        for lower in below:
+            began, budget, more, facts = time.perf_counter(), self.budget.part(SHARE), None, {}
+            try:
+                span, loss = self._span(lower), self.update.training.loss
+                known = carried_down(found, at, lower, span, loss, self.chain, self.shapes)
+                more = known.joined(self._peeled(lower, span, budget, known))
+                note = f"{len(known)} images known by {at.name}, {len(more) - len(known)} more told apart"
+            except OutOfTimeError:
+                note, self.is_aborted = OUT_OF_TIME, True
+            except (ValueError, RuntimeError, ArithmeticError) as error:  # the images stay where they were told apart
+                note = str(error).partition("\n")[0]
+            self.budget.returned(budget)
+            is_lower = more is not None and len(more) >= len(found)
+            if is_lower:
+                found, at = blurred(more, self.forward[lower.index]).surest_first(), lower
+                facts = {"residual": float(found.residuals.max()), "uncertainty": float(found.uncertainty.max())}
+                self.recovered[lower.name] = found.values
+            self.rows.note(lower.name, note, **facts, seconds=time.perf_counter() - began)
+            if not is_lower:
+                break
+        return found, at
 
     def _in_steps(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, each at the weights of its own step, at the deepest stage."""
@@ -380,26 +418,16 @@ class _Reader:
             inputs = descent.inputs[start]
             if is_after_relu(self.chain[:start]):  # its noise is that of this stage, not of the one that was unmixed
                 inputs = without_noise(inputs, descent.noise[self.chain[start].name])
-        return self._reading(replace(found, values=features, deltas=errors), *self._inverted(start, inputs))
+        return self._reading(
+            replace(found, values=features, deltas=errors),
+            *inverted(self.chain, self.shapes, start, inputs, with_parameters=not self.in_steps),
+        )
 
     def _reading(self, signals: Signals, start: int, inputs: Tensor) -> Reading:
         """What was found at the head and at the deepest stage."""
         seconds, layers = time.perf_counter() - self.began, list(self.rows)
         is_aborted = self.is_aborted or self.budget.is_out_of_time
         return Reading(signals, start, inputs, layers, self.recovered, seconds, is_aborted, self.in_steps)
-
-    def _inverted(self, start: int, inputs: Tensor) -> tuple[int, Tensor]:
-        """The lowest stage to which exact inverses of single stages lead from the inputs of `start`, and its inputs.
-
-        In steps a stage with parameters has others at each of them.
-        """
-        while start:
-            module, shape = self.chain[start - 1].module, self.shapes[start - 1]
-            below = kind_of(module).inverted(module, inputs, shape)
-            if below is None or (self.in_steps and is_parametrised(module)):
-                break
-            start, inputs = start - 1, below
-        return start, inputs
 
     def _descended(self, found: Signals, index: int, given: BatchGradients, steps: OnePass | None) -> Descent:
         how = {"generator": self.generator, "budget": self.budget, "steps": steps}

@@ -13,7 +13,7 @@ from attack.solve.cgls import Solution
 from attack.walk.block import SETTLED_NOISE
 from attack.walk.masks import changes, for_other_noise, settle
 from attack.walk.methods import SolveMethod
-from attack.walk.noise import noise_of, size_of
+from attack.walk.noise import at_least, noise_of, size_of
 from attack.walk.sources import Source
 from network.known_outputs import KnownOutputs
 
@@ -132,7 +132,10 @@ class LayerSolver:
             error = method.recovery_test(decided, max(noise, solution.residual))
         else:  # the equations are linear, and so are errors in noise
             error = error * max(1.0, solution.residual / noise)
-        spread = noise_of(u, method.spread(decided, u, solution, error), is_after_relu=is_after_relu)
+        spread = method.spread(decided, u, solution, error)
+        if not is_after_relu:  # behind a ReLU errors show below zero
+            spread = at_least(error.to(u), spread, u)
+        spread = noise_of(u, spread, is_after_relu=is_after_relu)
         errors = (size_of(spread) / size_of(u)).cpu()
         facts = {"residual": solution.residual, "noise": errors, "flips": flips, "iterations": solution.iterations}
         if (too_weak := self._weakened(too_weak, error)) is None:

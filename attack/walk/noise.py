@@ -28,6 +28,16 @@ def size_of(values: Tensor) -> Tensor:
     return values.flatten(1).square().mean(1).sqrt()
 
 
+def at_least(error: Tensor, spread: Tensor, values: Tensor) -> Tensor:
+    """The spread (B, 1, ...) or (B, C, ...) of values' errors, in each image no less than a relative error (B,).
+
+    Equations that hardly determine their unknowns leave errors in a few directions, far larger than the spread of any
+    one entry shows, and no residual shows them at all. The recovery test does.
+    """
+    own = size_of(spread.expand_as(values)).clamp(min=1e-300)
+    return spread * beside((error * size_of(values) / own).clamp(min=1.0), values)
+
+
 def noise_of(values: Tensor, spread: Tensor, *, is_after_relu: bool) -> Tensor:
     """Standard deviation of the errors of values (B, C, ...), from what it should be, (B, 1, ...).
 

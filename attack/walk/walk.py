@@ -47,6 +47,7 @@ from attack.walk.trajectory import OnePass, Trajectory
 from attack.walk.way import Given, Way
 from network.chain import input_shapes, mean_before, parametrised, shift_before
 from network.kinds import kind_of
+from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
 from network.known_outputs import FLOOR, KnownOutputs, UndeterminedError
 from network.stage import Chain, Residual, Stage, run
@@ -319,11 +320,12 @@ class _Walk:
             return given, self._method(given, shape, below)
         if way.norm is not None:
             raise UndeterminedError(MIXES)
-        outputs = way.outputs
+        outputs, joined = way.outputs, is_joined(stage.module)
         block = _Block(stage.module, outputs, shape, below)
-        body = self._branch(stage.module.body, outputs.untold(), shape, block)
-        outputs = outputs.flipped(body.flips)
-        rest = outputs.untold() if body.output is None else _without(outputs, body)
+        body = self._branch(stage.module.body, outputs if joined else outputs.untold(), shape, block)
+        outputs = rest = outputs.flipped(body.flips)
+        if not joined:
+            rest = outputs.untold() if body.output is None else _without(outputs, body)
         shortcut = self._branch(stage.module.shortcut, rest, shape, block)
         given = [*body.given, *shortcut.given]
         return given, body.onward or self._method(given, shape, below)
@@ -390,7 +392,7 @@ class _Walk:
     def _branch(self, chain: Chain, outputs: KnownOutputs, shape: tuple[int, ...], block: _Block) -> _Branch:
         """Down a branch to its lowest layer, which says something of the block's input."""
         branch = _Branch([], None, None, torch.zeros_like(outputs.known), None)
-        shapes, same_mask = input_shapes(chain, shape) if chain else [], True
+        shapes, same_mask = input_shapes(chain, shape) if chain else [], not is_joined(block.module)
         way = Way.from_known(outputs)
         for index in reversed(range(len(chain))):
             stage = chain[index]

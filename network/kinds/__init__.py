@@ -6,11 +6,13 @@ from torch import nn
 
 from network.kinds.affine import AFFINE
 from network.kinds.dipping import GELU, SiLU
+from network.kinds.joining import AmongKind, PartKind
 from network.kinds.kind import Kind, Shape
 from network.kinds.leaky_relu import LeakyReLU
 from network.kinds.norm import Norm
 from network.kinds.opaque import OPAQUE
 from network.kinds.pool import AveragePool, MaxPool
+from network.kinds.rearranged import RearrangedKind
 from network.kinds.relu import ReLU
 from network.kinds.relu6 import ReLU6
 from network.kinds.reshape import Reshape
@@ -33,6 +35,9 @@ KINDS: Sequence[Kind] = (
     MaxPool(),
     AveragePool(),
     Reshape(),
+    RearrangedKind(),
+    AmongKind(),
+    PartKind(),
     ResidualKind(),
     ScalingKind(),
     UnwalkedKind(),

@@ -37,6 +37,8 @@ def test_labels_of_one_source_alone():
     assert all_labels(read(3, 1), None).tolist() == [3, 1]
     assert all_labels(None, torch.tensor([2, 2])).tolist() == [2, 2]
     assert all_labels(read(5), torch.tensor([0, 1])).tolist() == [5, 0]  # the sources disagree: signals are surer
+    assert all_labels(read(2), torch.tensor([0, 2, 2, 1]), (2, 2)).tolist() == [2, 0, 1, 2]  # step by step
+    assert all_labels(read(2, 0, 3), torch.tensor([0, 2, 2, 1]), (2, 2)).tolist() == [2, 0, 3, 1]
 
 
 def test_with_partial_signals_the_other_granted_labels_stay(monkeypatch):

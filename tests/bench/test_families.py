@@ -16,12 +16,12 @@ def measured(monkeypatch):
 
 
 def test_every_family_has_a_row_in_its_place(measured, tmp_path):
-    for name in ("squeezenet", "shufflenet", "squeezenet"):
+    for name in ("squeezenet", "mobilenet_v3", "squeezenet"):
         assert families.main(["--rows", name, "--folder", str(tmp_path), "--machine", "a core"]) == 0
     first, second = read_rows(tmp_path, TABLE)
-    assert (first["family"], second["family"]) == ("ShuffleNetV2", "SqueezeNet")
-    assert first["deepest"] == "fc"
-    assert first["only_run"].startswith("all below conv5.0 (in stage4")
+    assert (first["family"], second["family"]) == ("MobileNetV3", "SqueezeNet")
+    assert first["deepest"] == "classifier.0"
+    assert first["only_run"].startswith("all below features.12.0 (in features.11")
     assert second["only_run"].startswith("all of it (the last stage, classifier.3, is not linear")
     assert second["labels_right"] == "1"
     assert second["exact_psnr"] == ""

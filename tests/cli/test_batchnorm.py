@@ -47,6 +47,17 @@ def test_pixels_are_exact_where_statistics_are_shared(cli, net):
     assert [p.tolist() for p in pictures_of(run)] == [p.tolist() for p in pictures_of(again)]
 
 
+def test_of_several_steps_the_features_of_each_minibatch_are_read_and_judged_by_themselves(cli, net):
+    """BatchNorm mixes the two images of a minibatch, and not all four."""
+    steps = ["--batch_size", 4, "--local_steps", 2, "--local_batches", 2, "--local_lr", 0.05]
+    figures = metrics_of(cli(*net, "--bn", "train", *steps, *SIGNALS))
+    assert figures["signals_found"] == 4
+    assert figures["label_accuracy"] == 1
+    (error,) = (row["relative_error"] for row in figures["layers"] if row["relative_error"] is not None)
+    assert error < 5 * max(signal["uncertainty"] for signal in figures["signals"])
+    assert "matching of the training's update" in cli.out  # pictures are not matched with all four's features at once
+
+
 def test_where_they_are_kept_the_scale_is_read_or_said_to_be_open(cli, net):
     run = cli(*net, "--bn", "train_private", *SIGNALS, *LONG)
     figures = metrics_of(run)

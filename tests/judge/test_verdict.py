@@ -185,3 +185,13 @@ def test_pictures_that_show_nothing_are_not_seen_again():
     assert similarity_level(flat, [40.0, 33.0], 1) == "apart"
     assert similarity_level(flat, [40.0, 12.0], 0) == "same"
     assert similarity_level({"psnr": [14.0], "ssim": [0.7]}, [12.0], 0) == "other"  # smooth pictures are alike by SSIM
+
+
+def test_images_read_in_part_are_certified_by_themselves_and_not_by_a_whole_replay():
+    signals = [{"confidence": 1.0}] * 2
+    facts = {"signals": signals, "replays": True, "unexplained": 0.28, "explains_first_layer": False}
+    said = " ".join(of(["apart"] * 2 + ["unknown"] * 30, signals_found=2, **facts)["meaning"])
+    assert "says nothing of the others" in said
+    assert "make the update" not in said
+    whole = " ".join(of(["apart"] * 2, signals_found=2, **facts)["meaning"])
+    assert "make the update: that is the certificate" in whole

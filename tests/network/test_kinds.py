@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from network.kinds import KINDS, UNKNOWN, called, kind_of, pulled_below, share_below
+from network.kinds.joining import Among, Part, is_joined
 from network.kinds.pool import SoftMaximum
 from network.kinds.scaling import scaling
 from network.known_outputs import KnownOutputs, UndeterminedError
+from network.stage import Residual, Stage
 
 ACTIVATIONS = [
     nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1), nn.Sigmoid(), nn.Tanh(), nn.SiLU(), nn.GELU(), nn.ELU(), nn.Hardswish(),
@@ -253,3 +255,32 @@ def test_a_layer_whose_equations_are_not_known_says_why(layer, reason):
     said = kind_of(layer).why_not(layer, (), ())
     assert reason in said
     assert bool(reason) == bool(said)
+
+
+def test_channels_among_others_are_told_and_the_others_have_no_part_in_them():
+    z, module = double(2, 3, 4, 4), Among(2, 3, 7)
+    found, expected = passed(module, z)
+    assert found.known.all()
+    assert torch.equal(found.values, z)
+    assert torch.equal(found.delta, expected)
+    assert torch.equal(kind_of(module).inverted(module, module(z), (3, 4, 4)), z)
+    with pytest.raises(ValueError, match="4 channels come where the model joins 3"):
+        module(double(2, 4, 4, 4))
+
+
+def test_a_part_of_the_channels_tells_these_and_nothing_of_the_others():
+    z, module = double(2, 7, 4, 4), Part(2, 3)
+    found, expected = passed(module, z)
+    assert found.known[:, 2:5].all()
+    assert not found.known[:, :2].any()
+    assert not found.known[:, 5:].any()
+    assert torch.equal(found.values[:, 2:5], z[:, 2:5])
+    assert torch.equal(found.delta, expected)
+    assert (found.noise > 0).all()
+
+
+def test_a_stage_is_joined_where_each_branch_puts_out_channels_of_its_own():
+    first, second, third = ([Stage("", Among(at, 2, 6))] for at in (0, 2, 4))
+    assert is_joined(Residual(first, [Stage("", Residual(second, third))]))
+    assert not is_joined(Residual(first, ()))
+    assert not is_joined(Residual(first, [Stage("", nn.ReLU())]))

@@ -8,14 +8,17 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from network.chain import measured, parametrised, unmixed_from
+from network.chain import inputs_along, measured, parametrised, unmixed_from
 from network.head import Head, feature_range, features_of
-from network.kinds import kind_of
+from network.kinds import kind_of, pulled_below
+from network.kinds.rearranged import Rearranged
+from network.known_outputs import KnownOutputs
 from network.normalise import normalised
 from network.outside import outside_model, try_out
 from network.stage import Residual, run
 from network.tracing import stages, verify, why_not_walked
 from network.unwalked import Unwalked
+from network.zoo import build_model
 from update.gradients import gradient_and_part
 
 LAYERS = {
@@ -103,14 +106,17 @@ def test_the_branch_with_more_layers_is_the_body():
 
 
 OPAQUE_BELOW = {  # by what is said of it: a forward pass, and the stages that are walked above the opaque one
-    "torch.cat joins": (lambda m, x: m.head(m.fc(torch.cat([pooled(m, x)], 1)).relu()), ["fc", "head"]),
+    "torch.cat joins": (
+        lambda m, x: m.head(m.fc(torch.cat([pooled(m, x)[:, :9], pooled(m, x)[:, 9:]], 1)).relu()),
+        ["fc", "head"],
+    ),
     "multiplied, as by a gate": (lambda m, x: m.head(m.fc(gated(m.conv(x)).relu().flatten(1))), ["fc", "head"]),
     "weight is used twice": (lambda m, x: m.head(m.fc(pooled(m, x) * m.fc.weight[0])), ["head"]),
     "a softmax mixes": (lambda m, x: plain(m, x.softmax(1)), None),
     "another shape than one for each": (lambda m, x: m.head(m.fc(pooled(m, x).view(3, -1))), ["fc", "head"]),
     "dropout is switched on": (lambda m, x: plain(m, functional.dropout(x)), None),
     "function sin is no stage": (lambda m, x: m.head(m.fc(pooled(m, x)).sin()), ["head"]),
-    "order (permute)": (lambda m, x: m.head(m.fc(pooled(m, x.permute(0, 1, 3, 2)))), None),
+    "order (permute)": (lambda m, x: m.head(m.fc(pooled(m, x.permute(1, 0, 2, 3).permute(1, 0, 2, 3)))), None),
     "only a part": (lambda m, x: m.head(m.fc(pooled(m, x))[:, :12].relu()), ["head"]),
 }
 
@@ -376,3 +382,67 @@ def test_torchvision_s_classifiers_are_walked(name):
     assert torch.equal(run(stages(model), x), model(x))
     weights = [n for n, p in model.named_parameters() if p.dim() > 1]
     assert {f"{layer.name}.weight" for layer in measured(stages(model), (3, 64, 64))} == set(weights)
+
+
+def test_a_channel_shuffle_is_one_stage_and_its_inputs_are_its_outputs_in_another_order():
+    def shuffled(m, x):
+        z = m.conv(x)
+        count, channels, height, width = z.size()
+        z = z.view(count, 2, channels // 2, height, width).transpose(1, 2).contiguous()
+        return m.head(m.fc(functional.max_pool2d(z.view(count, channels, height, width), 2).flatten(1)))
+
+    model = net(shuffled)
+    chain = stages(model)
+    assert not why_not_walked(model)
+    assert torch.allclose(run(chain, images()), model(images()), atol=1e-6)
+    module = next(stage.module for stage in chain if isinstance(stage.module, Rearranged))
+    z = torch.randn(2, 6, 4, 5)
+    assert not torch.equal(module(z), z)
+    told = pulled_below(module, KnownOutputs.of(module(z), module(2 * z), torch.ones_like(z)), z.shape[1:])
+    assert torch.equal(told.values, z)
+    assert torch.equal(told.delta, 2 * z)
+    assert torch.equal(kind_of(module).inverted(module, module(z), z.shape[1:]), z)
+
+
+JOINED = {  # what is joined of the convolution's six channels
+    "parts of a split": lambda m, z: torch.cat([z.split(2, 1)[2], z.split(2, 1)[0].relu(), z.split(2, 1)[1]], 1),
+    "three branches": lambda m, z: torch.cat((z.chunk(3, 1)[0], z.chunk(3, 1)[1].tanh(), z.chunk(3, 1)[2]), dim=1),
+    "one tensor": lambda m, z: torch.cat([z], 1),
+}
+
+
+class Branching(nn.Module):
+    """A block with a join inside a branch of another join, as Inception's last ones have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.left, self.right = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 3, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        y = self.low(x).relu()
+        return torch.cat([x, torch.cat([self.left(y), self.right(y)], 1)], 1)
+
+
+def test_a_join_inside_a_branch_has_a_name_of_its_own():
+    layers = {"block": Branching, "fc": lambda: nn.Linear(11 * 16, 12)}
+    model = net(lambda m, x: m.head(m.fc(functional.max_pool2d(m.block(m.conv(x)), 2).flatten(1))), **layers)
+    chain = stages(model)
+    assert not why_not_walked(model)
+    assert torch.allclose(run(chain, images()), model(images()), atol=1e-6)
+    shapes = {}
+    for stage, x in inputs_along(chain, images()):
+        assert shapes.setdefault(stage.name, x.shape) == x.shape
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_joined_channels_are_those_of_the_model(case):
+    model = net(lambda m, x: m.head(m.fc(functional.max_pool2d(JOINED[case](m, m.conv(x)), 2).flatten(1))))
+    assert torch.allclose(run(stages(model), images()), model(images()), atol=1e-6)
+    assert not why_not_walked(model)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "googlenet", "shufflenet_v2_x0_5"])
+def test_families_that_join_channels_are_walked(name):
+    model = build_model(f"torchvision:{name}", image_shape=(3, 64, 64), num_classes=10, generator=torch.Generator())
+    assert not why_not_walked(model)
+    assert len(list(parametrised(stages(model)))) > 50

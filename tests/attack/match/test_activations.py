@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from passes import sample_images
+from torch import nn
 
 import main_MAGIA_sel as magia
 from attack.match.activations import ForwardLoss, ForwardMatching, course_for, says_enough
 from attack.match.entries import observed
-from attack.match.phases import Course, Phase, phases_for
+from attack.match.phases import GAIN, POOLED, Course, Phase, phases_for
+from attack.match.softening import softened
 from attack.optimise.budget import Budget, Optimiser
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
@@ -120,10 +122,10 @@ def test_phases_are_gentler_below_a_max_pool():
     assert all(math.isinf(phase.hardness) for phase in phases_for(scene("lenet", "head")[1].chain))
 
 
-def forward_attack(images, loss, phases, budget=None, state=None):
-    """The attack loop on the forward loss, from grey; its state and what ended it."""
+def forward_attack(images, loss, phases, budget=None, state=None, least_gain=math.inf):
+    """The attack loop on the forward loss, from grey; its state and what ended it. No phase goes on by itself."""
     pixels = PixelMap((3, 16, 16), "sigmoid", 0.5, 0.5)
-    course = Course(phases)
+    course = Course(phases, least_gain=least_gain)
     objective = magia.Objective(ForwardMatching(loss, course), Prior("opponent", 3.0, 1.0), course, pixels)
     state = state or fresh_state(images, pixels)
     schedule = Schedule("constk", batch_size=len(images), n_iter=10**6, k=2, l_iter=0, a=0.0, b=0.0)
@@ -153,6 +155,17 @@ def test_images_come_back_from_activations():
     assert state.phase == 2
 
 
+def test_the_last_phase_goes_on_for_as_long_as_the_objective_falls():
+    images, loss = scene("lenet", "head")
+    short = (Phase(40, 1e-3), Phase(40, 1e-4))
+    found, state, ended = forward_attack(images, loss, short, least_gain=0.1)
+    assert ended == "course"
+    assert state.evaluations > 150  # of which the phases ask for 80
+    assert state.gain < 0.1
+    early, _, _ = forward_attack(images, loss, short, Budget(10**6, max_evals=100))
+    assert psnr(found, images) > psnr(early, images) + 0.5
+
+
 def test_a_course_that_is_resumed_within_a_phase_ends_like_one_that_was_not():
     images, loss = scene("convnet", "head")
     phases = (Phase(30, 1e-2, 20), Phase(60, 1e-3, 20), Phase(30, 1e-4, 60))
@@ -166,12 +179,18 @@ def test_a_course_that_is_resumed_within_a_phase_ends_like_one_that_was_not():
     assert torch.equal(resumed, whole)
 
 
+def test_behind_kinks_a_course_ends_sooner():
+    gains = [course_for(*reversed(loss_before("head", name, 1e-6))).least_gain for name in ("lenet", "convnet")]
+    assert 0 < 10 * gains[0] < gains[1] < 0.2
+
+
 def test_a_course_weighs_the_prior_by_phase_and_never_below_what_noise_asks():
     course = Course(PHASES, least=5e-4)
     weights = [course.at(evaluations) / course.at(0) for evaluations in (0, 59, 60, 159, 160, 10**6)]
     assert weights == pytest.approx([1, 1, 0.1, 0.1, 0.05, 0.05])
-    assert [course.ended(evaluations) for evaluations in (0, 309, 310)] == [None, None, "course"]
-    assert Course(()).ended(0) == "exact"
+    assert [course.ended(evaluations, 0.0) for evaluations in (0, 309, 310)] == [None, None, "course"]
+    assert course.ended(310, 2 * GAIN) is None
+    assert Course(()).ended(0, math.inf) == "exact"
 
 
 def loss_before(stage, name, uncertainty):
@@ -201,8 +220,23 @@ def test_phases_whose_softness_drowns_the_images_are_left_out():
     assert 3 <= len(deep.phases) < len(shallow.phases)
 
 
+def test_behind_two_pools_no_phase_has_grey_images_farther_off_than_hard_kinks():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(400, 10))
+    images, labels, chain = torch.rand(2, 3, 32, 32, generator=generator()), torch.tensor([1, 2]), stages(net)
+    update, known = share_update(net, "net", images, labels, 10), run(chain[:7], images).detach()
+    loss = ForwardLoss(chain, (3, 32, 32), 7, known, labels, update.gradients, uncertainty=1e-6)
+    course = course_for(chain[:7], loss)
+    offs = [float(loss(loss.grey, softened(loss.chain, p.hardness, loss.grey))[0].detach()) for p in course.phases]
+    assert 3 <= len(offs) < len(POOLED)
+    assert max(offs) < 1
+    (softer, *_) = (phase for phase in reversed(POOLED) if phase not in course.phases)
+    assert float(loss(loss.grey, softened(loss.chain, softer.hardness, loss.grey))[0].detach()) > 1
+
+
 def test_where_all_softness_drowns_the_images_the_last_phase_is_not_softened(monkeypatch):
-    monkeypatch.setattr("attack.match.activations.DROWNED", 0.0)  # as behind the 52 layers of a MobileNetV2
+    monkeypatch.setattr("attack.match.activations.DROWNED_BEHIND_POOLS", 0.0)  # as behind 52 layers of a MobileNetV2
     loss, chain = loss_before("conv7", "vgg11", 1e-6)
     (phase,) = course_for(chain, loss).phases
     assert phase == replace(phases_for(chain)[-1], hardness=math.inf)

@@ -82,6 +82,25 @@ def quadratic(copies, target, optimiser=None):
     return state, terms
 
 
+def test_the_gain_is_that_of_the_last_hundred_evaluations_of_a_phase():
+    state, terms = quadratic(1, torch.zeros(2))
+    for evaluations, size in ((10, 8.0), (60, 4.0), (110, 2.0), (160, 2.0), (190, 1.0)):
+        state.evaluations = evaluations
+        with torch.no_grad():
+            state.z.copy_(torch.tensor([0.0, math.sqrt(size)]).view(2, 1, 1, 1))
+        assert state.accept(terms())
+        if evaluations < 110:
+            assert state.gain == math.inf
+        if evaluations == 110:
+            assert state.gain == pytest.approx(0.75)
+    assert state.gain == pytest.approx(0.75)  # from 4, after 60 evaluations
+    again, _ = quadratic(1, torch.zeros(2))
+    again.load_state_dict(state.state_dict())
+    assert again.gain == state.gain
+    state.enter(1)
+    assert state.gain == math.inf
+
+
 def test_the_copy_that_matches_best_leads():
     state, terms = quadratic(3, torch.tensor([2.0, 3.5]))
     assert state.batch_size == 2

@@ -163,21 +163,21 @@ def test_the_deepest_layer_that_is_promised_is_read(name):
     assert deepest in reading.recovered or f"{deepest.rpartition('.')[0]}.add" in reading.recovered
 
 
-class Joined(nn.Module):
-    """Two convolutions side by side below two layers, which alone can be walked."""
+class Gated(nn.Module):
+    """Two convolutions, of which one gates the other, below two layers, which alone can be walked."""
 
     def __init__(self, last=None):
         super().__init__()
         self.left, self.right = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
-        self.fc, self.last = nn.Linear(512, 20), last or nn.Linear(20, 10)
+        self.fc, self.last = nn.Linear(256, 20), last or nn.Linear(20, 10)
 
     def forward(self, x):
-        x = torch.cat([self.left(x), self.right(x)], 1).relu()
+        x = (self.left(x) * self.right(x).sigmoid()).relu()
         return self.last(self.fc(x.flatten(1)).sigmoid())
 
 
 def test_of_a_model_that_is_walked_in_part_the_layers_of_that_part_are_foretold():
-    table = explained(Joined().eval(), 2, 8)
+    table = explained(Gated().eval(), 2, 8)
     assert list(table) == ["fc", "last"]
     assert table["fc"]["deepest"]
     assert table["last"]["known"]
@@ -185,16 +185,16 @@ def test_of_a_model_that_is_walked_in_part_the_layers_of_that_part_are_foretold(
 
 def test_the_reading_goes_down_to_the_part_that_cannot_be_walked_and_says_why():
     torch.manual_seed(0)
-    net = Joined().eval()
-    update = share_update(net, "joined", torch.rand(2, 3, 8, 8), torch.tensor([3, 7]), 10)
+    net = Gated().eval()
+    update = share_update(net, "gated", torch.rand(2, 3, 8, 8), torch.tensor([3, 7]), 10)
     reading = read_layers(update, net, generator=torch.Generator().manual_seed(0))
     assert len(reading) == 2
     assert stages(net)[reading.start].name in ("fc", "flatten")
-    assert "torch.cat joins several tensors" in reading.layers[0]["note"]
+    assert "two tensors are multiplied, as by a gate" in reading.layers[0]["note"]
 
 
 def test_a_layer_whose_gradient_is_not_told_is_not_promised():
-    net = Joined(nn.utils.parametrizations.spectral_norm(nn.Linear(20, 10))).eval()
+    net = Gated(nn.utils.parametrizations.spectral_norm(nn.Linear(20, 10))).eval()
     row = explained(net, 2, 8)["last"]
     assert (row["equations"], row["known"], row["spanned"]) == (0, False, False)
     assert "SpectralNorm" in row["reason"]

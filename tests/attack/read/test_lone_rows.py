@@ -4,9 +4,16 @@ import pytest
 import torch
 from conftest import metrics_of
 from passes import generator, sample_images
+from torch import nn
 
+from attack.read.candidates import nobody
+from attack.read.lone_rows import lone_rows, paired_rows
 from attack.read.reader import read_layers
+from attack.read.span import span_of
+from attack.read.whole_pixels import WholePixels
 from client.victim import share_update
+from network.kinds.affine import Geometry
+from network.stage import Stage
 from network.zoo import build_model
 
 
@@ -68,8 +75,82 @@ def test_of_rows_that_noise_drowns_nothing_is_claimed():
 
 
 def test_images_read_in_part_stand_among_the_attacks_pictures(cli):
-    flags = "--model mlp --activation relu --depth 1 --width 150 --labels dataset --batch_size 40 --signals on --seed 1"
+    flags = "--model mlp --activation relu --depth 1 --width 110 --labels dataset --batch_size 40 --signals on --seed 1"
     metrics = metrics_of(cli(*flags.split()))
     read = len(metrics["signals"])
     assert 0 < read < 40
     assert sum(psnr > 60 for psnr in metrics["psnr"]) >= read
+
+
+FLATTENED = WholePixels([Stage("flatten", nn.Flatten())], [(3, 16, 16), (768,)])
+
+
+def driven(images, units, pair=(0, 1)):
+    """The span of a layer of so many units, two of which are driven by the images `pair` alone, all others by all."""
+    flat, draw = images.double().flatten(1), generator(4)
+    deltas = torch.randn(units, len(flat), generator=draw, dtype=torch.float64)
+    deltas[2:4] = 0.0
+    deltas[2:4, list(pair)] = torch.tensor([[0.3, 0.9], [0.8, -0.2]], dtype=torch.float64)
+    gradient = (deltas @ flat / len(flat)).float()
+    geometry = Geometry.of(nn.Linear(768, units), (768,))
+    return span_of(gradient, geometry, len(flat), (deltas.sum(1) / len(flat)).float())
+
+
+def test_two_rows_of_the_same_two_images_give_both_away():
+    images = sample_images(range(6)).images
+    span = driven(images, units=24)
+    alone, _ = lone_rows(span, span, nobody(span))
+    truth = images.double().flatten(1)
+    assert torch.cdist(span.inputs(alone), truth).min() > 0.1  # no row holds one image
+    c, errors = paired_rows(span, span, nobody(span), FLATTENED)
+    apart, which = torch.cdist(span.inputs(c), truth).min(1)
+    assert set(which.tolist()) == {0, 1}
+    assert (apart / truth[which].norm(dim=1)).max() < 1e-4
+    assert errors.max() < 1e-3
+
+
+def test_rows_of_images_whose_pixels_are_not_whole_propose_nothing():
+    images = 0.9 * sample_images(range(6)).images + 0.0137
+    span = driven(images, units=24)
+    assert len(paired_rows(span, span, nobody(span), FLATTENED)[0]) == 0
+    assert len(paired_rows(span, span, nobody(span), WholePixels())[0]) == 0
+
+
+def test_whole_pixels_are_rounded_and_others_are_left():
+    whole = sample_images(range(3)).images.double().flatten(1)
+    noise = 1e-4 * torch.randn(whole.shape, generator=generator(), dtype=torch.float64)
+    rounded, is_whole = FLATTENED.rounded(whole + noise)
+    assert is_whole.all()
+    assert torch.allclose(rounded, whole, rtol=0, atol=1e-7)
+    plain = torch.full_like(whole[:1], 0.5)  # a single colour may be anything
+    others = torch.cat([0.9 * whole + 0.0137, plain])
+    rounded, is_whole = FLATTENED.rounded(others)
+    assert not is_whole.any()
+    assert torch.equal(rounded, others)
+
+
+def test_images_of_which_most_pixels_are_whole_are_not_rounded_to_others():
+    """White sheets with a few pixels between two steps."""
+    count, draw = 6, generator(5)
+    images = torch.ones(count, 3, 16, 16)
+    images[:, :, 4:8, 4:8] = torch.rand(count, 3, 4, 4, generator=draw)
+    batch, model = (
+        sample_images(range(count)),
+        build_model(
+            "mlp",
+            image_shape=(3, 16, 16),
+            num_classes=10,
+            generator=generator(1),
+            activation="relu",
+            depth=1,
+            width=300,
+        ),
+    )
+    update = share_update(model, "mlp", images, batch.labels, 10)
+    try:
+        reading = read_layers(update, model, generator=generator(3))
+    except ValueError:
+        return  # nothing is claimed
+    truth = images.double().flatten(1)
+    errors, which = torch.cdist(reading.inputs.flatten(1), truth).min(1)
+    assert (errors / truth[which].norm(dim=1) < 10 * reading.signals.uncertainty).all()

@@ -196,6 +196,47 @@ def test_a_faint_images_wrong_mask_is_mended_though_noise_might_have_left_as_muc
     assert solved.record.flips == 1
 
 
+def nearly_parallel(layer, shape, seed, error):
+    """A layer of weights from 1 to 1e-3 and three images whose deltas nearly are one: what tells their inputs is weak.
+
+    Its source, whose outputs and gradient are off by a relative error, and the true inputs.
+    """
+    g, shape = generator(seed), (3, *shape)
+
+    def draw(*size):
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    with torch.no_grad():
+        left, _, right = torch.linalg.svd(draw(*layer.weight.flatten(1).shape), full_matrices=False)
+        sizes = torch.logspace(0, -3, len(right), dtype=torch.float64)
+        layer.weight.copy_((left * sizes @ right).view_as(layer.weight))
+        truth = draw(*shape)
+        out = layer(truth)
+    delta = draw(*out.shape)[:1] + 1e-4 * draw(*out.shape)
+    linear, noise = LinearMap.of(layer, shape[1:]), error * out.square().mean().sqrt()
+    known = KnownOutputs.of(out + noise * draw(*out.shape), delta, noise.expand(3, *[1] * (out.dim() - 1)))
+    gradient = linear.weights(truth, delta)
+    gradient = gradient * (1 + error * draw(*gradient.shape))
+    source = LayerSource("layer", linear, layer.bias.detach(), known, gradient, error, 0.0, torch.zeros(3))
+    return source, truth
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_claimed_errors_hold_where_equations_hardly_determine_the_input(kind, seed):
+    how = {"dtype": torch.float64}
+    layer = nn.Linear(12, 16, **how) if kind == "linear" else nn.Conv2d(4, 6, 3, padding=1, **how)
+    source, truth = nearly_parallel(layer, (12,) if kind == "linear" else (4, 4, 4), seed, 1e-7)
+    solver = LayerSolver(unlimited(), too_weak=torch.zeros(3).bool(), needs_all=False)
+    solved = solver.solve("layer", [source], Alone(truth.shape, generator(), unlimited()), is_after_relu=False)
+    if not solved.record.determined:
+        assert "comes back" in solved.record.reason
+        return
+    error = (solved.u - truth).flatten(1).norm(dim=1) / truth.flatten(1).norm(dim=1)
+    assert (error < 6 * solved.record.noise).all()  # 2.4 at most; the spread of single entries says 11 to 155
+    assert (solved.record.noise < 1e-4).all()
+
+
 # ----------------------------------------------------------------------------------------------------
 # The walk
 
