@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attack.match.entries import told_by
 from attack.read.from_tokens import IMAGES, images_of_tokens
 from attack.read.layer_rows import COLUMNS
 from attack.read.reader import OUT_OF_TIME
@@ -146,14 +147,12 @@ class Tokens:
         fits: (n,) root mean squares of their equations, in units of noise.
         uncertainty: (n,) expected relative errors.
         expected: r, how many there are.
-        doubted: how many more were found and are not believed.
     """
 
     values: Tensor
     fits: Tensor
     uncertainty: Tensor
     expected: int
-    doubted: int
 
 
 class _Peel:
@@ -169,17 +168,20 @@ class _Peel:
         self.away = like.new_zeros(0, self.rank)
 
     def run(self) -> Tokens:
-        """Until all are found, or starts find no more, or no work is left.
+        """Until all are found, or starts find no more or none to be believed, or no work is left.
 
         Raises:
             ValueError: a round of starts takes more work than there is.
         """
-        missed = 0
+        missed = rounds = 0
         if self.budget.left < STARTS * ROUNDS * self.whole.work:
             raise ValueError(f"to tell {self.rank} tokens apart takes more work than is left")
         while len(self.found) < self.rank and missed < 2 * MISSES and not self.budget.is_spent:
             solution = self._searched(is_beside=missed < MISSES)
             missed = 0 if solution is not None and self._kept(solution) else missed + 1
+            rounds += 1
+            if rounds == MISSES and not len(self._believed().values):
+                break
         return self._believed()
 
     def _searched(self, *, is_beside: bool) -> LevenbergSolution | None:
@@ -235,7 +237,7 @@ class _Peel:
         uncertainty = torch.hypot(within, beyond) / tokens.norm(dim=1)
         agree = tokens.new_tensor([abs(self.whole.certified(token)[1] - 1) for token in tokens])
         sure = (uncertainty <= SURE) & (agree <= AGREEING)
-        return Tokens(tokens[sure], self._fits(tokens)[sure], uncertainty[sure], self.rank, int((~sure).sum()))
+        return Tokens(tokens[sure], self._fits(tokens)[sure], uncertainty[sure], self.rank)
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,8 @@ def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, gene
     """
     began = time.perf_counter()
     gradients = with_weights(update.gradients, model)
+    if not told_by(tuple(update.gradients.values()), update).is_whole:  # entries that are gone leave no space as it was
+        return TokenReading([], {})
     places = [each for each in lowest(perceptrons(model, update.image_shape)) if not each.why_not(update.batch_size)]
     places = [each for each in places if {f"{each.first}.weight", f"{each.second}.weight"} <= set(gradients)]
     if not places:

@@ -8,11 +8,14 @@ import pytest
 import torch
 import transformers
 
+from attack.ahead import Means, read_ahead
 from attack.read.forecast import explain
+from attack.read.reader import read_layers
 from attack.read.tokens import TOLD, read_tokens
 from attack.solve.budget import WorkBudget, unlimited
 from client.victim import share_update
 from data import load_batch, open_source
+from network.head import features_of
 from network.perceptrons import lowest, perceptrons
 from network.tracing import stages
 from network.zoo import build_model
@@ -78,12 +81,16 @@ def test_tokens_of_more_images_than_are_declared_are_not_believed():
     assert FIRST not in found or client.errors(found[FIRST])[0].max() < 1e-2
 
 
-@pytest.mark.long
-def test_likely_images_of_two_are_never_certain():
+def test_likely_images_begin_in_the_order_of_the_labels_that_were_read(monkeypatch):
     client = Client(name="wide_and_placed")
-    likely = read(client.update, client.net).likely
-    assert likely is None or likely.shape == client.batch.images.shape
-    assert likely is None or (likely.min() >= 0 and likely.max() <= 1)
+    means = Means("auto", "none", 60.0, lambda: None)
+    read_first = read_layers(client.update, client.net, generator=generator(3)).signals.values
+    truth = features_of(client.net, client.batch.images).double()
+    swapped = torch.cdist(read_first, truth).argmin(1).flip(0)  # against the order that was read
+    monkeypatch.setattr("attack.read.tokens.images_of_tokens", lambda *_: client.batch.images[swapped])
+    known = read_ahead(client.update, client.net, means, generator(3))
+    begun = features_of(client.net, known.likely.float())
+    assert torch.allclose(begun, known.features.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_where_tokens_fill_all_channels_nothing_is_asked():
