@@ -283,18 +283,15 @@ def attack(
     ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns the reason of the end:
     n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
     """
-
-    def ended() -> str | None:
-        return objective.annealing.ended(state.evaluations / state.copies, state.gain) or state.ended(budget)
-
-    while not (reason := ended()):
+    course = objective.annealing
+    while not (ended := course.ended(state.evaluations / state.copies, state.gain) or state.ended(budget)):
         size, terms = magia_step(state, objective, schedule, budget)
         if state.accept(terms):
             with torch.no_grad():
                 observe(state, size, terms, objective.images(state)[state.leader].clamp(0, 1))
         if interrupted():
             return "interrupt"
-    return reason
+    return ended
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -29,9 +29,17 @@ def index_of(chain: Chain, name: str) -> int:
         ValueError: no stage has that name.
     """
     for index, stage in enumerate(chain):
-        if name in (stage.name, *(inner.name for inner in parametrised([stage]))):
+        if name in _names_in(stage):
             return index
     raise ValueError(f"no stage is named {name!r}: the chain has {', '.join(stage.name for stage in chain)}")
+
+
+def _names_in(stage: Stage) -> Iterator[str]:
+    """The name of a stage, and of all that is in a residual one."""
+    yield stage.name
+    if isinstance(stage.module, Residual):
+        for inner in (*stage.module.body, *stage.module.shortcut):
+            yield from _names_in(inner)
 
 
 def parametrised(chain: Chain) -> Iterator[Stage]:

@@ -73,8 +73,9 @@ ASSIGNED = (
 GAIN = 1e-3
 GAIN_BEHIND_KINKS = 0.05
 
-# Sigmoid and tanh have no kinks.
-SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(150, 5e-4), Phase(300, 5e-5))
+# Sigmoid and tanh have no kinks. Under a heavier prior images come sooner: LeNet, 48 images, has 29.4 dB after 1,196
+# evaluations, and 28.8 where the third phase has 150.
+SMOOTH = (Phase(50, 5e-2), Phase(100, 5e-3), Phase(450, 5e-4), Phase(300, 5e-5))
 
 
 def max_pools(chain: Chain) -> int:

@@ -25,6 +25,7 @@ from attack.read.random_images import random_images
 from attack.read.signals import Signals
 from attack.solve.rounding import precision_of
 from network.chain import parametrised
+from network.head import Head, measured_noise
 from network.stage import Chain
 from network.tracing import stages
 from update.shared import SharedUpdate
@@ -35,6 +36,7 @@ FINE = 1e-5  # a smaller share is that of float32
 EXACT = 1e-9  # gradients of a smaller relative rounding come from a client that computes in float64
 SEED = 0  # of these images, which every update has alike
 DIFFERENCES = 0.25  # of eps: the rounding of numbers to a type, root mean square and relative, 0.2 to 0.29
+ADDED = 10.0  # units of rounding beyond which what the head's rows sum to is noise that was added
 FEW = 4  # random images: the errors of one are those of another, nearly
 
 
@@ -96,3 +98,14 @@ def blurred(signals: Signals, error: float) -> Signals:
     whole = torch.hypot(signals.uncertainty, torch.full_like(signals.uncertainty, error))
     own, other = (signals.uncertainty / whole) ** 4, (error / whole) ** 4
     return replace(signals, uncertainty=whole, freedom=1 / (own / signals.freedom + other / signals.values[0].numel()))
+
+
+def additive_noise(update: SharedUpdate, model: nn.Module) -> float:
+    """Noise that was added to the gradients; 0 where no more than rounding shows, or no sum of errors shows it."""
+    if not update.training.loss.is_cross_entropy:
+        return 0.0
+    gradient, _ = Head.of(model).among(update.gradients)
+    noise = measured_noise(update.gradients, model)
+    if gradient is None or noise < ADDED * precision_of(gradient) * float(gradient.double().square().mean().sqrt()):
+        return 0.0
+    return noise

@@ -23,7 +23,7 @@ from attack.local.closed_system import ClosedSystem
 from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
 from attack.match.entries import told_by
-from attack.read.arithmetic import blurred, forward_errors, rounding_of_weights, roundings_of_weights
+from attack.read.arithmetic import additive_noise, blurred, forward_errors, rounding_of_weights, roundings_of_weights
 from attack.read.carried import carried_down, inverted, layers_below
 from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
@@ -41,7 +41,6 @@ from attack.walk.noise import is_after_relu, without_noise
 from attack.walk.trajectory import OnePass
 from attack.walk.walk import BatchGradients, Descent, descend
 from network.chain import input_shapes, shift_before
-from network.head import Head, measured_noise
 from network.parametrised import with_weights
 from network.stage import Stage, run
 from network.tracing import stages
@@ -54,7 +53,6 @@ READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.program
 SHARE = 0.5  # of the work left that one layer may take while others wait
 OUT_OF_TIME = "the clock (--max_seconds) has stopped the reading"
 EXPLAINED = 3.0  # units of the rounding of weights that noise in a difference of weights may be
-ROUNDED = 10.0  # units of rounding beyond which what the head's rows sum to is noise that was added
 
 
 class ReadingAbortedError(ValueError):
@@ -186,9 +184,8 @@ class _Reader:
         self.rows = LayerRows(self.chain, update.image_shape, update.batch_size)
         self.recovered: dict[str, Tensor] = {}
         self.spans: dict[str, Span] = {}
-        self.forward = [0.0] * len(
-            self.chain
-        )  # relative errors of each stage's inputs, by the client's arithmetic and by what its defence left out
+        # relative errors of each stage's inputs, by the client's arithmetic and by what its defence left out
+        self.forward = [0.0] * len(self.chain)
         self.noise_shares: dict[str, float] = {}  # of the layers that were asked, see `Span.noise_share`
 
     def read(self) -> Reading:
@@ -443,16 +440,6 @@ class _Reader:
         names = batchnorms(self.model)
         moments = {names[layer]: both for layer, both in self.update.batch_moments(self.model).items()}
         how = {"loss": self.update.training.loss, "moments": moments}
-        return BatchGradients(self.update.gradients, self.update.batch_size, self._additive(), **how)
-
-    def _additive(self) -> float:
-        """Noise that was added to the gradients; 0 where no more than rounding shows, or no sum of errors shows it."""
-        if not self.update.training.loss.is_cross_entropy:
-            return 0.0
-        gradient, _ = Head.of(self.model).among(self.update.gradients)
-        noise = measured_noise(self.update.gradients, self.model)
-        if gradient is None or noise < ROUNDED * precision_of(gradient) * float(
-            gradient.double().square().mean().sqrt()
-        ):
-            return 0.0
-        return noise
+        return BatchGradients(
+            self.update.gradients, self.update.batch_size, additive_noise(self.update, self.model), **how
+        )

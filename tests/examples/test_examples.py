@@ -46,6 +46,7 @@ def test_a_flower_simulation(tmp_path):
     assert pictures(tmp_path, "flower") == 32
 
 
+@pytest.mark.long
 def test_the_update_of_a_flower_client_is_audited_as_four_steps(tmp_path, monkeypatch):
     example = kept_without_flower(tmp_path, monkeypatch)
     assert example.audit("--max_evals", "4", "--signals", "off", "--quiet") == 0

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from network.chain import inputs_along, measured, parametrised, unmixed_from
+from network.chain import index_of, inputs_along, measured, parametrised, unmixed_from
 from network.head import Head, feature_range, features_of
 from network.kinds import kind_of, pulled_below
 from network.kinds.rearranged import Rearranged
@@ -432,6 +432,7 @@ def test_a_join_inside_a_branch_has_a_name_of_its_own():
     shapes = {}
     for stage, x in inputs_along(chain, images()):
         assert shapes.setdefault(stage.name, x.shape) == x.shape
+        assert index_of(chain, stage.name) < len(chain)
 
 
 @pytest.mark.parametrize("case", JOINED)
