@@ -31,7 +31,7 @@ from attack.read.signals import Signals
 from attack.read.tokens import read_tokens
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from network.chain import input_shapes, is_walked, mixes_images, modules
-from network.head import Head, features_of
+from network.head import Head
 from network.tracing import stages
 from network.zoo import place_of
 from update import checked
@@ -112,18 +112,7 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     told = {row["layer"] for row in tokens.rows}
     layers = [*tokens.rows, *(row for row in known.layers if row["layer"] not in told)]
     facts = {"seconds": known.seconds + tokens.seconds, "is_aborted": known.is_aborted or tokens.is_aborted}
-    likely = known.likely if tokens.likely is None else _in_order(tokens.likely, model, known)
-    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, likely=likely, **facts)
-
-
-@torch.no_grad()
-def _in_order(images: Tensor, model: nn.Module, known: Known) -> Tensor:
-    """Likely images (B, C, H, W) in the order of those whose features are known, by their features."""
-    if not len(known.features):
-        return images
-    features = features_of(model, images.to(next(model.parameters())))
-    nearest, others = torch.cdist(known.features, features).argmin(1).tolist(), list(range(len(images)))
-    return images[list(dict.fromkeys([*nearest, *others]))]
+    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, **facts)
 
 
 def _read_ahead(

@@ -97,11 +97,6 @@ def wide():
     return model
 
 
-def wide_and_placed():
-    """The same with trained positions."""
-    return Encoded(width=48, has_class_token=False)
-
-
 def with_spare_places():
     """Uses a part of its positions."""
     return Encoded(places=PATCHES + 4)

@@ -21,13 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from attack.match.entries import told_by
-from attack.read.from_tokens import IMAGES, images_of_tokens
 from attack.read.layer_rows import COLUMNS
 from attack.read.reader import OUT_OF_TIME
 from attack.read.token_span import TokenSpan
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.levenberg import DampingRule, LevenbergSolution, levenberg
-from network.embedding import patch_embedding
 from network.parametrised import with_weights
 from network.perceptrons import Perceptron, lowest, perceptrons
 from update.shared import SharedUpdate
@@ -46,7 +44,7 @@ FITTING = 3.0  # root mean square of the equations at a token, in units of their
 AGREEING = 0.1  # by which the two weights of a token may differ, relative to either
 SURE = 1e-2  # expected relative error of a token that is believed
 TOLD = "tokens told apart, of no image or position"  # in a layer's note
-WORK = 1e12  # multiplications of all searches: three minutes of a core, about
+WORK = 4e11  # multiplications of all searches: a minute of a core, about
 
 
 class TokenEquations:
@@ -247,14 +245,12 @@ class TokenReading:
     Attributes:
         rows: of `layer_rows.COLUMNS`, one a perceptron.
         found: the tokens (n, D) float64 by the name of the first layer.
-        likely: (B, C, H, W) images that the tokens make, in no order; None where they make none.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it.
     """
 
     rows: list[dict]
     found: dict[str, Tensor]
-    likely: Tensor | None = None
     seconds: float = 0.0
     is_aborted: bool = False
 
@@ -279,7 +275,6 @@ def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, gene
     exact = copy.deepcopy(model).double().requires_grad_(False)
     rows: list[dict] = []
     found: dict[str, Tensor] = {}
-    likely = None
     work = WorkBudget(WORK, deadline=budget.deadline, tick=budget.tick)
     for place in reversed(places):  # the highest have the fewest tokens
         since, told = time.perf_counter(), None
@@ -297,32 +292,8 @@ def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, gene
             note = str(error).partition("\n")[0]
         if told is not None and len(told.values):
             found[place.first] = told.values
-            if place is places[0]:
-                likely = _images(exact, exactly, spans, update.image_shape, told, work, generator)
         rows.insert(0, row | {"note": note, "seconds": time.perf_counter() - since})
-    return TokenReading(rows, found, likely, time.perf_counter() - began, budget.is_out_of_time)
-
-
-def _images(
-    model: nn.Module,
-    place: Perceptron,
-    spans: Sequence[TokenSpan],
-    image_shape: Sequence[int],
-    told: Tokens,
-    work: WorkBudget,
-    generator: torch.Generator,
-) -> Tensor | None:
-    """Likely images of the tokens of two, in the first block of a model that cuts patches; None if there are none."""
-    embedding = patch_embedding(model.requires_grad_(), image_shape)
-    model.requires_grad_(False)
-    if embedding is None or told.expected != IMAGES * place.tokens:
-        return None
-    try:
-        return images_of_tokens(
-            model, place, spans, embedding, image_shape, told.values, told.uncertainty, work, generator
-        )
-    except (ValueError, RuntimeError, ArithmeticError, OutOfTimeError):
-        return None
+    return TokenReading(rows, found, time.perf_counter() - began, budget.is_out_of_time)
 
 
 def _told_apart(

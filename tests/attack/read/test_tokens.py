@@ -8,14 +8,11 @@ import pytest
 import torch
 import transformers
 
-from attack.ahead import Means, read_ahead
 from attack.read.forecast import explain
-from attack.read.reader import read_layers
 from attack.read.tokens import TOLD, read_tokens
 from attack.solve.budget import WorkBudget, unlimited
 from client.victim import share_update
 from data import load_batch, open_source
-from network.head import features_of
 from network.perceptrons import lowest, perceptrons
 from network.tracing import stages
 from network.zoo import build_model
@@ -32,8 +29,8 @@ def generator(seed=0):
 class Client:
     """A transformer with room for the tokens of two images, and what a client sends."""
 
-    def __init__(self, count=2, name="wide", **how):
-        model = f"{FILE}:{name}"
+    def __init__(self, count=2, **how):
+        model = f"{FILE}:wide"
         self.net = build_model(model, image_shape=SHAPE, num_classes=10, generator=generator(1))
         draw = {"num_classes": 10, "generator": generator(), "image_size": 16}
         self.batch = load_batch(open_source("sample", None), range(5, 5 + count), labels="dataset", **draw)
@@ -79,18 +76,6 @@ def test_tokens_of_more_images_than_are_declared_are_not_believed():
     client = Client()
     found = read(replace(client.update, batch_size=1), client.net).found
     assert FIRST not in found or client.errors(found[FIRST])[0].max() < 1e-2
-
-
-def test_likely_images_begin_in_the_order_of_the_labels_that_were_read(monkeypatch):
-    client = Client(name="wide_and_placed")
-    means = Means("auto", "none", 60.0, lambda: None)
-    read_first = read_layers(client.update, client.net, generator=generator(3)).signals.values
-    truth = features_of(client.net, client.batch.images).double()
-    swapped = torch.cdist(read_first, truth).argmin(1).flip(0)  # against the order that was read
-    monkeypatch.setattr("attack.read.tokens.images_of_tokens", lambda *_: client.batch.images[swapped])
-    known = read_ahead(client.update, client.net, means, generator(3))
-    begun = features_of(client.net, known.likely.float())
-    assert torch.allclose(begun, known.features.float(), rtol=1e-2, atol=1e-2)
 
 
 def test_where_tokens_fill_all_channels_nothing_is_asked():
