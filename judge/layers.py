@@ -49,7 +49,7 @@ def relative_errors(recovered: Mapping[str, Tensor], model: nn.Module, images: T
     return _errors_of_tokens(recovered, exact, images) | {
         layer.name: float(matched(recovered[stage.name], truth)[2].max())
         for stage, truth in taken
-        if stage.name in recovered and recovered[stage.name].shape[1:] == truth.shape[1:]
+        if stage.name in recovered and recovered[stage.name][:1].numel() == truth[:1].numel()  # tokens have fewer
         for layer in itertools.islice(parametrised([stage]), 1)  # none in a block without layers
     }
 

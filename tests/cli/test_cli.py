@@ -211,7 +211,7 @@ def test_an_attack_on_a_saved_update_is_bit_for_bit_the_in_process_one(cli, tmp_
     assert not (outside / "original.png").exists()
     assert not (outside / "comparison.png").exists()
     assert "psnr_mean" not in metrics_of(outside)
-    assert cli.out.splitlines()[-1].startswith("loss ")
+    assert cli.out.splitlines()[-1].startswith("certified 0/3 | loss ")
 
 
 def test_an_update_brings_its_own_model_and_batch_size(cli, tmp_path):

@@ -223,9 +223,8 @@ class _BrokenOnce:
         return self.real(name, *args, **how)
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])
-def test_a_torchvision_family_that_is_not_walked_whole_is_read_at_its_head(cli, capsys, name):
-    flags = ["--model", f"torchvision:{name}", "--image_size", "32"]
+def test_a_torchvision_family_that_is_not_walked_whole_is_read_at_its_head(cli, capsys):
+    flags = ["--model", "torchvision:mobilenet_v3_small", "--image_size", "32"]
     out = explained(capsys, cli.folder, *flags)
     assert "run as a whole: all below" in out
     assert "such a model can still be attacked" in out

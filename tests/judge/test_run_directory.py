@@ -44,7 +44,8 @@ def test_the_run_directory_is_complete(cli, curves):
     assert Image.open(run / "history.gif").n_frames == 5  # the start and four steps
     assert float(trace_of(run)[-1]["psnr_mean"]) == pytest.approx(figures["psnr_mean"], abs=1e-3)
     last = cli.out.splitlines()[-1]
-    assert re.fullmatch(r"PSNR \d+\.\d\d dB \| SSIM -?\d\.\d\d \| labels \d/3 \| loss .* evaluations \| .* s", last)
+    shares = r"identified \d/3 among 127 others \| bit for bit \d/3 \| certified \d/3"
+    assert re.fullmatch(rf"PSNR \d+\.\d\d dB \| SSIM -?\d\.\d\d \| labels \d/3 \| {shares} \| loss .* s", last)
 
 
 def test_quiet_prints_the_last_line_only(cli):
