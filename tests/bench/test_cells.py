@@ -148,6 +148,7 @@ def test_a_worker_that_is_killed_costs_its_audit_only(tmp_path, scheduler):
     assert (out / "runs" / "index.html").read_text().count("/report.html") >= count
 
 
+@pytest.mark.long
 @cluster
 def test_a_cluster_measures_what_one_process_does(tmp_path, scheduler, capsys):
     """Workers run cells, attacks in them, in threads, where no signal handler can be set."""

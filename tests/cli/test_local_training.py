@@ -150,6 +150,7 @@ def test_max_seconds_ends_the_search_for_labels_and_leaves_time_for_steps(cli):
     assert figures["seconds"] < 20
 
 
+@pytest.mark.long
 def test_one_pass_of_minibatches_is_read_step_by_step_and_its_pictures_follow(cli):
     flags = ["--model", "convnet", "--batch_size", 4, "--local_steps", 2, "--local_batches", 2, "--local_lr", 0.1]
     run = cli(*flags, "--labels", "dataset", *SIGNALS, "--n_iter", 300, "--inner_iter", 20, "--max_evals", 200)
