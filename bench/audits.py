@@ -17,7 +17,7 @@ from bench.origin import loaded, origin
 from cli.settings import resolve
 from judge.gallery import PAGE, write_gallery
 from judge.report import read_facts
-from judge.verdict import CERTAIN
+from judge.verdict import is_certain
 
 FIGURES = (
     "verdict", "batch_size", "signals_found", "certain", "certified", "contradictions", "unexplained", "evaluations",
@@ -84,11 +84,10 @@ def measure_audit(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     shutil.rmtree(path, ignore_errors=True)  # left by another program or a dead process
     figures = run_of(["--update", str(cell["update"]), *flags], path)
     facts = read_facts(path)
-    sure = [image["confidence"] is not None and image["confidence"] >= CERTAIN for image in facts["images"]]
     found = figures | {
         "verdict": facts["verdict"]["level"],
         "batch_size": len(facts["images"]),
-        "certain": sum(sure),
+        "certain": sum(is_certain(image["confidence"]) for image in facts["images"]),
         "contradictions": sum(piece["contradicts"] for piece in facts["evidence"]),
         "status": figures["ended_by"],
     }

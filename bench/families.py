@@ -9,7 +9,6 @@ explained first, as --explain does, and then attacked for five evaluations: what
 of them. A row whose command fails stays as it is.
 """
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from attack.read.forecast import explain
-from bench.remeasure import device_of, measure, program, rounded, row_parser
+from bench.remeasure import device_of, measure, one_by_one, rounded, row_parser
 from bench.results_page import Row, read_rows, write_rows
 from network.embedding import patch_embedding
 from network.tracing import stages, why_not_walked
@@ -75,24 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"bench.families: error: no network's name contains {asked.rows!r}", file=sys.stderr)
         return 2
-    try:
-        origin = program()
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"bench.families: error: {error}", file=sys.stderr)
-        return 2
-    failed = 0
-    for each in chosen:
+
+    def keep(each: Family, origin: Row) -> None:
         command = COMMAND.format(**each._asdict(), classes=CLASSES)
         print(command, flush=True)
         try:
             row = forecast(each) | measured(each, command)
         except ValueError as error:
-            failed += 1
-            print(f"bench.families: {each.network}: {error}", file=sys.stderr)
-            continue
+            raise ValueError(f"{each.network}: {error}") from None
         row |= {"note": "", "command": command, **origin, "device": asked.machine or device_of(command)}
         _replace(asked.folder, row)
-    return int(bool(failed))
+
+    return one_by_one("bench.families", chosen, keep)
 
 
 def forecast(each: Family) -> Row:

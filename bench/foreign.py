@@ -22,7 +22,7 @@ from bench.remeasure import program
 from bench.results_page import markdown_table
 from data import load_batch, open_source
 from judge.metrics import guess_psnr, mean_psnr
-from judge.verdict import CERTAIN
+from judge.verdict import is_certain
 from network.head import features_of
 from network.zoo import build_model
 from update.storage import write_tensors
@@ -158,7 +158,7 @@ def _said(evidence: list[Mapping]) -> Iterator[str]:
 
 def _certainty(facts: Mapping, signals: Mapping | None, features: Tensor) -> tuple[int, int]:
     """How many images are called certain, and how many of these are off by more than WITHIN times their error."""
-    certain = [image["confidence"] is not None and image["confidence"] >= CERTAIN for image in facts["images"]]
+    certain = [is_certain(image["confidence"]) for image in facts["images"]]
     if signals is None or not any(certain):
         return 0, 0
     values, errors = signals["values"].flatten(1), signals["uncertainty"]

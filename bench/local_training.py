@@ -9,13 +9,12 @@ Each row is kept as soon as it is measured; the others stay as they are. `bench.
 docs/local-training.md.
 """
 
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.remeasure import device_of, measure, program, renewed, row_parser
+from bench.remeasure import device_of, measure, one_by_one, renewed, row_parser
 from bench.results_page import Row, read_rows, write_rows
 
 TRUE = "--dataset npz --data_path cifar10_test.npz --num_classes 10 --labels dataset"  # images with their own labels
@@ -140,26 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         print(f"bench.local_training: error: no row has {' or '.join(map(repr, asked.rows))}", file=sys.stderr)
         return 2
-    try:
-        origin = program()
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"bench.local_training: error: {error}", file=sys.stderr)
-        return 2
-    failed = 0
-    for table, client in chosen:
+
+    def measured(row: tuple[str, Client], origin: Row) -> None:
+        table, client = row
         print(f"{table}: {client.name}\n    {client.command}", flush=True)
         if asked.list:
-            continue
-        try:
-            figures = measure(client.command, asked.data_path, asked.weights_dir)
-        except ValueError as error:
-            failed += 1
-            print(f"bench.local_training: {error}", file=sys.stderr)
-            continue
+            return
+        figures = measure(client.command, asked.data_path, asked.weights_dir)
         empty = {"client": client.name, "batch_size": str(client.images)} | dict.fromkeys((*COLUMNS, "note"), "")
-        row = renewed(empty | {"command": client.command}, figures) | origin
-        keep(asked.folder, table, row | {"device": asked.machine or device_of(client.command)})
-    return int(bool(failed))
+        found = renewed(empty | {"command": client.command}, figures) | origin
+        keep(asked.folder, table, found | {"device": asked.machine or device_of(client.command)})
+
+    return one_by_one("bench.local_training", chosen, measured)
 
 
 def keep(folder: Path, table: str, row: Row) -> None:

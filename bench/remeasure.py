@@ -17,16 +17,18 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from bench.results_page import DATA, Row, read_rows, write_rows
-from judge.verdict import CERTAIN
+from judge.verdict import is_certain
 
+T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 # Columns of results/data that a run measures: the run's own name for the figure, and how the file spells it.
 MEASURED = {
@@ -58,25 +60,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights_dir", type=Path, help="the folder of the checkpoints that commands name")
     asked = parser.parse_args(argv)
     try:
-        rows, origin = read_rows(asked.folder, asked.table), program()
-    except (OSError, subprocess.CalledProcessError) as error:
+        rows = read_rows(asked.folder, asked.table)
+    except OSError as error:
         print(f"bench.remeasure: error: {error}", file=sys.stderr)
         return 2
-    chosen, failed = [number for number, row in enumerate(rows) if asked.rows in row["command"]], 0
+    chosen = [number for number, row in enumerate(rows) if asked.rows in row["command"]]
     if not chosen:
         print(f"bench.remeasure: error: no command of {asked.table} contains {asked.rows!r}", file=sys.stderr)
         return 2
-    for number in chosen:
+
+    def again(number: int, origin: Row) -> None:
         row = rows[number]
         print(row["command"], flush=True)
-        try:
-            figures = measure(row["command"], asked.data_path, asked.weights_dir)
-        except ValueError as error:
-            failed += 1
-            print(f"bench.remeasure: {error}", file=sys.stderr)
-            continue
+        figures = measure(row["command"], asked.data_path, asked.weights_dir)
         rows[number] = renewed(row, figures) | origin | {"device": asked.machine or device_of(row["command"])}
         write_rows(asked.folder, asked.table, rows)
+
+    return one_by_one("bench.remeasure", chosen, again)
+
+
+def one_by_one(prog: str, rows: Iterable[T], measured: Callable[[T, Row], None]) -> int:
+    """Measure rows in turn, and go on behind one that fails. Exit status: 0 done, 1 some failed, 2 no git checkout.
+
+    Args:
+        prog: the command, which its messages begin with.
+        rows: of any kind.
+        measured: called with a row and the program's commit and date; a ValueError says why the row failed.
+    """
+    try:
+        origin = program()
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    failed = 0
+    for row in rows:
+        try:
+            measured(row, origin)
+        except ValueError as error:
+            failed += 1
+            print(f"{prog}: {error}", file=sys.stderr)
     return int(bool(failed))
 
 
@@ -127,12 +149,11 @@ def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
     `error` is the largest of an image's inputs at the layer that was read; `certain` counts images.
     """
     errors = [row.get("relative_error") for row in metrics["layers"] if row.get("relative_error") is not None]
-    sure = [image["confidence"] is not None and image["confidence"] >= CERTAIN for image in audit["images"]]
     return metrics | {
         "psnr_least": min(metrics["psnr"]),
         "exact": sum(psnr >= EXACT for psnr in metrics["psnr"]),
         "error": errors[0] if errors else None,
-        "certain": sum(sure),
+        "certain": sum(is_certain(image["confidence"]) for image in audit["images"]),
     }
 
 

@@ -73,9 +73,14 @@ def level_of(psnr: float, ssim: float, guess: float) -> str:
     return "recognisable" if ssim >= RECOVERED_SSIM else "traces"
 
 
+def is_certain(confidence: float | None) -> bool:
+    """Whether a signal of this confidence is called certain; None: no signal."""
+    return confidence is not None and confidence >= CERTAIN
+
+
 def belief_of(confidence: float | None, *, has_pixels: bool) -> str:
     """The level of a reconstruction without the truth, from the confidence of its signal (None: no signal)."""
-    if confidence is None or confidence < CERTAIN:
+    if not is_certain(confidence):
         return "unknown"
     return "read" if has_pixels else "apart"
 
@@ -189,7 +194,7 @@ def _of_labels(figures: Mapping, total: int, granted: bool) -> list[str]:
 
 
 def _of_signals(figures: Mapping, total: int) -> list[str]:
-    sure = sum(signal["confidence"] >= CERTAIN for signal in figures["signals"])
+    sure = sum(is_certain(signal["confidence"]) for signal in figures["signals"])
     if not figures["signals_found"]:
         return ["No single image's features could be read off the update; the pictures are what fits it best."]
     found = _images(figures["signals_found"], total)

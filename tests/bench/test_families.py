@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import families
+from bench import families, remeasure
 from bench.families import FAMILIES, TABLE
 from bench.results_page import read_rows
 
@@ -11,7 +11,7 @@ FIGURES = {"signals_found": 2, "label_accuracy": 0.5, "seconds": 12.4, "ended_by
 
 @pytest.fixture
 def measured(monkeypatch):
-    monkeypatch.setattr(families, "program", lambda: {"commit": "c3", "date": "2026-03-03 10:00"})
+    monkeypatch.setattr(remeasure, "program", lambda: {"commit": "c3", "date": "2026-03-03 10:00"})
     monkeypatch.setattr(families, "measure", lambda *_: FIGURES)
 
 
