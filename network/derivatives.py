@@ -8,6 +8,7 @@ layers inside; it is not taken.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -29,18 +30,13 @@ def twice_differentiable() -> Iterator[None]:
 
 def make_twice_differentiable(model: nn.Module) -> None:
     """Let the model run within `twice_differentiable`, whoever calls it; its copies do so too."""
-    entered = []
+    model.forward = MethodType(_forward, model)  # a bound method: a copy of the model has it bound to the copy
 
-    def enter(module: nn.Module, inputs: object) -> None:
-        entered.append(twice_differentiable())
-        entered[-1].__enter__()
 
-    def leave(module: nn.Module, inputs: object, outputs: object) -> None:
-        if entered:
-            entered.pop().__exit__(None, None, None)
-
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True)
+def _forward(model: nn.Module, *args: object, **kwargs: object) -> object:
+    """The model's own forward, within `twice_differentiable`, which is left whatever the model raises."""
+    with twice_differentiable():
+        return type(model).forward(model, *args, **kwargs)
 
 
 class _PlainHardsigmoid(TorchFunctionMode):

@@ -54,14 +54,20 @@ def test_a_frozen_encoder_layer_is_differentiated_forward_too():
     assert torch.allclose(slope, (layer(x + 1e-3 * step) - layer(x - 1e-3 * step)) / 2e-3, atol=1e-2)
 
 
-def test_torch_is_as_it_was_afterwards_whatever_the_model_raises():
-    model = nn.Sequential(nn.Linear(8, 3))
+class Leaves(nn.Module):
+    """A model that ends the program."""
+
+    def forward(self, x):
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize(("model", "error"), [(nn.Linear(8, 3), RuntimeError), (Leaves(), SystemExit)])
+def test_torch_is_as_it_was_afterwards_whatever_the_model_raises(model, error):
     make_twice_differentiable(model)
-    before = torch.backends.cuda.flash_sdp_enabled()
-    assert torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises(RuntimeError):
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    with pytest.raises(error):
         model(torch.zeros(2, 5))
-    assert torch.backends.cuda.flash_sdp_enabled() == before
+    assert (torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()) == before
     assert torch.backends.mha.get_fastpath_enabled()
     x = torch.zeros(3, requires_grad=True)
     with twice_differentiable():
