@@ -158,7 +158,10 @@ def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
 
 
 def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path | None) -> list[str]:
-    """A command's words with these data behind --data_path and checkpoints from the folder, all paths absolute."""
+    """A command's words with these data behind --data_path and checkpoints from the folder, all paths absolute.
+
+    The file of a model from outside is one of the project's.
+    """
     there = (weights_dir or Path()).resolve()
     new = list(words[:1])
     for flag, word in pairwise(words):
@@ -168,6 +171,7 @@ def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path |
             word = str(there / word)
         elif flag == "--models":
             word = re.sub(r"(?<=--weights )\S+", lambda name: shlex.quote(str(there / name[0])), word)
+            word = re.sub(r"^\S+(?=\.py:)", lambda name: shlex.quote(str(ROOT / name[0])), word)
         new.append(word)
     return new
 
