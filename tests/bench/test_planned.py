@@ -3,14 +3,17 @@
 import shlex
 
 import pytest
+import torch
 from PIL import Image
 
 import benchmark
 from bench import decision, epsilons, settings
+from bench.guesses import of_noise
 from bench.planned import Planned, keep
 from bench.results_page import read_rows
 from client.privacy import Release
 from update.defences import Defences
+from update.shared import SharedUpdate
 
 EVERY = [*settings.PLANNED, *epsilons.PLANNED, *decision.PLANNED]
 
@@ -42,6 +45,18 @@ def test_rows_are_kept_in_the_order_of_the_plan_and_may_have_new_columns(tmp_pat
     assert read_rows(tmp_path, "t") == [{"name": "a", "new": "2"}, {"name": "c", "new": ""}]
     keep(tmp_path, plan[0], {"name": "a", "new": "3"}, plan[:2])
     assert read_rows(tmp_path, "t") == [{"name": "a", "new": "3"}]
+
+
+def test_noise_in_an_updates_place_has_its_length_and_nothing_else_of_it():
+    drawn = torch.Generator().manual_seed(0)
+    weights = {"bn.running_mean": torch.zeros(2), "w": torch.rand(50, 40)}
+    facts = {"model": "lenet", "batch_size": 2, "image_shape": (3, 8, 8), "num_classes": 4}
+    update = SharedUpdate({"w": torch.rand(50, 40)}, weights, **facts, statistics={"bn.running_mean": torch.ones(2)})
+    noise = of_noise(update, drawn)
+    a, b = update.gradients["w"], noise.gradients["w"]
+    assert float(b.norm()) == pytest.approx(float(a.norm()), rel=1e-5)
+    assert abs(float((a * b).sum() / a.norm() ** 2)) < 0.1
+    assert noise.statistics["bn.running_mean"].tolist() == [0, 0]
 
 
 def test_the_figure_of_epsilon_has_a_panel_for_each_measure(tmp_path):
