@@ -186,7 +186,8 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
         plain. Every attack knows the network and its weights, the batch size, and the client's rules of training.
         breaching simulates local steps: it gets the labels of each step, the buffers of the batch where BatchNorm is
         in training mode, the client's label smoothing, and plain SGD at the rate that goes as far as momentum does;
-        activations in bfloat16 it does not know. Its budget is cut to that of the others. `prior_alone` is this
+        activations in bfloat16 it does not know. Its budget is cut to that of the others: with
+        2,500 evaluations it leaves 14.5 dB of the plain client's images on LeNet. `prior_alone` is this
         program's attack on an update of noise as long as the client's: it is what the attack paints by itself, and a
         guess of the labels. Where a spread stands, the row is nine runs, three batches with three seeds each;
         elsewhere it is an example of one run. ResNet-8 is [this file](../examples/small_resnet.py).""",

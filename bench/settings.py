@@ -104,7 +104,7 @@ def _larger() -> Iterator[Setting]:
     ):
         words = f"{TRUE} {flags}".strip()
         yield Setting(
-            "ConvNet, 10 classes", "trained to 58 %", "none", training, words, convnet, 200, is_first=not flags
+            "ConvNet, 10 classes", "trained to 58 %", "none", training, words, convnet, 150, is_first=not flags
         )
     for norms, flags in (
         ("eval", ""),
@@ -113,7 +113,7 @@ def _larger() -> Iterator[Setting]:
     ):
         words = f"{TRUE} {flags}".strip()
         yield Setting(
-            "ResNet-8, 10 classes", "untrained", norms, "1 x 4 x SGD", words, SMALL_RESNET, 300, is_first=not flags
+            "ResNet-8, 10 classes", "untrained", norms, "1 x 4 x SGD", words, SMALL_RESNET, 120, is_first=not flags
         )
 
 
