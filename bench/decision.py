@@ -33,16 +33,14 @@ STYLES = {  # marker, colour and name of an attack's identification rate, and of
     READING: ("|", "C2", "told apart by the reading, with label"),
 }
 UPDATES = (
-    "none", "float16", "int8", "noise:1e-3", "noise:1e-2", "noise:1e-1", "topk:0.1", "topk:0.01", "topk:0.001",
+    "none", "float16", "int8", "noise:1e-3", "noise:1e-2", "noise:1e-1", "topk:0.1", "topk:0.01",
     "percentile:10,truncate:0.01", "truncate:1e-2", "truncate:1e-4", "svt:0.1:0.1:0.1:1e-5:1e-6",
-    "localdp:1:1:1e4:1e-5", "localdp:1:1:1e3:1e-5", "localdp:1:1:100:1e-5", "dpsgd:1:1e-2", "dpsgd:1:1e-1", "sign",
-    "--hidden=head",
+    "localdp:1:1:1e4:1e-5", "localdp:1:1:1e3:1e-5", "dpsgd:1:1e-2", "dpsgd:1:1e-1", "sign", "--hidden=head",
 )  # fmt: skip
 SOME = (
-    "none", "int8", "noise:1e-3", "noise:1e-2", "topk:0.1", "topk:0.01", "percentile:10,truncate:0.01", "truncate:1e-4",
-    "localdp:1:1:1e4:1e-5", "dpsgd:1:1e-2", "sign", "--hidden=head",
+    "none", "int8", "noise:1e-3", "noise:1e-2", "topk:0.1", "topk:0.01", "localdp:1:1:1e4:1e-5", "--hidden=head",
 )  # fmt: skip
-FEWER = ("none", "float16", "int8", "noise:1e-3", "topk:0.1", "localdp:1:1:1e4:1e-5", "sign", "--hidden=head")
+FEWER = ("none", "int8", "noise:1e-3", "topk:0.1", "--hidden=head")
 BOTH = {READ: UPDATES, LOOP: UPDATES}
 
 
