@@ -114,13 +114,13 @@ def plot_decision(rows: Sequence[Mapping[str, str]], path: Path) -> None:
 
 
 def is_shown(row: Mapping[str, str], style: str) -> bool:
-    """Whether a row has a mark of this style: every attack that reads has the reading's as well."""
-    return row["attack"] == style or (style == READING and row["attack"] == READ)
+    """Whether a row has a mark of this style: an attack that reads has the reading's as well, where it was counted."""
+    return row["attack"] == style or (style == READING and row["attack"] == READ and bool(row["told_apart"]))
 
 
 def share_of(row: Mapping[str, str], style: str) -> float:
     """The share of the images that are identified, or that the reading has told apart."""
-    return float(row["told_apart"] or 0) / float(row["batch_size"]) if style == READING else float(row[TABLE])
+    return float(row["told_apart"]) / float(row["batch_size"]) if style == READING else float(row[TABLE])
 
 
 def draw() -> None:
