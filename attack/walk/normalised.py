@@ -293,4 +293,4 @@ class BehindNorm:
         freedom = max(1, self.count(sources) - self.unknowns)
         shown = solution.residual * equations.size / math.sqrt(freedom)
         columns = [s.gradient_weights * s.gradient for s in equations.norms]
-        return by_loudness(equations.scaling.spread(u.shape) * shown, columns)
+        return by_loudness(equations.scaling.spread(u.shape) * shown, columns, u.shape[1])
