@@ -247,8 +247,16 @@ class _Forecast:
     def _layer(self, layer: Layer, told: Told) -> Step:
         kind, unknowns = kind_of(layer.module), self._entries(layer.input_shape)
         reason = told.reason or kind.why_not(layer.module, layer.input_shape, layer.output_shape)
+        reason = reason or self._silent(layer, told.share)
         known = int(told.share * self._entries(layer.output_shape))
-        return Step(0 if reason else kind.equations(layer.module, known), unknowns, reason)
+        return Step(0 if reason else kind.equations(layer.module, known, layer.input_shape), unknowns, reason)
+
+    def _silent(self, layer: Layer, share: float) -> str:
+        """Why outputs that an activation cuts off leave a grouped layer's inputs open; empty where they do not."""
+        groups = getattr(layer.module, "groups", 1)
+        off = groups * (1 - share) ** (self.batch_size * layer.positions * layer.channels_out)
+        is_gated = 0 < share < 1  # of a body's output nothing is known, and that cuts nothing off
+        return f"of its {groups} groups about {round(off)} have all outputs cut off" if is_gated and off > 0.5 else ""
 
     def _in_block(self, step: Step, block: _Block | None, chain: Chain, index: int) -> Step:
         """The step to a layer of a block's body, with the block's output beside it where it is too short alone."""

@@ -253,7 +253,7 @@ class BehindNorm:
         for s in sources:
             if isinstance(s, NormalisedSource):
                 heard = int((s.gradient_weights != 0).sum())
-                total += heard * s.gradient[0].numel() + int(s.known.sum()) + heard
+                total += heard * (s.gradient.shape[1] * s.map.taps + 1) + int(s.known.sum())
         return total
 
     def noise(self, sources: Sequence[Source]) -> float:

@@ -183,6 +183,11 @@ class MovingMap:
         return self.maps[0].weight
 
     @property
+    def taps(self) -> int:
+        """Of the layer, see `LinearMap.taps`."""
+        return self.maps[0].taps
+
+    @property
     def groups(self) -> int:
         """Of the layer."""
         return self.maps[0].groups

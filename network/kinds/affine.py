@@ -35,9 +35,14 @@ class Affine(Kind):
             return f"a convolution with padding={module.padding!r}: give it in pixels"
         return ""
 
-    def equations(self, module: nn.Module, known_outputs: int) -> int:
-        """Equations for the layer's inputs: a row for each entry of its gradient, and one for each known output."""
-        return known_outputs + (0 if why_no_gradient(module) else module.weight.numel())
+    def equations(self, module: nn.Module, known_outputs: int, inputs: Shape) -> int:
+        """Equations for the layer's inputs: a row for each entry of its gradient, and one for each known output.
+
+        A weight that meets nothing but padding has no row.
+        """
+        if why_no_gradient(module):
+            return known_outputs
+        return known_outputs + module.weight.shape[:2].numel() * LinearMap.of(module, tuple(inputs)).taps
 
     def gives_weight_gradients(self, module: nn.Module) -> bool:
         """Of torch's own layers, grouped convolutions among them, as long as they pad with zeros."""
@@ -57,6 +62,24 @@ class Affine(Kind):
 
 
 AFFINE = Affine()
+
+
+@torch.no_grad()
+def group_of(layer: nn.Conv2d, index: int) -> nn.Conv2d:
+    """One group of a grouped convolution, as a convolution of its own on the group's channels."""
+    how = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    channels = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    alone, rows = nn.Conv2d(*channels, *how, bias=layer.bias is not None), rows_of_group(layer, index)
+    alone = alone.to(layer.weight).requires_grad_(False)
+    for name, parameter in alone.named_parameters():
+        parameter.copy_(getattr(layer, name)[rows])
+    return alone
+
+
+def rows_of_group(layer: nn.Conv2d, index: int) -> slice:
+    """The output channels of a group."""
+    size = layer.out_channels // layer.groups
+    return slice(index * size, (index + 1) * size)
 
 
 @dataclass(frozen=True)
@@ -205,6 +228,20 @@ class LinearMap:
     def float(self) -> "LinearMap":
         """The same in float32."""
         return self.with_weight(self.weight.float())
+
+    @property
+    def taps(self) -> int:
+        """How many weights of a kernel meet more than padding; one of a linear layer."""
+        if self.weight.dim() == 2:
+            return 1
+        met = 1
+        for axis, side in enumerate(self.input_shape[1:]):
+            stride, padding, dilation = self.stride[axis], self.padding[axis], self.dilation[axis]
+            kernel = self.weight.shape[2 + axis]
+            last = side + 2 * padding - dilation * (kernel - 1) - 1  # where the last patch may begin
+            begins = range(-padding, last - padding + 1, stride)
+            met *= sum(any(0 <= begin + tap * dilation < side for begin in begins) for tap in range(kernel))
+        return met
 
     def of_one_channel(self, taps: Tensor) -> "LinearMap":
         """The map of one input channel, with these weights (n, 1, k, k)."""
