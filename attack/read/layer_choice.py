@@ -3,10 +3,10 @@
 A layer is worth trying where its gradient spans its inputs (`Geometry.is_spanned`), every entry of an input lies in
 some patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot inside a
 residual block, where the skip passes by, unless the layer's inputs give those of the block first
-(`attack.read.beneath`). Of a grouped convolution one group may give them, whose span is clearest. Where a layer from there on mixes the images of the batch, no image can be
-judged by itself, and all of them are told apart at once (`attack.read.jointly`). The head is tried last: it
-tells K - 1 images apart at most, and between it and the last convolution there is mostly a pool, which ends the walk
-down.
+(`attack.read.beneath`). Of a grouped convolution one group may give them, the one whose span is clearest. Where a layer
+from there on mixes the images of the batch, no image can be judged by itself, and all of them are told apart at once
+(`attack.read.jointly`). The head is tried last: it tells K - 1 images apart at most, and between it and the last
+convolution there is mostly a pool, which ends the walk down.
 """
 
 from collections.abc import Callable, Iterator, Mapping
