@@ -144,7 +144,8 @@ def _last_bias(chain: Chain) -> str | None:
         branches = (_last_bias(branch) for branch in (last.module.body, last.module.shortcut) if branch)
         return next(filter(None, branches), None)
     kind = kind_of(last.module)
-    has_bias = (kind.is_affine or kind.is_norm) and getattr(last.module, "bias", None) is not None
+    is_shift = kind.is_affine or kind.is_norm or isinstance(last.module, nn.GroupNorm)
+    has_bias = is_shift and getattr(last.module, "bias", None) is not None
     return f"{last.name}.bias" if has_bias else None
 
 

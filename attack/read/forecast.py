@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
-from attack.walk.gauge import why_not_in_front
+from attack.walk.gauge import is_part_of_layer_below, why_not_in_front
+from attack.walk.per_image import ROOM
 from network.chain import Layer, input_shapes, measured, mixed_below, parametrised, skips
 from network.embedding import PatchEmbedding
 from network.kinds import kind_of
@@ -40,18 +41,19 @@ class Step(NamedTuple):
     """The equations of a step down to a layer's input, over the batch, and what they are to tell.
 
     `reason` says in words why the step cannot be taken at all; empty where it can. `is_told` says that the input needs
-    no equations, since the block's is known.
+    no equations, since the block's is known. `room` is how many equations each unknown takes.
     """
 
     equations: int
     unknowns: int
     reason: str = ""
     is_told: bool = False
+    room: float = ENOUGH
 
     @property
     def is_determined(self) -> bool:
         """Whether there are enough equations."""
-        return not self.reason and (self.is_told or self.equations >= ENOUGH * self.unknowns)
+        return not self.reason and (self.is_told or self.equations >= self.room * self.unknowns)
 
 
 def explain(
@@ -77,11 +79,15 @@ def explain(
     like = next(iter(layers.values())).module.weight.new_zeros(1)
     asked = order(candidate_layers(chain, tuple(image_shape), {}, batch_size), batch_size, like)
     asked = [layer for layer in asked if layer.geometry.overlaps and not why_no_gradient(layer.layer)]
-    asked = {name for layer in asked for name in (layer.name, *layer.entrances)}
+    entry = asked[0].index if asked else 0
+    asked = {name: layer.index for layer in asked for name in (layer.name, *layer.entrances)}
     rows = [_row(layer, steps[name], batch_size) for name, layer in layers.items()]
     known, is_known = {}, False
     for name, step in steps.items():  # from the head down, as the walk goes
-        known[name] = is_known = name in asked or (is_known and step.is_determined)
+        is_spanned = name in asked
+        if is_spanned and asked[name] < entry:  # below the layer that is asked first, images are carried down to it
+            is_spanned = is_known and not step.reason
+        known[name] = is_known = is_spanned or (is_known and step.is_determined)
     rows = [{**row, "known": known[row["layer"]]} for row in rows]
     reasons = {name: steps[name].reason or why_no_gradient(layer.module) for name, layer in layers.items()}
     if embedding is not None:
@@ -216,9 +222,10 @@ class _Forecast:
         shapes, norm = input_shapes(chain, shape) if chain else [], None
         for index in reversed(range(len(chain))):
             stage, kind, lowest = chain[index], kind_of(chain[index].module), block is not None and not index
+            is_behind_image_norm = norm is not None and not kind_of(norm.module).mixes_images(norm.module)
             if norm is not None and not told.reason:
                 told = told._replace(reason=why_not_in_front(stage.module))
-            norm = stage if kind.is_norm and kind.mixes_images(stage.module) else None
+            norm = stage if is_part_of_layer_below(stage.module, shapes[index], chain[:index]) else None
             if norm is not None:  # a part of the equations of the layer below it
                 continue
             if isinstance(stage.module, Residual) and lowest:
@@ -227,6 +234,7 @@ class _Forecast:
                 told = self._past_block(stage.name, _Block(stage.module, told, shapes[index]))
             elif kind.is_affine:
                 step = self._layer(self.layers[stage.name], told)
+                step = step._replace(room=ROOM) if is_behind_image_norm else step
                 if lowest:
                     self.steps[stage.name] = step
                     return _Entry([stage.name], step.equations, step.reason)

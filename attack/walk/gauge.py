@@ -29,6 +29,7 @@ from attack.walk.sources import IdentitySource, NormalisedSource, Source, by_cha
 from network.kinds import kind_of
 from network.kinds.norm import MIXES
 from network.known_outputs import ZERO, UndeterminedError
+from network.stage import Chain
 
 GATHERED = 3e-5  # of u's size: entries of a channel this close to its lowest are zeros of the ReLU, as that is
 ZEROS = 3  # equal entries that are zeros whatever a sum says
@@ -71,6 +72,17 @@ class Hidden:
             mean = over_batch(values * place) / (len(values) * place.sum())
             values = values - wide(mean * channels, values) * place
         return values
+
+
+def is_part_of_layer_below(norm: object, shape: Sequence[int], below: Chain) -> bool:
+    """Whether a norm is a part of the equations of the layer right below it, given the shape of its inputs.
+
+    BatchNorm in training mode always is; a norm of each image where there is such a layer.
+    """
+    kind = kind_of(norm)
+    if kind.is_norm and kind.mixes_images(norm):
+        return True
+    return kind.normalises_images(norm, shape) and bool(below) and kind_of(below[-1].module).is_affine
 
 
 def why_not_in_front(module: object) -> str:
@@ -134,6 +146,14 @@ class Gauge:
     is_rectified: bool = False
     shift_gradient: Tensor | None = None
     mean: Tensor | None = None
+
+    def hidden(self, sources: Sequence[Source], u: Tensor) -> Hidden:
+        """What these sources leave open of an input shaped as u."""
+        return hidden(sources, u)
+
+    def errors(self, u: Tensor, sources: Sequence[Source]) -> Tensor:
+        """The relative error (B,) of what is fixed: within AGREED, which the noise of u exceeds."""
+        return u.new_zeros(len(u))
 
     def fixed(self, u: Tensor, sources: Sequence[Source]) -> Tensor:
         """u with its open directions fixed.

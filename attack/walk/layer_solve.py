@@ -118,8 +118,9 @@ class LayerSolver:
         def ended(reason: str, **facts: object) -> Record:
             return replace(record, reason=reason, seconds=time.perf_counter() - began, **facts)
 
-        if record.equations < record.unknowns:
-            return SolvedLayer(ended(f"{record.equations} equations for {record.unknowns} unknowns"))
+        if record.equations < method.room * record.unknowns:
+            few = f"{record.equations} equations for {record.unknowns} unknowns"
+            return SolvedLayer(ended(few if method.room == 1.0 else f"{few}: behind such a norm {method.room:g} times"))
         noise = method.noise(sources)
         error = method.recovery_test(sources, noise) if method.is_linear else None
         too_weak = self.too_weak if error is None else self._weakened(self.too_weak, error)

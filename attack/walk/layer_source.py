@@ -8,10 +8,13 @@ from torch import Tensor
 
 from attack.solve.rounding import precision_of
 from attack.walk.gauge import why_not_in_front
+from attack.walk.per_image import ImageNormSource
 from attack.walk.sources import LayerSource, Normalisation, NormalisedSource
 from attack.walk.trajectory import MovingMap
 from attack.walk.way import Way
+from network.kinds import kind_of
 from network.kinds.affine import LinearMap
+from network.kinds.image_norm import ImageStatistics
 from network.known_outputs import FLOOR, UndeterminedError
 from network.stage import Stage
 from update.loss import CROSS_ENTROPY, Loss
@@ -87,6 +90,11 @@ def layer_source(
     }
     if way.norm is None:
         return LayerSource(**facts)
+    shape = tuple(outputs.values.shape[1:])
+    if kind_of(way.norm.module).normalises_images(way.norm.module, shape):
+        if facts["gradient"] is None:
+            raise UndeterminedError("the update holds no gradient of it, and its norm hides a factor of each image")
+        return ImageNormSource(**facts, norm=ImageStatistics.of(way.norm.module, shape, outputs.values))
     if reason := why_not_in_front(stage.module):
         raise UndeterminedError(reason)
     if facts["gradient"] is None:

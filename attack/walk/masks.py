@@ -20,6 +20,7 @@ from network.known_outputs import RANGE, ZERO, KnownOutputs
 EXPLAINED = 0.5  # share of a channel's squared residual that one entry must explain to be changed by itself
 NOTABLE = 0.03  # share of all the squared residual that it must explain where noise might have left as much
 SINGLE_FLIPS = 16  # times that such entries are changed
+UNSOLVED = 1e-2  # a residual that no wrong masks leave: equations that are not linear were not solved
 COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
 
 BALANCED = 4e-6  # of a channel's delta: the sum over active entries misses the shift's gradient by no more
@@ -35,7 +36,7 @@ def settle(sources: list[Source], method: SolveMethod, enough: float, budget: Wo
     u, solution = method.solve(sources)
     for _ in range(SINGLE_FLIPS):
         budget.check()
-        if solution.residual < enough and not method.is_linear:
+        if not method.is_linear and not enough < solution.residual < UNSOLVED:
             break
         least = NOTABLE * _squared_residual(sources, u) if solution.residual < enough else 0.0
         gains = [flip_gain(source, u) for source in sources]

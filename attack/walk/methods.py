@@ -47,6 +47,7 @@ class SolveMethod(Protocol):
 
     unknowns: int
     is_linear: bool  # whether the recovery test can be made before anything is solved
+    room: float  # equations for each unknown without which it is not tried
     tries_noise: bool  # whether masks for other noise are tried, where the residual contradicts these
     least: float  # of a method that is not linear: a residual that is no contradiction, however small the noise is
 
@@ -105,6 +106,7 @@ class Alone:
     """
 
     is_linear = True
+    room = 1.0
     tries_noise = True
     least = 0.0
 
@@ -205,6 +207,7 @@ class _InBlock:
     """By all that is known of the block; sources give rows on a layer in it, or on its input."""
 
     is_linear = False
+    room = 1.0
     tries_noise = True
     least = 0.0
 

@@ -155,6 +155,12 @@ class NormalisedSource(LayerSource):
         return []
 
     @property
+    def right_sides(self) -> list[Tensor]:
+        """What gradient and forward rows are compared with, weighted, and the scale rows."""
+        deviation = self.wide(self.norm.usual_deviation)
+        return [self.gradient_weights * self.gradient, self.forward_weights * deviation, 0 * self.norm.scale_gradient]
+
+    @property
     def count(self) -> int:
         """B P, the values that each channel's mean is taken of."""
         return self.above.values.numel() // self.above.values.shape[1]

@@ -36,13 +36,14 @@ from torch import Tensor, nn
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.walk.block import Together
 from attack.walk.equations import ENOUGH
-from attack.walk.gauge import Gauge
+from attack.walk.gauge import Gauge, is_part_of_layer_below, why_not_in_front
 from attack.walk.layer_solve import LayerSolver, Record, SolvedLayer
 from attack.walk.layer_source import BatchGradients, layer_source
 from attack.walk.masks import balanced
 from attack.walk.methods import Alone, BlockInput, LayerInBlock, SolveMethod, rows_of
 from attack.walk.noise import beside, is_after_relu, noise_of, relative, size_of
-from attack.walk.normalised import BehindNorm
+from attack.walk.normalised import BEHIND_NORMS, BehindNorm
+from attack.walk.per_image import Factors
 from attack.walk.sources import IdentitySource, NormalisedSource, SkippedBlock, Source
 from attack.walk.trajectory import MovingMap, OnePass, Trajectory
 from attack.walk.way import Given, Way
@@ -247,9 +248,9 @@ class _Walk:
         """
         kind = kind_of(stage.module)
         if way.norm is not None:
-            raise UndeterminedError(MIXES)
+            raise UndeterminedError(why_not_in_front(stage.module))
         passed = (*way.passed, (stage, shape, rest))
-        if kind.is_norm and kind.mixes_images(stage.module) and self.steps is None:
+        if is_part_of_layer_below(stage.module, shape, rest) and self.steps is None:
             return replace(way, passed=passed, norm=stage)
         outputs = self.trajectory.pulled(stage, way.outputs, shape)
         if kind.is_gate:
@@ -319,8 +320,11 @@ class _Walk:
         """By linear equations, or by those of a layer in front of BatchNorm in training mode."""
         how = ((self.gradients.batch_size, *shape), self.generator, self.budget)
         sources = [each.source for each in given]
-        if not any(isinstance(source, NormalisedSource) for source in sources):
+        if not any(isinstance(source, BEHIND_NORMS) for source in sources):
             return Alone(*how)
+        if not all(isinstance(source, NormalisedSource | IdentitySource) for source in sources):
+            shift = self.gradients.summed(shift_before(below), sources[0].above.values)
+            return BehindNorm(*how, Factors(is_after_relu(below), shift))
         shift = self.gradients.summed(shift_before(below), sources[0].above.values)
         return BehindNorm(*how, Gauge(is_after_relu(below), shift, mean_before(below)))
 

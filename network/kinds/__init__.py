@@ -7,6 +7,7 @@ from torch import nn
 
 from network.kinds.affine import AFFINE
 from network.kinds.dipping import GELU, SiLU
+from network.kinds.image_norm import ImageNorm, InstanceNorm
 from network.kinds.joining import AmongKind, PartKind
 from network.kinds.kind import Kind, Shape
 from network.kinds.leaky_relu import LeakyReLU
@@ -26,6 +27,8 @@ from network.known_outputs import KnownOutputs, UndeterminedError
 KINDS: Sequence[Kind] = (
     AFFINE,
     Norm(),
+    InstanceNorm(),
+    ImageNorm(),
     ReLU(),
     ReLU6(),
     LeakyReLU(),
