@@ -77,12 +77,14 @@ class Hidden:
 def is_part_of_layer_below(norm: object, shape: Sequence[int], below: Chain) -> bool:
     """Whether a norm is a part of the equations of the layer right below it, given the shape of its inputs.
 
-    BatchNorm in training mode always is; a norm of each image where there is such a layer.
+    BatchNorm in training mode always is; a norm of each image where that layer is a convolution. Of a fully connected
+    one the search for its inputs ends in wrong places.
     """
     kind = kind_of(norm)
     if kind.is_norm and kind.mixes_images(norm):
         return True
-    return kind.normalises_images(norm, shape) and bool(below) and kind_of(below[-1].module).is_affine
+    is_in_front = bool(below) and kind_of(below[-1].module).is_affine
+    return is_in_front and len(shape) > 1 and kind.normalises_images(norm, shape)
 
 
 def why_not_in_front(module: object) -> str:

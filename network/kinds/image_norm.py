@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from network.kinds.kind import Kind, Shape
 from network.kinds.norm import Norm
 
-TAKES_OFF = "{} takes off each image's mean and scale, and no layer stands right in front of it"
+TAKES_OFF = "{} takes off each image's mean and scale, and no convolution stands right in front of it"
 IN_PART = "LayerNorm over {} of the {} dimensions of an image's entries"
 
 
