@@ -83,6 +83,7 @@ def run_cells(
         # the last first: batch sizes mostly ascend, and a long cell at the end would leave the other processes idle
         return [cell for cell in cells if folder.name(cell) not in over and not folder.is_finished(cell)][::-1]
 
+    scheduler = scheduler if missing() else None  # nobody is asked where all is there
     deaths, wait = 0, False
     with processes(jobs, scheduler), tqdm(total=len(missing()), unit="cell", dynamic_ncols=True) as bar:
         while left := missing():
