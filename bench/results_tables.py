@@ -198,9 +198,16 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
         """An evaluation computes an objective and its gradient. Compared are the published script's closure, this
         program's loop without signals, and the distance from known activations (`forward`), which also matches
         gradients where the activations are too few. The ratio is the median over turns in one process; above 1 is
-        faster than published.""",
+        faster than published. The last figure is the evaluation's share of its arithmetic limit: the operations of its
+        matrix products and convolutions a second, over those of one large matrix product on the same device.""",
         {"network": "{network}", "matched by `forward`": "{matched}", "on": "{chip}", "B": "{batch_size}"},
-        {"milliseconds (how many times as fast as published)": ("{milliseconds}", " ({ratio})")},
+        {
+            "milliseconds (how many times as fast as published), share of the limit": (
+                "{milliseconds}",
+                " ({ratio})",
+                ", {share}",
+            )
+        },
         "{variant}",
     ),
     Table(

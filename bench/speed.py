@@ -18,7 +18,9 @@ and read their own activations.
 import argparse
 import copy
 import functools
+import itertools
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +45,7 @@ from attack.read.reader import Reading, read_layers
 from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
+from bench.networks import short_names
 from cli.ahead import known_ahead
 from cli.model import model_options, server_model
 from cli.runtime import enough_threads, place_named, stream
@@ -406,26 +409,40 @@ def devices() -> list[str]:
 def speed(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     """Measure all variants, write speed.csv, speed.md and the tables of its parts, and return the rows of speed.csv."""
     asked.out.mkdir(parents=True, exist_ok=True)
-    rows, limits, courses, stage_tables = [], [], [], {}
-    for device in asked.device:
-        on = [*flags, "--device", device]
-        for size in asked.batch_sizes:
-            some, more = evaluations(size, on)
-            rows, limits = rows + some, limits + more
-        for size in asked.course:
-            courses += [course(name, size, on, asked.max_evals) for name in ATTACKS]
-        stage_tables[device] = growth({size: reading_stages(size, on) for size in asked.reading})
-    write_table(limits, asked.out / "limits")
-    write_table(courses, asked.out / "courses")
-    stages_ = [{"device": device} | row for device, table in stage_tables.items() for row in table]
-    write_table(stages_, asked.out / "stages")
-    write_table(rows, asked.out / "speed")
+    tables: dict[str, list[Cell]] = {"speed": [], "limits": [], "courses": [], "stages": []}
+    for device, (name, model) in itertools.product(asked.device, _networks(asked.models, flags).items()):
+        for table, rows in _of_network([*flags, *model, "--device", device], asked).items():
+            tables[table] += [{"network": name} | row for row in rows]
+    for table, rows in tables.items():
+        write_table(rows, asked.out / table)
     parts = {
-        "One evaluation": rows,
-        "Its arithmetic, the device's own matrix product as the limit, and L-BFGS's share of a step": limits,
-        f"Whole attacks: evaluations and seconds to {', '.join(map(str, MARKS))} dB": courses,
-        "A reading, stage by stage, in seconds": stages_,
+        "One evaluation": tables["speed"],
+        "Its arithmetic, the device's own matrix product as the limit, and L-BFGS's share of a step": tables["limits"],
+        f"Whole attacks: evaluations and seconds to {', '.join(map(str, MARKS))} dB": tables["courses"],
+        "A reading, stage by stage, in seconds": tables["stages"],
     }
     text = "\n".join(f"## {title}\n\n{markdown(part)}" for title, part in parts.items() if part)
     (asked.out / "speed.md").write_text(text, encoding="utf-8")
-    return rows
+    return tables["speed"]
+
+
+def _networks(models: Sequence[str], flags: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of each network by its name in tables; without a list of networks, the one that the flags name."""
+    if not models:
+        return {resolve(flags, magia.FLAGS)[0].model: []}
+    return {name: ["--model", *shlex.split(text)] for text, name in short_names(models).items()}
+
+
+def _of_network(flags: Sequence[str], asked: argparse.Namespace) -> dict[str, list[Cell]]:
+    """The rows of each table of one network on one device."""
+    rows, limits, courses, readings = [], [], [], {}
+    for size in asked.batch_sizes:
+        some, more = evaluations(size, flags)
+        rows, limits = rows + some, limits + more
+    if not asked.evaluations_only:
+        for size in asked.course:
+            courses += [course(name, size, flags, asked.max_evals) for name in ATTACKS]
+        readings = {size: reading_stages(size, flags) for size in asked.reading}
+    device = str(place_named(resolve(flags, magia.FLAGS)[0])["device"])
+    stages_ = [{"device": device} | row for row in growth(readings)]
+    return {"speed": rows, "limits": limits, "courses": courses, "stages": stages_}

@@ -108,14 +108,17 @@ def cuda_graph(variables: Sequence[Tensor], work: Work) -> Work:
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(variables[0].device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        usual, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(usual)
         with torch.cuda.stream(stream):
             for _ in range(WARM):
                 work()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
-            loss = work()
+        usual.wait_stream(stream)
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                loss = work()
+        finally:  # a recording that fails leaves its own stream in place
+            torch.cuda.set_stream(usual)
     gradients = [variable.grad for variable in variables]
 
     def replay() -> Tensor:

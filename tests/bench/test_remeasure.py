@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import benchmark
-from bench import remeasure
+from bench import remeasure, speed
 from bench.results_page import read_rows, write_rows
 
 ORIGIN = {"commit": "c2", "date": "2026-02-02 10:00", "device": "a core", "seconds": "1"}
@@ -32,7 +32,7 @@ def test_rows_are_measured_again(tmp_path, monkeypatch):
     commands = (
         f"python main_MAGIA_sel.py --batch_size 2 {small} --n_iter 2 --signals off",
         f'python benchmark.py grid --presets "grey_image" --batch_sizes 2 --batches 0 --seeds 0 {small} --out DIR',
-        "python benchmark.py speed",
+        "python benchmark.py tune",
     )
     rows = [OLD | {"command": text} for text in commands]
     write_rows(tmp_path, "small", rows)
@@ -47,8 +47,29 @@ def test_rows_are_measured_again(tmp_path, monkeypatch):
     assert 0 <= int(attack["labels_right"]) <= 2
     assert (guess["labels_right"], guess["runs"], guess["diverged"]) == ("", "1", "")
     assert other == rows[2]
-    assert remeasure.main([*words, "--rows", "speed"]) == 1
+    assert remeasure.main([*words, "--rows", "tune"]) == 1
     assert read_rows(tmp_path, "small") == [attack, guess, other]
+
+
+def test_rows_of_speed_take_their_lines_of_one_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(remeasure, "program", lambda: {"commit": "c3", "date": "2026-03-03 10:00"})
+    monkeypatch.setattr(speed, "TURNS", 1)
+    monkeypatch.setattr(speed, "FULL", 1)
+    runs = []
+    monkeypatch.setattr(subprocess, "run", lambda *args, **how: runs.append(args) or in_this_process(*args, **how))
+    command = "python benchmark.py speed --batch_sizes 2 --device cpu --image_size 16 --evaluations_only --out DIR"
+    old = dict.fromkeys(("batch_size", "milliseconds", "ratio", "share"), "2") | ORIGIN | {"command": command}
+    kinds = (("", "published"), ("activations and gradients", "forward"), ("activations", "forward"), ("", "magic"))
+    rows = [old | {"matched": matched, "variant": variant} for matched, variant in kinds]
+    write_rows(tmp_path, "small", rows)
+    assert remeasure.main(["small", "--folder", str(tmp_path)]) == 1  # no variant of that name
+    published, both, alone, other = read_rows(tmp_path, "small")
+    assert len(runs) == 1
+    assert published["ratio"] == "1.0"
+    assert both["milliseconds"] != alone["milliseconds"]
+    assert 0 < float(alone["share"].rstrip("%")) < 100
+    assert alone["commit"] == "c3"
+    assert other == rows[3]
 
 
 def test_commands_are_measured_with_the_data_and_checkpoints_that_are_named(tmp_path):
