@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import benchmark
-from bench import remeasure, speed
+from bench import remeasure
 from bench.results_page import read_rows, write_rows
 
 ORIGIN = {"commit": "c2", "date": "2026-02-02 10:00", "device": "a core", "seconds": "1"}
@@ -52,22 +52,31 @@ def test_rows_are_measured_again(tmp_path, monkeypatch):
 
 
 def test_rows_of_speed_take_their_lines_of_one_run(tmp_path, monkeypatch):
+    variants, runs = ("published", "loop", "forward", "activations"), []
+
+    def run(command, **how):
+        if "speed" not in command:
+            return RUN(command, **how)
+        runs.append(command)
+        out = Path(how["cwd"]) / "out"
+        out.mkdir()
+        for name, figures in (("speed", "ms_per_evaluation,ratio_to_published"), ("limits", "share_of_limit,gflop")):
+            lines = [f"{variant},2,{index + 1},{(index + 1) / 8}" for index, variant in enumerate(variants)]
+            (out / f"{name}.csv").write_text("\n".join([f"variant,batch_size,{figures}", *lines]) + "\n")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(remeasure, "program", lambda: {"commit": "c3", "date": "2026-03-03 10:00"})
-    monkeypatch.setattr(speed, "TURNS", 1)
-    monkeypatch.setattr(speed, "FULL", 1)
-    runs = []
-    monkeypatch.setattr(subprocess, "run", lambda *args, **how: runs.append(args) or in_this_process(*args, **how))
-    command = "python benchmark.py speed --batch_sizes 2 --device cpu --image_size 16 --evaluations_only --out DIR"
+    command = "python benchmark.py speed --batch_sizes 2 --device cpu --evaluations_only --out DIR"
     old = dict.fromkeys(("batch_size", "milliseconds", "ratio", "share"), "2") | ORIGIN | {"command": command}
     kinds = (("", "published"), ("activations and gradients", "forward"), ("activations", "forward"), ("", "magic"))
     rows = [old | {"matched": matched, "variant": variant} for matched, variant in kinds]
     write_rows(tmp_path, "small", rows)
-    assert remeasure.main(["small", "--folder", str(tmp_path)]) == 1  # no variant of that name
+    assert remeasure.main(["small", "--folder", str(tmp_path)]) == 1  # there is no such variant
     published, both, alone, other = read_rows(tmp_path, "small")
     assert len(runs) == 1
-    assert published["ratio"] == "1.0"
-    assert both["milliseconds"] != alone["milliseconds"]
-    assert 0 < float(alone["share"].rstrip("%")) < 100
+    figures = [[row[name] for name in ("milliseconds", "ratio", "share")] for row in (published, both, alone)]
+    assert figures == [["1.0", "0.1", "100.0%"], ["3.0", "0.4", "300.0%"], ["4.0", "0.5", "400.0%"]]
     assert alone["commit"] == "c3"
     assert other == rows[3]
 
