@@ -7,10 +7,11 @@ for a number, and what changes from step to step is written in place: variables,
 changes the work itself is the recording's `key`; with another key the next recording is made.
 
 Whether a network can be recorded shows only when it is tried. A recording is therefore compared with the evaluation
-that it stands for, at the 1st, 2nd, 3rd, 5th, 9th, ... time. Where they differ, or where the recording fails, all
-evaluations are made one by one, as they are on the CPU.
+that it stands for, at the 1st, 2nd, 5th, 17th, 65th, ... time. Where they differ, where the recording fails, or where
+it saves little, since the device has enough to do, all evaluations are launched one by one, as they are on the CPU.
 """
 
+import time
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 
 CUDA_GRAPHS = ("auto", "off")
 
-# Evaluations of one key before it is recorded: a recording costs a few, and a step of L-BFGS has at most 26.
-FIRST = 30
+# Evaluations of one key before it is recorded: what they compute once is no part of the recording. Where a key has not
+# lasted for LASTING evaluations, the next one must last as long before it is recorded.
+FIRST, LASTING = 5, 50
 WARM = 2  # evaluations on the stream that is recorded, in which libraries set themselves up
+WORTH = 0.8  # share of an evaluation's time that a replay may take
 
 # Relative difference up to which losses, and gradients, are the same: kernels may add up in another order.
 SAME = {torch.float32: 1e-3, torch.float64: 1e-9}
@@ -46,28 +49,31 @@ class Evaluation:
         self.replays, self.why_not = 0, ""
         self._key: Hashable = None
         self._recording: Work | None = None
-        self._done = 0
+        self._done, self._first = 0, FIRST
 
     def __call__(self, work: Work, key: Hashable) -> Tensor:
         """The work's loss, its gradient in the variables; works of one key do the same on the same memory."""
         if self.recorder is None or self.why_not:
             return work()
         if key != self._key:
+            self._first = LASTING if self._key is not None and self._done < LASTING else FIRST
             self._key, self._recording, self._done = key, None, 0
         self._done += 1
-        if self._done <= FIRST:
+        if self._done <= self._first:
             return work()
         try:
             self._recording = self._recording or self.recorder(self.variables, work)
             told = None if self._is_compared() else self._replayed()
         except RuntimeError as error:  # an operation that no graph holds, or no memory for it
-            return self._given_up(work, f"it cannot be recorded: {' '.join(str(error).split())[:200]}")
+            return self._given_up(work, f"it is not recorded: {' '.join(str(error).split())[:200]}")
         return self._compared(work) if told is None else told
 
     def _is_compared(self) -> bool:
-        """Whether this replay's number, from 0, is 0 or a power of two."""
-        number = self._done - FIRST - 1
-        return number & (number - 1) == 0
+        """Whether this replay's number, from 0, is 0 or a power of four."""
+        number = self._done - self._first - 1
+        while number and number % 4 == 0:
+            number //= 4
+        return number <= 1
 
     def _replayed(self) -> Tensor:
         self.replays += 1
@@ -104,21 +110,23 @@ def cuda_graph(variables: Sequence[Tensor], work: Work) -> Work:
     """The work as a CUDA graph, on the device of the variables.
 
     Raises:
-        RuntimeError: no graph can hold it.
+        RuntimeError: no graph can hold it, or it saves little time.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(variables[0].device):
         usual, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(usual)
         with torch.cuda.stream(stream):
-            for _ in range(WARM):
-                work()
+            launched = [_seconds(work) for _ in range(WARM)][-1]
         usual.wait_stream(stream)
         try:
             with torch.cuda.graph(graph, stream=stream):
                 loss = work()
         finally:  # a recording that fails leaves its own stream in place
             torch.cuda.set_stream(usual)
+        replayed = [_seconds(graph.replay) for _ in range(WARM)][-1]
+    if replayed > WORTH * launched:
+        raise RuntimeError(f"a replay takes {1e3 * replayed:.1f} ms, launches one by one {1e3 * launched:.1f} ms")
     gradients = [variable.grad for variable in variables]
 
     def replay() -> Tensor:
@@ -128,3 +136,12 @@ def cuda_graph(variables: Sequence[Tensor], work: Work) -> Work:
         return loss
 
     return replay
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Of wall time, to the end of all work on the current device."""
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -11,7 +11,7 @@ import main_MAGIA_sel as magia
 from attack.match.common_scale import CommonScale
 from attack.match.gradients import MatchingLoss
 from attack.optimise.budget import Annealing, Budget, Optimiser
-from attack.optimise.capture import FIRST
+from attack.optimise.capture import LASTING, Evaluation
 from attack.optimise.state import AttackState
 from bench.speed import on_noise
 from cli.victim import victim
@@ -146,8 +146,25 @@ def test_recorded_evaluations_give_the_same_iterates(name, resample):
     _, alone = valley(name=name, resample=resample)
     state, found = valley(faithful, name, resample)
     assert all(map(torch.equal, found, alone))
-    assert state.evaluation.replays > 20
+    assert state.evaluation.replays > 80
     assert state.evaluation.why_not == ""
+
+
+def test_keys_that_do_not_last_are_recorded_once():
+    x, recorded = torch.zeros(3).requires_grad_(), []
+    evaluation = Evaluation([x], lambda *both: recorded.append(1) or faithful(*both))
+
+    def work():
+        (x.grad,) = torch.autograd.grad((x - 1).square().sum(), x)
+        return (x - 1).square().sum().detach()
+
+    for key in range(10):
+        for _ in range(20):
+            evaluation(work, key)
+    assert len(recorded) == 1
+    for _ in range(2 * LASTING):
+        evaluation(work, "lasting")
+    assert len(recorded) == 2
 
 
 @pytest.mark.parametrize(("recorder", "said"), [(stale, "other values"), (impossible, "stream is capturing")])
@@ -170,8 +187,8 @@ def test_an_attack_on_the_cpu_records_nothing_and_says_so(cli):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("words", ["", "--model convnet", "--signals auto --image_size 32 --batch_size 16"])
 def test_a_gpu_replays_and_finds_the_same(cli, words):
-    many = ["--device", "cuda", "--dtype", "float64", "--max_evals", 5 * FIRST, "--n_iter", 100, *words.split()]
+    many = ["--device", "cuda", "--dtype", "float64", "--max_evals", 150, "--n_iter", 100, *words.split()]
     plain, replayed = (metrics_of(cli(*many, "--cuda_graphs", how, name=how)) for how in ("off", "auto"))
     assert replayed["psnr"] == pytest.approx(plain["psnr"], abs=0.1)
-    assert replayed["replays_on_gpu"] > FIRST
+    assert replayed["replays_on_gpu"] > 50 or "a replay takes" in replayed["not_replayed"]
     assert plain["replays_on_gpu"] == 0
