@@ -115,6 +115,8 @@ class Recorder:
         if ended_by != "abort":
             self.checkpoint(state)
         self.trace.close()
+        self.known = self.known.drifted(replay.drift)
+        self.signals = self.known.signals
         images = images.detach().clamp(0, 1).cpu()
         save_images(run, images)
         run.write("history.gif", lambda path: self.film.save(path, images))
