@@ -328,7 +328,22 @@ LOCAL_TRAINING = tuple(
     )
     for name, head in LOCAL.items()
 )
-OTHER_TABLES = (*DEFENCES, IDENTIFIED, *LOCAL_TRAINING, FAMILIES)
+SCALE = Table(
+    "scale",
+    "",
+    "",
+    {"updates": "{updates}", "workers": "{workers}", "one killed after": "{killed_after}"},
+    {
+        "seconds": "{audit_seconds}",
+        "nothing new, seconds": "{again_seconds}",
+        "memory of `benchmark.py`": "{program_mib} MiB",
+        "of a worker": "{worker_mib} MiB",
+        "gallery": "{gallery_kib} KiB",
+        "all runs": "{runs_mib} MiB",
+    },
+)
+
+OTHER_TABLES = (*DEFENCES, IDENTIFIED, *LOCAL_TRAINING, FAMILIES, SCALE)
 
 # The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
 # name in networks.csv, batch sizes).

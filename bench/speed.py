@@ -34,6 +34,7 @@ from attack.match.activations import ForwardLoss, ForwardMatching
 from attack.match.entries import Gradient, squared_distance
 from attack.match.gradients import Matching, subset_distance
 from attack.optimise.budget import Budget
+from attack.optimise.capture import FIRST
 from attack.optimise.state import AttackState
 from attack.prepare import Known
 from attack.read.forecast import explain
@@ -59,8 +60,9 @@ from update.shared import SharedUpdate
 
 SIDE = 32  # pixels of the images that evaluations are timed on
 TURNS = 15  # of each variant, at most
-SECONDS = 20.0  # of the turns of one batch size, about; there are at least three turns
-WARM = 3  # evaluations before the first that is timed
+SECONDS = 20.0  # of the turns of one batch size, about
+WARM = {"cpu": 3, "cuda": FIRST + 3}  # evaluations before the first that is timed: on a GPU they are recorded first
+LEAST = 3  # turns of each variant, at least
 FULL = 6  # optimiser steps after which L-BFGS holds all its pairs
 LONGEST = 0.15  # seconds of an evaluation beyond which L-BFGS's own share is not measured: that takes 150 evaluations
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is the arithmetic limit
@@ -99,14 +101,21 @@ class Variant:
 
     def evaluate(self) -> Tensor:
         """Objective and gradient, as an optimiser's closure takes them."""
-        loss = self.objective(self.state, self.objective.annealing.at(0)).loss
-        self.state.backward(loss)
-        return loss
+        return self.state.evaluate(self.loss)
+
+    def evaluate_anew(self) -> None:
+        """The same, never by a recording, which would show neither arithmetic nor memory."""
+        self.state.backward(self.loss())
+
+    def loss(self) -> Tensor:
+        """The objective at the state's weight of the prior."""
+        return self.objective(self.state, self.state.prior_weight).loss
 
     def ready(self) -> "Variant":
-        """The variant, with a subset drawn and the first phase entered."""
+        """The variant, with a subset drawn, and the first phase and weight of the prior."""
         self.objective.matching.enter(0, self.objective.pixels.decode(self.state.anchor))
         self.state.draw_subset(schedule_of(self.settings).size(0))
+        self.state.weigh(self.objective.annealing.at(0))
         return self
 
 
@@ -209,12 +218,12 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
     """Seconds of each work, turn by turn."""
     for work in works.values():
-        for _ in range(WARM):
+        for _ in range(WARM[device.type]):
             work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     began = time.perf_counter()
     for turn in range(TURNS):
-        if turn >= WARM and time.perf_counter() - began > SECONDS:
+        if turn >= LEAST and time.perf_counter() - began > SECONDS:
             break
         for name, work in works.items():
             seconds[name].append(timed(work, device))
@@ -290,10 +299,10 @@ def _evaluated(
     rows, limits = [], []
     for name, variant in variants.items():
         where = of | {"variant": name}
-        own, flops = median(seconds[name]), arithmetic(variant.evaluate)
+        own, flops = median(seconds[name]), arithmetic(variant.evaluate_anew)
         ratios = [other / mine for other, mine in zip(seconds["published"], seconds[name], strict=True)]
         figures = {"ms_per_evaluation": 1e3 * own, "ratio_to_published": median(ratios)}
-        rows.append(where | figures | {"peak_mib": peak_memory(variant.evaluate, device)})
+        rows.append(where | figures | {"peak_mib": peak_memory(variant.evaluate_anew, device)})
         share = {"gflop": flops / 1e9, "gflop_per_second": flops / own / 1e9, "share_of_limit": flops / own / rate}
         own_share = outside_share(variant, device) if own < LONGEST and name != "published" else None
         limits.append(where | share | {"lbfgs_share_of_step": own_share})

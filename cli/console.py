@@ -152,6 +152,8 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
         for piece in figures["evidence"]:
             if piece["topic"] in (REPLAY, HIDDEN):
                 print(f"{'contradiction' if piece['contradicts'] else 'the update says'}: {piece['said']}")
+        if why := figures.get("not_replayed"):
+            show_note(f"evaluations were launched one by one on the GPU: {why}")
         print(f"verdict: {verdict_line(run.path)}")
         print(_replay_line(figures))
         print(f"report: {run.path}/report.html")

@@ -143,6 +143,8 @@ class Recorder:
             "final_loss": self.final_loss,
             "ended_by": ended_by,
         }
+        if state.recorder:
+            figures |= {"replays_on_gpu": state.evaluation.replays, "not_replayed": state.evaluation.why_not}
         figures["certified"] = certified(figures)
         if self.known.layers:
             run.write("layers.csv", lambda path: write_csv(path, self.known.layers))

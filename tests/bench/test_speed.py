@@ -75,7 +75,7 @@ def test_what_is_timed_has_as_many_threads_as_a_run(monkeypatch):
 
     for name in ("arithmetic", "attacked", "read_layers"):  # of an evaluation, an attack and a reading
         note(name)
-    monkeypatch.setattr(speed, "TURNS", speed.WARM)
+    monkeypatch.setattr(speed, "TURNS", speed.LEAST)
     torch.set_num_threads(2)
     speed.evaluations(2, FAST)
     speed.course("loop", 2, FAST, 4)
