@@ -6,8 +6,8 @@
 
 The commands of the rows run one after the other, each in a temporary folder. Three kinds of commands can be run so:
 those of main_MAGIA_sel.py, which leaves metrics.json, those of `benchmark.py grid` and `defences`, which leave
-summary.csv, and those of `benchmark.py speed`, of which each row takes the line of its variant. A row whose command
-fails stays unchanged.
+summary.csv, or table.csv of readings alone, and those of `benchmark.py speed`, of which each row takes the line of its
+variant. A row whose command fails stays unchanged.
 """
 
 import argparse
@@ -56,6 +56,7 @@ MEASURED = {
 EXACT = 60.0  # dB from which on an image counts as exact: pixels are off by a quarter of a step of 1/255, rms
 SPEED = "python benchmark.py speed"
 ALONE = ("activations", "forward")  # what is matched, and the row's variant: the tool's variant is then `activations`
+READING = "--signals_only"  # the flag of a command of `benchmark.py defences` that attacks no images
 SHORT = 10  # seconds below which a digit behind the point is kept
 
 
@@ -179,7 +180,7 @@ def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> d
     if words[1:2] == ["main_MAGIA_sel.py"]:
         out, end = "results/run/metrics.json", ["--save_dir", "results", "--run_name", "run", "--quiet"]
     elif words[1:3] in (["benchmark.py", "grid"], ["benchmark.py", "defences"]):
-        out, end = "out/summary.csv", ["--out", "out"]
+        out, end = f"out/{'table' if READING in words else 'summary'}.csv", ["--out", "out"]
     else:
         raise ValueError("only main_MAGIA_sel.py and benchmark.py grid and defences can be measured so")
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +188,15 @@ def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> d
         if file.suffix == ".json":
             return of_run(json.loads(file.read_text()), json.loads(file.with_name("audit.json").read_text()))
         with file.open(newline="") as table:
+            if READING in words:
+                return of_reading(next(csv.DictReader(table)))
             return next(line for line in csv.DictReader(table) if line["preset"] == attack_of(words))
+
+
+def of_reading(line: Mapping[str, str]) -> dict[str, object]:
+    """The figures of a line of table.csv of a reading alone, by the names that a whole attack gives them."""
+    found = {"signals_found": line["found"], "seconds": line["signal_seconds"]}
+    return found | {"label_accuracy": int(line["labels_right"]) / int(line["batch_size"])}
 
 
 def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
@@ -205,7 +214,10 @@ def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
 
 
 def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path | None) -> list[str]:
-    """A command's words with these data behind --data_path and checkpoints from the folder, all paths absolute."""
+    """A command's words with these data behind --data_path and checkpoints from the folder, all paths absolute.
+
+    The file of a model from outside is one of the project's.
+    """
     there = (weights_dir or Path()).resolve()
     new = list(words[:1])
     for flag, word in pairwise(words):
@@ -215,6 +227,7 @@ def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path |
             word = str(there / word)
         elif flag == "--models":
             word = re.sub(r"(?<=--weights )\S+", lambda name: shlex.quote(str(there / name[0])), word)
+            word = re.sub(r"^\S+(?=\.py:)", lambda name: shlex.quote(str(ROOT / name[0])), word)
         new.append(word)
     return new
 

@@ -179,6 +179,31 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
 *`resnet18`, `--bn train`, B = 4, 200 evaluations each but for the second row; the first row is the truth.*""",
     ),
     Table(
+        "settings",
+        "How do attacks do on clients as they are?",
+        """Clients that train as clients do, beside the one step of textbooks; every attack on one client has the same
+        updates and as many evaluations. Training is written as steps x batch x optimiser; all that is not said is
+        plain. Every attack knows the network and its weights, the batch size, and the client's rules of training.
+        breaching simulates local steps: it gets the labels of each step, the buffers of the batch where BatchNorm is
+        in training mode, the client's label smoothing, and plain SGD at the rate that goes as far as momentum does;
+        activations in bfloat16 it does not know. Its budget is cut to that of the others. `prior_alone` is this
+        program's attack on an update of noise as long as the client's: it is what the attack paints by itself, and a
+        guess of the labels. Where a spread stands, the row is nine runs, three batches with three seeds each;
+        elsewhere it is an example of one run. ResNet-8 is [this file](../examples/small_resnet.py).""",
+        {"network": "{network}, {stage}", "training": "{training}", "BatchNorm": "{norms}"},
+        {
+            "attack": "`{attack}`",
+            "knows": "{knows}",
+            "evaluations": "{evaluations}",
+            "PSNR (dB)": ("{psnr}", " ± {psnr_spread}"),
+            "SSIM": "{ssim}",
+            "labels right": "{label_accuracy}",
+            "identified": "{identification}",
+            "certified": "{certified}",
+            "bit for bit": "{bit_exact}",
+        },
+    ),
+    Table(
         "loop_batchnorm",
         "What do running statistics as a prior do for the loop?",
         """`resnet18`, trained (62 %), the first four images, true labels, 200 evaluations without signals. With `--bn
@@ -287,13 +312,29 @@ IDENTIFIED = Table(
     "",
     {"update": "`{update}`", "network": "{network}"},
     {
-        "identification rate, share of the labels right (PSNR in dB)": (
+        "identification rate (PSNR in dB), images told apart, share of the labels right": (
             "{identification}",
+            " ({psnr}), ",
+            "{told_apart} of {batch_size}",
             ", {label_accuracy}",
-            " ({psnr})",
         )
     },
     "`{attack}`",
+)
+AT_EPSILON = Table(
+    "epsilon",
+    "What does an update of so much privacy give away?",
+    "",
+    {"level": "{level}", "ε of one release": "{epsilon}", "defence": "`{defence}`"},
+    {
+        "identification rate, share of the labels right, PSNR ± standard deviation in dB": (
+            "{identification}",
+            ", {label_accuracy}",
+            ", {psnr}",
+            " ± {psnr_spread}",
+        )
+    },
+    "{network}, `{attack}`",
 )
 FAMILIES = Table(
     "networks_families",
@@ -350,7 +391,7 @@ SCALE = Table(
     },
 )
 
-OTHER_TABLES = (*DEFENCES, IDENTIFIED, *LOCAL_TRAINING, FAMILIES, SCALE)
+OTHER_TABLES = (*DEFENCES, IDENTIFIED, AT_EPSILON, *LOCAL_TRAINING, FAMILIES, SCALE)
 
 # The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
 # name in networks.csv, batch sizes).

@@ -93,5 +93,7 @@ def quickened(chain: Chain) -> list[Stage]:
 def _is_slow(module: object) -> bool:
     if type(module) is not nn.Conv2d or AFFINE.why_not(module) or module.weight.device.type != "cpu":
         return False
+    if module.groups != 1:
+        return False
     strides = set(module.stride)
     return set(module.dilation) == {1} and len(strides) == 1 and strides != {1} and module.in_channels < FEW

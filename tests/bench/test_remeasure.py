@@ -89,6 +89,16 @@ def test_commands_are_measured_with_the_data_and_checkpoints_that_are_named(tmp_
     ]  # fmt: skip
 
 
+def test_a_network_from_outside_is_a_file_of_the_project():
+    words = ["--models", "examples/small_resnet.py:resnet8 --bn train"]
+    assert remeasure.with_paths(words, None, None)[1] == f"{remeasure.ROOT}/examples/small_resnet.py:resnet8 --bn train"
+
+
+def test_a_reading_alone_has_the_names_of_a_whole_attack():
+    line = {"found": "3", "labels_right": "2", "batch_size": "4", "signal_seconds": "1.5"}
+    assert remeasure.of_reading(line) == {"signals_found": "3", "label_accuracy": 0.5, "seconds": "1.5"}
+
+
 def test_a_table_that_is_not_there_is_wrong_input(tmp_path, capsys):
     assert remeasure.main(["none", "--folder", str(tmp_path)]) == 2
     assert "none.csv" in capsys.readouterr().err
