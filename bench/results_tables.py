@@ -226,13 +226,7 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
         faster than published. The last figure is the evaluation's share of its arithmetic limit: the operations of its
         matrix products and convolutions a second, over those of one large matrix product on the same device.""",
         {"network": "{network}", "matched by `forward`": "{matched}", "on": "{chip}", "B": "{batch_size}"},
-        {
-            "milliseconds (how many times as fast as published), share of the limit": (
-                "{milliseconds}",
-                " ({ratio})",
-                ", {share}",
-            )
-        },
+        {"milliseconds (times the published speed), share of the limit": ("{milliseconds}", " ({ratio})", ", {share}")},
         "{variant}",
     ),
     Table(
@@ -382,12 +376,9 @@ SCALE = Table(
     "",
     {"updates": "{updates}", "workers": "{workers}", "one killed after": "{killed_after}"},
     {
-        "seconds": "{audit_seconds}",
-        "nothing new, seconds": "{again_seconds}",
-        "memory of `benchmark.py`": "{program_mib} MiB",
-        "of a worker": "{worker_mib} MiB",
-        "gallery": "{gallery_kib} KiB",
-        "all runs": "{runs_mib} MiB",
+        "seconds (with nothing new)": "{audit_seconds} ({again_seconds})",
+        "memory of `benchmark.py`, of a worker": "{program_mib} MiB, {worker_mib} MiB",
+        "gallery, all runs": "{gallery_kib} KiB, {runs_mib} MiB",
     },
 )
 
