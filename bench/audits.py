@@ -4,6 +4,7 @@ import argparse
 import glob
 import hashlib
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ FIGURES = (
     "verdict", "batch_size", "signals_found", "certain", "certified", "contradictions", "unexplained", "evaluations",
     "seconds", "status",
 )  # fmt: skip
+DIGITS = 30  # of numbers in files' names, by which these are ordered
 FILES = ("weights", "init")  # flags that may name a file, on which all audits depend
 
 
@@ -68,15 +70,16 @@ def audits(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 
 
 def files_of(pattern: str) -> list[Path]:
-    """The files that a pattern fits, each once, in order of their names.
+    """The files that a pattern fits, each once, in order of their names: client2 before client10.
 
     Raises:
         ValueError: there is none.
     """
-    found = sorted({Path(name).resolve() for name in glob.glob(pattern, recursive=True) if Path(name).is_file()})
+    found = {Path(name).resolve() for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
     if not found:
         raise ValueError(f"--updates {pattern}: no file fits")
-    return found
+    parts = {path: re.split(r"(\d+)", str(path)) for path in found}
+    return sorted(found, key=lambda path: [part.zfill(DIGITS) if part.isdecimal() else part for part in parts[path]])
 
 
 def measure_audit(cell: Cell, flags: Sequence[str], out: Path) -> Cell:

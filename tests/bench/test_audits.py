@@ -70,6 +70,15 @@ def test_the_gallery_is_written_once_in_the_end_also_of_an_interrupted_audit(tmp
     assert "client0" in (out / "runs" / "index.html").read_text()
 
 
+def test_updates_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["client1.npz", "client2.npz", "client10.npz", "day2/client1.npz", "day10/client1.npz"]
+    for name in reversed(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = audits.files_of(f"{tmp_path}/**/*.npz")
+    assert [str(path.relative_to(tmp_path)) for path in found] == names
+
+
 def test_flags_go_to_every_audit(tmp_path):
     (row,) = audit(inbox(tmp_path / "inbox", 1) / "*.npz", tmp_path / "out", *QUICKLY, "--signals", "off")
     assert (row["signals_found"], row["evaluations"] != "0") == ("0", True)
