@@ -21,8 +21,8 @@ DETERMINED = 1e-2  # relative error of the recovery test up to which a layer cou
 TOO_WEAK = 0.1  # share of the images that may be too weak to be believed: their pictures suffer, all others gain
 TRUSTED = 1e-3  # relative residual beyond which equations are wrong, unless noise explains it
 # Times what the recovery test says. It draws the errors of known outputs entry by entry; those of outputs that were
-# solved for lie in few directions, and move more. Inputs of a LeNet's `conv3`, `conv2` and `conv1`, one after the other,
-# were off by 0.9, 1.8 and 3.7 times what the test says, and by 0.9, 0.8 and 1.5 times what is claimed now, at most.
+# solved for lie in few directions, and move more. The inputs of a LeNet's `conv2`, and then of `conv1`, were off by 1.8
+# and 3.7 times what the test says, and by 0.8 and 1.5 times what is claimed now, at most.
 TOGETHER = 2.0
 CONTRADICTED = 3.0  # units of the gradient's own noise beyond which noise does not explain a residual
 
