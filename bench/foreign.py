@@ -188,8 +188,8 @@ AHEAD = f"""# What does the program make of clients that are not the declared on
 
 `python -m bench.foreign` makes this page. Each client is plain PyTorch, and trains on the first images of the bundled
 set, {SIDE} pixels, {CLASSES} classes, an untrained network of `network/zoo.py` or one with GroupNorm. Of a client of
-one step the attack is told plain SGD on the mean cross-entropy, and has {EVALUATIONS} evaluations. Clients of
-several steps go through four images in two minibatches at rate 0.05 unless said otherwise, and send their weights; the
+one step the attack is told plain SGD on the mean cross-entropy, and has {EVALUATIONS} evaluations. Clients of several
+steps go through four images in two minibatches at rate 0.05 unless said otherwise, and send their weights; the
 attack is told what the name says, and has {STEPWISE} evaluations.
 
 - **read**: what the update says of its client, with the figure; in bold what contradicts the declared client, so that

@@ -186,22 +186,26 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
         plain. Every attack knows the network and its weights, the batch size, and the client's rules of training.
         breaching simulates local steps: it gets the labels of each step, the buffers of the batch where BatchNorm is
         in training mode, the client's label smoothing, and plain SGD at the rate that goes as far as momentum does;
-        activations in bfloat16 it does not know. Its budget is cut to that of the others. `prior_alone` is this
+        activations in bfloat16 it does not know. Its budget, in evaluations, is cut to that of the others: with
+        2,500 it leaves 14.5 dB of the plain client's images on LeNet. `prior_alone` is this
         program's attack on an update of noise as long as the client's: it is what the attack paints by itself, and a
         guess of the labels. Where a spread stands, the row is nine runs, three batches with three seeds each;
         elsewhere it is an example of one run. ResNet-8 is [this file](../examples/small_resnet.py).""",
-        {"network": "{network}, {stage}", "training": "{training}", "BatchNorm": "{norms}"},
+        {"network": "{network}, {stage}", "training": "{training}", "BatchNorm": "{norms}", "budget": "{evaluations}"},
         {
-            "attack": "`{attack}`",
-            "knows": "{knows}",
-            "evaluations": "{evaluations}",
-            "PSNR (dB)": ("{psnr}", " ± {psnr_spread}"),
-            "SSIM": "{ssim}",
-            "labels right": "{label_accuracy}",
-            "identified": "{identification}",
-            "certified": "{certified}",
-            "bit for bit": "{bit_exact}",
+            "PSNR ± standard deviation in dB (SSIM), share of the labels right, identified, certified, bit for bit": (
+                "{psnr}",
+                " ± {psnr_spread}",
+                " ({ssim}), ",
+                "{label_accuracy}, ",
+                "{identification}, {certified}, {bit_exact}",
+            )
         },
+        "`{attack}`: {knows}",
+        pictures="""
+One complication alone leaves the MLP's images bit for bit, but for coarse arithmetic, which hides the last bits. All at
+once hide some of the images. On the ResNet in training mode the reading tells every image apart, but its course begins
+with soft kinks and has not got anywhere after so few evaluations: the loop alone is ahead.""",
     ),
     Table(
         "loop_batchnorm",

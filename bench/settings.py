@@ -79,8 +79,8 @@ ATTACKS = (
 LIVE = 3  # attacks that know the update
 
 
-def _small(network: str, model: str, data: str, evaluations: int) -> Iterator[Setting]:
-    """An untrained network without BatchNorm: nine runs of the plain client and of the one that has all, else one."""
+def _small(network: str, model: str, all_runs: str) -> Iterator[Setting]:
+    """An untrained network without BatchNorm: nine runs of the plain client, `all_runs` of the one that has all."""
     pass_, moving = steps(1, 2, 0.1, SHUFFLED), steps(1, 2, 0.1, MOMENTUM, SHUFFLED)
     for training, flags, runs in (
         ("1 x 4 x SGD", "", SPREAD),
@@ -88,10 +88,10 @@ def _small(network: str, model: str, data: str, evaluations: int) -> Iterator[Se
         ("1 x 4 x SGD, activations in bfloat16", COARSE, EXAMPLE),
         ("2 x 2 x SGD, one shuffled epoch", pass_, EXAMPLE),
         ("2 x 2 x SGD, momentum 0.9, one shuffled epoch", moving, EXAMPLE),
-        ("2 x 2 x SGD, all of these", f"{moving} {SMOOTHED} {COARSE}", SPREAD),
+        ("2 x 2 x SGD, all of these", f"{moving} {SMOOTHED} {COARSE}", all_runs),
     ):
-        words, is_first = f"{data} {flags}".strip(), not flags
-        yield Setting(network, "untrained", "none", training, words, model, evaluations, runs, is_first=is_first)
+        words, is_first = f"{RANDOM} {flags}".strip(), not flags
+        yield Setting(network, "untrained", "none", training, words, model, 100, runs, is_first=is_first)
 
 
 def _larger() -> Iterator[Setting]:
@@ -104,7 +104,7 @@ def _larger() -> Iterator[Setting]:
     ):
         words = f"{TRUE} {flags}".strip()
         yield Setting(
-            "ConvNet, 10 classes", "trained to 58 %", "none", training, words, convnet, 200, is_first=not flags
+            "ConvNet, 10 classes", "trained to 58 %", "none", training, words, convnet, 150, is_first=not flags
         )
     for norms, flags in (
         ("eval", ""),
@@ -113,13 +113,13 @@ def _larger() -> Iterator[Setting]:
     ):
         words = f"{TRUE} {flags}".strip()
         yield Setting(
-            "ResNet-8, 10 classes", "untrained", norms, "1 x 4 x SGD", words, SMALL_RESNET, 300, is_first=not flags
+            "ResNet-8, 10 classes", "untrained", norms, "1 x 4 x SGD", words, SMALL_RESNET, 120, is_first=not flags
         )
 
 
 SETTINGS = (
-    *_small("MLP, ReLU, 100 classes", "mlp --activation relu", RANDOM, 100),
-    *_small("LeNet, 100 classes", "lenet", RANDOM, 100),
+    *_small("MLP, ReLU, 100 classes", "mlp --activation relu", SPREAD),
+    *_small("LeNet, 100 classes", "lenet", EXAMPLE),
     *_larger(),
 )
 

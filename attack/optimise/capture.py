@@ -120,7 +120,8 @@ def cuda_graph(variables: Sequence[Tensor], work: Work) -> Work:
             launched = [_seconds(work) for _ in range(WARM)][-1]
         usual.wait_stream(stream)
         try:
-            with torch.cuda.graph(graph, stream=stream):
+            # Other threads may use the device meanwhile, such as one that writes a checkpoint.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 loss = work()
         finally:  # a recording that fails leaves its own stream in place
             torch.cuda.set_stream(usual)
