@@ -119,9 +119,8 @@ def cuda_graph(variables: Sequence[Tensor], work: Work) -> Work:
         with torch.cuda.stream(stream):
             launched = [_seconds(work) for _ in range(WARM)][-1]
         usual.wait_stream(stream)
-        try:
-            # Other threads may use the device meanwhile, such as one that writes a checkpoint.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        try:  # other threads may use the device meanwhile, such as one that writes a checkpoint
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 loss = work()
         finally:  # a recording that fails leaves its own stream in place
             torch.cuda.set_stream(usual)
