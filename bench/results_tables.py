@@ -381,8 +381,7 @@ SCALE = Table(
     {"updates": "{updates}", "workers": "{workers}", "one killed after": "{killed_after}"},
     {
         "seconds (with nothing new)": "{audit_seconds} ({again_seconds})",
-        "memory of `benchmark.py`, of a worker": "{program_mib} MiB, {worker_mib} MiB",
-        "gallery, all runs": "{gallery_kib} KiB, {runs_mib} MiB",
+        "MiB of `benchmark.py`, a worker, all runs": "{program_mib}, {worker_mib}, {runs_mib}",
     },
 )
 
