@@ -109,11 +109,13 @@ def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
     text = f" | {update.defence}"
     if clients_of(settings) > 1:
         text += f", {clients_of(settings)} clients with {settings.batch_size} each"
-    for name, bound in privacy_of(update, settings).items():
+    privacy, delta = privacy_of(update, settings), f"delta {settings.dp_delta:g}"
+    if "epsilon" in privacy:
+        bound = privacy["epsilon"]
         found = "not computed: pip install opacus" if bound is None else f"at most {bound:.3g}"
-        text += (
-            f", {name} {found} (delta {settings.dp_delta:g}, rate {settings.dp_rate:g}, {settings.dp_rounds} rounds)"
-        )
+        text += f", epsilon {found} ({delta}, rate {settings.dp_rate:g}, {settings.dp_rounds} rounds)"
+    if "release_epsilon" in privacy:
+        text += f", epsilon of one release {privacy['release_epsilon']:.3g} ({privacy['release_level']}, {delta})"
     return text
 
 
@@ -152,6 +154,8 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
         for piece in figures["evidence"]:
             if piece["topic"] in (REPLAY, HIDDEN):
                 print(f"{'contradiction' if piece['contradicts'] else 'the update says'}: {piece['said']}")
+        if why := figures.get("not_replayed"):
+            show_note(f"evaluations were launched one by one on the GPU: {why}")
         print(f"verdict: {verdict_line(run.path)}")
         print(_replay_line(figures))
         print(f"report: {run.path}/report.html")

@@ -176,6 +176,11 @@ def inputs_along(chain: Chain, x: Tensor) -> Iterator[tuple[Stage, Tensor]]:
         x = stage.module(x)
 
 
+def skips(module: Residual) -> bool:
+    """Whether a stage adds its own input to what its body makes, and mixes no images."""
+    return not module.shortcut and not mixes_images(modules(module.body))
+
+
 def first_layer(chain: Chain) -> str:
     """The name of the first stage that does more than to flatten."""
     return next(stage.name for stage in chain if not kind_of(stage.module).is_reshape)
@@ -250,12 +255,12 @@ class Layer:
 
     @property
     def channels_out(self) -> int:
-        """c_out, the rows of the gradient as a matrix."""
-        return self.module.weight.shape[0]
+        """c_out, the rows of the gradient as a matrix; of each group, where there are groups."""
+        return self.module.weight.shape[0] // getattr(self.module, "groups", 1)
 
     @property
     def patch(self) -> int:
-        """c_in k^2, the columns of the gradient as a matrix."""
+        """c_in k^2, the columns of the gradient as a matrix; of each group, where there are groups."""
         return self.module.weight[0].numel()
 
 

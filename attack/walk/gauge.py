@@ -26,6 +26,8 @@ from torch import Tensor
 from attack.solve.least_squares import least_squares
 from attack.walk.noise import is_active, noise_below_zero
 from attack.walk.sources import IdentitySource, NormalisedSource, Source, by_channel, over_batch, wide
+from network.kinds import kind_of
+from network.kinds.norm import MIXES
 from network.known_outputs import ZERO, UndeterminedError
 
 GATHERED = 3e-5  # of u's size: entries of a channel this close to its lowest are zeros of the ReLU, as that is
@@ -71,6 +73,14 @@ class Hidden:
         return values
 
 
+def why_not_in_front(module: object) -> str:
+    """Why the inputs of a stage right in front of BatchNorm in training mode stay open; empty where they do not."""
+    if not kind_of(module).is_affine:
+        return MIXES
+    groups = getattr(module, "groups", 1)
+    return f"BatchNorm in training mode hides a factor of each of {groups} groups of channels" if groups > 1 else ""
+
+
 def hidden(sources: Sequence[Source], u: Tensor) -> Hidden:
     """What these sources leave open of an input shaped as u (B, ...)."""
     norms = [source for source in sources if isinstance(source, NormalisedSource)]
@@ -105,7 +115,7 @@ def _is_met_alike(source: NormalisedSource, place: Tensor) -> bool:
     """Whether every output of a layer meets ones at these positions (H, W) with the same weights."""
     kernel = source.map.weight.shape[2:]
     taps = torch.eye(kernel.numel(), dtype=place.dtype, device=place.device).view(-1, 1, *kernel)
-    met = source.map.with_weight(taps).outputs(place[None, None]).flatten(2)  # (1, k^2, P)
+    met = source.map.of_one_channel(taps).outputs(place[None, None]).flatten(2)  # (1, k^2, P)
     return bool((met == met[..., :1]).all())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Solution
 from attack.walk.methods import SolveMethod, rows_of
-from attack.walk.sources import LayerSource, Source, by_channel
+from attack.walk.sources import Source, by_channel
 from network.known_outputs import RANGE, ZERO, KnownOutputs
 
 EXPLAINED = 0.5  # share of a channel's squared residual that one entry must explain to be changed by itself
@@ -135,7 +135,8 @@ def flip_gain(source: Source, u: Tensor) -> Tensor:
     rest = source.residual(u)
     squares = rest.flatten(1).square().sum(1)  # (c_out,)
     towards = source.map.with_weight(rest).outputs(u) * source.flip_direction()
-    share = towards.clamp(min=0).square() / (_patch_sizes(source, u) * squares.view(source.columns)).clamp(min=1e-300)
+    sizes = source.map.patch_sizes(u)
+    share = towards.clamp(min=0).square() / (sizes * squares.view(source.columns)).clamp(min=1e-300)
     heard = squares * source.gradient_weights.flatten().square()
     return torch.where(near & (share > EXPLAINED), share * heard.view(source.columns), 0.0)
 
@@ -144,11 +145,6 @@ def _near(source: Source) -> Tensor | None:
     """Entries whose mask a residual may change; None where there are none, or no gradient to tell."""
     near = source.above.margin.abs() < RANGE
     return None if source.gradient is None or not near.any() else near
-
-
-def _patch_sizes(source: LayerSource, u: Tensor) -> Tensor:
-    """|patch|^2 at every place of the output, (B, 1, ...)."""
-    return source.map.with_weight(torch.ones_like(source.map.weight[:1])).outputs(u.square())
 
 
 def _best_of_each_channel(gain: Tensor, least: float) -> Tensor:

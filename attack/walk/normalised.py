@@ -253,7 +253,7 @@ class BehindNorm:
         for s in sources:
             if isinstance(s, NormalisedSource):
                 heard = int((s.gradient_weights != 0).sum())
-                total += heard * s.gradient[0].numel() + int(s.known.sum()) + heard
+                total += heard * (s.gradient.shape[1] * s.map.taps + 1) + int(s.known.sum())
         return total
 
     def noise(self, sources: Sequence[Source]) -> float:
@@ -293,4 +293,4 @@ class BehindNorm:
         freedom = max(1, self.count(sources) - self.unknowns)
         shown = solution.residual * equations.size / math.sqrt(freedom)
         columns = [s.gradient_weights * s.gradient for s in equations.norms]
-        return by_loudness(equations.scaling.spread(u.shape) * shown, columns)
+        return by_loudness(equations.scaling.spread(u.shape) * shown, columns, u.shape[1])

@@ -11,6 +11,7 @@ from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows
 from attack.walk.trajectory import MovingMap
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
+from network.stage import Residual
 
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
 
@@ -245,6 +246,25 @@ class IdentitySource:
     def flipped(self, flips: Tensor) -> "IdentitySource":
         """With the masks of these entries changed."""
         return replace(self, above=self.above.flipped(flips))
+
+
+@dataclass(frozen=True)
+class SkippedBlock(IdentitySource):
+    """The input of a residual block, all of it told by the block's output and that of its body.
+
+    Attributes:
+        block: the residual stage's module.
+        block_delta: (B, ...) of the block's output.
+    """
+
+    block: Residual
+    block_delta: Tensor
+
+    def delta(self, u: Tensor) -> Tensor:
+        """delta at the input u, through body and shortcut."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            return torch.autograd.grad(self.block(u), u, self.block_delta)[0]
 
 
 Source = LayerSource | IdentitySource

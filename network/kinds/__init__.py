@@ -1,5 +1,6 @@
 """One table of all kinds of layers. A new kind is one file in this folder and one line here."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
@@ -82,4 +83,4 @@ def share_below(module: nn.Module, share: float | None, inputs: Shape, outputs: 
     kind = kind_of(module)
     if share is None or kind.why_not(module, inputs, outputs):
         return None
-    return min(share, kind.known_share)
+    return min(share * min(1.0, math.prod(outputs) / math.prod(inputs)), kind.known_share)
