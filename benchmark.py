@@ -170,6 +170,11 @@ def build_parser() -> OneLineParser:
     command.add_argument("--course", type=listed(SIZE), default=[16], metavar="LIST", help="B of whole attacks")
     command.add_argument("--reading", type=listed(SIZE), default=[4, 8, 16], metavar="LIST", help="B of readings")
     command.add_argument("--max_evals", type=SIZE, default=2500, metavar="N", help="of a whole attack; default 2500")
+    command.add_argument(
+        "--models", type=listed(one_with_flags(MODELS)), default=[], metavar="LIST",
+        help="networks, each with flags of its own where needed; default the one of --model",
+    )  # fmt: skip
+    command.add_argument("--evaluations_only", action="store_true", help="no whole attacks and no readings")
     command.add_argument("--device", type=listed(str), default=devices(), metavar="LIST", help="default: all there are")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tables go")
     add_places(add_audit(commands))

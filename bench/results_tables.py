@@ -227,9 +227,10 @@ with soft kinks and has not got anywhere after so few evaluations: the loop alon
         """An evaluation computes an objective and its gradient. Compared are the published script's closure, this
         program's loop without signals, and the distance from known activations (`forward`), which also matches
         gradients where the activations are too few. The ratio is the median over turns in one process; above 1 is
-        faster than published.""",
+        faster than published. The last figure is the evaluation's share of its arithmetic limit: the operations of its
+        matrix products and convolutions a second, over those of one large matrix product on the same device.""",
         {"network": "{network}", "matched by `forward`": "{matched}", "on": "{chip}", "B": "{batch_size}"},
-        {"milliseconds (how many times as fast as published)": ("{milliseconds}", " ({ratio})")},
+        {"milliseconds (times the published speed), share of the limit": ("{milliseconds}", " ({ratio})", ", {share}")},
         "{variant}",
     ),
     Table(
@@ -373,7 +374,18 @@ LOCAL_TRAINING = tuple(
     )
     for name, head in LOCAL.items()
 )
-OTHER_TABLES = (*DEFENCES, IDENTIFIED, AT_EPSILON, *LOCAL_TRAINING, FAMILIES)
+SCALE = Table(
+    "scale",
+    "",
+    "",
+    {"updates": "{updates}", "workers": "{workers}", "one killed after": "{killed_after}"},
+    {
+        "seconds (with nothing new)": "{audit_seconds} ({again_seconds})",
+        "MiB of `benchmark.py`, a worker, all runs": "{program_mib}, {worker_mib}, {runs_mib}",
+    },
+)
+
+OTHER_TABLES = (*DEFENCES, IDENTIFIED, AT_EPSILON, *LOCAL_TRAINING, FAMILIES, SCALE)
 
 # The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
 # name in networks.csv, batch sizes).
