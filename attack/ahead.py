@@ -25,7 +25,7 @@ from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.last_convolution import labels_of_last_convolution
 from attack.read.layer_rows import COLUMNS
-from attack.read.quotient_labels import labels_of_quotients
+from attack.read.quotient_labels import classes_of_signs, labels_of_quotients
 from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.read.tokens import read_tokens
@@ -135,6 +135,8 @@ def _read_ahead(
     is_in_part = reading is not None and reading.in_steps and len(reading) < update.batch_size
     seeks_labels = reading is None or is_in_part
     local_labels = _local_labels(update, model, means, generator, labels, clock) if seeks_labels else None
+    if labels is None and means.reads and reading is None and not (local_labels and local_labels.is_believed):
+        labels = _classes(update, model)
     reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
     if reading is None and failure is not None and means.signals == "on":
         raise ValueError(f"--signals on: {failure}")
@@ -151,6 +153,14 @@ def _read_ahead(
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
     return replace(known, evidence=tuple(evidence))
+
+
+def _classes(update: SharedUpdate, model: nn.Module) -> Tensor | None:
+    """Labels of some of the images, in no order, where nothing tells all of them; None where nothing tells any."""
+    try:
+        return classes_of_signs(update, model)
+    except ValueError:  # the model ends in another layer than a linear one
+        return None
 
 
 def _of_trial(found: LocalLabels | None) -> Iterator[Evidence]:

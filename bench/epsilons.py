@@ -9,6 +9,7 @@ The noise of a row is the least with which one release of the update, without sa
 as soon as it is measured. `bench.docs` draws the figure.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from bench.guesses import MEAN
 from bench.local_training import RANDOM
@@ -67,20 +67,23 @@ def plot_epsilons(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         rows: of results/data/epsilon.csv.
         path: of the picture.
     """
-    epsilons = [*sorted({row["epsilon"] for row in rows} - {UNLIMITED}, key=float), UNLIMITED]
+    epsilons = sorted({row["epsilon"] for row in rows} - {UNLIMITED}, key=float)
+    places = {epsilon: math.log10(float(epsilon)) for epsilon in epsilons}
+    places[UNLIMITED] = max(places.values()) + 1
     figure = Figure(figsize=(WIDTH * len(PANELS), HEIGHT), layout="constrained")
     axes = figure.subplots(1, len(PANELS), squeeze=False)[0]
     for axis, (measure, title) in zip(axes, PANELS.items(), strict=True):
         for number, network in enumerate(dict.fromkeys(row["network"] for row in rows)):
             own = [row for row in rows if row["network"] == network]
             for level, style in LINES.items():
-                _line(axis, [row for row in own if row["level"] in (level, UNLIMITED)], measure, epsilons).set(
-                    color=f"C{number}", linestyle=style, marker="o", markersize=3, label=f"{network}, {level} level"
+                line = [row for row in own if row["level"] in (level, UNLIMITED) and row["attack"] != MEAN]
+                _draw(
+                    axis, line, measure, places, color=f"C{number}", linestyle=style, label=f"{network}, {level} level"
                 )
-            guesses = [float(row[measure]) for row in own if row["attack"] == MEAN and row[measure]]
-            for guess in guesses[:1]:
-                axis.axhline(guess, color=f"C{number}", linestyle=":", linewidth=1)
-        axis.set_xticks(range(len(epsilons)), [*epsilons[:-1], "no noise"], fontsize=8)
+            for row in own:
+                if row["attack"] == MEAN and row[measure]:
+                    axis.axhline(float(row[measure]), color=f"C{number}", linestyle=":", linewidth=1)
+        axis.set_xticks(list(places.values()), [*epsilons, "no noise"], fontsize=8)
         axis.set(title=title, xlabel="ε of one release")
         axis.grid(color="0.9")
         if measure != "psnr":
@@ -89,10 +92,11 @@ def plot_epsilons(rows: Sequence[Mapping[str, str]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _line(axis: Axes, rows: Sequence[Mapping[str, str]], measure: str, epsilons: Sequence[str]) -> Line2D:
-    at = {row["epsilon"]: float(row[measure]) for row in rows if row["attack"] != MEAN}
-    points = [(number, at[epsilon]) for number, epsilon in enumerate(epsilons) if epsilon in at]
-    return axis.plot(*zip(*points, strict=True))[0]
+def _draw(axis: Axes, rows: Sequence[Mapping[str, str]], measure: str, places: Mapping[str, float], **how: str) -> None:
+    """One line, with bars of a standard deviation where the rows have one."""
+    across, heights = [places[row["epsilon"]] for row in rows], [float(row[measure]) for row in rows]
+    spread = [float(row.get(f"{measure}_spread") or 0) for row in rows]
+    axis.errorbar(across, heights, spread if any(spread) else None, marker="o", markersize=3, capsize=2, **how)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
