@@ -108,11 +108,13 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     known = _read_ahead(update, model, means, generator, clock)
     if not means.reads or not update.training.is_gradient or known.pixels is not None:
         return known
-    tokens = read_tokens(update, model, clock, generator)
+    features = known.features if known.signals is not None and known.signals.complete else None
+    tokens = read_tokens(update, model, clock, generator, features)
     told = {row["layer"] for row in tokens.rows}
     layers = [*tokens.rows, *(row for row in known.layers if row["layer"] not in told)]
     facts = {"seconds": known.seconds + tokens.seconds, "is_aborted": known.is_aborted or tokens.is_aborted}
-    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, **facts)
+    likely = known.likely if tokens.likely is None else tokens.likely
+    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, likely=likely, **facts)
 
 
 def _read_ahead(
