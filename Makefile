@@ -2,8 +2,8 @@
 # make test   set up, lint, run the tests
 # make test-long   the tests that take long; a shorter one of `make test` asks nearly the same as each
 # make docs   write docs/flags.md from the comments at the top of main_MAGIA_sel.py, and docs/results.md and
-#             the tables of results in README.md, docs/defences.md, docs/local-training.md and docs/networks.md from
-#             results/data
+#             the tables of results in README.md, docs/cluster.md, docs/defences.md, docs/local-training.md and
+#             docs/networks.md from results/data
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?= --max_evals 2500

@@ -39,7 +39,7 @@ from bench.figures import (
     write_overview,
     write_table,
 )
-from bench.guesses import GUESSES, MEAN
+from bench.guesses import GUESSES, MEAN, PRIOR
 from bench.measures import (
     DIVERGED,
     FIGURES,
@@ -108,7 +108,7 @@ def add(commands: Commands, name: str, text: str, batch_sizes: list[int]) -> arg
     command.add_argument("--seeds", type=listed(number(int, 0)), default=[0, 1, 2], metavar="LIST")
     command.add_argument("--labels", type=listed(str, LABEL_MODES), default=["random"], metavar="LIST")
     command.add_argument(
-        "--models", type=listed(one_with_flags(MODELS)), default=["lenet"], metavar="LIST",
+        "--models", type=listed(one_with_flags(MODELS, outside=True)), default=["lenet"], metavar="LIST",
         help="networks, each with flags of its own where needed; its --labels then stand alone",
     )  # fmt: skip
     return add_places(command)
@@ -142,7 +142,7 @@ def build_parser() -> OneLineParser:
     command = add(
         commands, "grid", "attacks, peers and guesses against each other on the same updates", [1, 4, 8, 16, 32]
     )
-    rows = [*PRESETS, *GUESSES]
+    rows = [*PRESETS, *GUESSES, PRIOR]
     command.add_argument("--presets", type=listed(one_with_flags(rows)), default=rows, metavar="LIST")
     command.add_argument("--peer", choices=PEERS, help="also run this package's attacks on the same updates")
     command.add_argument(
@@ -170,6 +170,11 @@ def build_parser() -> OneLineParser:
     command.add_argument("--course", type=listed(SIZE), default=[16], metavar="LIST", help="B of whole attacks")
     command.add_argument("--reading", type=listed(SIZE), default=[4, 8, 16], metavar="LIST", help="B of readings")
     command.add_argument("--max_evals", type=SIZE, default=2500, metavar="N", help="of a whole attack; default 2500")
+    command.add_argument(
+        "--models", type=listed(one_with_flags(MODELS)), default=[], metavar="LIST",
+        help="networks, each with flags of its own where needed; default the one of --model",
+    )  # fmt: skip
+    command.add_argument("--evaluations_only", action="store_true", help="no whole attacks and no readings")
     command.add_argument("--device", type=listed(str), default=devices(), metavar="LIST", help="default: all there are")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tables go")
     add_places(add_audit(commands))

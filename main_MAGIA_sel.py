@@ -185,6 +185,7 @@ MAX_SECONDS = None  # wall time after which no further step begins; a reading is
 # run
 SEED = 0  # one seed for labels, weights, start and subsets
 DEVICE = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda where there is one
+CUDA_GRAPHS = "auto"  # evaluations on a GPU: auto (recorded once and replayed, where that gives the same), off
 DTYPE = "float32"  # of the client's gradient and the attack: float32, float64
 SAVE_DIR = "results"  # where run directories go
 RUN_NAME = None  # name of the run directory (None: <dataset>_B<batch>_<sel_mode>_seed<seed>_<timestamp>)
@@ -230,17 +231,18 @@ class Objective:
         known = self.exact.to(copies).expand(state.copies, *self.exact.shape)
         return torch.cat([known, copies[:, len(self.exact) :]], 1)
 
-    def __call__(self, state: AttackState, prior_weight: float) -> Terms:
+    def __call__(self, state: AttackState, prior_weight: float | Tensor) -> Terms:
         """All terms at the state's images, label logits and subset."""
         copies = self.images(state)
-        each = [self._copy(*copy, state.subset, prior_weight) for copy in zip(copies, state.label_logits, strict=True)]
+        batches = [copies.squeeze(0)] if state.copies == 1 else copies  # a view: iteration's gradient would be a copy
+        each = [self._copy(*both, state.subset, prior_weight) for both in zip(batches, state.label_logits, strict=True)]
         loss, full, subset, roughness = map(torch.stack, zip(*each, strict=True))
         loss = loss.mean()
         if self.group_weight:
             loss = loss + self.group_weight * disagreement(copies)
         return Terms(loss, full, subset, roughness)
 
-    def _copy(self, images: Tensor, logits: Tensor, subset: Tensor, prior_weight: float) -> tuple[Tensor, ...]:
+    def _copy(self, images: Tensor, logits: Tensor, subset: Tensor, prior_weight: float | Tensor) -> tuple[Tensor, ...]:
         match, roughness = self.matching(images, logits, subset), self.prior(images)
         loss = match.total + prior_weight * roughness + sum(penalty(images) for penalty in self.penalties)
         return loss, match.full, match.subset, roughness
@@ -253,18 +255,13 @@ def magia_step(state: AttackState, objective: Objective, schedule: Schedule, bud
     unless the schedule asks for the published way. Returns S(t) and the terms at the iterate that was reached.
     """
     size, spent = schedule.size(state.step), state.evaluations / state.copies
-    weight = objective.annealing.at(spent)
-
-    def loss() -> Tensor:
-        if schedule.resample == "closure":
-            state.draw_subset(size)
-        return objective(state, weight).loss
-
+    weight = state.weigh(objective.annealing.at(spent))
+    redrawn = size if schedule.resample == "closure" else None
     with state.timed():
         state.enter(objective.annealing.phase(spent))
         objective.matching.enter(state.phase, objective.pixels.decode(state.anchor))
         state.draw_subset(size)
-        state.minimise(loss, budget)
+        state.minimise(lambda: objective(state, weight).loss, budget, redrawn)
         objective.pixels.project_(state.z)
     return size, objective(state, weight)  # for the record: neither its evaluation nor its time counts
 

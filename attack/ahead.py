@@ -25,7 +25,7 @@ from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.last_convolution import labels_of_last_convolution
 from attack.read.layer_rows import COLUMNS
-from attack.read.quotient_labels import labels_of_quotients
+from attack.read.quotient_labels import classes_of_signs, labels_of_quotients
 from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
 from attack.read.signals import Signals
 from attack.read.tokens import read_tokens
@@ -108,13 +108,11 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     known = _read_ahead(update, model, means, generator, clock)
     if not means.reads or not update.training.is_gradient or known.pixels is not None:
         return known
-    features = known.features if known.signals is not None and known.signals.complete else None
-    tokens = read_tokens(update, model, clock, generator, features)
+    tokens = read_tokens(update, model, clock, generator, known.features, known.likely)
     told = {row["layer"] for row in tokens.rows}
     layers = [*tokens.rows, *(row for row in known.layers if row["layer"] not in told)]
     facts = {"seconds": known.seconds + tokens.seconds, "is_aborted": known.is_aborted or tokens.is_aborted}
-    likely = known.likely if tokens.likely is None else tokens.likely
-    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, likely=likely, **facts)
+    return replace(known, layers=layers, likely=tokens.likely, recovered={**known.recovered, **tokens.found}, **facts)
 
 
 def _read_ahead(
@@ -137,6 +135,8 @@ def _read_ahead(
     is_in_part = reading is not None and reading.in_steps and len(reading) < update.batch_size
     seeks_labels = reading is None or is_in_part
     local_labels = _local_labels(update, model, means, generator, labels, clock) if seeks_labels else None
+    if labels is None and means.reads and reading is None and not (local_labels and local_labels.is_believed):
+        labels = _classes(update, model)
     reading = reading or _by_labels(update, model, means, generator, local_labels, clock)
     if reading is None and failure is not None and means.signals == "on":
         raise ValueError(f"--signals on: {failure}")
@@ -153,6 +153,14 @@ def _read_ahead(
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
         evidence += _of_unread_pixels(update, model, known, clock)
     return replace(known, evidence=tuple(evidence))
+
+
+def _classes(update: SharedUpdate, model: nn.Module) -> Tensor | None:
+    """Labels of some of the images, in no order, where nothing tells all of them; None where nothing tells any."""
+    try:
+        return classes_of_signs(update, model)
+    except ValueError:  # the model ends in another layer than a linear one
+        return None
 
 
 def _of_trial(found: LocalLabels | None) -> Iterator[Evidence]:

@@ -96,6 +96,10 @@ class Known:
         """Whether the client's steps, made again on what was read, were found to make the update."""
         return self.in_steps or self.drift is not None
 
+    def drifted(self, drift: Tensor | None) -> "Known":
+        """The same, signals no surer than a drift (N,) of their features; None: none."""
+        return self if drift is None else replace(self, signals=self.signals.drifted(drift))
+
     def as_trained(self, update: SharedUpdate) -> SharedUpdate:
         """The update with the order of the client's images in its steps, where that was sought and is believed."""
         order, tried = self.order, self.local_labels

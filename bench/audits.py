@@ -4,7 +4,9 @@ import argparse
 import glob
 import hashlib
 import os
+import re
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,14 +17,15 @@ from bench.cells import Cell, run_cells
 from bench.measures import run_folder, run_of
 from bench.origin import loaded, origin
 from cli.settings import resolve
-from judge.gallery import PAGE, write_gallery
+from judge.gallery import PAGE, gallery_postponed, write_gallery
 from judge.report import read_facts
-from judge.verdict import is_certain
+from judge.verdict import NAMES, is_certain
 
 FIGURES = (
     "verdict", "batch_size", "signals_found", "certain", "certified", "contradictions", "unexplained", "evaluations",
     "seconds", "status",
 )  # fmt: skip
+DIGITS = 30  # of numbers in files' names, by which these are ordered
 FILES = ("weights", "init")  # flags that may name a file, on which all audits depend
 
 
@@ -51,26 +54,32 @@ def audits(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     ]
     how = {"figures": FIGURES, "jobs": asked.jobs, "threads": asked.threads, "scheduler": asked.scheduler}
     out = asked.out.resolve()
-    rows = run_cells(
-        partial(measure_audit, flags=flags, out=out), cells, flags, out=out, origin=made_by, loaded=loaded, **how
-    )
     mark(out, made_by)
-    write_gallery(out / "runs")
+    try:
+        rows = run_cells(
+            partial(measure_audit, flags=flags, out=out), cells, flags, out=out, origin=made_by, loaded=loaded, **how
+        )
+    finally:  # an audit that is interrupted shows what it has
+        if (out / "runs").is_dir():
+            write_gallery(out / "runs")
     print(f"gallery: {asked.out / 'runs' / PAGE}")
+    counts = Counter(NAMES.get(row.get("verdict"), "failed").lower() for row in rows)
+    print(f"{len(rows)} updates: {', '.join(f'{count} {name}' for name, count in counts.most_common())}")
     top = os.path.commonpath([path.parent for path in paths])
     return [{"update": os.path.relpath(row["update"], top)} | {name: row.get(name) for name in FIGURES} for row in rows]
 
 
 def files_of(pattern: str) -> list[Path]:
-    """The files that a pattern fits, each once, in order of their names.
+    """The files that a pattern fits, each once, in order of their names: client2 before client10.
 
     Raises:
         ValueError: there is none.
     """
-    found = sorted({Path(name).resolve() for name in glob.glob(pattern, recursive=True) if Path(name).is_file()})
+    found = {Path(name).resolve() for name in glob.glob(pattern, recursive=True) if Path(name).is_file()}
     if not found:
         raise ValueError(f"--updates {pattern}: no file fits")
-    return found
+    parts = {path: re.split(r"(\d+)", str(path)) for path in found}
+    return sorted(found, key=lambda path: [part.zfill(DIGITS) if part.isdecimal() else part for part in parts[path]])
 
 
 def measure_audit(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
@@ -82,7 +91,8 @@ def measure_audit(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """
     path = run_folder(cell, flags, out)
     shutil.rmtree(path, ignore_errors=True)  # left by another program or a dead process
-    figures = run_of(["--update", str(cell["update"]), *flags], path)
+    with gallery_postponed(path.parent):
+        figures = run_of(["--update", str(cell["update"]), *flags], path)
     facts = read_facts(path)
     found = figures | {
         "verdict": facts["verdict"]["level"],

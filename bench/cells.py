@@ -67,7 +67,7 @@ def run_cells(
         jobs: number of local processes.
         threads: of each process; None divides the machine's cores among local processes, and leaves a cluster's workers
             unchanged.
-        scheduler: address of a Dask scheduler that runs the cells instead.
+        scheduler: address of a Dask scheduler that runs the cells instead; not asked where none is left.
 
     Raises:
         ValueError: a scheduler is asked for and Dask is not installed, or local processes keep dying.
@@ -83,8 +83,8 @@ def run_cells(
         # the last first: batch sizes mostly ascend, and a long cell at the end would leave the other processes idle
         return [cell for cell in cells if folder.name(cell) not in over and not folder.is_finished(cell)][::-1]
 
-    deaths, wait = 0, False
-    with processes(jobs, scheduler), tqdm(total=len(missing()), unit="cell", dynamic_ncols=True) as bar:
+    deaths, wait, count = 0, False, len(missing())
+    with processes(jobs, scheduler if count else None), tqdm(total=count, unit="cell", dynamic_ncols=True) as bar:
         while left := missing():
             try:
                 for name in Parallel(return_as="generator_unordered")(

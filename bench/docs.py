@@ -1,8 +1,8 @@
-"""Write docs/results.md, the tables of results in other pages, and a figure of one: python -m bench.docs."""
+"""Write docs/results.md, the tables of results in other pages, and two figures: python -m bench.docs."""
 
 from pathlib import Path
 
-from bench import decision
+from bench import decision, epsilons
 from bench.results_page import PAGES, results_page, with_tables
 
 if __name__ == "__main__":
@@ -14,4 +14,5 @@ if __name__ == "__main__":
         other = root / other
         other.write_text(with_tables(other.read_text(encoding="utf-8")), encoding="utf-8")
         print(other)
-    decision.main()
+    decision.draw()
+    epsilons.draw()

@@ -3,8 +3,9 @@
 Words behind the command restrict it to rows whose network or client has one of them: python -m bench.foreign ConvNet
 "class weights". The page is written after each row, and keeps the others with the commit that measured them.
 
-Each client is written in plain PyTorch and knows nothing of this project. The attack is told what a user would say who
-knows no better: one step of plain SGD on the mean cross-entropy.
+Each client is written in plain PyTorch and knows nothing of this project. Of a client of one step the attack is told
+what a user would say who knows no better: plain SGD on the mean cross-entropy. Clients of several steps stand in
+`foreign_steps`, some of them declared rightly, some wrongly.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.foreign_steps import Features, Trainer, trainers
 from bench.remeasure import program
 from bench.results_page import markdown_table
 from data import load_batch, open_source
@@ -30,11 +32,13 @@ from update.storage import write_tensors
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "foreign-updates.md"
 SIDE, CLASSES, EVALUATIONS = 16, 10, 300
+STEPWISE = 60  # evaluations where the client makes several steps: each takes as long as they all
 WITHIN = 5.0  # times its expected error that an image which is called certain may be off
 NETWORKS: Mapping[str, tuple[str, int, Mapping]] = {  # name, images, options
     "MLP, ReLU": ("mlp", 3, {"activation": "relu", "width": 64}),
     "LeNet": ("lenet", 4, {}),
     "ConvNet": ("convnet", 4, {}),
+    "GroupNorm": (f"{Path(__file__).parent / 'foreign_steps.py'}:group_norm", 4, {}),
 }
 Loss = Callable[[Tensor, Tensor], Tensor]
 Change = Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]  # of gradients, given the weights
@@ -49,6 +53,14 @@ class Client:
     loss: Loss = cross_entropy
     change: Change = lambda gradients, weights: gradients
     normalises: tuple[float, float] = (0.0, 1.0)
+
+    def sent(self, model: nn.Module, images: Tensor, labels: Tensor, features: Features) -> tuple[dict, str, Tensor]:
+        """The tensors that it sends by name, the flags that tell of them, and the features (B, d) of its images."""
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(self.loss(model(images), labels), parameters)
+        weights = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
+        words = f"--batch_size={len(images)}"
+        return self.change(dict(zip(names, gradients, strict=True)), weights), words, features(model, images).detach()
 
 
 def _whole(labels: Tensor) -> Tensor:
@@ -107,36 +119,36 @@ CLIENTS = (
 )
 
 
-def measured(network: str, client: Client) -> dict[str, str]:
+def measured(network: str, client: Client | Trainer) -> dict[str, str]:
     """One row of the table."""
     name, count, options = NETWORKS[network]
+    count = sum(client.sizes) if isinstance(client, Trainer) else count
     model = build_model(name, image_shape=(3, SIDE, SIDE), num_classes=CLASSES, generator=_seeded(1), **options)
     draw = {"labels": "dataset", "num_classes": CLASSES, "generator": _seeded(0), "image_size": SIDE}
     batch = load_batch(open_source("sample", None), range(count), **draw)
     mean, std = client.normalises
     images = (batch.images - mean) / std
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(client.loss(model(images), batch.labels), parameters)
-    weights = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        sent = client.change(dict(zip(names, gradients, strict=True)), weights)
-        write_tensors(place / "update.safetensors", sent)
         write_tensors(place / "weights.safetensors", model.state_dict())
-        words = [f"--{key}={value}" for key, value in options.items()]
+        features = features_of(model, images).detach()
+        tensors, told, in_steps = client.sent(model, images, batch.labels, features_of)
+        write_tensors(place / "update.safetensors", tensors)
+        words = [f"--{key}={value}" for key, value in options.items()] + told.split()
         words += [f"--update={place / 'update.safetensors'}", f"--weights={place / 'weights.safetensors'}", "--quiet"]
-        words += [f"--model={name}", f"--num_classes={CLASSES}", f"--image_size={SIDE}", f"--batch_size={count}"]
-        words += [f"--max_evals={EVALUATIONS}", f"--save_dir={place}", "--run_name=run"]
+        words += [f"--model={name}", f"--num_classes={CLASSES}", f"--image_size={SIDE}"]
+        words += [f"--max_evals={STEPWISE if isinstance(client, Trainer) else EVALUATIONS}"]
+        words += [f"--save_dir={place}", "--run_name=run"]
         ended = subprocess.run([sys.executable, ROOT / "main_MAGIA_sel.py", *words], capture_output=True, text=True)
         if ended.returncode:
-            return {"network": network, "client": client.name, "read": ended.stderr.strip().splitlines()[-1]}
+            said = ended.stderr.strip().splitlines()[-1]
+            return {"network": network, "client": client.name, "read": said.replace(str(place), "")}
         facts = json.loads((place / "run" / "audit.json").read_text())
         kept = torch.load(place / "run" / "checkpoint.pt", weights_only=True)
         found = open_source("folder", str(place / "run" / "images"))
-        pictures = load_batch(found, range(count), **(draw | {"labels": "random"})).images
-    with torch.no_grad():
-        features = features_of(model, images)
-    certain, false = _certainty(facts, kept["signals"], features)
+        pictures = load_batch(found, range(len(facts["images"])), **(draw | {"labels": "random"})).images
+    certain, false = _certainty(facts, kept["signals"], in_steps if kept["in_steps"] else features)
+    guess = sum(guess_psnr(batch.images)) / count
     return {
         "network": network,
         "client": client.name,
@@ -144,8 +156,8 @@ def measured(network: str, client: Client) -> dict[str, str]:
         "told apart": f"{facts['figures']['signals_found']} of {count}",
         "certain": str(certain),
         "false": str(false),
-        "PSNR": f"{mean_psnr(batch.images, pictures):.1f}",
-        "guess": f"{sum(guess_psnr(batch.images)) / count:.1f}",
+        "PSNR": f"{mean_psnr(batch.images, pictures):.1f}" if len(pictures) == count else "",
+        "guess": f"{guess:.1f}",
     }
 
 
@@ -161,7 +173,8 @@ def _certainty(facts: Mapping, signals: Mapping | None, features: Tensor) -> tup
     certain = [is_certain(image["confidence"]) for image in facts["images"]]
     if signals is None or not any(certain):
         return 0, 0
-    values, errors = signals["values"].flatten(1), signals["uncertainty"]
+    values = signals["values"].flatten(1)
+    errors = torch.tensor([image["uncertainty"] for image in facts["images"][: len(values)]], dtype=torch.float64)
     distances = torch.cdist(values, features.to(values)).min(1).values / values.norm(dim=1)
     sure = torch.tensor(certain[: len(values)])
     return int(sure.sum()), int((sure & (distances > WITHIN * errors)).sum())
@@ -173,9 +186,11 @@ def _seeded(seed: int) -> torch.Generator:
 
 AHEAD = f"""# What does the program make of clients that are not the declared one?
 
-`python -m bench.foreign` makes this page. Each client is plain PyTorch: one step on the first images of the bundled
-set, {SIDE} pixels, {CLASSES} classes, an untrained network of `network/zoo.py`. The attack is told one step of plain
-SGD on the mean cross-entropy, and has {EVALUATIONS} evaluations.
+`python -m bench.foreign` makes this page. Each client is plain PyTorch, and trains on the first images of the bundled
+set, {SIDE} pixels, {CLASSES} classes, an untrained network of `network/zoo.py` or one with GroupNorm. Of a client of
+one step the attack is told plain SGD on the mean cross-entropy, and has {EVALUATIONS} evaluations. Clients of several
+steps go through four images in two minibatches at rate 0.05 unless said otherwise, and send their weights; the
+attack is told what the name says, and has {STEPWISE} evaluations.
 
 - **read**: what the update says of its client, with the figure; in bold what contradicts the declared client, so that
   nothing is called certain ([update-format.md](update-format.md#what-the-update-says-of-itself)).
@@ -199,7 +214,12 @@ def kept_rows(page: str) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def _every_row() -> list[tuple[str, str]]:
-    return [(network, client.name) for network in NETWORKS for client in CLIENTS]
+    return [(network, client.name) for network in NETWORKS for client in clients_of(network)]
+
+
+def clients_of(network: str) -> tuple[Client | Trainer, ...]:
+    """The clients that are measured on a network."""
+    return (*CLIENTS, *trainers(network)) if network != "GroupNorm" else (CLIENTS[0], *trainers(network))
 
 
 def written(rows: Mapping[tuple[str, str], Mapping[str, str]]) -> str:
@@ -213,7 +233,7 @@ def main(words: Sequence[str] | None = None) -> int:
     words, commit = sys.argv[1:] if words is None else words, program()["commit"]
     rows = kept_rows(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else {}
     for network in NETWORKS:
-        for client in CLIENTS:
+        for client in clients_of(network):
             if not words or any(word in network or word in client.name for word in words):
                 row = measured(network, client) | {"commit": commit}
                 rows[network, client.name] = row

@@ -12,10 +12,8 @@ docs/local-training.md.
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from bench.remeasure import device_of, measure, one_by_one, renewed, row_parser
-from bench.results_page import Row, read_rows, write_rows
+from bench.planned import Planned, measure_planned
 
 TRUE = "--dataset npz --data_path cifar10_test.npz --num_classes 10 --labels dataset"  # images with their own labels
 RANDOM = "--dataset npz --data_path cifar10_test.npz"  # 100 classes
@@ -126,45 +124,16 @@ TABLES: dict[str, tuple[Client, ...]] = {
 }
 
 
+PLANNED = [
+    Planned(table, {"client": client.name, "batch_size": str(client.images)}, {}, client.command)
+    for table, clients in TABLES.items()
+    for client in clients
+]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Exit status: 0 done, 1 some rows failed, 2 wrong input."""
-    parser = row_parser("bench.local_training", __doc__)
-    parser.add_argument("--rows", nargs="+", default=[""], metavar="NAME", help="only rows whose name has one of these")
-    parser.add_argument("--list", action="store_true", help="print the rows' names and commands, and stop")
-    parser.add_argument("--data_path", type=Path, help="the file that stands for cifar10_test.npz")
-    parser.add_argument("--weights_dir", type=Path, help="the folder of the checkpoints (train_victim.py makes them)")
-    asked = parser.parse_args(argv)
-    chosen = [(table, client) for table, clients in TABLES.items() for client in clients]
-    chosen = [(table, client) for table, client in chosen if any(t in f"{table}: {client.name}" for t in asked.rows)]
-    if not chosen:
-        print(f"bench.local_training: error: no row has {' or '.join(map(repr, asked.rows))}", file=sys.stderr)
-        return 2
-
-    def measured(row: tuple[str, Client], origin: Row) -> None:
-        table, client = row
-        print(f"{table}: {client.name}\n    {client.command}", flush=True)
-        if asked.list:
-            return
-        figures = measure(client.command, asked.data_path, asked.weights_dir)
-        empty = {"client": client.name, "batch_size": str(client.images)} | dict.fromkeys((*COLUMNS, "note"), "")
-        found = renewed(empty | {"command": client.command}, figures) | origin
-        keep(asked.folder, table, found | {"device": asked.machine or device_of(client.command)})
-
-    return one_by_one("bench.local_training", chosen, measured)
-
-
-def keep(folder: Path, table: str, row: Row) -> None:
-    """Put a row into its table, in the order of `TABLES`, in the place of one of the same client.
-
-    Rows of clients that are no longer measured are left out.
-    """
-    try:
-        held = {(each["client"], each["batch_size"]): each for each in read_rows(folder, table)}
-    except OSError:
-        held = {}
-    held[row["client"], row["batch_size"]] = row
-    every = [(client.name, str(client.images)) for client in TABLES[table]]
-    write_rows(folder, table, [held[key] for key in every if key in held])
+    return measure_planned("bench.local_training", __doc__, PLANNED, COLUMNS, argv)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import io
 import json
 import shlex
 import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,16 +18,17 @@ import main_MAGIA_sel as magia
 from attack.published.presets import PRESETS
 from attack.read.reader import read_layers
 from bench.cells import Cell, cell_name
-from bench.guesses import GUESSES, MEAN, guess
+from bench.guesses import GUESSES, MEAN, PRIOR, guess, of_noise
 from bench.peers import breaching_attack
 from cli.ahead import scaled_update
 from cli.runtime import INTERRUPTED, enough_threads, place_named, stream
-from cli.settings import resolve
+from cli.settings import CLIENT, resolve, words_of
 from cli.victim import client_batch, victim
 from data import Batch, open_source
 from judge import metrics
 from judge.layers import matched
 from judge.pictures import read_images, save_images
+from judge.report import read_facts
 from judge.run_directory import RunDirectory
 from network.head import features_of
 from update.shared import SharedUpdate
@@ -43,6 +46,7 @@ READ = ("found", "labels_right", "within_1_percent", "worst_error", "signal_seco
 SATURATED = 0.5
 DIVERGED = "diverged"
 PER_CELL = ("batch",)  # entries of a cell that are no flags
+IN_UPDATE = (*CLIENT, "frozen", "hidden", "defence")  # settings that are in an update from a file already
 
 
 def measure_signals(cell: Cell, flags: Sequence[str]) -> Cell:
@@ -81,9 +85,9 @@ def truth_of(cell: Cell, flags: Sequence[str]) -> Batch:
 
 def settings_of(cell: Cell, flags: Sequence[str]) -> argparse.Namespace:
     """The settings from the flags of a cell, or of an attack on the same batch."""
-    known = str(cell.get("preset", "")).split(maxsplit=1)[:1]
-    if known and known[0] not in PRESETS:
-        cell = cell | {"preset": "magia"}  # guesses and peers have the program's update
+    name, *own = shlex.split(str(cell.get("preset", "magia")))
+    if name not in PRESETS:  # guesses and peers have the program's update
+        cell = cell | {"preset": shlex.join(["magia", *(own if name == PRIOR else ())])}
     return resolve([*flags_of(cell), *flags], magia.FLAGS)[0]
 
 
@@ -97,6 +101,8 @@ def measure(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     shutil.rmtree(run_folder(cell, flags, out), ignore_errors=True)  # left by another program or a dead process
     if name in GUESSES:
         return measure_guess(cell, flags, out)
+    if name == PRIOR:
+        return measure_prior(cell, flags, out)
     return (measure_attack if name in PRESETS else measure_peer)(cell, flags, out)
 
 
@@ -140,6 +146,8 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     """
     update, model, truth, settings = victim_of(cell, flags)
     attack = str(cell["preset"]).split()[1]
+    order = update.training.shuffled(update.batch_size, stream(settings.seed, "defence"))  # as the client has drawn it
+    update = replace(update, training=order)
     with enough_threads(model, update.batch_size, update.image_shape):
         result = breaching_attack(attack, update, model, truth.labels, max_evals=cell["max_evals"], seed=settings.seed)
     images = result.images
@@ -147,6 +155,25 @@ def measure_peer(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     figures |= UNREAD | {"evaluations": result.evaluations, "seconds": round(result.seconds, 3)}
     lost = is_saturated(images, truth.images)
     return _recorded(cell, flags, out, images, figures | {"status": DIVERGED if lost else "max_evals"})
+
+
+def measure_prior(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
+    """One attack of this program on an update of noise, judged and pictured as the attack on the client's update is.
+
+    Raises:
+        RuntimeError: the run ended with an error, which the message repeats.
+        KeyboardInterrupt: the run was interrupted.
+    """
+    update, _, truth, settings = victim_of(cell, flags)
+    attack = argparse.Namespace(**(vars(settings) | dict.fromkeys(IN_UPDATE)))
+    with tempfile.TemporaryDirectory() as folder:
+        file, run = Path(folder) / "noise.safetensors", Path(folder) / "run"
+        of_noise(update, stream(settings.seed, "noise")).save(file)
+        figures = run_of(["--update", str(file), *words_of(attack, magia.FLAGS)], run)
+        images, labels = pictures(run), [image["label"] for image in read_facts(run)["images"]]
+    found = metrics.evaluate(truth.images, truth.labels, images, torch.tensor(labels), truth.others)
+    found |= UNREAD | {"evaluations": figures["evaluations"], "seconds": figures["seconds"]}
+    return _recorded(cell, flags, out, images, found | {"status": figures["ended_by"]})
 
 
 def measure_guess(cell: Cell, flags: Sequence[str], out: Path) -> Cell:

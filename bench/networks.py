@@ -5,17 +5,25 @@ import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from network.outside import OUTSIDE, is_outside, resolved
 
-def one_with_flags(choices: Collection[str]) -> Callable[[str], str]:
-    """An argparse type: one of the choices, followed by flags of main_MAGIA_sel.py; blanks do not count."""
+
+def one_with_flags(choices: Collection[str], outside: bool = False) -> Callable[[str], str]:
+    """An argparse type: one of the choices, followed by flags of main_MAGIA_sel.py; blanks do not count.
+
+    `outside` allows models from outside as well.
+    """
 
     def parse(text: str) -> str:
         try:
             words = shlex.split(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+        if words and outside and is_outside(words[0]):
+            return shlex.join([resolved(words[0]), *words[1:]])
         if not words or words[0] not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
+            others = [OUTSIDE] if outside else []
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*choices, *others])}")
         return shlex.join(words)
 
     return parse
@@ -49,7 +57,7 @@ def _is_same(text: str, other: str) -> bool:
 
 def _telling_name(text: str, others: Collection[str]) -> str:
     """The shortest name of a network that no other network has."""
-    for parts in range(1, len(Path(own_flags(text).get("weights", "")).parts) + 1):
+    for parts in range(1, max(1, len(Path(own_flags(text).get("weights", "")).parts)) + 1):
         name = _name(text, parts)
         if all(name != _name(other, parts) for other in others):
             return name
@@ -57,8 +65,9 @@ def _telling_name(text: str, others: Collection[str]) -> str:
 
 
 def _name(text: str, parts: int | None) -> str:
-    """A network's name with the last `parts` parts of its checkpoint's path; None: the path as it is spelt."""
-    words = shlex.split(text)[:1]
+    """A network's name with the last `parts` parts of its checkpoint's path; None: every path as it is spelt."""
+    way = shlex.split(text)[0]
+    words = [way if parts is None else way.rpartition("/")[2]]
     for name, value in own_flags(text).items():
         if name == "weights":
             way = Path(value) if parts is None else Path(*Path(value).with_suffix("").parts[-parts:])

@@ -4,7 +4,9 @@ breaching (Geiping et al., MIT licence, `requirements-benchmark.txt`) gets the m
 the attack's paper grants them, the labels: just what a server has. Two of its settings are not its own: the number of
 iterations, by which its step sizes decay, and a stop once the budget of gradient evaluations is spent. Its attacks
 expect a model of normalised images, and their starts, steps and priors have that scale. So the attacks get such a
-model. Of a client with BatchNorm in training mode they get the buffers that breaching's own clients send.
+model. Of a client with BatchNorm in training mode they get the buffers that breaching's own clients send, and of a
+client of several steps the labels of each step. breaching knows steps of plain SGD: of a client with momentum it gets
+steps at the rate that takes plain SGD as far. Coarse arithmetic it does not know.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from cli.runtime import interruptible
 from network.vision import torchvision
 from network.zoo import place_of
 from update.shared import SharedUpdate
-from update.training import LocalTraining
+from update.training import PLAIN_SGD
 
 # The attacks of breaching that are compared, and whether their papers grant the attacker the labels.
 BREACHING = {
@@ -68,8 +70,8 @@ class _CountedLoss(nn.CrossEntropyLoss):
     Ctrl-C ends the attack in the same way. breaching then keeps the best images so far.
     """
 
-    def __init__(self, budget: int, interrupted: Callable[[], bool]) -> None:
-        super().__init__()
+    def __init__(self, budget: int, interrupted: Callable[[], bool], smoothing: float) -> None:
+        super().__init__(label_smoothing=smoothing)
         self.calls, self.budget, self.interrupted = 0, budget, interrupted
 
     def __deepcopy__(self, memo: dict) -> "_CountedLoss":
@@ -90,7 +92,7 @@ def breaching_attack(
 
     Args:
         granted: true labels (B,), passed on only where `BREACHING` says that the paper grants labels; sorted, since
-            their order is not known.
+            their order is not known, but for the step that used them (`update.training.order` where it is another).
 
     Raises:
         ImportError: breaching is not installed.
@@ -104,6 +106,8 @@ def breaching_attack(
     gradients, training = update.targets(model), update.training
     if len(gradients) < len(list(model.parameters())):
         raise ValueError("breaching cannot attack updates with frozen parameters")
+    if not training.loss.is_cross_entropy or training.loss.weights:
+        raise ValueError("breaching's attacks are on the plain cross-entropy, smoothed or not")
     local = None if training.is_one_step else _local_steps(update, granted, BREACHING[name])
     place = place_of(model)
     mean, std = (values.to(**place) for values in colour_statistics(update.image_shape[0]))
@@ -120,7 +124,8 @@ def breaching_attack(
     }
     with interruptible() as interrupted, _quietly(seed):
         config = breaching.get_attack_config(name, [f"optim.max_iterations={max_evals}"])
-        loss, started = _CountedLoss(max_evals * training.steps, interrupted), time.perf_counter()
+        loss = _CountedLoss(max_evals * training.steps, interrupted, training.loss.smoothing)
+        started = time.perf_counter()
         attacker = breaching.attacks.prepare_attack(model, loss, config, place)
         result, _ = attacker.reconstruct([payload | {"metadata": OmegaConf.create(about)}], [shared], {})
         images = model.images(result["data"].detach()).clamp(0, 1).cpu()  # waits for the GPU
@@ -137,13 +142,16 @@ def _local_steps(update: SharedUpdate, labels: Tensor, is_granted: bool) -> dict
         ValueError: steps that breaching does not make, or an attack that gets no labels.
     """
     training, size = update.training, update.training.size(update.batch_size)
-    plain = LocalTraining(training.steps, training.batches, training.rate, training.batchnorm)
-    if training != plain or size * training.batches != update.batch_size:
-        raise ValueError("breaching knows steps of plain SGD on minibatches of one size, and no others")
+    is_sgd = replace(training.optimiser, momentum=0.0, nesterov=False) == PLAIN_SGD
+    if not is_sgd or set(training.sizes_of(update.batch_size)) != {size} or training.frozen_norms:
+        raise ValueError("breaching knows steps of plain SGD, on minibatches of one size, and no others")
+    if training.shuffle and training.passes > 1:
+        raise ValueError("breaching knows clients that go through their images in one order")
     if not is_granted:
         raise ValueError("breaching's attacks on several steps need the labels of each")
     parts = [labels[part].sort().values for part in training.schedule(update.batch_size)]
-    return {"lr": training.rate, "steps": training.steps, "data_per_step": size, "labels": parts}
+    rate = training.reach / training.steps
+    return {"lr": rate, "steps": training.steps, "data_per_step": size, "labels": parts}
 
 
 def _buffers(update: SharedUpdate, model: NormalisedInput) -> tuple[list[Tensor] | None, list[Tensor] | None]:

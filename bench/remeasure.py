@@ -4,9 +4,10 @@
     python -m bench.remeasure networks --rows "--model convnet" --data_path cifar10_test.npz --weights_dir checkpoints
     make docs
 
-The commands of the rows run one after the other, each in a temporary folder. Two kinds of commands can be run so: those
-of main_MAGIA_sel.py, which leaves metrics.json, and those of `benchmark.py grid` and `defences`, which leave
-summary.csv. A row whose command fails stays unchanged.
+The commands of the rows run one after the other, each in a temporary folder. Three kinds of commands can be run so:
+those of main_MAGIA_sel.py, which leaves metrics.json, those of `benchmark.py grid` and `defences`, which leave
+summary.csv, or table.csv of readings alone, and those of `benchmark.py speed`, of which each row takes the line of its
+variant. A row whose command fails stays unchanged.
 """
 
 import argparse
@@ -17,8 +18,10 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -46,8 +49,14 @@ MEASURED = {
     "error": ("error", ".0e"),
     "unexplained": ("unexplained", ".0e"),
     "runs": ("runs", ".0f"),
+    "milliseconds": ("ms_per_evaluation", ".1f"),
+    "ratio": ("ratio_to_published", ".1f"),
+    "share": ("share_of_limit", ".1%"),
 }
 EXACT = 60.0  # dB from which on an image counts as exact: pixels are off by a quarter of a step of 1/255, rms
+SPEED = "python benchmark.py speed"
+ALONE = ("activations", "forward")  # what is matched, and the row's variant: the tool's variant is then `activations`
+READING = "--signals_only"  # the flag of a command of `benchmark.py defences` that attacks no images
 SHORT = 10  # seconds below which a digit behind the point is kept
 
 
@@ -72,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def again(number: int, origin: Row) -> None:
         row = rows[number]
         print(row["command"], flush=True)
-        figures = measure(row["command"], asked.data_path, asked.weights_dir)
+        figures = figures_of(row, asked.data_path, asked.weights_dir)
         rows[number] = renewed(row, figures) | origin | {"device": asked.machine or device_of(row["command"])}
         write_rows(asked.folder, asked.table, rows)
 
@@ -117,6 +126,50 @@ def row_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def figures_of(row: Row, data_path: Path | None, weights_dir: Path | None) -> dict[str, object]:
+    """The figures of a row, whose command may measure others as well.
+
+    Raises:
+        ValueError: as in `measure`, or the command measures no such row.
+    """
+    if not row["command"].startswith(SPEED):
+        return measure(row["command"], data_path, weights_dir)
+    wanted = "activations" if (row.get("matched"), row.get("variant")) == ALONE else row.get("variant")
+    for line in speeds(row["command"], data_path, weights_dir):
+        if (line["variant"], line["batch_size"]) == (wanted, row["batch_size"]):
+            return line
+    raise ValueError(f"{row['command']}: it measures no {wanted} at B = {row['batch_size']}")
+
+
+@cache  # several rows are of one command
+def speeds(command: str, data_path: Path | None, weights_dir: Path | None) -> list[dict[str, object]]:
+    """The lines of a `benchmark.py speed`, each with those of its limits, and the seconds of them all.
+
+    Raises:
+        ValueError: as in `measure`.
+    """
+    words, began = with_paths(shlex.split(command), data_path, weights_dir), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        files = ran(words, ["--out", "out"], Path(folder), "out/speed.csv", "out/limits.csv")
+        tables = [list(csv.DictReader(file.read_text().splitlines())) for file in files]
+    return [one | other | {"seconds": time.monotonic() - began} for one, other in zip(*tables, strict=True)]
+
+
+def ran(words: Sequence[str], end: Sequence[str], folder: Path, *files: str) -> list[Path]:
+    """What a command with this end leaves in the folder that it is run in.
+
+    Raises:
+        ValueError: it failed, or did not leave the files.
+    """
+    run = subprocess.run(
+        [sys.executable, ROOT / words[1], *words[2:], *end], cwd=folder, capture_output=True, text=True
+    )
+    left = [folder / file for file in files]
+    if run.returncode or not all(file.is_file() for file in left):
+        raise ValueError((run.stderr.splitlines() or [f"exit status {run.returncode}"])[-1])
+    return left
+
+
 def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> dict[str, object]:
     """The figures of one command, run in a folder of its own, with these data and checkpoints.
 
@@ -127,20 +180,23 @@ def measure(command: str, data_path: Path | None, weights_dir: Path | None) -> d
     if words[1:2] == ["main_MAGIA_sel.py"]:
         out, end = "results/run/metrics.json", ["--save_dir", "results", "--run_name", "run", "--quiet"]
     elif words[1:3] in (["benchmark.py", "grid"], ["benchmark.py", "defences"]):
-        out, end = "out/summary.csv", ["--out", "out"]
+        out, end = f"out/{'table' if READING in words else 'summary'}.csv", ["--out", "out"]
     else:
         raise ValueError("only main_MAGIA_sel.py and benchmark.py grid and defences can be measured so")
     with tempfile.TemporaryDirectory() as folder:
-        run = subprocess.run(
-            [sys.executable, ROOT / words[1], *words[2:], *end], cwd=folder, capture_output=True, text=True
-        )
-        file = Path(folder) / out
-        if run.returncode or not file.is_file():
-            raise ValueError((run.stderr.splitlines() or [f"exit status {run.returncode}"])[-1])
+        (file,) = ran(words, end, Path(folder), out)
         if file.suffix == ".json":
             return of_run(json.loads(file.read_text()), json.loads(file.with_name("audit.json").read_text()))
         with file.open(newline="") as table:
+            if READING in words:
+                return of_reading(next(csv.DictReader(table)))
             return next(line for line in csv.DictReader(table) if line["preset"] == attack_of(words))
+
+
+def of_reading(line: Mapping[str, str]) -> dict[str, object]:
+    """The figures of a line of table.csv of a reading alone, by the names that a whole attack gives them."""
+    found = {"signals_found": line["found"], "seconds": line["signal_seconds"]}
+    return found | {"label_accuracy": int(line["labels_right"]) / int(line["batch_size"])}
 
 
 def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
@@ -158,7 +214,10 @@ def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
 
 
 def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path | None) -> list[str]:
-    """A command's words with these data behind --data_path and checkpoints from the folder, all paths absolute."""
+    """A command's words with these data behind --data_path and checkpoints from the folder, all paths absolute.
+
+    The file of a model from outside is one of the project's.
+    """
     there = (weights_dir or Path()).resolve()
     new = list(words[:1])
     for flag, word in pairwise(words):
@@ -168,6 +227,7 @@ def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path |
             word = str(there / word)
         elif flag == "--models":
             word = re.sub(r"(?<=--weights )\S+", lambda name: shlex.quote(str(there / name[0])), word)
+            word = re.sub(r"^\S+(?=\.py:)", lambda name: shlex.quote(str(ROOT / name[0])), word)
         new.append(word)
     return new
 

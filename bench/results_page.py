@@ -26,7 +26,7 @@ WIDTH = 112  # characters of a line, which a command's indent and backslash stil
 # A table's place in another page: `README` is the README's table, all others are those of OTHER_TABLES.
 PLACE = re.compile(r"(<!-- `make docs` makes (\w+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 # Pages that have such places.
-PAGES = ("README.md", "docs/defences.md", "docs/local-training.md", "docs/networks.md")
+PAGES = ("README.md", "docs/cluster.md", "docs/defences.md", "docs/local-training.md", "docs/networks.md")
 HEADER = "| network | B | this program | its loop alone | MAGIA | best other | mean image | seconds |"
 
 

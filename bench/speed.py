@@ -18,7 +18,9 @@ and read their own activations.
 import argparse
 import copy
 import functools
+import itertools
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +36,7 @@ from attack.match.activations import ForwardLoss, ForwardMatching
 from attack.match.entries import Gradient, squared_distance
 from attack.match.gradients import Matching, subset_distance
 from attack.optimise.budget import Budget
+from attack.optimise.capture import FIRST
 from attack.optimise.state import AttackState
 from attack.prepare import Known
 from attack.read.forecast import explain
@@ -42,6 +45,7 @@ from attack.read.reader import Reading, read_layers
 from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of
+from bench.networks import short_names
 from cli.ahead import known_ahead
 from cli.model import model_options, server_model
 from cli.runtime import enough_threads, place_named, stream
@@ -59,8 +63,9 @@ from update.shared import SharedUpdate
 
 SIDE = 32  # pixels of the images that evaluations are timed on
 TURNS = 15  # of each variant, at most
-SECONDS = 20.0  # of the turns of one batch size, about; there are at least three turns
-WARM = 3  # evaluations before the first that is timed
+SECONDS = 20.0  # of the turns of one batch size, about
+WARM = {"cpu": 3, "cuda": FIRST + 3}  # evaluations before the first that is timed: on a GPU they are recorded first
+LEAST = 3  # turns of each variant, at least
 FULL = 6  # optimiser steps after which L-BFGS holds all its pairs
 LONGEST = 0.15  # seconds of an evaluation beyond which L-BFGS's own share is not measured: that takes 150 evaluations
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product is the arithmetic limit
@@ -99,14 +104,21 @@ class Variant:
 
     def evaluate(self) -> Tensor:
         """Objective and gradient, as an optimiser's closure takes them."""
-        loss = self.objective(self.state, self.objective.annealing.at(0)).loss
-        self.state.backward(loss)
-        return loss
+        return self.state.evaluate(self.loss)
+
+    def evaluate_anew(self) -> None:
+        """The same, never by a recording, which would show neither arithmetic nor memory."""
+        self.state.backward(self.loss())
+
+    def loss(self) -> Tensor:
+        """The objective at the state's weight of the prior."""
+        return self.objective(self.state, self.state.prior_weight).loss
 
     def ready(self) -> "Variant":
-        """The variant, with a subset drawn and the first phase entered."""
+        """The variant, with a subset drawn, and the first phase and weight of the prior."""
         self.objective.matching.enter(0, self.objective.pixels.decode(self.state.anchor))
         self.state.draw_subset(schedule_of(self.settings).size(0))
+        self.state.weigh(self.objective.annealing.at(0))
         return self
 
 
@@ -209,12 +221,12 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, list[float]]:
     """Seconds of each work, turn by turn."""
     for work in works.values():
-        for _ in range(WARM):
+        for _ in range(WARM[device.type]):
             work()
     seconds: dict[str, list[float]] = {name: [] for name in works}
     began = time.perf_counter()
     for turn in range(TURNS):
-        if turn >= WARM and time.perf_counter() - began > SECONDS:
+        if turn >= LEAST and time.perf_counter() - began > SECONDS:
             break
         for name, work in works.items():
             seconds[name].append(timed(work, device))
@@ -290,10 +302,10 @@ def _evaluated(
     rows, limits = [], []
     for name, variant in variants.items():
         where = of | {"variant": name}
-        own, flops = median(seconds[name]), arithmetic(variant.evaluate)
+        own, flops = median(seconds[name]), arithmetic(variant.evaluate_anew)
         ratios = [other / mine for other, mine in zip(seconds["published"], seconds[name], strict=True)]
         figures = {"ms_per_evaluation": 1e3 * own, "ratio_to_published": median(ratios)}
-        rows.append(where | figures | {"peak_mib": peak_memory(variant.evaluate, device)})
+        rows.append(where | figures | {"peak_mib": peak_memory(variant.evaluate_anew, device)})
         share = {"gflop": flops / 1e9, "gflop_per_second": flops / own / 1e9, "share_of_limit": flops / own / rate}
         own_share = outside_share(variant, device) if own < LONGEST and name != "published" else None
         limits.append(where | share | {"lbfgs_share_of_step": own_share})
@@ -397,26 +409,40 @@ def devices() -> list[str]:
 def speed(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
     """Measure all variants, write speed.csv, speed.md and the tables of its parts, and return the rows of speed.csv."""
     asked.out.mkdir(parents=True, exist_ok=True)
-    rows, limits, courses, stage_tables = [], [], [], {}
-    for device in asked.device:
-        on = [*flags, "--device", device]
-        for size in asked.batch_sizes:
-            some, more = evaluations(size, on)
-            rows, limits = rows + some, limits + more
-        for size in asked.course:
-            courses += [course(name, size, on, asked.max_evals) for name in ATTACKS]
-        stage_tables[device] = growth({size: reading_stages(size, on) for size in asked.reading})
-    write_table(limits, asked.out / "limits")
-    write_table(courses, asked.out / "courses")
-    stages_ = [{"device": device} | row for device, table in stage_tables.items() for row in table]
-    write_table(stages_, asked.out / "stages")
-    write_table(rows, asked.out / "speed")
+    tables: dict[str, list[Cell]] = {"speed": [], "limits": [], "courses": [], "stages": []}
+    for device, (name, model) in itertools.product(asked.device, _networks(asked.models, flags).items()):
+        for table, rows in _of_network([*flags, *model, "--device", device], asked).items():
+            tables[table] += [{"network": name} | row for row in rows]
+    for table, rows in tables.items():
+        write_table(rows, asked.out / table)
     parts = {
-        "One evaluation": rows,
-        "Its arithmetic, the device's own matrix product as the limit, and L-BFGS's share of a step": limits,
-        f"Whole attacks: evaluations and seconds to {', '.join(map(str, MARKS))} dB": courses,
-        "A reading, stage by stage, in seconds": stages_,
+        "One evaluation": tables["speed"],
+        "Its arithmetic, the device's own matrix product as the limit, and L-BFGS's share of a step": tables["limits"],
+        f"Whole attacks: evaluations and seconds to {', '.join(map(str, MARKS))} dB": tables["courses"],
+        "A reading, stage by stage, in seconds": tables["stages"],
     }
     text = "\n".join(f"## {title}\n\n{markdown(part)}" for title, part in parts.items() if part)
     (asked.out / "speed.md").write_text(text, encoding="utf-8")
-    return rows
+    return tables["speed"]
+
+
+def _networks(models: Sequence[str], flags: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of each network by its name in tables; without a list of networks, the one that the flags name."""
+    if not models:
+        return {resolve(flags, magia.FLAGS)[0].model: []}
+    return {name: ["--model", *shlex.split(text)] for text, name in short_names(models).items()}
+
+
+def _of_network(flags: Sequence[str], asked: argparse.Namespace) -> dict[str, list[Cell]]:
+    """The rows of each table of one network on one device."""
+    rows, limits, courses, readings = [], [], [], {}
+    for size in asked.batch_sizes:
+        some, more = evaluations(size, flags)
+        rows, limits = rows + some, limits + more
+    if not asked.evaluations_only:
+        for size in asked.course:
+            courses += [course(name, size, flags, asked.max_evals) for name in ATTACKS]
+        readings = {size: reading_stages(size, flags) for size in asked.reading}
+    device = str(place_named(resolve(flags, magia.FLAGS)[0])["device"])
+    stages_ = [{"device": device} | row for row in growth(readings)]
+    return {"speed": rows, "limits": limits, "courses": courses, "stages": stages_}

@@ -30,7 +30,7 @@ from network.tracing import stages, why_not_walked
 from schedules import Schedule
 from update.batchnorm import use_batch_statistics
 from update.declared import declared
-from update.evidence import REPLAY, Evidence
+from update.evidence import HIDDEN, REPLAY, Evidence
 from update.shared import SharedUpdate
 
 SIDE = 32  # pixels of an image that nothing is known of
@@ -109,11 +109,13 @@ def _defended(update: SharedUpdate, settings: argparse.Namespace) -> str:
     text = f" | {update.defence}"
     if clients_of(settings) > 1:
         text += f", {clients_of(settings)} clients with {settings.batch_size} each"
-    for name, bound in privacy_of(update, settings).items():
+    privacy, delta = privacy_of(update, settings), f"delta {settings.dp_delta:g}"
+    if "epsilon" in privacy:
+        bound = privacy["epsilon"]
         found = "not computed: pip install opacus" if bound is None else f"at most {bound:.3g}"
-        text += (
-            f", {name} {found} (delta {settings.dp_delta:g}, rate {settings.dp_rate:g}, {settings.dp_rounds} rounds)"
-        )
+        text += f", epsilon {found} ({delta}, rate {settings.dp_rate:g}, {settings.dp_rounds} rounds)"
+    if "release_epsilon" in privacy:
+        text += f", epsilon of one release {privacy['release_epsilon']:.3g} ({privacy['release_level']}, {delta})"
     return text
 
 
@@ -150,8 +152,10 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not quiet:
         for piece in figures["evidence"]:
-            if piece["topic"] == REPLAY:
-                print(f"contradiction: {piece['said']}")
+            if piece["topic"] in (REPLAY, HIDDEN):
+                print(f"{'contradiction' if piece['contradicts'] else 'the update says'}: {piece['said']}")
+        if why := figures.get("not_replayed"):
+            show_note(f"evaluations were launched one by one on the GPU: {why}")
         print(f"verdict: {verdict_line(run.path)}")
         print(_replay_line(figures))
         print(f"report: {run.path}/report.html")

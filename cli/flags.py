@@ -16,6 +16,7 @@ from attack.match.gradients import DISTANCES, RESCALES, SUBSET_LOSSES
 from attack.match.penalties import FEATURE_DISTANCES
 from attack.match.softening import SOFTENINGS
 from attack.optimise.budget import LEARNING_RATES, LINE_SEARCHES, LR_SCHEDULES
+from attack.optimise.capture import CUDA_GRAPHS
 from attack.optimise.pixels import BOXES
 from attack.published.labels import STRATEGIES
 from attack.published.presets import PRESETS
@@ -252,6 +253,7 @@ TYPES: dict[str, Callable[[str], object]] = {
     "max_evals": _steps,
     "max_seconds": _positive,
     "seed": number(int, 0, 2**31 - 1),
+    "cuda_graphs": one_of(CUDA_GRAPHS),
     "dtype": one_of(DTYPES),
     "checkpoint_every": _count,
     "log_every": _steps,

@@ -4,12 +4,14 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from attack.match.phases import Course
 from attack.match.softening import kinked_chain
 from attack.optimise.budget import Annealing
 from attack.prepare import Known
+from network.zoo import place_of
 from update.batchnorm import batchnorms
 from update.declared import declared
 from update.training import LocalTraining
@@ -34,6 +36,7 @@ class Situation:
         has_kinks, has_batchnorm: of the model.
         noise_decides: whether the update's noise sets a lower bound above the prior's weight.
         holds_scale: whether the update hides a scale of the images, which is held.
+        device: that the attack runs on.
     """
 
     settings: argparse.Namespace
@@ -42,6 +45,7 @@ class Situation:
     has_batchnorm: bool
     noise_decides: bool
     holds_scale: bool
+    device: torch.device
 
     @property
     def is_of_weights(self) -> bool:
@@ -124,6 +128,7 @@ RULES: tuple[tuple[tuple[str, ...], Condition, str], ...] = (
     (("feature_distance",), lambda s: not s.settings.feature_weight, "features have no weight"),
     (("group_weight",), lambda s: s.settings.restarts == 1, "there is one start"),
     (LABELS, lambda s: s.labels_are_known, "all labels are known"),
+    (("cuda_graphs",), lambda s: s.device.type != "cuda", "the attack does not run on a GPU"),
     (
         ("inner_iter", "history", "line_search"),
         lambda s: s.settings.optimizer != "lbfgs",
@@ -143,7 +148,8 @@ def without_effect(
 ) -> list[str]:
     """A line for each reason why flags that were given by hand change nothing, with these flags."""
     of_model = kinked_chain(model) is not None, bool(batchnorms(model))
-    situation = Situation(settings, known, *of_model, 0 < annealing.weight <= annealing.least, holds_scale)
+    noise_decides, device = 0 < annealing.weight <= annealing.least, place_of(model)["device"]
+    situation = Situation(settings, known, *of_model, noise_decides, holds_scale, device)
     by_reason: dict[str, list[str]] = {}
     for name in given:
         rule = next((reason for names, applies, reason in RULES if name in names and applies(situation)), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from attack.optimise.budget import Optimiser
 from attack.published.presets import PRESETS
 from cli.flags import Flag, build_parser, value_in_file
-from client.privacy import epsilon
+from client.privacy import Release, epsilon
 from data import parse_indices
 from judge.reading import read_json
 from judge.run_directory import recover
@@ -195,19 +195,25 @@ def optimiser_of(settings: argparse.Namespace) -> Optimiser:
     )
 
 
-def privacy_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, float | None]:
-    """The epsilon of DP-SGD under --dp_delta, --dp_rate and --dp_rounds; empty for an update without DP-SGD.
+def privacy_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, float | str | None]:
+    """The privacy that the client's defences buy; empty where they buy none.
 
-    Epsilon is None where Opacus is not installed.
+    Returns:
+        Of DP-SGD `epsilon`, the bound under --dp_delta, --dp_rate and --dp_rounds, None where Opacus is not installed.
+        Of a Gaussian mechanism `release_epsilon` and `release_level`, see `client.privacy.Release`; not where running
+        statistics are shared beside it, which no defence covers.
     """
-    private = Defences.parse(update.defence).private
-    if private is None:
-        return {}
-    how = {"rate": settings.dp_rate, "rounds": settings.dp_rounds, "delta": settings.dp_delta}
-    try:
-        return {"epsilon": epsilon(private[1], **how)}
-    except ModuleNotFoundError:
-        return {"epsilon": None}
+    defences, found = Defences.parse(update.defence), {}
+    if defences.private is not None:
+        how = {"rate": settings.dp_rate, "rounds": settings.dp_rounds, "delta": settings.dp_delta}
+        try:
+            found["epsilon"] = epsilon(defences.private[1], **how)
+        except ModuleNotFoundError:
+            found["epsilon"] = None
+    release = None if update.statistics else Release.of(defences)
+    if release:
+        found |= {"release_epsilon": release.epsilon(settings.dp_delta), "release_level": release.level}
+    return found
 
 
 def run_path(settings: argparse.Namespace) -> Path:

@@ -10,6 +10,7 @@ from attack.match.activations import GREY, spectral_power_for
 from attack.match.common_scale import CommonScale
 from attack.match.penalties import BatchNormLoss, FeatureLoss, Penalty
 from attack.optimise.budget import Annealing
+from attack.optimise.capture import cuda_graph
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from attack.prepare import Known, start_images
@@ -54,6 +55,7 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
         label_gain=settings.label_gain,
         known_labels=known.labels,
         copies=copies,
+        recorder=cuda_graph if settings.cuda_graphs == "auto" and torch.device(pixels.device).type == "cuda" else None,
     )
 
 

@@ -215,8 +215,12 @@ def locally_private(
     generator: torch.Generator | None = None,
 ) -> Gradients:
     """Clipped to this norm, with the noise of the Gaussian mechanism for (epsilon, delta) at this sensitivity."""
-    std = sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / epsilon
-    return noisy(clipped(gradients, clip), std, generator=generator)
+    return noisy(clipped(gradients, clip), gaussian_std(sensitivity, epsilon, delta), generator=generator)
+
+
+def gaussian_std(sensitivity: float, epsilon: float, delta: float) -> float:
+    """The noise of Flower's LocalDpMod for (epsilon, delta): the classical bound, proved for epsilon below 1."""
+    return sensitivity * math.sqrt(2 * math.log(1.25 / delta)) / epsilon
 
 
 def in_eight_bits(gradients: Gradients, *, generator: torch.Generator | None = None) -> Gradients:

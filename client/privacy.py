@@ -1,21 +1,32 @@
 """DP-SGD: each example's gradient is clipped, their sum gets Gaussian noise; and the privacy that this gives.
 
 Source: Abadi et al. 2016, Deep Learning with Differential Privacy (arXiv 1607.00133), algorithm 1; epsilon by Renyi
-accounting (Mironov, Talwar, Zhang 2019, arXiv 1908.10530), as Opacus computes it.
+accounting (Mironov, Talwar, Zhang 2019, arXiv 1908.10530), as Opacus computes it. Epsilon of one release without
+sampling: Balle and Wang 2018, Improving the Gaussian Mechanism for Differential Privacy: Analytical Calibration and
+Optimal Denoising (arXiv 1805.06530), theorem 8.
 """
 
+import math
 import warnings
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+from scipy.optimize import brentq
+from scipy.special import erfcx, ndtr
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from client.defences import noise_like
+from client.defences import gaussian_std, noise_like
 from network.chain import mixes_images
 from network.parameters import trainable
+from update.defences import Defences
 from update.loss import CROSS_ENTROPY, Loss
 
 TOGETHER = 8  # examples whose gradients are held at a time
+FARTHEST = -37.0  # standard deviations below which the normal distribution is below any delta that is worth a name
+LEAST_DELTA = 1e-290
+LEAST_RATIO, LARGEST_RATIO = 1e-9, 1e9  # of noise and sensitivity; below there is no mechanism to speak of
 
 
 def private_gradient(
@@ -91,3 +102,65 @@ def epsilon(sigma: float, *, rate: float, rounds: int, delta: float) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # on orders at the range's end: the bound still holds
         return float(accountant.get_epsilon(delta=delta))
+
+
+@dataclass(frozen=True)
+class Release:
+    """One update that a Gaussian mechanism has made private, as one release without sampling.
+
+    Attributes:
+        level: what is hidden: `example`, one image of the client, or `client`, all of them.
+        multiplier: the standard deviation of an entry's noise over the sensitivity, which is the most that leaving the
+            example or the client out, so that its part is zero, moves the update (L2).
+    """
+
+    level: str
+    multiplier: float
+
+    @classmethod
+    def of(cls, defences: Defences) -> "Release | None":
+        """The mechanism in a client's defences; None where there is none, or the server sees a sum of several clients.
+
+        `dpsgd` hides an example. `localdp`, and `noise` right behind `clip`, hide the client. What is done before or
+        afterwards costs no privacy.
+        """
+        found = None if defences.clients > 1 else cls._of_one_client(defences)
+        return found if found and found.multiplier >= LEAST_RATIO else None
+
+    @classmethod
+    def _of_one_client(cls, defences: Defences) -> "Release | None":
+        if defences.private:
+            return cls("example", defences.private[1])
+        for step in defences:
+            if step.name == "localdp":
+                clip, *how = step.amounts
+                return cls("client", gaussian_std(*how) / clip)
+        for step, after in pairwise(defences):
+            if (step.name, after.name) == ("clip", "noise"):
+                return cls("client", after.amounts[0] / step.amounts[0])
+        return None
+
+    def epsilon(self, delta: float) -> float:
+        """The epsilon at this delta."""
+        return gaussian_epsilon(self.multiplier, delta)
+
+
+def gaussian_epsilon(multiplier: float, delta: float) -> float:
+    """The least epsilon at which noise of `multiplier` sensitivities is (epsilon, delta)-private: no bound is lower.
+
+    With m the multiplier, epsilon solves Phi(a) - exp(epsilon) Phi(a - 1/m) = delta with a = 1/(2 m) - epsilon m. The
+    equation is solved for a, and the second term is phi(a) times Mills' ratio at 1/m - a, which never overflows.
+    """
+
+    def excess(a: float) -> float:
+        ratio = math.sqrt(math.pi / 2) * erfcx((1 / multiplier - a) / math.sqrt(2))
+        return float(ndtr(a) - math.exp(-a * a / 2) / math.sqrt(2 * math.pi) * ratio) - max(delta, LEAST_DELTA)
+
+    top = 1 / (2 * multiplier)  # epsilon = 0
+    return 0.0 if excess(top) <= 0 else (top - brentq(excess, FARTHEST, top, xtol=1e-13)) / multiplier
+
+
+def gaussian_multiplier(epsilon: float, delta: float) -> float:
+    """The least noise, in sensitivities, that is (epsilon, delta)-private; epsilon above 0."""
+    bounds = (math.log(LEAST_RATIO), math.log(LARGEST_RATIO))
+    return math.exp(brentq(lambda log: gaussian_epsilon(math.exp(log), delta) - epsilon, *bounds))

@@ -6,8 +6,9 @@ has no card, and costs neither the other cards nor the run that writes the page.
 
 import os
 import struct
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from urllib.parse import quote
 
@@ -23,7 +24,18 @@ PICTURES = 8  # of a run, at most
 FACTS = 1 << 23  # bytes of an audit.json: twice those of a run of 10,000 images
 LARGEST = 4096  # pixels a side of a picture: far larger ones, though small as files, stop a browser
 WORDS = 300  # characters of a text on a card
+_POSTPONED: ContextVar[Path | None] = ContextVar("postponed", default=None)
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@contextmanager
+def gallery_postponed(folder: Path) -> Iterator[None]:
+    """Within, the folder's gallery is not written: each of many runs would read the facts of all others."""
+    token = _POSTPONED.set(folder)
+    try:
+        yield
+    finally:
+        _POSTPONED.reset(token)
 
 
 def write_gallery(folder: Path) -> None:
@@ -32,6 +44,8 @@ def write_gallery(folder: Path) -> None:
     Runs that end at the same time take turns. Each run has written its own facts before it looks for those of all runs,
     so the last run lists them all. A page that cannot be written, for whatever reason, costs a run nothing.
     """
+    if folder == _POSTPONED.get():
+        return
     page = folder / PAGE
     with suppress(Exception), lock_in(folder, PAGE, timeout=LOCK_SECONDS):
         if not os.path.lexists(page) or is_page(page):

@@ -19,7 +19,7 @@ from judge.pictures import Film, comparison, save_curves, save_images, save_png,
 from judge.report import audit_facts, write_report
 from judge.run_directory import RunDirectory, Trace
 from judge.tables import write_csv
-from judge.verdict import CERTAIN, certified
+from judge.verdict import certified, is_certain
 from update import checked
 from update.evidence import Evidence, contradictions
 
@@ -115,6 +115,8 @@ class Recorder:
         if ended_by != "abort":
             self.checkpoint(state)
         self.trace.close()
+        self.known = self.known.drifted(replay.drift)
+        self.signals = self.known.signals
         images = images.detach().clamp(0, 1).cpu()
         save_images(run, images)
         run.write("history.gif", lambda path: self.film.save(path, images))
@@ -141,6 +143,8 @@ class Recorder:
             "final_loss": self.final_loss,
             "ended_by": ended_by,
         }
+        if state.recorder:
+            figures |= {"replays_on_gpu": state.evaluation.replays, "not_replayed": state.evaluation.why_not}
         figures["certified"] = certified(figures)
         if self.known.layers:
             run.write("layers.csv", lambda path: write_csv(path, self.known.layers))
@@ -272,7 +276,7 @@ def summary(figures: Mapping) -> str:
 def in_words(signals: Signals, index: int, *, is_contradicted: bool = False) -> list[str]:
     """How sure one signal is, as lines of a picture's caption."""
     confidence, error = float(signals.confidence[index]), float(signals.error[index])
-    sure = "certain" if confidence > CERTAIN else f"{100 * confidence:.0f} % sure"
+    sure = "certain" if is_certain(confidence) else f"{min(round(100 * confidence), 99)} % sure"
     sure = "contradicted" if is_contradicted else sure
     return [f"signal {sure}", f"±{error:.0e}".replace("e-0", "e-")]
 

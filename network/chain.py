@@ -144,7 +144,8 @@ def _last_bias(chain: Chain) -> str | None:
         branches = (_last_bias(branch) for branch in (last.module.body, last.module.shortcut) if branch)
         return next(filter(None, branches), None)
     kind = kind_of(last.module)
-    has_bias = (kind.is_affine or kind.is_norm) and getattr(last.module, "bias", None) is not None
+    is_shift = kind.is_affine or kind.is_norm or isinstance(last.module, nn.GroupNorm)
+    has_bias = is_shift and getattr(last.module, "bias", None) is not None
     return f"{last.name}.bias" if has_bias else None
 
 
@@ -174,6 +175,11 @@ def inputs_along(chain: Chain, x: Tensor) -> Iterator[tuple[Stage, Tensor]]:
             yield from inputs_along(stage.module.body, x)
             yield from inputs_along(stage.module.shortcut, x)
         x = stage.module(x)
+
+
+def skips(module: Residual) -> bool:
+    """Whether a stage adds its own input to what its body makes, and mixes no images."""
+    return not module.shortcut and not mixes_images(modules(module.body))
 
 
 def first_layer(chain: Chain) -> str:
@@ -250,12 +256,12 @@ class Layer:
 
     @property
     def channels_out(self) -> int:
-        """c_out, the rows of the gradient as a matrix."""
-        return self.module.weight.shape[0]
+        """c_out, the rows of the gradient as a matrix; of each group, where there are groups."""
+        return self.module.weight.shape[0] // getattr(self.module, "groups", 1)
 
     @property
     def patch(self) -> int:
-        """c_in k^2, the columns of the gradient as a matrix."""
+        """c_in k^2, the columns of the gradient as a matrix; of each group, where there are groups."""
         return self.module.weight[0].numel()
 
 

@@ -147,7 +147,9 @@ def _cuts_patches(layer: nn.Module, inputs: Tensor) -> bool:
     """Whether a layer is applied to the patches of an image, of which its input (1, ...) has all pixels."""
     if isinstance(layer, nn.Linear):
         return inputs.dim() > 2
-    return not AFFINE.why_not(layer) and bool(Geometry.of(layer, inputs.shape[1:]).coverage(inputs).all())
+    if AFFINE.why_not(layer) or layer.groups != 1:
+        return False
+    return bool(Geometry.of(layer, inputs.shape[1:]).coverage(inputs).all())
 
 
 class _Seen(Exception):  # noqa: N818 - it ends a forward pass whose rest is not asked for

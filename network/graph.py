@@ -40,6 +40,9 @@ WHY_NOT = {
     "view": "a view makes another shape than one for each image",
     "reshape": "a reshape makes another shape than one for each image",
     "flatten": "a flatten joins images",
+    "layer_norm": "mean and scale of each image, or of its parts, are taken off (layer_norm)",
+    "group_norm": "mean and scale of each image's groups are taken off (group_norm)",
+    "instance_norm": "mean and scale of each image's channels are taken off (instance_norm)",
 } | dict.fromkeys(("matmul", "bmm", "einsum"), "two tensors are multiplied as matrices")
 OTHER_NAMES = {"concat": "cat", "concatenate": "cat"} | SAME
 

@@ -19,6 +19,7 @@ know the labels does not know that divisor.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +109,7 @@ class Loss:
 
     def of_classes(self, like: Tensor, classes: int | None = None) -> Tensor:
         """The classes' weights (K,) in float64, where `like` is; `classes` is K where there are none."""
-        weights = self.weights or (1.0,) * (classes or 0)
-        return torch.tensor(weights, dtype=torch.float64, device=like.device)
+        return _on_device(self.weights or (1.0,) * (classes or 0), like.device)
 
     def each(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss l of each image (B,), from logits (B, K) and labels, class indices (B,) or probabilities (B, K).
@@ -181,6 +181,11 @@ class Loss:
         with torch.enable_grad():
             (delta,) = torch.autograd.grad(self.each(above(leaf), labels).sum(), leaf)
         return delta
+
+
+@lru_cache(maxsize=16)  # the loop asks at every evaluation, and numbers that go to a GPU would have to be waited for
+def _on_device(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(weights, dtype=torch.float64, device=device)
 
 
 CROSS_ENTROPY = Loss()

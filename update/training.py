@@ -19,7 +19,7 @@ moments, and the mean of these is no combination of gradients.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -204,12 +204,9 @@ class LocalTraining:
         size = self.size(batch_size)
         return [min(size, batch_size - first) for first in range(0, batch_size, size)]
 
-    def schedule(self, batch_size: int) -> list[Tensor]:
+    def schedule(self, batch_size: int, device: torch.device | str = "cpu") -> list[Tensor]:
         """The images of each step, as indices (b,): those of `order`, or the minibatches in turn."""
-        if self.order is not None:
-            return [torch.tensor(images) for images in self.order]
-        sizes = self.sizes_of(batch_size)
-        return list(torch.arange(sum(sizes)).split(sizes)) * self.passes
+        return list(_schedule(self, batch_size, torch.device(device)))
 
     def shuffled(self, batch_size: int, generator: torch.Generator) -> "LocalTraining":
         """The training with an order drawn anew for each pass (on the CPU); itself where none is needed."""
@@ -245,6 +242,14 @@ class LocalTraining:
 
 
 FEDSGD = LocalTraining()  # one step on the whole batch
+
+
+@lru_cache(maxsize=16)  # the loop asks at every evaluation, and numbers that go to a GPU would have to be waited for
+def _schedule(training: LocalTraining, batch_size: int, device: torch.device) -> tuple[Tensor, ...]:
+    if training.order is not None:
+        return tuple(torch.tensor(images, device=device) for images in training.order)
+    sizes = training.sizes_of(batch_size)
+    return torch.arange(sum(sizes), device=device).split(sizes) * training.passes
 
 
 def _whole_numbers(value: object, name: str, least: int) -> tuple[int, ...]:
@@ -357,8 +362,8 @@ def train_locally(
     names, weights = list(trainable(model)), list(trainable(model).values())
     walk, brought, statistics = training.optimiser.begun(weights), [], []
     factors = training.optimiser.factors(training.steps, training.passes)
-    for part, factor in zip(training.schedule(len(images)), factors, strict=True):
-        named, part = dict(zip(names, walk.weights, strict=True)), part.to(images.device)
+    for part, factor in zip(training.schedule(len(images), images.device), factors, strict=True):
+        named = dict(zip(names, walk.weights, strict=True))
         with statistics_seen(model) as seen, _arithmetic(training, images):
             logits = functional_call(model, named, (images[part],))
         mean = training.loss.in_mean(logits.to(images.dtype), labels[part]).mean()

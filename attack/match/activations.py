@@ -29,6 +29,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from attack.match.below import TrainedBelow
 from attack.match.entries import Entries
@@ -157,13 +158,14 @@ class ForwardLoss:
         delta = below.deltas if below is not None else client_loss.delta(partial(run, chain[start:]), inputs, labels)
         end -= self.is_rectified or before is not None
         shape = (len(inputs), *input_shapes(chain, image_shape)[end])
-        self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, 1.0
+        self.chain, self.active, self.trust = chain[:end], inputs.reshape(shape) > 0, None
         if before is not None:
             inputs, slope = before
             floor = (SATURATED * error).clamp(min=FLAT)
             damped = slope / (slope.square() + floor.square())  # 1 / slope, but near zero where the slope is flat
             delta, error, self.trust = slope * delta, damped * error, (slope * damped).reshape(shape)
         self.inputs, self.delta = inputs.reshape(shape), delta.reshape(shape)
+        self.size = self.inputs.square().sum()
         if self.is_rectified:
             self.delta = self.delta * self.active
         if uses_gradients is None:
@@ -192,7 +194,7 @@ class ForwardLoss:
         """Squared errors of the activations and of each layer's gradient, each relative to its own size."""
         z, own = self._outputs(images, chain)
         off = torch.where(self.active, z - self.inputs, z.relu()) if self.is_rectified else z - self.inputs
-        errors = [(self.trust * off).square().sum() / self.inputs.square().sum()]
+        errors = [SumOfSquares.apply(off if self.trust is None else self.trust * off) / self.size]
         if self.weights:
             layers = enumerate(zip(own, self.sizes, strict=True))
             errors += (self.entries.of_one(p, at) / size for at, (p, size) in layers)
@@ -204,8 +206,26 @@ class ForwardLoss:
         if self.below is not None:
             return self.below.run(chain, images, self.delta, self.weights)
         z = run(chain, images)
+        if not self.weights:
+            return z, ()
         mean = (z * self.delta).sum() / len(images)
-        return z, torch.autograd.grad(mean, self.weights, create_graph=True) if self.weights else ()
+        return z, torch.autograd.grad(mean, self.weights, create_graph=True)
+
+
+class SumOfSquares(torch.autograd.Function):
+    """The sum of an x's squared entries; its derivative 2 x takes one pass over memory, and autograd's own three."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        """A scalar."""
+        ctx.save_for_backward(x)
+        return x.square().sum()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, slope: Tensor) -> Tensor:
+        """The derivative by x."""
+        (x,) = ctx.saved_tensors
+        return 2 * slope * x
 
 
 def course_for(

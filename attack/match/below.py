@@ -41,8 +41,7 @@ class TrainedBelow:
         table = self.training.coefficients()
         trained = [parameter for parameter in parameters(chain) if parameter.requires_grad]
         now, learnt, outputs = list(trained), [], []
-        for step, part in enumerate(self.training.schedule(len(images)), 1):
-            part = part.to(images.device)
+        for step, part in enumerate(self.training.schedule(len(images), images.device), 1):
             outputs.append(run_with(chain, images[part], dict(zip(trained, now, strict=True))))
             mean = (outputs[-1] * delta[part]).sum() / len(part)
             learnt.append(torch.autograd.grad(mean, now, create_graph=True, materialize_grads=True))

@@ -9,6 +9,7 @@ scale is read in the end: images had 8 bits, so the a is sought at which 255 a x
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 
 import torch
@@ -86,13 +87,14 @@ class CommonScale:
     def __call__(self, images: Tensor) -> Tensor:
         """Squared mean logarithm of the variance in front of BatchNorm over the usual one, or of the pixels' power."""
         if self.usual is None:
-            mean, std = (values.to(images) for values in colour_statistics(images.shape[1]))
+            mean, std = _usual_colours(images.shape[1], dtype=images.dtype, device=images.device)
             power = (images - self.centre).square().mean((0, 2, 3))
             return (power / ((mean - self.centre).square() + std.square()).flatten()).log().mean().square()
         z = run(self.below, images)
         variance = z.var((0, *range(2, z.dim())), unbiased=False)
         alive = (self.usual > 0) & (variance > 0)
-        return (variance[alive] / self.usual[alive]).log().mean().square()
+        ratios = torch.where(alive, variance, 1.0) / torch.where(alive, self.usual, 1.0)
+        return (ratios.log().sum() / alive.sum()).square()
 
     def read(self, images: Tensor) -> tuple[Tensor, Evidence]:
         """The images at the scale at which they have 8 bits, and what is said of it."""
@@ -103,6 +105,12 @@ class CommonScale:
             return images, Evidence("scale", f"{said}: it is open", distance)
         said = f"BatchNorm hides one scale common to all images: by 8 bits it is {factor:.4f} times what was found"
         return (self.centre + factor * values).to(images), Evidence("scale", said, factor)
+
+
+@cache  # the loop asks at every evaluation, and numbers that go to a GPU would have to be waited for
+def _usual_colours(channels: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = colour_statistics(channels)
+    return mean.to(device, dtype), std.to(device, dtype)
 
 
 def _centre(modules: Iterable[nn.Module], like: Tensor) -> Tensor:

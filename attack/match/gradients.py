@@ -208,14 +208,14 @@ class MatchingLoss:
         For the last layer the mean of T itself is the target where every image in T was read. The published form
         divides its target by B and the subset's mean by S, so the exact mean is scaled by B / S beforehand.
         """
-        if self.known is None or int(subset.max()) >= len(self.known[0]):
+        if self.known is None or len(subset) > (count := len(self.known[0])):
             return self.target
-        errors, features = (values[subset] for values in self.known)
-        head = Head.of(self.model)
+        errors, features = (values[subset.clamp(max=count - 1)] for values in self.known)
+        head, all_read = Head.of(self.model), (subset < count).all()  # a tensor: nothing waits for it
         exact = {head.weight: errors.T @ features / len(subset), head.bias: errors.mean(0)}
         scale = batch_size / len(subset) if self.subset_loss == "published" else 1.0
-        names = trainable(self.model)
-        return tuple(scale * exact[n] if n in exact else g for n, g in zip(names, self.target, strict=True))
+        pairs = zip(trainable(self.model), self.target, strict=True)
+        return tuple(torch.where(all_read, scale * exact[n], g) if n in exact else g for n, g in pairs)
 
     def _imitated(
         self, images: Tensor, labels: Tensor, subset: Tensor

@@ -124,7 +124,7 @@ class Maxima:
         mean = (mixed * delta).sum() / len(images)
         (own,) = torch.autograd.grad(mean, weight, create_graph=True)
         sizes = self.gradient.flatten(1).norm(dim=1)
-        sizes = sizes.clamp(min=FAINT * float(self.gradient.norm()))
+        sizes = torch.maximum(sizes, FAINT * self.gradient.norm())
         apart = (own - self.gradient).flatten(1).square().sum(1) / sizes.square()
         return (nearest + above) / self.known.square().sum(), apart.mean()
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from attack.match.hidden_steps import hidden_drift
 from attack.match.phases import is_pooled
 from attack.prepare import Known
+from attack.read.error_bars import WITHIN
 from attack.solve.rounding import precision_of, share_of
 from network.chain import is_walked
 from network.head import measured_noise
 from network.parameters import trainable
 from network.tracing import stages
-from update.evidence import REPLAY, SURE, Evidence
+from update.evidence import HIDDEN, REPLAY, SURE, Evidence
 from update.optimiser import LocalOptimiser
 from update.shared import SharedUpdate
 from update.training import LocalTraining, train_locally
@@ -39,6 +41,7 @@ class Replay:
         is_needed: whether nothing is certain without it: the client made several steps, or none of SGD.
         was_replayed: whether the steps, made again on what was read, were found to make the update already.
         explains_first_layer: whether the images make all of the first layer's movement, in whatever order of the steps.
+        drift: relative error (N,) of each image's features if the steps were others, see `hidden_steps`; or None.
         nearest: the training, of some that were not declared, which leaves least, in words, and the share that it
             leaves; None where none leaves clearly less.
     """
@@ -49,6 +52,7 @@ class Replay:
     is_needed: bool = False
     was_replayed: bool = False
     explains_first_layer: bool = False
+    drift: Tensor | None = None
     nearest: tuple[str, float] | None = None
 
     @property
@@ -63,9 +67,12 @@ class Replay:
 
     @property
     def evidence(self) -> list[Evidence]:
-        """A word on images that follow from the update and do not make it, and on the training that would."""
+        """A word on images that follow from the update and do not make it, and on the training that would.
+
+        Where they make it, on steps that it may hide.
+        """
         if not self.contradicts:
-            return []
+            return [_of_hidden_steps(self.drift)] if self.drift is not None and self.drift.max() > WITHIN else []
         said = f"the training, replayed on the images that were found, leaves {self.left:.2g} of the update"
         said += ": it was another one"
         if self.nearest is not None:
@@ -83,6 +90,14 @@ class Replay:
         return self.was_replayed or self.fits
 
 
+def _of_hidden_steps(drift: Tensor) -> Evidence:
+    said = (
+        "it does not tell at which of several steps an image would have been used, which would have moved its features "
+        f"by up to {float(drift.max()):.2g} of their length: their errors include it"
+    )
+    return Evidence(HIDDEN, said, float(drift.max()))
+
+
 def replayed(
     update: SharedUpdate, model: nn.Module, known: Known, images: Tensor, labels: Tensor, evaluations: int
 ) -> Replay:
@@ -96,6 +111,7 @@ def replayed(
         labels: class probabilities (B, K).
     """
     found = replay_alone(update, model, known, images, labels, evaluations)
+    found = replace(found, drift=hidden_drift(update, model, known, images))
     return replace(found, nearest=_nearest(update, model, images, labels, found.left)) if found.contradicts else found
 
 

@@ -8,7 +8,9 @@ in the same way:
 
 This is a plain convolution without a scatter, and libraries for CPUs have a fast kernel for it. Their kernel for the
 scatter is made for blocks of 16 channels. For images, or LeNet's 12 channels, the scatter takes about twice as long as
-the plain convolution. From 32 channels on the plain convolution takes two to four times as long as the scatter.
+the plain convolution. From 32 channels on the plain convolution takes two to four times as long as the scatter. torch's
+own shuffle moves entry by entry. Where s = 2, pairs of neighbours in a row are moved as one complex number instead, in
+two fifths of the time.
 """
 
 import torch
@@ -21,6 +23,7 @@ from network.kinds.affine import AFFINE
 from network.stage import Chain, Stage
 
 FEW = 16  # channels from which on the library's own derivative is as fast
+PAIR = 2
 
 
 class _Convolution(torch.autograd.Function):
@@ -40,13 +43,23 @@ class _Convolution(torch.autograd.Function):
         sides = zip(ctx.size, delta.shape[-2:], transposed.shape[-2:], ctx.layer.padding, strict=True)
         skipped, reach, starts = zip(*(_of_the_coarse_grid(stride, *side) for side in sides), strict=True)
         coarse = functional.conv2d(delta, transposed, padding=[k - s for k, s in zip(reach, skipped, strict=True)])
-        fine = functional.pixel_shuffle(coarse, stride)
+        fine = _in_pairs(coarse) if stride == PAIR else functional.pixel_shuffle(coarse, stride)
         for dim, (start, size) in enumerate(zip(starts, ctx.size, strict=True), 2):
             fine = fine.narrow(dim, start, min(size, fine.shape[dim] - start))
         below, right = (size - side for size, side in zip(ctx.size, fine.shape[-2:], strict=True))
         if below or right:  # pixels that no patch reaches
             fine = functional.pad(fine, (0, right, 0, below))
         return fine, None, None
+
+
+def _in_pairs(coarse: Tensor) -> Tensor:
+    """functional.pixel_shuffle by 2: (B, C, 2 H, 2 W) of (B, 4 C, H, W), for single and double precision."""
+    batch, channels, height, width = coarse.shape
+    parts = coarse.reshape(batch, channels // PAIR**2, PAIR, PAIR, height, width)
+    fine = coarse.new_empty(batch, channels // PAIR**2, height, PAIR, width, dtype=coarse.dtype.to_complex())
+    for row in range(PAIR):
+        torch.complex(parts[:, :, row, 0], parts[:, :, row, 1], out=fine[:, :, :, row])
+    return torch.view_as_real(fine).view(batch, -1, PAIR * height, PAIR * width)
 
 
 def _of_the_coarse_grid(stride: int, size: int, positions: int, taps: int, padding: int) -> tuple[int, int, int]:
@@ -79,6 +92,8 @@ def quickened(chain: Chain) -> list[Stage]:
 
 def _is_slow(module: object) -> bool:
     if type(module) is not nn.Conv2d or AFFINE.why_not(module) or module.weight.device.type != "cpu":
+        return False
+    if module.groups != 1:
         return False
     strides = set(module.stride)
     return set(module.dilation) == {1} and len(strides) == 1 and strides != {1} and module.in_channels < FEW

@@ -5,11 +5,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from attack.optimise.budget import Budget, Optimiser
+from attack.optimise.capture import Evaluation, Recorder
 from update import checked
 
 CERTAIN_LOGIT = 100.0  # the logit of a known label, so far above the others that softmax is one-hot in float64 too
@@ -54,9 +56,11 @@ class AttackState:
         known_labels: class indices (N,) of the leading N images of each copy, which are then not optimised.
         copies: R, the number of starts that are attacked side by side. Each closure call counts as R evaluations.
         seconds: wall time spent before the first step.
+        recorder: of evaluations as CUDA graphs, given the variables; None: all are made one by one.
 
     `leader` is the copy that matches the gradient best; pictures and figures are of the leader. `anchor` is the value
     of z at the start of the present phase. `trail` has the evaluations and the loss after the last steps of this phase.
+    Variables, `subset` and `prior_weight` are changed in place, since recorded evaluations read them where they lie.
     """
 
     z: Tensor
@@ -72,9 +76,12 @@ class AttackState:
     setbacks: int = 0
     leader: int = 0
     phase: int = 0
+    recorder: Recorder | None = None
 
     def __post_init__(self) -> None:
         self.variables = [self.z.requires_grad_(), self.label_variables.requires_grad_()]
+        self.evaluation = Evaluation(self.variables, self.recorder)
+        self.prior_weight = self.z.new_zeros(())
         self.optimizer = self.optimiser.build(self.variables)
         self._whole_step = self.optimizer.param_groups[0].get("max_eval")  # None: not L-BFGS
         self.subset = torch.arange(self.batch_size, device=self.z.device)
@@ -93,9 +100,14 @@ class AttackState:
         logits = (self.label_gain * self.label_variables).unflatten(0, (self.copies, -1))
         if self.known_labels is None:
             return logits
-        count, classes = len(self.known_labels), logits.shape[2]
-        certain = CERTAIN_LOGIT * torch.nn.functional.one_hot(self.known_labels, classes).to(logits)
-        return torch.cat([certain.expand(self.copies, -1, -1), logits[:, count:]], dim=1)
+        certain = self._certain_logits
+        return torch.cat([certain.expand(self.copies, -1, -1), logits[:, len(certain) :]], dim=1)
+
+    @cached_property
+    def _certain_logits(self) -> Tensor:
+        """Of the known labels (N, K)."""
+        known = torch.nn.functional.one_hot(self.known_labels, self.label_variables.shape[1])
+        return CERTAIN_LOGIT * known.to(self.z)
 
     def enter(self, phase: int) -> None:
         """Begin a phase of the objective, unless it has begun; best iterate and curvature start anew."""
@@ -115,7 +127,13 @@ class AttackState:
     def draw_subset(self, size: int) -> None:
         """Set `subset` to a uniform random subset of `size` images, the same in every copy."""
         order = torch.randperm(self.batch_size, generator=self.generator)  # on the CPU: the same on every device
-        self.subset = order[:size].to(self.z.device)
+        if size != len(self.subset):
+            self.subset = self.subset.new_empty(size)
+        self.subset.copy_(order[:size])
+
+    def weigh(self, prior_weight: float) -> Tensor:
+        """Set `prior_weight`, a scalar tensor, and return it; a number beyond its dtype becomes infinite."""
+        return self.prior_weight.copy_(torch.tensor(prior_weight, dtype=torch.float64))
 
     def ended(self, budget: Budget) -> str | None:
         """The reason why the attack ends, or None: n_iter, max_evals, max_seconds, or non-finite after many setbacks.
@@ -137,8 +155,10 @@ class AttackState:
             return "max_evals"
         return None
 
-    def minimise(self, loss: Callable[[], Tensor], budget: Budget) -> None:
+    def minimise(self, loss: Callable[[], Tensor], budget: Budget, redrawn: int | None = None) -> None:
         """Take one optimiser step down `loss`, with the step size for the share of the budget spent so far.
+
+        With a size `redrawn`, each evaluation has a new subset of so many images.
 
         Where `max_evals` is smaller than a whole step, the first step is cut to fit.
 
@@ -154,9 +174,9 @@ class AttackState:
             if max_evals is not None and self.evaluations + self.copies > max_evals:
                 raise _BudgetSpentError
             self.evaluations += self.copies
-            value = loss()
-            self.backward(value)
-            return value
+            if redrawn is not None:
+                self.draw_subset(redrawn)
+            return self.evaluate(loss)
 
         try:
             self.optimizer.step(closure)
@@ -169,6 +189,20 @@ class AttackState:
         if self._whole_step is None or max_evals is None or self.step > 0:
             return self._whole_step
         return min(self._whole_step, max_evals // self.copies - 1)
+
+    def evaluate(self, loss: Callable[[], Tensor]) -> Tensor:
+        """The value of `loss`, a scalar, its gradient in the variables' `grad`.
+
+        Raises:
+            ValueError: as in `backward`.
+        """
+
+        def work() -> Tensor:
+            value = loss()
+            self.backward(value)
+            return value.detach()
+
+        return self.evaluation(work, (self.phase, len(self.subset)))
 
     def backward(self, loss: Tensor) -> None:
         """Put the gradient of `loss` into the variables' `grad`; a signed optimiser gets the images' signs alone.

@@ -51,7 +51,7 @@ class Beneath:
         """The stages below a layer, for block inputs of that shape; None where they are others than these."""
         module = chain[0].module
         is_pointwise = isinstance(module, nn.Conv2d) and (*module.kernel_size, *module.stride) == (1, 1, 1, 1)
-        if not is_pointwise or kind_of(module).why_not(module) or any(module.padding):
+        if not is_pointwise or kind_of(module).why_not(module) or any(module.padding) or module.groups != 1:
             return None
         shapes = input_shapes(chain, shape)
         for stage, inputs, outputs in zip(chain[1:], shapes[1:], shapes[2:], strict=False):

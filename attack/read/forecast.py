@@ -17,11 +17,14 @@ it worse.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
-from network.chain import Layer, input_shapes, measured, mixed_below, parametrised
+from attack.walk.gauge import is_part_of_layer_below, why_not_in_front
+from attack.walk.per_image import ROOM
+from network.chain import Layer, input_shapes, measured, mixed_below, parametrised, skips
 from network.embedding import PatchEmbedding
 from network.kinds import kind_of
 from network.kinds.affine import is_spanned
@@ -37,17 +40,20 @@ ONE_BY_ONE = "its tokens are told apart one by one, and neither their images nor
 class Step(NamedTuple):
     """The equations of a step down to a layer's input, over the batch, and what they are to tell.
 
-    `reason` says in words why the step cannot be taken at all; empty where it can.
+    `reason` says in words why the step cannot be taken at all; empty where it can. `is_told` says that the input needs
+    no equations, since the block's is known. `room` is how many equations each unknown takes.
     """
 
     equations: int
     unknowns: int
     reason: str = ""
+    is_told: bool = False
+    room: float = ENOUGH
 
     @property
     def is_determined(self) -> bool:
         """Whether there are enough equations."""
-        return not self.reason and self.equations >= ENOUGH * self.unknowns
+        return not self.reason and (self.is_told or self.equations >= self.room * self.unknowns)
 
 
 def explain(
@@ -68,16 +74,21 @@ def explain(
     """
     layers = {layer.name: layer for layer in measured(chain, image_shape)}
     forecast = _Forecast(layers, batch_size)
-    steps, _ = forecast.steps(chain, Told(0.0), tuple(image_shape))
+    forecast.down(chain, Told(), tuple(image_shape))
+    steps = forecast.steps
     like = next(iter(layers.values())).module.weight.new_zeros(1)
     asked = order(candidate_layers(chain, tuple(image_shape), {}, batch_size), batch_size, like)
     asked = [layer for layer in asked if layer.geometry.overlaps and not why_no_gradient(layer.layer)]
-    asked = {name for layer in asked for name in (layer.name, *layer.entrances)}
+    entry = asked[0].index if asked else 0
+    asked = {name: layer.index for layer in asked for name in (layer.name, *layer.entrances)}
     rows = [_row(layer, steps[name], batch_size) for name, layer in layers.items()]
-    is_known = False
-    for row in reversed(rows):  # from the head down
-        is_known = row["layer"] in asked or (is_known and row["determined"])
-        row["known"] = is_known
+    known, is_known = {}, False
+    for name, step in steps.items():  # from the head down, as the walk goes
+        is_spanned = name in asked
+        if is_spanned and asked[name] < entry:  # below the layer that is asked first, images are carried down to it
+            is_spanned = is_known and not step.reason
+        known[name] = is_known = is_spanned or (is_known and step.is_determined)
+    rows = [{**row, "known": known[row["layer"]]} for row in rows]
     reasons = {name: steps[name].reason or why_no_gradient(layer.module) for name, layer in layers.items()}
     if embedding is not None:
         rows = [_embedding_row(embedding, batch_size), *(row for row in rows if row["layer"] != embedding.name)]
@@ -148,66 +159,153 @@ class Told(NamedTuple):
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class _Block:
+    """A residual stage on the way down.
+
+    Attributes:
+        module: the stage's module.
+        told: of its outputs.
+        shape: of its input, one image's.
+    """
+
+    module: Residual
+    told: Told
+    shape: tuple[int, ...]
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return input_shapes(self.module.body or self.module.shortcut, self.shape)[-1]
+
+    def is_told_by(self, branch: Chain) -> bool:
+        """Whether a branch's output gives all of the block's input: no ReLU is behind the sum, nothing in the other."""
+        return branch is self.module.body and skips(self.module) and self.told == Told(1.0)
+
+
+@dataclass
+class _Entry:
+    """What the branches of a block say of its input.
+
+    Attributes:
+        layers: that take it.
+        equations: for it, those of these layers and the entries that are known by themselves.
+        reason: why the walk ends in the block, in words; empty where it does not.
+        is_told: whether all of it is known, whatever the layers say.
+    """
+
+    layers: list[str] = field(default_factory=list)
+    equations: int = 0
+    reason: str = ""
+    is_told: bool = False
+
+
 class _Forecast:
-    """The steps down a chain, for a batch of so many images; layers by name."""
+    """The steps down a chain, for a batch of so many images; layers by name.
+
+    `steps` has those found so far, in the order in which the walk takes them.
+    """
 
     def __init__(self, layers: dict[str, Layer], batch_size: int) -> None:
         self.layers, self.batch_size = layers, batch_size
+        self.steps: dict[str, Step] = {}
 
-    def steps(self, chain: Chain, told: Told, shape: tuple[int, ...]) -> tuple[dict[str, Step], Told]:
-        """By layer, the step to its input; and what is known of the chain's own input once these are solved.
+    def down(self, chain: Chain, told: Told, shape: tuple[int, ...], block: _Block | None = None) -> _Entry:
+        """Take the steps down a model's chain, or down a branch of a block, for inputs of that shape.
 
         Args:
-            chain: a model's, or a branch's, for inputs of that shape.
+            chain: the model's, or the branch.
             told: of the chain's outputs.
+            shape: of its inputs.
+            block: whose branch it is.
         """
-        found: dict[str, Step] = {}
-        shapes, is_behind_norm = input_shapes(chain, shape) if chain else [], False
+        shapes, norm = input_shapes(chain, shape) if chain else [], None
         for index in reversed(range(len(chain))):
-            stage, kind = chain[index], kind_of(chain[index].module)
-            if is_behind_norm and not kind.is_affine:
-                told = told if told.reason else Told(reason=MIXES)
-            is_behind_norm = kind.is_norm and kind.mixes_images(stage.module)
-            if is_behind_norm:  # a part of the equations of the layer below it
+            stage, kind, lowest = chain[index], kind_of(chain[index].module), block is not None and not index
+            is_behind_image_norm = norm is not None and not kind_of(norm.module).mixes_images(norm.module)
+            if norm is not None and not told.reason:
+                told = told._replace(reason=why_not_in_front(stage.module))
+            norm = stage if is_part_of_layer_below(stage.module, shapes[index], chain[:index]) else None
+            if norm is not None:  # a part of the equations of the layer below it
                 continue
+            if isinstance(stage.module, Residual) and lowest:
+                return self._branches(_Block(stage.module, told, shapes[index]))
             if isinstance(stage.module, Residual):
-                found |= self._block(stage.module, told, shapes[index])
-                told = Told(1.0)
+                told = self._past_block(stage.name, _Block(stage.module, told, shapes[index]))
             elif kind.is_affine:
-                found[stage.name] = self._layer(self.layers[stage.name], told)
+                step = self._layer(self.layers[stage.name], told)
+                step = step._replace(room=ROOM) if is_behind_image_norm else step
+                if lowest:
+                    self.steps[stage.name] = step
+                    return _Entry([stage.name], step.equations, step.reason)
+                self.steps[stage.name] = step = self._in_block(step, block, chain, index)
                 told = Told(1.0)
+                if block is not None and step.is_determined and block.is_told_by(chain):
+                    return _Entry(equations=self._entries(shape), is_told=True)
             else:
                 reason = kind.why_not(stage.module, shapes[index], shapes[index + 1])
                 told = told if told.reason else Told(min(told.share, kind.known_share), reason)
-        return found, Told(reason=MIXES) if is_behind_norm and not told.reason else told
+        reason = told.reason or (MIXES if norm is not None else "")
+        return _Entry(equations=int(told.share * self._entries(shape)), reason=reason)
+
+    def _entries(self, shape: Sequence[int]) -> int:
+        """Of all images' activations of that shape."""
+        return self.batch_size * math.prod(shape)
 
     def _layer(self, layer: Layer, told: Told) -> Step:
-        kind, unknowns = kind_of(layer.module), self.batch_size * math.prod(layer.input_shape)
+        kind, unknowns = kind_of(layer.module), self._entries(layer.input_shape)
         reason = told.reason or kind.why_not(layer.module, layer.input_shape, layer.output_shape)
-        known = int(told.share * self.batch_size * math.prod(layer.output_shape))
-        return Step(0 if reason else kind.equations(layer.module, known), unknowns, reason)
+        reason = reason or self._silent(layer, told.share)
+        known = int(told.share * self._entries(layer.output_shape))
+        return Step(0 if reason else kind.equations(layer.module, known, layer.input_shape), unknowns, reason)
 
-    def _block(self, module: Residual, told: Told, shape: tuple[int, ...]) -> dict[str, Step]:
-        """The steps inside a residual block: the lowest layers of both branches share theirs, since they share u."""
-        body, _ = self.steps(module.body, told if is_joined(module) else told._replace(share=0.0), shape)
-        shortcut, _ = self.steps(module.shortcut, told, shape)
-        found = body | shortcut
-        lowest = [next(parametrised(branch)).name for branch in (module.body, module.shortcut) if has_layers(branch)]
-        reason = next((found[name].reason for name in found if found[name].reason), "")
-        if reason or not lowest or lowest[0] not in body:  # the walk ends inside the block, above its lowest layers
-            return found | {name: found[name]._replace(reason=found[name].reason or reason) for name in lowest}
-        last = [stage.name for stage in parametrised(module.body)][-1]
-        unknowns = found[lowest[0]].unknowns
-        size = unknowns if is_joined(module) else self.batch_size * math.prod(self.layers[last].output_shape)
-        outputs = int(told.share * size)
-        for name in body:
-            if name != lowest[0] and not body[name].is_determined and name not in mixed_below(module.body):
-                together = Step(body[name].equations + outputs, unknowns)
-                found[name] = together if together.is_determined else body[name]
-        total = sum(found[name].equations for name in lowest) + (0 if has_layers(module.shortcut) else outputs)
-        return found | dict.fromkeys(lowest, Step(total, unknowns))
+    def _silent(self, layer: Layer, share: float) -> str:
+        """Why outputs that an activation cuts off leave a grouped layer's inputs open; empty where they do not."""
+        groups = getattr(layer.module, "groups", 1)
+        off = groups * (1 - share) ** (self.batch_size * layer.positions * layer.channels_out)
+        is_gated = 0 < share < 1  # of a body's output nothing is known, and that cuts nothing off
+        return f"of its {groups} groups about {round(off)} have all outputs cut off" if is_gated and off > 0.5 else ""
 
+    def _in_block(self, step: Step, block: _Block | None, chain: Chain, index: int) -> Step:
+        """The step to a layer of a block's body, with the block's output beside it where it is too short alone."""
+        if block is None or chain is not block.module.body or step.is_determined or step.reason:
+            return step
+        if chain[index].name in mixed_below(chain):
+            return step
+        outputs = int(block.told.share * self._entries(block.output_shape))
+        together = Step(step.equations + outputs, self._entries(block.shape))
+        return together if together.is_determined else step
 
-def has_layers(chain: Chain) -> bool:
-    """Whether there is a linear or convolutional layer in a chain."""
-    return any(True for _ in parametrised(chain))
+    def _past_block(self, name: str, block: _Block) -> Told:
+        """Take the steps inside a residual stage; what is known of its input. The layers that take it share a step."""
+        before = set(self.steps)
+        entry = self._branches(block)
+        inside = [layer for layer in self.steps if layer not in before]
+        above = [layer for layer in inside if layer not in entry.layers]
+        if entry.is_told:
+            for layer in reversed([stage.name for stage in parametrised(block.module.body)]):
+                unknowns = self._entries(self.layers[layer].input_shape)
+                self.steps.setdefault(layer, Step(unknowns, unknowns, is_told=True))
+            return Told(1.0)
+        stuck = next((layer for layer in above if not self.steps[layer].is_determined), None)
+        reason = entry.reason or (f"the inputs of {stuck}, in the same block, are not told" if stuck else "")
+        shared = Step(entry.equations, self._entries(block.shape), reason)
+        for layer in entry.layers:  # they come last
+            del self.steps[layer]
+        self.steps |= dict.fromkeys(entry.layers, shared)
+        if shared.is_determined or entry.layers:
+            return Told(1.0)
+        return Told(reason=reason or f"too little is told of the input of {name}")
+
+    def _branches(self, block: _Block) -> _Entry:
+        """Take the steps inside both branches, and collect what they say of the block's input."""
+        found, joined = _Entry(), is_joined(block.module)
+        for branch in (block.module.body, block.module.shortcut):
+            told = block.told if joined or branch is block.module.shortcut else block.told._replace(share=0.0)
+            more = self.down(branch, told, block.shape, block)
+            found.layers += more.layers
+            found.equations += more.equations
+            found.reason = found.reason or more.reason
+            if more.is_told:
+                return more
+        return found

@@ -36,6 +36,7 @@ FEATURES = 0.2  # weight of the features in that comparison
 WIDELY = 4  # rounds before pictures are known
 WIDE = ((0.05, 6), (0.015, 4), (0.005, 4), (0.0, 8))  # bluntness and iterations of a search then
 NARROW = ((0.1, 5), (0.04, 5), (0.015, 4), (0.005, 4), (0.0, 8))  # and later
+CLEAR = 0.03  # noise of a random image's activations, relative to their size, up to which tokens are sought
 ENOUGH = 0.4  # share of the slots with tokens from which pictures are made
 TURNS = 6  # rounds with pictures, at most
 IDLE = 2  # rounds without a new token, after which no more are made
@@ -69,7 +70,7 @@ class _Search:
         self.count, self.features = len(features), features
         sample = textured_images(pictures.shape, SAMPLE, generator).to(features)
         self.sample = pictures.patches(sample)
-        self.before, _ = pictures.seen(sample)
+        self.before, self.sampled_tokens = pictures.seen(sample)
         self.rows = pictures.embedding.rows.to(features.device)  # the token of each patch
         with torch.no_grad():
             parts = [features_of(pictures.rough, each) for each in sample.float().split(len(self.rows))]
@@ -77,6 +78,13 @@ class _Search:
         self.size = float(self.before.square().mean().sqrt())
         self.tokens = SlottedTokens(space, self.count * space.place.tokens, budget)
         self.known = torch.zeros(self.count, len(self.rows), dtype=torch.bool, device=features.device)
+
+    def blur(self) -> float:
+        """The noise of activations in the second space, relative to their size: the median over random images."""
+        outer = self.space.outer
+        values = self.space.activations(self.space.place.inner(self.sampled_tokens[:, self.rows].flatten(0, 1)))
+        size = (values / outer.columns).norm(dim=1) / len(outer.columns) ** 0.5
+        return float((outer.error(values) / size).median())
 
     # ------------------------------------------------------------------------------------------------
     # Before pictures are known
@@ -340,6 +348,8 @@ def images_of_tokens(
         raise TooFewTokensError("tokens are in another order than their positions")
     pictures = TokenImages(model, place, spans, embedding, image_shape, budget)
     search = _Search(TokenSpace(place, *spans), pictures, features.double(), generator, budget)
+    if not (blur := search.blur()) <= CLEAR:
+        raise TooFewTokensError(f"tokens are told within {blur:.1e} of their size only")
     search.widely()
     tokens = search.tokens
     if tokens.filled.sum() < ENOUGH * len(tokens.slots):

@@ -3,15 +3,16 @@
 A layer is worth trying where its gradient spans its inputs (`Geometry.is_spanned`), every entry of an input lies in
 some patch, and the network behind it can be run from the layer's inputs and outputs alone, as it cannot inside a
 residual block, where the skip passes by, unless the layer's inputs give those of the block first
-(`attack.read.beneath`). Where a layer from there on mixes the images of the batch, no image can be
-judged by itself, and all of them are told apart at once (`attack.read.jointly`). The head is tried last: it
-tells K - 1 images apart at most, and between it and the last convolution there is mostly a pool, which ends the walk
-down.
+(`attack.read.beneath`). Of a grouped convolution one group may give them, the one whose span is clearest. Where a layer
+from there on mixes the images of the batch, no image can be judged by itself, and all of them are told apart at once
+(`attack.read.jointly`). The head is tried last: it tells K - 1 images apart at most, and between it and the last
+convolution there is mostly a pool, which ends the walk down.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from attack.read.beneath import Beneath
@@ -19,7 +20,8 @@ from attack.read.signals import Tail
 from attack.read.span import Span, span_of
 from network.chain import input_shapes, mixes_images, unmixed_from
 from network.kinds import UNKNOWN, Kind, kind_of
-from network.kinds.affine import Geometry
+from network.kinds.affine import Geometry, group_of, rows_of_group
+from network.kinds.joining import Part
 from network.kinds.norm import scale_and_shift
 from network.stage import Chain, Residual, Stage, run
 
@@ -45,6 +47,7 @@ class CandidateLayer:
         centred: whether that follows right behind it.
         beneath: what lies below it in a residual block; None of a layer that takes the stage's own inputs.
         entrances: the layers that take the stage's inputs, which `beneath` gives.
+        rows: the layer's rows in the gradient, of a group of a grouped convolution.
     """
 
     name: str
@@ -60,6 +63,11 @@ class CandidateLayer:
     centred: bool = False
     beneath: Beneath | None = None
     entrances: tuple[str, ...] = ()
+    rows: slice | None = None
+
+    def all_inputs(self, inputs: Tensor) -> Tensor:
+        """The inputs (N, ...) of all groups, from those of the layer."""
+        return inputs if self.rows is None else run(self.beneath.chain[:-1], self.stage_inputs(inputs))
 
     def stage_inputs(self, inputs: Tensor) -> Tensor:
         """The inputs (N, ...) of the stage `index`, from those of the layer."""
@@ -89,7 +97,7 @@ class CandidateLayer:
         if gradient is None:
             raise ValueError("the update holds no gradient of it")
         return span_of(
-            gradient.to(like.device),
+            (gradient if self.rows is None else gradient[self.rows]).to(like.device),
             self.geometry,
             batch_size,
             self.bias_gradient,
@@ -117,13 +125,15 @@ def candidate_layers(
             tail = _tail(behind, beside, chain[index + 1 :])
             facts = {"index": index, "tail": tail, "followers": followers, "mixes": index < first}
             found.append(_candidate(layer, rest, below, gradients, **facts))
-        for layer, behind, beneath in _inside(stage, shapes[index], batch_size, gradients):
+        for layer, behind, beneath, rows in _inside(stage, shapes[index], batch_size, gradients):
             rest = [*behind, *chain[index + 1 :]]
             below = (kind_of_inputs(beneath.chain, beneath.shapes), beneath.shapes[-1])
             tail = _tail(behind, stage.module.shortcut, chain[index + 1 :], beneath)
+            if rows is not None:
+                tail = _with_all_groups(tail, stage.module.body[len(beneath.chain) - 1].module, beneath, rows)
             entrances = tuple(entrance.name for entrance, *_ in _entrances(stage))
             facts = {"index": index, "tail": tail, "mixes": index < first, "beneath": beneath, "entrances": entrances}
-            found.append(_candidate(layer, rest, below, gradients, **facts))
+            found.append(_candidate(layer, rest, below, gradients, **facts, rows=rows))
     return [layer for layer in found if layer is not None]
 
 
@@ -136,13 +146,14 @@ def _candidate(
         geometry = Geometry.of(layer.module, shape)
     except ValueError:
         return None
-    centred = bool(rest) and mixes_images([rest[0].module])
+    centred, rows = bool(rest) and mixes_images([rest[0].module]), facts.get("rows")
+    bias_gradient = None if centred else _bias_gradient(layer, rest, gradients)
     return CandidateLayer(
         name=layer.name,
         layer=layer.module,
         geometry=geometry,
         inputs=inputs,
-        bias_gradient=None if centred else _bias_gradient(layer, rest, gradients),
+        bias_gradient=bias_gradient if rows is None or bias_gradient is None else bias_gradient[rows],
         behind=_activation_behind(rest),
         centred=centred,
         **facts,
@@ -191,17 +202,47 @@ def _entrances(stage: Stage) -> Iterator[tuple[Stage, Chain, Chain | None]]:
 
 def _inside(
     stage: Stage, shape: tuple[int, ...], batch_size: int | None, gradients: Mapping[str, Tensor]
-) -> Iterator[tuple[Stage, Chain, Beneath]]:
-    """The layers inside a residual stage whose inputs give the stage's: what follows them, and what lies below."""
+) -> Iterator[tuple[Stage, Chain, Beneath, slice | None]]:
+    """The layers inside a residual stage whose inputs give the stage's: what follows them, and what lies below.
+
+    Of a grouped convolution it is one group, as a layer of its own, with its rows in the gradient.
+    """
     if batch_size is None or not isinstance(stage.module, Residual):
         return
     body = stage.module.body
     for at, layer in enumerate(body):
         if at and kind_of(layer.module).is_affine:
-            beneath = Beneath.of(body[:at], shape, batch_size, gradients)
+            below, rows = body[:at], None
+            if getattr(layer.module, "groups", 1) > 1:
+                index = _clearest_group(layer, gradients)
+                group = group_of(layer.module, index)
+                part = Part(index * group.in_channels, group.in_channels)
+                below, rows = [*below, Stage(layer.name, part)], rows_of_group(layer.module, index)
+                layer = replace(layer, module=group)
+            beneath = Beneath.of(below, shape, batch_size, gradients)
             if beneath is not None:
-                yield layer, body[at + 1 :], beneath
+                yield layer, body[at + 1 :], beneath, rows
             return
+
+
+def _clearest_group(layer: Stage, gradients: Mapping[str, Tensor]) -> int:
+    """The group whose gradient has most directions that stand out; the first where there is no gradient."""
+    gradient = gradients.get(f"{layer.name}.weight")
+    if gradient is None:
+        return 0
+    groups = gradient.detach().double().flatten(1).unflatten(0, (layer.module.groups, -1))
+    return int(torch.linalg.svdvals(groups).clamp(min=1e-300).log().sum(1).argmax())
+
+
+def _with_all_groups(tail: Tail, layer: nn.Conv2d, beneath: Beneath, rows: slice) -> Tail:
+    """The tail behind one group of a layer: the other groups' outputs are those of the inputs that `beneath` gives."""
+
+    def behind(inputs: Tensor, outputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            others = layer(run(beneath.chain[:-1], beneath.inputs(inputs)))
+        return tail(inputs, torch.cat([others[:, : rows.start], outputs, others[:, rows.stop :]], 1))
+
+    return behind
 
 
 def _tail(

@@ -1,9 +1,12 @@
-"""Labels of a batch from one step of Adam: columns of the head's gradient that a single image has made.
+"""Labels of a batch from steps of Adam: columns of the head's gradient that a single image has made, and signs.
 
 Behind a ReLU many features are on for one image only. Such a column of the head's gradient is that image's error
 e = softmax(z) - onehot(y), times a feature: all these columns are parallel. Adam's division leaves the value of their
 small entries (`attack.solve.quotients`). So the direction that most columns share is an image's error, and its one
 large negative entry the label; the next image's is the direction that most of the other columns share.
+
+Of several steps signs are left. The gradient of head bias k is the mean of p_k - [y_i = k] over the images i, which is
+negative for no class that is absent, at no step; and so are Adam's quotients, which have their signs, and their mean.
 """
 
 import torch
@@ -20,6 +23,7 @@ BEYOND = 0.7  # share of an entry's lower bound that a parallel column's must re
 LEAST_KNOWN = 6  # entries, at least, of two columns that are compared
 REFITS = 3  # of a direction to the columns that share it
 BALANCED = 0.1  # of an error's entries, which sum to zero: |sum| over sum of magnitudes, at most
+NEGATIVE = -1e-3  # a mean quotient below it is no rounding of sent weights, which leaves 1e-5
 ALONE = 0.2  # of the label's entry, that another's may be below zero: mixtures of two images have two labels
 
 
@@ -46,6 +50,26 @@ def labels_of_quotients(update: SharedUpdate, model: nn.Module) -> Tensor | None
             return None
         labels.append(int(found.argmin()))
     return torch.tensor(labels, device=weight.device)
+
+
+def classes_of_signs(update: SharedUpdate, model: nn.Module) -> Tensor | None:
+    """The classes (M,) that are in the batch by the signs of the head's bias, each once; None where signs tell none.
+
+    Args:
+        update: of steps of Adam, each on the whole batch.
+        model: that the server sent out.
+
+    Raises:
+        ValueError: the model's last layer is not linear.
+    """
+    training, (_, sent) = update.training, Head.of(model).among(update.gradients)
+    rule, loss = training.optimiser, training.loss
+    pulls = rule.prox or (rule.name == "adam" and rule.decay)  # which have signs of their own
+    tells = loss.is_cross_entropy and not loss.smoothing and update.defence == "none" and training.batches == 1
+    if sent is None or rule.name == "sgd" or pulls or not tells:
+        return None
+    found = (sent < NEGATIVE).nonzero()[:, 0]
+    return found.to(next(model.parameters()).device) if 0 < len(found) <= update.batch_size else None
 
 
 class _Columns:

@@ -259,7 +259,7 @@ class _Reader:
             note = note if note == OUT_OF_TIME else f"{note}; {OUT_OF_TIME}"
         if found is not None and len(found):
             facts |= {"residual": float(found.residuals.max()), "uncertainty": float(found.uncertainty.max())}
-            self.recovered[layer.name] = found.values
+            self.recovered[layer.name] = layer.all_inputs(found.values)
         self.rows.note(layer.name, note, **facts, seconds=time.perf_counter() - began)
         return found if found is not None and len(found) else None
 

@@ -99,6 +99,12 @@ class Signals:
         """(N,) probability that the values are within 1 % of the truth, if the noise is Gaussian."""
         return confidence(self.error, self.freedom)
 
+    def drifted(self, drift: Tensor) -> "Signals":
+        """No surer than a drift (N,), relative, along one direction."""
+        whole = torch.hypot(self.uncertainty, drift.to(self.uncertainty))
+        own = (self.uncertainty / whole.clamp(min=1e-300)) ** 4
+        return replace(self, uncertainty=whole, freedom=1 / (own / self.freedom + 1 - own))
+
     def pick(self, index: Tensor) -> "Signals":
         """Some of the images: an index or a mask."""
         return replace(self, **{name: getattr(self, name)[index] for name in PER_IMAGE})

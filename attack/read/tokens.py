@@ -261,6 +261,7 @@ def read_tokens(
     budget: WorkBudget,
     generator: torch.Generator,
     features: Tensor | None = None,
+    likely: Tensor | None = None,
 ) -> TokenReading:
     """Single tokens, from the update of one step and the model alone.
 
@@ -270,17 +271,18 @@ def read_tokens(
         budget: whose clock ends the reading; its work is not asked.
         generator: what starts are drawn from (on the CPU).
         features: (B, d) of all images, where they are known: tokens are then sought with their images and positions.
+        likely: (B, C, H, W) images that are likely already: none are then made of tokens.
     """
     began = time.perf_counter()
     gradients = with_weights(update.gradients, model)
     if not told_by(tuple(update.gradients.values()), update).is_whole:  # entries that are gone leave no space as it was
-        return TokenReading([], {})
+        return TokenReading([], {}, likely)
     places = [each for each in lowest(perceptrons(model, update.image_shape)) if not each.why_not(update.batch_size)]
     places = [each for each in places if {f"{each.first}.weight", f"{each.second}.weight"} <= set(gradients)]
     if not places:
-        return TokenReading([], {})
+        return TokenReading([], {}, likely)
     exact = copy.deepcopy(model).double().requires_grad_(False)
-    reader = _Reader(update, model, exact, gradients, generator, features, budget)
+    reader = _Reader(update, model, exact, gradients, generator, features, likely, budget)
     rows: list[dict] = []
     found: dict[str, Tensor] = {}
     for place in reversed(places):  # the highest have the fewest tokens
@@ -310,13 +312,14 @@ class _Reader:
         gradients: Mapping[str, Tensor],
         generator: torch.Generator,
         features: Tensor | None,
+        likely: Tensor | None,
         budget: WorkBudget,
     ) -> None:
         self.update, self.model, self.exact, self.gradients = update, model, exact, gradients
         self.generator, self.budget = generator, budget
         self.features = features if features is not None and len(features) == update.batch_size else None
         self.work = WorkBudget(WORK, deadline=budget.deadline, tick=budget.tick)
-        self.likely: Tensor | None = None
+        self.likely = likely
 
     def read(self, place: Perceptron, *, is_lowest: bool) -> tuple[Tensor, dict]:
         """The tokens (n, D) of a perceptron, and what layers.csv says of them.
@@ -334,7 +337,7 @@ class _Reader:
     def _placed(self, place: Perceptron) -> tuple[Tensor, dict] | None:
         """The same with positions and images, which become `likely`; None where these are not found."""
         count = self.update.batch_size * place.tokens
-        if self.features is None or count * place.width**2 > ENTRIES:
+        if self.features is None or self.likely is not None or count * place.width**2 > ENTRIES:
             return None
         embedding = patch_embedding(self.model, self.update.image_shape)
         if embedding is None:

@@ -97,7 +97,8 @@ class Rows:
     def count(self) -> int:
         """Equations that say anything."""
         if isinstance(self.operator, GradientRows):
-            return int((self.weight != 0).expand_as(self.target).sum())
+            heard = int((self.weight.flatten(1)[:, 0] != 0).sum())
+            return heard * self.target.shape[1] * self.operator.map.taps
         return int(self.operator.known.sum())
 
     def residual(self, u: Tensor) -> Tensor:
@@ -119,12 +120,19 @@ def stack(rows: list[Rows]) -> tuple[Operator, Tensor]:
 class Scaling:
     """u = F^-T v for every channel alike: with it, gradient rows that determine u have unit singular values.
 
+    Where a layer is a grouped convolution, the channels of each group have a scaling of their own.
+
     Args:
-        factor: Cholesky factor F (n, n), n = B * positions, of the rows' normal matrix as far as it is shared by all
-            channels; or its diagonal (n,) where n is too large.
+        factor: Cholesky factors F (groups, n, n), n = B * positions, of the rows' normal matrix as far as it is shared
+            by all channels of a group; or their diagonals (groups, n) where these are too large.
     """
 
     factor: Tensor
+
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether the factors are diagonals."""
+        return self.factor.dim() == 2
 
     def forward(self, x: Tensor) -> Tensor:
         """F^-T x."""
@@ -136,15 +144,15 @@ class Scaling:
 
     def undone(self, u: Tensor) -> Tensor:
         """F^T u, from which `forward` makes u."""
-        flat = _by_place(u)
-        return _placed(self.factor[:, None] * flat if self.factor.dim() == 1 else self.factor.T @ flat, u)
+        flat = _by_place(u, len(self.factor))
+        return _placed(self.factor[:, :, None] * flat if self.is_diagonal else self.factor.mT @ flat, u)
 
     def _solve(self, x: Tensor, transposed: bool) -> Tensor:
-        flat = _by_place(x)
-        if self.factor.dim() == 1:
-            flat = flat / self.factor[:, None]
+        flat = _by_place(x, len(self.factor))
+        if self.is_diagonal:
+            flat = flat / self.factor[:, :, None]
         else:
-            factor = self.factor.T if transposed else self.factor
+            factor = self.factor.mT if transposed else self.factor
             flat = torch.linalg.solve_triangular(factor, flat, upper=transposed)
         return _placed(flat, x)
 
@@ -153,13 +161,15 @@ class Scaling:
         return Scaling(self.factor.float())
 
     def spread(self, shape: torch.Size) -> Tensor:
-        """Standard deviation of u for unit noise in every row, (B, 1) or (B, 1, H, W): the same for all channels."""
-        if self.factor.dim() == 1:
+        """Standard deviation of u for unit noise in every row, (B, 1, ...), or (B, C, ...) where channels differ."""
+        if self.is_diagonal:
             deviation = 1 / self.factor
         else:
-            unit = torch.eye(len(self.factor), dtype=self.factor.dtype, device=self.factor.device)
-            deviation = torch.linalg.solve_triangular(self.factor, unit, upper=False).norm(dim=0)
-        return deviation.view(shape[0], 1, *shape[2:])
+            unit = torch.eye(self.factor.shape[1], dtype=self.factor.dtype, device=self.factor.device)
+            deviation = torch.linalg.solve_triangular(self.factor, unit, upper=False).norm(dim=1)
+        if len(deviation) > 1:
+            deviation = deviation.repeat_interleave(shape[1] // len(deviation), 0)
+        return deviation.view(-1, shape[0], *shape[2:]).transpose(0, 1)
 
     @classmethod
     def of(cls, rows: list[Rows], shape: torch.Size) -> "Scaling":
@@ -168,47 +178,76 @@ class Scaling:
         Raises:
             ArithmeticError: numbers that are not finite.
         """
-        positions = math.prod(shape[2:])
-        size = shape[0] * positions
-        like = rows[0].target
-        diagonal = like.new_zeros(size)
-        normal = like.new_zeros(size, size) if size <= DENSE else None
+        groups, size, like = math.lcm(*map(_groups, rows)), shape[0] * math.prod(shape[2:]), rows[0].target
+        diagonal = like.new_zeros(groups, size)
+        normal = like.new_zeros(groups, size, size) if groups * size**2 <= DENSE**2 else None
         for r in rows:
             if isinstance(r.operator, GradientRows):
                 # a row's weight is that of its output channel: the kernel's weights are met alike
-                weights = r.weight.flatten(1).mean(1)
+                weights, each = r.weight.flatten(1).mean(1), groups // _groups(r)
                 matrix = (weights[:, None, None] * r.operator.map.shifted(r.operator.delta)).flatten(0, 1)
+                matrix = matrix.unflatten(0, (_groups(r), -1))
                 if normal is None:
-                    diagonal += matrix.square().sum(0)
+                    diagonal += matrix.square().sum(1).repeat_interleave(each, 0)
                 else:
-                    normal += matrix.T @ matrix
+                    normal += (matrix.mT @ matrix).repeat_interleave(each, 0)
+            elif normal is not None and _is_of_single_channels(r.operator):
+                normal += _normal_of(r, shape)
             else:
                 squares = _squared(r.operator).adjoint(r.weight.square().expand_as(r.target))
-                diagonal += squares.mean(1).flatten()
-        if normal is None:
-            return cls((diagonal + RIDGE * diagonal.mean()).sqrt())
-        normal.diagonal().add_(diagonal)
-        ridge = RIDGE * normal.diagonal().mean()
-        if not ridge.isfinite():
+                diagonal += _by_place(squares, groups).mean(2)
+        mean = (diagonal if normal is None else normal.diagonal(dim1=1, dim2=2) + diagonal).mean(1, keepdim=True)
+        if not mean.isfinite().all():
             raise ArithmeticError("the equations hold numbers that are not finite")
-        if not ridge:  # masks that set everything to zero leave no equations to scale
-            return cls(torch.ones_like(diagonal))
+        ridge = torch.where(mean > 0, RIDGE * mean, 1.0)  # masks that set everything to zero leave nothing to scale
+        if normal is None:
+            return cls((diagonal + ridge).sqrt())
+        normal.diagonal(dim1=1, dim2=2).add_(diagonal)
         while True:  # rounding may leave eigenvalues below zero
             factor, failed = torch.linalg.cholesky_ex(normal)
-            if not failed:
+            if not failed.any():
                 return cls(factor)
-            normal.diagonal().add_(ridge)
-            ridge *= 10
+            normal.diagonal(dim1=1, dim2=2).add_(ridge * (failed > 0)[:, None])
+            ridge = ridge * 10
 
 
-def _by_place(x: Tensor) -> Tensor:
-    """(B, d) or (B, C, H, W) as (n, channels), n = B * positions."""
-    return x.transpose(0, 1).flatten(1).T if x.dim() == 4 else x
+def _groups(rows: Rows) -> int:
+    """Groups of channels that the rows treat alike."""
+    return 1 if isinstance(rows.operator, KnownRows) else rows.operator.map.groups
+
+
+def _is_of_single_channels(operator: "ForwardRows | KnownRows") -> bool:
+    """Whether each output sees one channel of the input alone, as in a depthwise convolution."""
+    is_moving = isinstance(operator, KnownRows) or isinstance(operator.map, MovingMap)
+    return not is_moving and operator.map.groups > 1 and operator.map.weight.shape[1] == 1
+
+
+def _normal_of(rows: Rows, shape: torch.Size) -> Tensor:
+    """The normal matrices (C, n, n) of forward rows whose outputs see one channel each of inputs (B, C, H, W)."""
+    linear, places = rows.operator.map, math.prod(shape[2:])
+    kernel = linear.weight.shape[2:]
+    units = torch.eye(places, dtype=linear.weight.dtype, device=linear.weight.device).view(-1, 1, *shape[2:])
+    taps = torch.eye(kernel.numel(), dtype=units.dtype, device=units.device).view(-1, 1, *kernel)
+    met = linear.of_one_channel(taps).outputs(units).flatten(2)  # (H W, k^2, P)
+    seen = torch.einsum("ot,htp->oph", linear.weight.flatten(1), met)  # (c_out, P, H W)
+    blocks = []
+    for weight in rows.weight.expand_as(rows.target).flatten(2):  # of each image, (c_out, P)
+        own = weight[..., None] * seen
+        blocks.append((own.mT @ own).unflatten(0, (shape[1], -1)).sum(1))
+    normal = units.new_zeros(shape[1], len(blocks), places, len(blocks), places)
+    for image, block in enumerate(blocks):
+        normal[:, image, :, image] = block
+    return normal.view(shape[1], len(blocks) * places, -1)
+
+
+def _by_place(x: Tensor, groups: int) -> Tensor:
+    """(B, d) or (B, C, H, W) as (groups, n, channels of a group), n = B * positions."""
+    return x.transpose(0, 1).flatten(1).unflatten(0, (groups, -1)).mT
 
 
 def _placed(flat: Tensor, like: Tensor) -> Tensor:
     """The other way round."""
-    return flat.T.unflatten(1, (len(like), *like.shape[2:])).transpose(0, 1) if like.dim() == 4 else flat
+    return flat.mT.flatten(0, 1).unflatten(1, (len(like), *like.shape[2:])).transpose(0, 1)
 
 
 def _squared(operator: ForwardRows | KnownRows) -> Operator:

@@ -26,7 +26,10 @@ from torch import Tensor
 from attack.solve.least_squares import least_squares
 from attack.walk.noise import is_active, noise_below_zero
 from attack.walk.sources import IdentitySource, NormalisedSource, Source, by_channel, over_batch, wide
+from network.kinds import kind_of
+from network.kinds.norm import MIXES
 from network.known_outputs import ZERO, UndeterminedError
+from network.stage import Chain
 
 GATHERED = 3e-5  # of u's size: entries of a channel this close to its lowest are zeros of the ReLU, as that is
 ZEROS = 3  # equal entries that are zeros whatever a sum says
@@ -71,6 +74,27 @@ class Hidden:
         return values
 
 
+def is_part_of_layer_below(norm: object, shape: Sequence[int], below: Chain) -> bool:
+    """Whether a norm is a part of the equations of the layer right below it, given the shape of its inputs.
+
+    BatchNorm in training mode always is; a norm of each image where that layer is a convolution. Of a fully connected
+    one the search for its inputs ends in wrong places.
+    """
+    kind = kind_of(norm)
+    if kind.is_norm and kind.mixes_images(norm):
+        return True
+    is_in_front = bool(below) and kind_of(below[-1].module).is_affine
+    return is_in_front and len(shape) > 1 and kind.normalises_images(norm, shape)
+
+
+def why_not_in_front(module: object) -> str:
+    """Why the inputs of a stage right in front of BatchNorm in training mode stay open; empty where they do not."""
+    if not kind_of(module).is_affine:
+        return MIXES
+    groups = getattr(module, "groups", 1)
+    return f"BatchNorm in training mode hides a factor of each of {groups} groups of channels" if groups > 1 else ""
+
+
 def hidden(sources: Sequence[Source], u: Tensor) -> Hidden:
     """What these sources leave open of an input shaped as u (B, ...)."""
     norms = [source for source in sources if isinstance(source, NormalisedSource)]
@@ -105,7 +129,7 @@ def _is_met_alike(source: NormalisedSource, place: Tensor) -> bool:
     """Whether every output of a layer meets ones at these positions (H, W) with the same weights."""
     kernel = source.map.weight.shape[2:]
     taps = torch.eye(kernel.numel(), dtype=place.dtype, device=place.device).view(-1, 1, *kernel)
-    met = source.map.with_weight(taps).outputs(place[None, None]).flatten(2)  # (1, k^2, P)
+    met = source.map.of_one_channel(taps).outputs(place[None, None]).flatten(2)  # (1, k^2, P)
     return bool((met == met[..., :1]).all())
 
 
@@ -124,6 +148,14 @@ class Gauge:
     is_rectified: bool = False
     shift_gradient: Tensor | None = None
     mean: Tensor | None = None
+
+    def hidden(self, sources: Sequence[Source], u: Tensor) -> Hidden:
+        """What these sources leave open of an input shaped as u."""
+        return hidden(sources, u)
+
+    def errors(self, u: Tensor, sources: Sequence[Source]) -> Tensor:
+        """The relative error (B,) of what is fixed: within AGREED, which the noise of u exceeds."""
+        return u.new_zeros(len(u))
 
     def fixed(self, u: Tensor, sources: Sequence[Source]) -> Tensor:
         """u with its open directions fixed.

@@ -14,12 +14,13 @@ from torch import Tensor
 from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Solution
 from attack.walk.methods import SolveMethod, rows_of
-from attack.walk.sources import LayerSource, Source, by_channel
+from attack.walk.sources import Source, by_channel
 from network.known_outputs import RANGE, ZERO, KnownOutputs
 
 EXPLAINED = 0.5  # share of a channel's squared residual that one entry must explain to be changed by itself
 NOTABLE = 0.03  # share of all the squared residual that it must explain where noise might have left as much
 SINGLE_FLIPS = 16  # times that such entries are changed
+UNSOLVED = 1e-2  # a residual that no wrong masks leave: equations that are not linear were not solved
 COARSER = (4.0, 16.0, 64.0, 0.4)  # times the noise that masks are tried for where the residual contradicts them
 
 BALANCED = 4e-6  # of a channel's delta: the sum over active entries misses the shift's gradient by no more
@@ -35,7 +36,7 @@ def settle(sources: list[Source], method: SolveMethod, enough: float, budget: Wo
     u, solution = method.solve(sources)
     for _ in range(SINGLE_FLIPS):
         budget.check()
-        if solution.residual < enough and not method.is_linear:
+        if not method.is_linear and not enough < solution.residual < UNSOLVED:
             break
         least = NOTABLE * _squared_residual(sources, u) if solution.residual < enough else 0.0
         gains = [flip_gain(source, u) for source in sources]
@@ -135,7 +136,8 @@ def flip_gain(source: Source, u: Tensor) -> Tensor:
     rest = source.residual(u)
     squares = rest.flatten(1).square().sum(1)  # (c_out,)
     towards = source.map.with_weight(rest).outputs(u) * source.flip_direction()
-    share = towards.clamp(min=0).square() / (_patch_sizes(source, u) * squares.view(source.columns)).clamp(min=1e-300)
+    sizes = source.map.patch_sizes(u)
+    share = towards.clamp(min=0).square() / (sizes * squares.view(source.columns)).clamp(min=1e-300)
     heard = squares * source.gradient_weights.flatten().square()
     return torch.where(near & (share > EXPLAINED), share * heard.view(source.columns), 0.0)
 
@@ -144,11 +146,6 @@ def _near(source: Source) -> Tensor | None:
     """Entries whose mask a residual may change; None where there are none, or no gradient to tell."""
     near = source.above.margin.abs() < RANGE
     return None if source.gradient is None or not near.any() else near
-
-
-def _patch_sizes(source: LayerSource, u: Tensor) -> Tensor:
-    """|patch|^2 at every place of the output, (B, 1, ...)."""
-    return source.map.with_weight(torch.ones_like(source.map.weight[:1])).outputs(u.square())
 
 
 def _best_of_each_channel(gain: Tensor, least: float) -> Tensor:

@@ -47,6 +47,7 @@ class SolveMethod(Protocol):
 
     unknowns: int
     is_linear: bool  # whether the recovery test can be made before anything is solved
+    room: float  # equations for each unknown without which it is not tried
     tries_noise: bool  # whether masks for other noise are tried, where the residual contradicts these
     least: float  # of a method that is not linear: a residual that is no contradiction, however small the noise is
 
@@ -81,9 +82,13 @@ def noisiest(sources: Sequence[RowSource]) -> float:
     return max(FLOOR, *(source.noise for source in sources))
 
 
-def by_loudness(spread: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Errors (B, 1, ...) of an input, channel by channel: as loud as each is in weighted gradients (c_out, C, ...)."""
-    loud = sum(g.square().sum((0, *range(2, g.dim()))) for g in gradients)  # (C,)
+def by_loudness(spread: Tensor, gradients: Sequence[Tensor], channels: int) -> Tensor:
+    """Errors (B, 1, ...) of an input, channel by channel: as loud as each of these C is in weighted gradients.
+
+    Gradients are (c_out, C, ...), or (c_out, C / groups, ...) of a grouped convolution.
+    """
+    grouped = (g.square().unflatten(0, (channels // g.shape[1], -1)) for g in gradients)
+    loud = sum(g.sum((1, *range(3, g.dim()))).flatten() for g in grouped)  # (C,)
     return spread * (EVEN + loud / loud.mean()).sqrt().view(-1, *(1,) * (spread.dim() - 2))
 
 
@@ -101,6 +106,7 @@ class Alone:
     """
 
     is_linear = True
+    room = 1.0
     tries_noise = True
     least = 0.0
 
@@ -148,13 +154,17 @@ class Alone:
         return error
 
     def spread(self, sources: Sequence[RowSource], u: Tensor, solution: Solution, error: Tensor) -> Tensor:
-        """Standard deviation (B, 1, ...) of u's errors: that of unit noise, times the noise that the residual shows."""
+        """Standard deviation (B, 1, ...) of u's errors: that of unit noise, times the noise that the residual shows.
+
+        Where no equation is left over to show noise, it is what it was taken for.
+        """
         rows = rows_of(sources)
-        freedom = max(1, sum(r.count for r in rows) - u.numel())
+        freedom = sum(r.count for r in rows) - u.numel()
         system = self._system(sources)
-        spread = system.scaling.spread(u.shape) * (solution.residual * system.target.norm() / math.sqrt(freedom))
+        shown = solution.residual * float(system.target.norm()) / math.sqrt(freedom) if freedom > 0 else 1.0
+        spread = system.scaling.spread(u.shape) * shown
         columns = [r.weight * r.target for r in rows if isinstance(r.operator, GradientRows)]
-        return by_loudness(spread, columns) if columns else spread
+        return by_loudness(spread, columns, u.shape[1]) if columns else spread
 
     def _solved(self, system: "_System", target: Tensor, start: Tensor | None = None) -> Solution:
         """The scaled unknowns with which the rows come closest to a target."""
@@ -197,6 +207,7 @@ class _InBlock:
     """By all that is known of the block; sources give rows on a layer in it, or on its input."""
 
     is_linear = False
+    room = 1.0
     tries_noise = True
     least = 0.0
 

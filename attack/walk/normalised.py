@@ -1,5 +1,7 @@
 """The equations of a layer with BatchNorm in training mode right behind it: quadratic in its own input u (B, ...).
 
+`BehindNorm` solves them, and those of a layer in front of a norm of each image by itself (`per_image`).
+
 With z = W * u, mean mu and deviation sigma of each channel over the batch and all positions, z^ = (z - mu) / sigma, and
 Delta the derivative of the batch's summed loss by BatchNorm's output y = gamma z^ + beta, N = B P values a channel:
 
@@ -15,7 +17,7 @@ are the directions that BatchNorm hides, see `gauge`.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,10 +25,12 @@ from torch import Tensor
 from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Product, Solution, cgls
 from attack.solve.gauss_newton import gauss_newton
+from attack.walk.block import PATIENT
 from attack.walk.equations import ForwardRows, GradientRows, Rows, Scaling, stack
-from attack.walk.gauge import Gauge, hidden
+from attack.walk.gauge import Gauge
 from attack.walk.methods import by_loudness, noisiest, rows_of
 from attack.walk.noise import beside, relative, size_of
+from attack.walk.per_image import ROOM, Factors, ImageNormAt, ImageNormSource, LinearisedImageNorm
 from attack.walk.sources import NormalisedSource, Source, over_batch, wide
 from network.kinds.affine import LinearMap
 
@@ -34,7 +38,9 @@ START = 150  # iterations of CGLS for the linear start
 FORCING = 0.03  # a step's system is solved down to this times the relative residual: quadratic convergence asks no more
 RECOVERY = 600  # iterations of CGLS, at most, that a known input may take to come back
 FIRST, ROUNDED = 1e-5, 1e-6  # relative tolerance of that start, and of a recovery test: float32 has no more
+EXACT = 1e-9  # the same of a recovery test in float64
 MOVED = 1e-2  # relative change of u by what fixes the open directions, beyond which all is solved anew
+BEHIND_NORMS = (NormalisedSource, ImageNormSource)
 RESCALED = 2  # steps whose place the scaling is made anew for
 
 
@@ -140,7 +146,7 @@ class LinearisedNorm:
 class _Linearised:
     """All rows of all sources as functions of x, u = scaling(x), in float32."""
 
-    norms: Sequence[LinearisedNorm]
+    norms: Sequence[LinearisedNorm | LinearisedImageNorm]
     rows: Sequence[Rows]
     shapes: Sequence[torch.Size]  # of all rows' right sides, those of the norms first
     scaling: Scaling
@@ -160,17 +166,22 @@ class _Linearised:
         """Of u's shape."""
         pieces = y.split([shape.numel() for shape in self.shapes])
         parts = [part.view(shape) for part, shape in zip(pieces, self.shapes, strict=True)]
-        found = sum(norm.adjoint(parts[3 * i : 3 * i + 3]) for i, norm in enumerate(self.norms))
-        rest = zip(self.rows, parts[3 * len(self.norms) :], strict=True)
+        each = (len(self.shapes) - len(self.rows)) // len(self.norms)  # kinds of rows: all norms are of one kind
+        found = sum(norm.adjoint(parts[each * i : each * (i + 1)]) for i, norm in enumerate(self.norms))
+        rest = zip(self.rows, parts[each * len(self.norms) :], strict=True)
         return self.scaling.adjoint(found + sum(r.operator.adjoint(r.weight * part) for r, part in rest))
 
     def start(self) -> Tensor:
         """No step."""
-        return torch.zeros(self.shape, dtype=torch.float32, device=self.scaling.factor.device)
+        return self.scaling.factor.new_zeros(self.shape)
 
     def step(self, x: Tensor) -> Tensor:
         """What a solution in the scaled unknowns adds to u."""
         return self.scaling.forward(x)
+
+
+def _equations_of(source: Source) -> type[NormalisedAt] | type[ImageNormAt]:
+    return ImageNormAt if isinstance(source, ImageNormSource) else NormalisedAt
 
 
 class _Equations:
@@ -179,23 +190,19 @@ class _Equations:
     is_positive = False
 
     def __init__(self, sources: Sequence[Source], shape: torch.Size) -> None:
-        self.norms = [source for source in sources if isinstance(source, NormalisedSource)]
-        others = [source for source in sources if not isinstance(source, NormalisedSource)]
+        self.norms = [source for source in sources if isinstance(source, BEHIND_NORMS)]
+        others = [source for source in sources if not isinstance(source, BEHIND_NORMS)]
         self.rows, self.shape, self.scaling, self.made = rows_of(others), shape, None, 0
         self.like = self.norms[0].gradient.new_zeros(shape)
-        of_norms = ((s.gradient, s.above.values, s.norm.scale_gradient) for s in self.norms)
-        self.shapes = [part.shape for parts in of_norms for part in parts] + [r.target.shape for r in self.rows]
+        self.shapes = [part.shape for s in self.norms for part in s.right_sides] + [r.target.shape for r in self.rows]
         self.size = math.hypot(*(float(target.norm()) for target in self._targets()))
 
     def _targets(self) -> list[Tensor]:
-        found = [r.weight * r.target for r in self.rows]
-        for s in self.norms:
-            found += [s.gradient_weights * s.gradient, s.forward_weights * s.wide(s.norm.usual_deviation)]
-        return found
+        return [r.weight * r.target for r in self.rows] + [part for s in self.norms for part in s.right_sides]
 
-    def at(self, u: Tensor) -> list[NormalisedAt]:
+    def at(self, u: Tensor) -> list[NormalisedAt | ImageNormAt]:
         """The equations of the normalised sources at u."""
-        return [NormalisedAt.of(source, u) for source in self.norms]
+        return [_equations_of(source).of(source, u) for source in self.norms]
 
     def held(self, u: Tensor) -> Tensor:
         """Nothing bounds u: that it is not negative is what shows its errors."""
@@ -206,18 +213,22 @@ class _Equations:
         parts = [part for at in self.at(u) for part in at.residuals()]
         return torch.cat([part.flatten() for part in parts + [r.residual(u) for r in self.rows]])
 
-    def linearised(self, u: Tensor) -> _Linearised:
-        """At u; the scaling of the first places serves all later ones."""
+    def linearised(self, u: Tensor, *, exact: bool = False) -> _Linearised:
+        """At u, in float32 unless it is to be exact; the scaling of the first places serves all later ones."""
         at = self.at(u)
         if self.made < RESCALED:
             self.scaling = Scaling.of([*(r for each in at for r in each.rows()), *self.rows], self.shape)
             self.made += 1
+        if exact:
+            return _Linearised(
+                [each.linearised(u.dtype) for each in at], self.rows, self.shapes, self.scaling, self.shape
+            )
         norms, rough = [each.linearised() for each in at], [r.float() for r in self.rows]
         return _Linearised(norms, rough, self.shapes, self.scaling.float(), self.shape)
 
     def first(self, budget: WorkBudget) -> Tensor:
         """u from the equations that are linear once z^ and sigma are guessed."""
-        at = [NormalisedAt.before(source, self.like) for source in self.norms]
+        at = [_equations_of(source).before(source, self.like) for source in self.norms]
         rows = [*(r for each in at for r in each.rows()), *self.rows]
         scaling = Scaling.of(rows, self.shape)
         rough, target = stack([r.float() for r in rows])
@@ -228,22 +239,25 @@ class _Equations:
 
 
 class BehindNorm:
-    """From equations that BatchNorm in training mode makes quadratic, by Gauss-Newton.
+    """From equations that a norm behind the layer makes quadratic, by Gauss-Newton.
 
     Args:
         shape: of the input, (B, ...).
         generator: what recovery tests are drawn from, on the CPU.
         budget: whose clock is asked.
-        gauge: what fixes the directions that BatchNorm hides.
+        gauge: what fixes the directions that the norm hides.
     """
 
     is_linear = False
     tries_noise = False  # masks fit BatchNorm's own gradients, see `masks.balanced`
     least = 3e-5  # inputs above that are off by 1e-5 leave as much; wrong masks leave 1e-4 and more
 
-    def __init__(self, shape: Sequence[int], generator: torch.Generator, budget: WorkBudget, gauge: Gauge) -> None:
+    def __init__(
+        self, shape: Sequence[int], generator: torch.Generator, budget: WorkBudget, gauge: Gauge | Factors
+    ) -> None:
         self.shape, self.unknowns = torch.Size(shape), math.prod(shape)
         self.generator, self.budget, self.gauge = generator, budget, gauge
+        self.room = ROOM if isinstance(gauge, Factors) else 1.0
         self._kept: _Equations | None = None
         self.u = torch.empty(0)
 
@@ -251,9 +265,10 @@ class BehindNorm:
         """Gradient rows, known outputs, and one row of dgamma for each channel."""
         total = sum(rows.count for source in sources for rows in source.rows())
         for s in sources:
-            if isinstance(s, NormalisedSource):
+            if isinstance(s, BEHIND_NORMS):
                 heard = int((s.gradient_weights != 0).sum())
-                total += heard * s.gradient[0].numel() + int(s.known.sum()) + heard
+                own = isinstance(s, NormalisedSource)  # BatchNorm has its own row of dgamma
+                total += heard * (s.gradient.shape[1] * s.map.taps + own) + int(s.known.sum())
         return total
 
     def noise(self, sources: Sequence[Source]) -> float:
@@ -269,21 +284,37 @@ class BehindNorm:
         if (self.u - found.x).norm() > MOVED * self.u.norm():  # BatchNorm's eps hides no factor: once more, from there
             found = gauss_newton(equations, self.u, budget=self.budget, forcing=FORCING)
             self.u = self.gauge.fixed(found.x, sources)
+        if isinstance(self.gauge, Factors):
+            self.u, found = self._polished(equations, found, sources)
         return self.u, found
+
+    def _polished(self, equations: _Equations, found: Solution, sources: Sequence[Source]) -> tuple[Tensor, Solution]:
+        """u after a last step, solved to its end in float64: what float32 leaves along weak directions shows little.
+
+        The norm's eps tells a hidden direction after all, but worse than what has fixed it.
+        """
+        residual, change = equations.residual(self.u), equations.linearised(self.u, exact=True)
+        how = {"iterations": PATIENT, "tolerance": EXACT, "budget": self.budget}
+        step = change.step(cgls(change, residual, change.start(), **how).x)
+        u = self.u + self.gauge.hidden(sources, self.u).without(step, self.u)
+        left, before = (float(r.norm()) / equations.size for r in (equations.residual(u), residual))
+        return (u, replace(found, residual=left)) if left < before else (self.u, replace(found, residual=before))
 
     def recovery_test(self, sources: Sequence[Source], noise: float) -> Tensor:
         """The relative error (B,) with which a change of u comes back through the linearised equations.
 
-        Nothing that BatchNorm hides is asked back.
+        Nothing that the norm hides is asked back.
         """
         equations, u = self._kept, self.u
-        system, is_open = equations.linearised(u), hidden(sources, u)
+        system, is_open = equations.linearised(u), self.gauge.hidden(sources, u)
         play = torch.randn(self.shape, generator=self.generator, dtype=u.dtype).to(u) * beside(size_of(u), u)
         play = is_open.without(play, u)
-        target = system.of_change(play.float())
+        how = {"iterations": RECOVERY, "budget": self.budget, "tolerance": ROUNDED}
+        if isinstance(self.gauge, Factors):  # of these equations float32 leaves too much
+            system, how = equations.linearised(u, exact=True), how | {"iterations": PATIENT, "tolerance": EXACT}
+        target = system.of_change(play.to(system.start()))
         factor = max(1.0, noise / self.noise(sources))
         disturbance = torch.randn(target.shape, generator=self.generator).to(target) * (target != 0)
-        how = {"iterations": RECOVERY, "budget": self.budget, "tolerance": ROUNDED}
         back = cgls(system, target + factor * disturbance, system.start(), **how)
         return relative(is_open.without(system.step(back.x).to(u) - play, u), play)
 
@@ -293,4 +324,5 @@ class BehindNorm:
         freedom = max(1, self.count(sources) - self.unknowns)
         shown = solution.residual * equations.size / math.sqrt(freedom)
         columns = [s.gradient_weights * s.gradient for s in equations.norms]
-        return by_loudness(equations.scaling.spread(u.shape) * shown, columns)
+        spread = by_loudness(equations.scaling.spread(u.shape) * shown, columns, u.shape[1])
+        return spread.hypot(beside(self.gauge.errors(u, sources) * size_of(u), spread))

@@ -11,6 +11,7 @@ from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows
 from attack.walk.trajectory import MovingMap
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
+from network.stage import Residual
 
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
 
@@ -154,6 +155,12 @@ class NormalisedSource(LayerSource):
         return []
 
     @property
+    def right_sides(self) -> list[Tensor]:
+        """What gradient and forward rows are compared with, weighted, and the scale rows."""
+        deviation = self.wide(self.norm.usual_deviation)
+        return [self.gradient_weights * self.gradient, self.forward_weights * deviation, 0 * self.norm.scale_gradient]
+
+    @property
     def count(self) -> int:
         """B P, the values that each channel's mean is taken of."""
         return self.above.values.numel() // self.above.values.shape[1]
@@ -245,6 +252,25 @@ class IdentitySource:
     def flipped(self, flips: Tensor) -> "IdentitySource":
         """With the masks of these entries changed."""
         return replace(self, above=self.above.flipped(flips))
+
+
+@dataclass(frozen=True)
+class SkippedBlock(IdentitySource):
+    """The input of a residual block, all of it told by the block's output and that of its body.
+
+    Attributes:
+        block: the residual stage's module.
+        block_delta: (B, ...) of the block's output.
+    """
+
+    block: Residual
+    block_delta: Tensor
+
+    def delta(self, u: Tensor) -> Tensor:
+        """delta at the input u, through body and shortcut."""
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            return torch.autograd.grad(self.block(u), u, self.block_delta)[0]
 
 
 Source = LayerSource | IdentitySource

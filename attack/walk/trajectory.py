@@ -182,6 +182,16 @@ class MovingMap:
         """That of the first step."""
         return self.maps[0].weight
 
+    @property
+    def taps(self) -> int:
+        """Of the layer, see `LinearMap.taps`."""
+        return self.maps[0].taps
+
+    @property
+    def groups(self) -> int:
+        """Of the layer."""
+        return self.maps[0].groups
+
     def with_weight(self, weight: Tensor) -> LinearMap:
         """The same map with one weight for all images."""
         return self.maps[0].with_weight(weight)
@@ -207,6 +217,10 @@ class MovingMap:
     def weights(self, u: Tensor, delta: Tensor) -> Tensor:
         """sum_i corr(delta_i, u_i), of the weight's shape."""
         return self.maps[0].weights(u, delta)
+
+    def patch_sizes(self, u: Tensor) -> Tensor:
+        """|patch|^2 of what each output sees, see `LinearMap.patch_sizes`."""
+        return self.maps[0].patch_sizes(u)
 
     def shifted(self, delta: Tensor) -> Tensor:
         """delta at every place where a weight of the kernel meets an input, see `LinearMap.shifted`."""

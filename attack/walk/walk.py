@@ -8,7 +8,8 @@ place. Between the layers:
 - Masks. Behind a ReLU an entry is active or not; recovered with noise, inactive entries are not quite zero. Noise is
   measured by the entries below zero (`noise`), and masks that it leaves in doubt are decided by the residual (`masks`).
 - Residual blocks. The body's layers but the lowest are solved by their gradient alone; the body's output is then known,
-  and out - body is the shortcut's output, wherever the ReLU behind the sum is active.
+  and out - body is the shortcut's output, wherever the ReLU behind the sum is active. Where no ReLU stands there and
+  the shortcut is the identity, that is the block's input, and the lower layers of the body need not be solved.
 - Layers of a body whose gradient has too few rows. Their input is a function of the block's input, which the block maps
   to its output. Both together determine the block's input, nonlinearly, see `block`.
 
@@ -25,33 +26,35 @@ Every layer leaves a `Record`. The walk ends at the first layer that is not beli
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attack.solve.budget import OutOfTimeError, WorkBudget
-from attack.solve.rounding import precision_of
 from attack.walk.block import Together
 from attack.walk.equations import ENOUGH
-from attack.walk.gauge import Gauge
+from attack.walk.gauge import Gauge, is_part_of_layer_below, why_not_in_front
 from attack.walk.layer_solve import LayerSolver, Record, SolvedLayer
+from attack.walk.layer_source import BatchGradients, layer_source
 from attack.walk.masks import balanced
 from attack.walk.methods import Alone, BlockInput, LayerInBlock, SolveMethod, rows_of
-from attack.walk.noise import beside, is_after_relu, noise_of, size_of
-from attack.walk.normalised import BehindNorm
-from attack.walk.sources import IdentitySource, LayerSource, Normalisation, NormalisedSource, Source
-from attack.walk.trajectory import OnePass, Trajectory
+from attack.walk.noise import beside, is_after_relu, noise_of, relative, size_of
+from attack.walk.normalised import BEHIND_NORMS, BehindNorm
+from attack.walk.per_image import Factors
+from attack.walk.sources import IdentitySource, NormalisedSource, SkippedBlock, Source
+from attack.walk.trajectory import MovingMap, OnePass, Trajectory
 from attack.walk.way import Given, Way
-from network.chain import input_shapes, mean_before, parametrised, shift_before
+from network.chain import input_shapes, inputs_along, mean_before, parametrised, shift_before, skips
 from network.kinds import kind_of
+from network.kinds.affine import LinearMap
 from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
-from network.known_outputs import FLOOR, KnownOutputs, UndeterminedError
+from network.known_outputs import KnownOutputs, UndeterminedError
 from network.stage import Chain, Residual, Stage, run
-from update.loss import CROSS_ENTROPY, Loss
+from update.loss import Loss
 
 ROUNDS = 12  # in which the weights along a client's steps must settle, once those of every step have been met
 SETTLED = 1e-6  # relative change of a way that is none
@@ -77,47 +80,6 @@ class Descent:
     def deepest(self) -> int:
         """The lowest stage whose inputs are known."""
         return min(self.inputs)
-
-
-@dataclass(frozen=True)
-class BatchGradients:
-    """What the walk takes from the shared update.
-
-    Attributes:
-        gradients: by parameter name.
-        batch_size: B.
-        additive: standard deviation of noise that was added to them, beside rounding.
-        loss: of each image.
-        moments: mean and variance by which BatchNorm in training mode has normalised the batch, by its name, where the
-            client shares them.
-        errors: standard deviation (c_out,) of what other noise than `additive` there is in the entries of each row, by
-            the name of a layer.
-    """
-
-    gradients: Mapping[str, Tensor]
-    batch_size: int
-    additive: float = 0.0
-    loss: Loss = CROSS_ENTROPY
-    moments: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    errors: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def precision(self, name: str) -> float:
-        """Relative rounding error of a layer's gradient."""
-        gradient = self.gradients.get(f"{name}.weight")
-        return FLOOR if gradient is None else max(FLOOR, precision_of(gradient))
-
-    def error(self, name: str, like: Tensor) -> Tensor:
-        """(c_out,) or one: of each entry in the rows of a layer's summed gradient, beside its rounding."""
-        return self.batch_size * self.errors.get(name, like.new_tensor(self.additive)).to(like)
-
-    def of(self, name: str, like: Tensor) -> Tensor | None:
-        """B G of a layer's weight, in the dtype and place of `like`; None where the update has none."""
-        return self.summed(f"{name}.weight", like)
-
-    def summed(self, parameter: str | None, like: Tensor) -> Tensor | None:
-        """B times the gradient of a parameter, in the dtype and place of `like`; None where the update has none."""
-        gradient = self.gradients.get(parameter)
-        return None if gradient is None else self.batch_size * gradient.to(like)
 
 
 @torch.no_grad()
@@ -217,6 +179,7 @@ class _Branch:
         output_error: (B,) relative error of the layer's input that the output comes from.
         flips: where the branch's gradient has decided masks behind the block otherwise.
         onward: how to find the block's input, where a layer was only found together with it.
+        tells_all: whether its output tells all of the block's input, whatever its lower layers say.
     """
 
     given: list[Given]
@@ -224,6 +187,7 @@ class _Branch:
     output_error: Tensor | None
     flips: Tensor
     onward: SolveMethod | None
+    tells_all: bool = False
 
 
 class _Walk:
@@ -284,9 +248,9 @@ class _Walk:
         """
         kind = kind_of(stage.module)
         if way.norm is not None:
-            raise UndeterminedError(MIXES)
+            raise UndeterminedError(why_not_in_front(stage.module))
         passed = (*way.passed, (stage, shape, rest))
-        if kind.is_norm and kind.mixes_images(stage.module) and self.steps is None:
+        if is_part_of_layer_below(stage.module, shape, rest) and self.steps is None:
             return replace(way, passed=passed, norm=stage)
         outputs = self.trajectory.pulled(stage, way.outputs, shape)
         if kind.is_gate:
@@ -303,8 +267,16 @@ class _Walk:
 
     def _given(self, way: Way, layer: Stage | None, shape: tuple[int, ...]) -> Given:
         """A layer, or the input itself, as a source at the end of a way."""
-        source = IdentitySource(way.outputs) if layer is None else self._layer(layer, way.outputs, way.norm, shape)
-        return Given(source, way, layer, shape)
+        if layer is None:
+            return Given(IdentitySource(way.outputs), way, layer, shape)
+        linear, bias = self._linear(layer.module, shape), self.trajectory.bias_of(layer.module)
+        return Given(layer_source(layer, linear, bias, way, self.gradients, self._mask_error()), way, layer, shape)
+
+    def _linear(self, module: nn.Module, shape: tuple[int, ...]) -> LinearMap | MovingMap:
+        try:
+            return self.trajectory.map_of(module, shape)
+        except ValueError as error:
+            raise UndeterminedError(str(error)) from None
 
     def given(self, stage: Stage, way: Way, shape: tuple[int, ...], below: Chain) -> tuple[list[Given], SolveMethod]:
         """All that says something of the input, of that shape, of a layer or residual stage, and how to find it.
@@ -326,62 +298,35 @@ class _Walk:
         outputs = rest = outputs.flipped(body.flips)
         if not joined:
             rest = outputs.untold() if body.output is None else _without(outputs, body)
+        if body.tells_all:
+            return self._skipped(block, rest, shape, way.outputs.delta)
         shortcut = self._branch(stage.module.shortcut, rest, shape, block)
         given = [*body.given, *shortcut.given]
         return given, body.onward or self._method(given, shape, below)
+
+    def _skipped(
+        self, block: _Block, rest: KnownOutputs, shape: tuple[int, ...], delta: Tensor
+    ) -> tuple[list[Given], SolveMethod]:
+        """The input of a block whose body's output tells all of it; the lower layers of the body take what it makes."""
+        way, errors = Way.from_known(rest), relative(rest.noise.expand_as(rest.values), rest.values).cpu()
+        for stage, inputs in inputs_along(block.module.body, rest.values):
+            if stage.name not in self.inner and kind_of(stage.module).is_affine:
+                self.inner[stage.name] = inputs
+                self.records.append(Record(stage.name, noise=errors, too_weak=self.too_weak))
+        given = [Given(SkippedBlock(rest, block.module, delta), way, None, shape)]
+        return given, self._method(given, shape, block.below)
 
     def _method(self, given: Sequence[Given], shape: tuple[int, ...], below: Chain) -> SolveMethod:
         """By linear equations, or by those of a layer in front of BatchNorm in training mode."""
         how = ((self.gradients.batch_size, *shape), self.generator, self.budget)
         sources = [each.source for each in given]
-        if not any(isinstance(source, NormalisedSource) for source in sources):
+        if not any(isinstance(source, BEHIND_NORMS) for source in sources):
             return Alone(*how)
+        if not all(isinstance(source, NormalisedSource | IdentitySource) for source in sources):
+            shift = self.gradients.summed(shift_before(below), sources[0].above.values)
+            return BehindNorm(*how, Factors(is_after_relu(below), shift))
         shift = self.gradients.summed(shift_before(below), sources[0].above.values)
         return BehindNorm(*how, Gauge(is_after_relu(below), shift, mean_before(below)))
-
-    def _layer(self, stage: Stage, outputs: KnownOutputs, norm: Stage | None, shape: tuple[int, ...]) -> LayerSource:
-        module = stage.module
-        try:
-            linear = self.trajectory.map_of(module, shape)
-        except ValueError as error:
-            raise UndeterminedError(str(error)) from None
-        facts = {
-            "name": stage.name,
-            "map": linear,
-            "bias": self.trajectory.bias_of(module),
-            "above": outputs,
-            "gradient": self.gradients.of(stage.name, outputs.values),
-            "precision": self.gradients.precision(stage.name),
-            "additive": self.gradients.error(stage.name, outputs.values),
-            "mask_error": self._mask_error().to(outputs.values),
-        }
-        if norm is None:
-            return LayerSource(**facts)
-        if facts["gradient"] is None:
-            raise UndeterminedError("the update holds no gradient of it, and BatchNorm mixes the images")
-        return NormalisedSource(**facts, norm=self._normalisation(norm, facts["bias"], outputs.values))
-
-    def _normalisation(self, norm: Stage, bias: Tensor, like: Tensor) -> Normalisation:
-        """BatchNorm in training mode behind a layer of that bias.
-
-        Raises:
-            UndeterminedError: the update lacks a gradient of it.
-        """
-        module = norm.module
-        gradients = [self.gradients.summed(f"{norm.name}.{kind}", like) for kind in ("weight", "bias")]
-        if not module.affine or None in (None if g is None else 0 for g in gradients):
-            raise UndeterminedError(f"the update holds no gradients of {norm.name}")
-        usual = (bias, torch.ones_like(bias))
-        if module.running_mean is not None:
-            usual = module.running_mean.to(like), (module.running_var.to(like) + module.eps).sqrt()
-        mean = deviation = None
-        if norm.name in self.gradients.moments:
-            mean, variance = (moment.to(like) for moment in self.gradients.moments[norm.name])
-            mean, deviation = mean - bias, (variance.clamp(min=0) + module.eps).sqrt()
-        return Normalisation(
-            module.weight.detach(), module.bias.detach(), module.eps, *gradients, usual[0] - bias, usual[1], mean,
-            deviation,
-        )  # fmt: skip
 
     def _mask_error(self) -> Tensor:
         """(B,) of images that are too weak: with errors e of their inputs, about sqrt(e) of their delta is wrong."""
@@ -418,11 +363,19 @@ class _Walk:
                 if same_mask:  # the mask that these equations have judged is that of the ReLU behind the block
                     flips = solved.sources[0].above.delta.bool() != sources[0].above.delta.bool()
                     branch = replace(branch, flips=flips.view_as(branch.flips))
+                if self._tells_all(branch, chain, block):
+                    return replace(branch, tells_all=True)
             self.inner[stage.name] = solved.u
             way = Way.from_known(solved.outputs)
         if way.norm is not None:
             raise UndeterminedError(MIXES)
         return replace(branch, given=[self._given(way, None, shape)])
+
+    def _tells_all(self, branch: _Branch, chain: Chain, block: _Block) -> bool:
+        """Whether a body's output tells all of the block's input."""
+        if chain is not block.module.body or not skips(block.module) or self.steps is not None:
+            return False
+        return bool(_without(block.above.flipped(branch.flips), branch).sure.all())
 
     def _together(self, block: _Block, index: int, delta: Tensor) -> Together:
         """All that is known of a block, around a layer of its body, with delta at that layer's output."""

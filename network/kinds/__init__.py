@@ -1,11 +1,13 @@
 """One table of all kinds of layers. A new kind is one file in this folder and one line here."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from network.kinds.affine import AFFINE
 from network.kinds.dipping import GELU, SiLU
+from network.kinds.image_norm import ImageNorm, InstanceNorm
 from network.kinds.joining import AmongKind, PartKind
 from network.kinds.kind import Kind, Shape
 from network.kinds.leaky_relu import LeakyReLU
@@ -25,6 +27,8 @@ from network.known_outputs import KnownOutputs, UndeterminedError
 KINDS: Sequence[Kind] = (
     AFFINE,
     Norm(),
+    InstanceNorm(),
+    ImageNorm(),
     ReLU(),
     ReLU6(),
     LeakyReLU(),
@@ -82,4 +86,4 @@ def share_below(module: nn.Module, share: float | None, inputs: Shape, outputs: 
     kind = kind_of(module)
     if share is None or kind.why_not(module, inputs, outputs):
         return None
-    return min(share, kind.known_share)
+    return min(share * min(1.0, math.prod(outputs) / math.prod(inputs)), kind.known_share)

@@ -15,28 +15,34 @@ from network.parametrised import why_no_gradient
 
 
 class Affine(Kind):
-    """Linear and Conv2d. Their inputs are told by equations (`attack.walk.equations`), not by their outputs alone."""
+    """Linear and Conv2d. Their inputs are told by equations (`attack.walk.equations`), not by their outputs alone.
+
+    Each group of a grouped convolution is a layer of its own, on its own channels.
+    """
 
     modules = (nn.Linear, nn.Conv2d)
     is_affine = True
 
     def why_not(self, module: nn.Module, inputs: Shape = (), outputs: Shape = ()) -> str:
-        """Why no equations of this layer are known; empty of a linear layer and a plain convolution."""
+        """Why no equations of this layer are known; empty of a linear layer and a convolution that pads with zeros."""
         if isinstance(module, nn.Linear):
             return "" if len(inputs) < 2 else "a linear layer that is applied to several tokens of an image"
         if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
             return f"{type(module).__name__} is neither a linear layer nor a 2-d convolution"
-        if module.groups != 1:
-            return f"a convolution in {module.groups} groups: only one group can be read"
         if module.padding_mode != "zeros":
             return f"a convolution padded by {module.padding_mode!r}: only zeros can be read"
         if isinstance(module.padding, str):
             return f"a convolution with padding={module.padding!r}: give it in pixels"
         return ""
 
-    def equations(self, module: nn.Module, known_outputs: int) -> int:
-        """Equations for the layer's inputs: a row for each entry of its gradient, and one for each known output."""
-        return known_outputs + (0 if why_no_gradient(module) else module.weight.numel())
+    def equations(self, module: nn.Module, known_outputs: int, inputs: Shape) -> int:
+        """Equations for the layer's inputs: a row for each entry of its gradient, and one for each known output.
+
+        A weight that meets nothing but padding has no row.
+        """
+        if why_no_gradient(module):
+            return known_outputs
+        return known_outputs + module.weight.shape[:2].numel() * LinearMap.of(module, tuple(inputs)).taps
 
     def gives_weight_gradients(self, module: nn.Module) -> bool:
         """Of torch's own layers, grouped convolutions among them, as long as they pad with zeros."""
@@ -56,6 +62,24 @@ class Affine(Kind):
 
 
 AFFINE = Affine()
+
+
+@torch.no_grad()
+def group_of(layer: nn.Conv2d, index: int) -> nn.Conv2d:
+    """One group of a grouped convolution, as a convolution of its own on the group's channels."""
+    how = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    channels = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    alone, rows = nn.Conv2d(*channels, *how, bias=layer.bias is not None), rows_of_group(layer, index)
+    alone = alone.to(layer.weight).requires_grad_(False)
+    for name, parameter in alone.named_parameters():
+        parameter.copy_(getattr(layer, name)[rows])
+    return alone
+
+
+def rows_of_group(layer: nn.Conv2d, index: int) -> slice:
+    """The output channels of a group."""
+    size = layer.out_channels // layer.groups
+    return slice(index * size, (index + 1) * size)
 
 
 @dataclass(frozen=True)
@@ -80,7 +104,8 @@ class Geometry:
         """The geometry of a layer for inputs of this shape.
 
         Raises:
-            ValueError: the layer is neither linear nor a plain 2-d convolution, or does not take such inputs.
+            ValueError: the layer is neither linear nor a plain 2-d convolution of one group, or does not take such
+                inputs.
         """
         shape = tuple(input_shape)
         if isinstance(layer, nn.Linear):
@@ -89,6 +114,8 @@ class Geometry:
             return cls(shape, (layer.out_features,))
         if reason := AFFINE.why_not(layer):
             raise ValueError(reason)
+        if layer.groups != 1:
+            raise ValueError(f"a convolution in {layer.groups} groups: each group cuts its own channels into patches")
         if len(shape) != 3 or shape[0] != layer.in_channels:
             raise ValueError(f"the layer takes inputs of shape ({layer.in_channels}, H, W), not {shape}")
         out = tuple(
@@ -120,6 +147,8 @@ class Geometry:
         """E: inputs (N, *input_shape) -> patches (N, P, c_in k^2)."""
         if not self.convolutional:
             return inputs[:, None, :]
+        if not len(inputs):  # unfold does not take them
+            return inputs.new_zeros(0, self.positions, self.input_shape[0] * math.prod(self.kernel))
         return nn.functional.unfold(inputs, self.kernel, self.dilation, self.padding, self.stride).transpose(1, 2)
 
     def assemble(self, patches: Tensor) -> Tensor:
@@ -162,9 +191,9 @@ class LinearMap:
     """A convolution or linear layer without its bias, and its two adjoints.
 
     Args:
-        weight: (c_out, c_in) or (c_out, c_in, k, k).
+        weight: (c_out, c_in) or (c_out, c_in / groups, k, k).
         input_shape: of one image.
-        stride, padding, dilation: of the convolution.
+        stride, padding, dilation, groups: of the convolution.
     """
 
     weight: Tensor
@@ -172,6 +201,7 @@ class LinearMap:
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
     @classmethod
     def of(cls, module: nn.Linear | nn.Conv2d, input_shape: tuple[int, ...]) -> "LinearMap":
@@ -185,7 +215,7 @@ class LinearMap:
         weight = module.weight.detach()
         if isinstance(module, nn.Linear):
             return cls(weight, input_shape)
-        return cls(weight, input_shape, module.stride, module.padding, module.dilation)
+        return cls(weight, input_shape, module.stride, module.padding, module.dilation, module.groups)
 
     def with_weight(self, weight: Tensor) -> "LinearMap":
         """The same map with another weight."""
@@ -200,8 +230,32 @@ class LinearMap:
         return self.with_weight(self.weight.float())
 
     @property
+    def taps(self) -> int:
+        """How many weights of a kernel meet more than padding; one of a linear layer."""
+        if self.weight.dim() == 2:
+            return 1
+        met = 1
+        for axis, side in enumerate(self.input_shape[1:]):
+            stride, padding, dilation = self.stride[axis], self.padding[axis], self.dilation[axis]
+            kernel = self.weight.shape[2 + axis]
+            last = side + 2 * padding - dilation * (kernel - 1) - 1  # where the last patch may begin
+            begins = range(-padding, last - padding + 1, stride)
+            met *= sum(any(0 <= begin + tap * dilation < side for begin in begins) for tap in range(kernel))
+        return met
+
+    def of_one_channel(self, taps: Tensor) -> "LinearMap":
+        """The map of one input channel, with these weights (n, 1, k, k)."""
+        return replace(self, weight=taps, input_shape=(1, *self.input_shape[1:]), groups=1)
+
+    def patch_sizes(self, u: Tensor) -> Tensor:
+        """|patch|^2 of what each output sees of inputs (B, ...), (B, 1, ...) or (B, c_out, ...)."""
+        of_groups = self.with_weight(torch.ones_like(self.weight[: self.groups])).outputs(u.square())
+        each = 1 if self.groups == 1 else len(self.weight) // self.groups
+        return of_groups.repeat_interleave(each, 1)
+
+    @property
     def _settings(self) -> dict:
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
     def outputs(self, u: Tensor) -> Tensor:
         """W * u, (B, c_out, ...)."""
@@ -214,7 +268,7 @@ class LinearMap:
         weight = self.weight if weight is None else weight
         if weight.dim() == 2:
             return delta @ weight
-        shape = (len(delta), weight.shape[1], *self.input_shape[1:])
+        shape = (len(delta), weight.shape[1] * self.groups, *self.input_shape[1:])
         return nn.grad.conv2d_input(shape, weight, delta, **self._settings)
 
     def weights(self, u: Tensor, delta: Tensor) -> Tensor:
@@ -226,7 +280,8 @@ class LinearMap:
     def shifted(self, delta: Tensor) -> Tensor:
         """M (c_out, k^2, B * H * W): delta at every place where a weight of the kernel meets an input.
 
-        The gradient rows of every input channel are M times that channel, so they share one scaling.
+        The gradient rows of every input channel are M times that channel, of its own group's outputs where there are
+        groups, so all channels of a group share one scaling.
         """
         if self.weight.dim() == 2:
             return delta.T[:, None, :]
@@ -234,6 +289,7 @@ class LinearMap:
         taps = torch.eye(kernel.numel(), dtype=delta.dtype, device=delta.device).view(-1, 1, *kernel)
         single = delta.flatten(0, 1)[:, None]  # (B * c_out, 1, H', W')
         shape = (len(single), 1, height, width)
-        planes = [nn.grad.conv2d_input(shape, tap[None], single, **self._settings) for tap in taps]
+        settings = self._settings | {"groups": 1}
+        planes = [nn.grad.conv2d_input(shape, tap[None], single, **settings) for tap in taps]
         stacked = torch.stack(planes, 1).view(len(delta), delta.shape[1], len(taps), height * width)
         return stacked.permute(1, 2, 0, 3).flatten(2)

@@ -55,6 +55,10 @@ class Kind:
         """Whether the output of an image depends on the other images of the batch."""
         return False
 
+    def normalises_images(self, module: nn.Module, shape: Shape) -> bool:
+        """Whether it takes off mean and scale of each image's groups of channels, given one image's shape."""
+        return False
+
     def why_not(self, module: nn.Module, inputs: Shape, outputs: Shape) -> str:
         """Why known outputs do not tell the inputs, given the shapes of one image's; empty where they do."""
         return f"{type(module).__name__} cannot be inverted"

@@ -7,6 +7,8 @@ import pytest
 from inbox import QUICKLY, inbox
 
 import benchmark
+from bench import audits
+from judge import gallery
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
 
@@ -38,12 +40,43 @@ def test_every_update_has_one_row_and_one_report(tmp_path, capsys):
     assert f"gallery: {out / 'runs' / 'index.html'}" in said.out
     assert "1 of 3 cells failed" in said.err
 
+    assert "3 updates: 2 read in closed form, 1 failed" in said.out
     times = {path: path.stat().st_mtime_ns for path in (out / "cells").iterdir()}
     (folder / "torn.npz").unlink()
     (folder / "client2.npz").write_bytes((folder / "client0.npz").read_bytes())
     rows = audit(folder / "*.npz", out, *QUICKLY)
     assert [row["update"] for row in rows] == ["client0.npz", "client1.npz", "client2.npz"]
     assert [path for path, time in times.items() if path.stat().st_mtime_ns != time] == []  # no update anew
+
+
+def test_the_gallery_is_written_once_in_the_end_also_of_an_interrupted_audit(tmp_path, monkeypatch):
+    folder, out, written = inbox(tmp_path / "inbox", 2), tmp_path / "out", []
+    words = [*QUICKLY, "--signals", "off"]
+    measured, page = audits.measure_audit, gallery.gallery_page
+    monkeypatch.setattr(gallery, "gallery_page", lambda folder: written.append(folder) or page(folder))
+
+    def interrupted(cell, **how):
+        if cell["name"] == "client0":
+            raise KeyboardInterrupt
+        return measured(cell, **how)
+
+    monkeypatch.setattr(audits, "measure_audit", interrupted)
+    assert benchmark.main(["audit", "--updates", str(folder / "*.npz"), "--out", str(out), *words]) == 130
+    assert written == [out / "runs"]
+    assert "client1" in (out / "runs" / "index.html").read_text()
+    monkeypatch.setattr(audits, "measure_audit", measured)
+    assert len(audit(folder / "*.npz", out, *words)) == 2
+    assert written == [out / "runs"] * 2
+    assert "client0" in (out / "runs" / "index.html").read_text()
+
+
+def test_updates_are_in_the_order_of_their_numbers(tmp_path):
+    names = ["client1.npz", "client2.npz", "client10.npz", "day2/client1.npz", "day10/client1.npz"]
+    for name in reversed(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = audits.files_of(f"{tmp_path}/**/*.npz")
+    assert [str(path.relative_to(tmp_path)) for path in found] == names
 
 
 def test_flags_go_to_every_audit(tmp_path):

@@ -252,6 +252,32 @@ def test_guesses_stand_beside_attacks_and_no_table_shows_what_they_are_made_of(t
         assert 10 < float(row["psnr_mean"]) < 14
 
 
+@pytest.mark.long
+def test_an_attack_on_noise_shows_what_its_prior_paints(tmp_path):
+    """It knows model and batch size, and finds none of the labels that the same attack reads off the update."""
+    words = ["--presets", "magia,prior_alone,prior_alone --init uniform", "--batch_sizes", "2", "--seeds", "0"]
+    words += ["--max_evals", "6", "--labels", "unique", "--defence", "clip:1", *FAST]
+    run("grid", *words, "--out", tmp_path)
+    attack, alone, other = table(tmp_path)
+    assert (attack["signals_found"], attack["label_accuracy"]) == ("2", "1.0")
+    assert (alone["signals_found"], alone["label_accuracy"]) == ("0", "0.0")
+    assert float(attack["psnr_mean"]) > float(alone["psnr_mean"])
+    assert float(alone["psnr_mean"]) > float(other["psnr_mean"]) + 1
+
+
+def test_a_network_from_outside_has_cells_as_others_have(tmp_path, capsys):
+    file = tmp_path / "nets.py"
+    file.write_text(
+        "from torch import nn\n\ndef small():\n    return nn.Sequential(nn.Flatten(), nn.Linear(768, 10))\n"
+    )
+    words = ["--presets", "magia", "--batch_sizes", "2", "--seeds", "0", "--max_evals", "2", "--num_classes", "10"]
+    run("grid", *words, "--models", f"{file}:small", "--out", tmp_path / "out", *FAST[:2])
+    assert [row["model"] for row in table(tmp_path / "out")] == ["nets.py:small"]
+    with pytest.raises(SystemExit):
+        run("grid", *words, "--models", "no_such_network", "--out", tmp_path / "out")
+    assert "torchvision:NAME, FILE.py:FACTORY" in capsys.readouterr().err
+
+
 def test_batches_are_disjoint_and_leave_the_images_for_tuning_out():
     for count in (256, 1000, 10_000):
         shown = [parse_indices(batch_indices(batch, size, count)) for size in (1, 8, 64) for batch in range(3)]

@@ -84,6 +84,8 @@ def wait_for(condition, seconds=60):
 def test_cells_are_measured_once_and_read_back_in_order(tmp_path):
     rows = run_cells(logged(tmp_path / "log"), CELLS, [], out=tmp_path)
     assert rows == [{"number": n, "square": n * n} for n in range(6)]
+    nobody = "tcp://127.0.0.1:1"  # where nothing is left to be measured, nobody is asked
+    assert run_cells(logged(tmp_path / "log"), CELLS, [], out=tmp_path, scheduler=nobody) == rows
     (tmp_path / "cells" / f"{cell_name(CELLS[2], [])}.json").unlink()
     assert run_cells(logged(tmp_path / "log"), CELLS, [], out=tmp_path) == rows
     assert (tmp_path / "log").read_text().split() == ["5", "4", "3", "2", "1", "0", "2"]

@@ -1,6 +1,6 @@
 """Rows of several local steps are measured singly, and kept in the order of their table."""
 
-from bench import local_training, remeasure
+from bench import planned, remeasure
 from bench.local_training import TABLES, main
 from bench.results_page import read_rows
 
@@ -9,7 +9,7 @@ ORIGIN = {"commit": "c3", "date": "2026-03-03 10:00"}
 
 
 def test_rows_are_measured_singly_and_kept_in_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_training, "measure", lambda *_: FIGURES)
+    monkeypatch.setattr(planned, "measure", lambda *_: FIGURES)
     monkeypatch.setattr(remeasure, "program", lambda: ORIGIN)
     words = ["--folder", str(tmp_path), "--machine", "a core", "--rows"]
     for name in ("5 steps at rate 0.001", "1 step at rate 0.001"):

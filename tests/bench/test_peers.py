@@ -16,6 +16,7 @@ from network.parameters import freeze, named_by
 from network.vision import torchvision
 from network.zoo import build_model
 from update.batchnorm import batchnorms
+from update.loss import Loss
 from update.optimiser import LocalOptimiser
 from update.training import LocalTraining
 
@@ -91,6 +92,41 @@ def test_steps_that_a_peer_does_not_know_are_refused(name, training, words):
     update = share_update(model, "lenet", batch.images, batch.labels, 10, training=training)
     with pytest.raises(ValueError, match=words):
         breaching_attack(name, update, model, batch.labels, max_evals=2, seed=0)
+
+
+def test_a_peer_is_told_of_momentum_smoothing_and_the_order_that_was_drawn(monkeypatch):
+    """Momentum as steps of plain SGD that go as far, the labels of each step, and the client's own loss."""
+    told = {}
+
+    def attacker(model, loss, config, place):
+        told["loss"] = loss
+        return Told()
+
+    class Told:
+        def reconstruct(self, payload, shared, secrets):
+            told.update(shared[0]["metadata"]["local_hyperparams"])
+            return [{"data": torch.zeros(4, 3, 16, 16), "labels": torch.zeros(4).long()}, {}]
+
+    import breaching
+
+    monkeypatch.setattr(breaching.attacks, "prepare_attack", attacker)
+    generator = torch.Generator().manual_seed(0)
+    model = build_model("lenet", image_shape=(3, 16, 16), num_classes=10, generator=generator)
+    rules = {"optimiser": LocalOptimiser(momentum=0.5), "loss": Loss(smoothing=0.1), "shuffle": True}
+    training = LocalTraining(2, 2, 0.1, **rules, order=((3, 0), (2, 1)))
+    images, labels = torch.rand(4, 3, 16, 16, generator=generator), torch.tensor([1, 5, 7, 2])
+    update = share_update(model, "lenet", images, labels, 10, training=training)
+    breaching_attack("invertinggradients", update, model, labels, max_evals=2, seed=0)
+    assert [part.tolist() for part in told["labels"]] == [[1, 2], [5, 7]]
+    assert told["lr"] == pytest.approx(0.1 * (1.5 + 1) / 2)
+    assert told["loss"].label_smoothing == 0.1
+
+
+def test_a_loss_that_a_peer_does_not_know_is_refused():
+    _, model, batch = case()
+    update = share_update(model, "lenet", batch.images, batch.labels, 10, training=LocalTraining(loss=Loss("mse")))
+    with pytest.raises(ValueError, match="cross-entropy"):
+        breaching_attack("modern", update, model, batch.labels, max_evals=2, seed=0)
 
 
 def test_a_peer_works_on_images_normalised_as_its_attacks_expect():

@@ -23,7 +23,7 @@ def test_the_command_leaves_its_tables(tmp_path, capsys):
     words = ["speed", "--out", tmp_path, "--batch_sizes", 2, "--course", 2, "--reading", 2, "--max_evals", 12]
     assert benchmark.main([*map(str, words), "--device", "cpu", *FAST]) == 0
     rows = table(tmp_path / "speed.csv")
-    names = ["batch_size", "device", "variant", "ms_per_evaluation", "ratio_to_published", "peak_mib"]
+    names = ["network", "batch_size", "device", "variant", "ms_per_evaluation", "ratio_to_published", "peak_mib"]
     assert list(rows[0]) == names
     assert [row["variant"] for row in rows] == ["published", "loop", "forward", "activations"]
     assert float(rows[0]["ratio_to_published"]) == 1
@@ -38,6 +38,18 @@ def test_the_command_leaves_its_tables(tmp_path, capsys):
     stages = {row["stage"]: float(row["B=2"]) for row in table(tmp_path / "stages.csv")}
     assert stages["whole"] >= stages["unmixing"] > 0
     assert capsys.readouterr().out == (tmp_path / "speed.md").read_text()
+
+
+@pytest.mark.long
+def test_evaluations_alone_of_several_networks(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "TURNS", 1)
+    monkeypatch.setattr(speed, "FULL", 1)
+    words = ["--batch_sizes", "2", "--device", "cpu", "--evaluations_only", "--models", "lenet,mlp --depth 1", *FAST]
+    assert benchmark.main(["speed", "--out", str(tmp_path), *words]) == 0
+    limits = table(tmp_path / "limits.csv")
+    assert [row["network"] for row in limits] == ["lenet"] * 4 + ["mlp depth 1"] * 4
+    assert all(0 < float(row["share_of_limit"]) < 1 for row in limits)
+    assert "Whole attacks" not in (tmp_path / "speed.md").read_text()
 
 
 @pytest.mark.long
@@ -75,7 +87,7 @@ def test_what_is_timed_has_as_many_threads_as_a_run(monkeypatch):
 
     for name in ("arithmetic", "attacked", "read_layers"):  # of an evaluation, an attack and a reading
         note(name)
-    monkeypatch.setattr(speed, "TURNS", speed.WARM)
+    monkeypatch.setattr(speed, "TURNS", speed.LEAST)
     torch.set_num_threads(2)
     speed.evaluations(2, FAST)
     speed.course("loop", 2, FAST, 4)

@@ -106,7 +106,8 @@ def test_networks_and_batch_sizes_have_plots_of_their_own(tmp_path):
 
 def test_the_figure_of_the_decision_has_a_line_for_each_defence(tmp_path):
     rows = [
-        {"network": network, "update": update, "attack": attack, "identification": "0.50"}
+        {"network": network, "update": update, "attack": attack}
+        | {"identification": "0.50", "told_apart": "2", "batch_size": "4"}
         for network in ("lenet", "mlp")
         for update in ("none", "int8", "sign")
         for attack in STYLES

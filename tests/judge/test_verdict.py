@@ -1,5 +1,7 @@
 """Verdicts: each from figures that a run can have, and thresholds that chance does not reach."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ROOT, generator
@@ -7,6 +9,7 @@ from torch.nn.functional import interpolate
 
 from data import load_batch, open_source
 from judge.metrics import assign, guess_psnr, guessed_label_accuracy, label_accuracy, psnr_matrix, ssim
+from judge.recorder import in_words
 from judge.verdict import (
     BY_CHANCE,
     CERTAIN,
@@ -195,3 +198,9 @@ def test_images_read_in_part_are_certified_by_themselves_and_not_by_a_whole_repl
     assert "make the update" not in said
     whole = " ".join(of(["apart"] * 2, signals_found=2, **facts)["meaning"])
     assert "make the update: that is the certificate" in whole
+
+
+@pytest.mark.parametrize(("confidence", "words"), [(0.999, "certain"), (0.9985, "99 % sure"), (0.29, "29 % sure")])
+def test_a_caption_calls_certain_what_the_verdict_does_and_nothing_else_wholly_sure(confidence, words):
+    signals = SimpleNamespace(confidence=torch.tensor([confidence]).double(), error=torch.tensor([1e-3]))
+    assert in_words(signals, 0) == [f"signal {words}", "±1e-3"]

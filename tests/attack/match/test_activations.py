@@ -8,7 +8,7 @@ from passes import sample_images
 from torch import nn
 
 import main_MAGIA_sel as magia
-from attack.match.activations import ForwardLoss, ForwardMatching, course_for, says_enough
+from attack.match.activations import ForwardLoss, ForwardMatching, SumOfSquares, course_for, says_enough
 from attack.match.entries import observed
 from attack.match.phases import GAIN, POOLED, Course, Phase, phases_for
 from attack.match.softening import softened
@@ -42,6 +42,13 @@ def scene(name, start, count=2, uses_gradients=None):
         inputs = run(chain[:index], data.images)
     loss = ForwardLoss(chain, (3, 16, 16), index, inputs, data.labels, update.gradients, uses_gradients=uses_gradients)
     return data.images, loss
+
+
+def test_a_sum_of_squares_can_be_differentiated_twice():
+    x = torch.rand(2, 3, dtype=torch.float64, generator=generator()).requires_grad_()
+    assert SumOfSquares.apply(x).item() == pytest.approx(float((x.detach() ** 2).sum()))
+    assert torch.autograd.gradcheck(SumOfSquares.apply, x)
+    assert torch.autograd.gradgradcheck(SumOfSquares.apply, x)
 
 
 def psnr(a, b):

@@ -6,6 +6,7 @@ from batchnorm import drawn, smooth
 from conftest import generator
 from torch import nn
 from torch.nn import functional
+from waits import waits_of
 
 from attack.match.activations import ForwardLoss
 from attack.match.maxima import Maxima
@@ -50,6 +51,12 @@ def test_the_truth_has_no_loss_and_others_have(mode):
     assert float(maxima(shifted, ASSIGNED[-1].width)[1].detach()) > 10 * gradient
     # with a width of the outputs' own size all entries share delta alike, and the gradient is another
     assert float(maxima(images, 10.0)[1].detach()) > 10 * gradient
+
+
+def test_nothing_in_it_waits_for_the_device():
+    images, chain, facts, moments = scene("train_private")
+    maxima = Maxima.of(chain, *facts, 1e-6, moments)
+    assert waits_of(lambda: maxima(images, 0.1)) == []
 
 
 @pytest.mark.parametrize(

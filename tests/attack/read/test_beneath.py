@@ -8,6 +8,7 @@ from attack.read.forecast import explain
 from attack.read.reader import read_layers
 from client.victim import share_update
 from data import load_batch, open_source
+from judge.layers import relative_errors
 from network.stage import run
 from network.tracing import stages
 from update.batchnorm import use_batch_statistics
@@ -32,10 +33,10 @@ class Bottleneck(nn.Module):
 class Bottlenecks(nn.Module):
     """A stem of stride 4, one or two bottlenecks at 4x4 places, and a mean over these places before the head."""
 
-    def __init__(self, blocks=1, **block):
+    def __init__(self, blocks=1, inner=96, **block):
         super().__init__()
         self.stem = nn.Conv2d(3, 128, 4, stride=4)
-        self.layers = nn.Sequential(*[Bottleneck(128, 96, **block) for _ in range(blocks)])
+        self.layers = nn.Sequential(*[Bottleneck(128, inner, **block) for _ in range(blocks)])
         self.fc = nn.Linear(128, 10)
 
     def forward(self, x):
@@ -69,9 +70,12 @@ def explained(net, count):
     return {row["layer"]: row for row in explain(stages(net), (3, 16, 16), count)}
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-def test_a_bottleneck_gives_its_input_and_labels_away(blocks):
-    net = calibrated(Bottlenecks(blocks))
+@pytest.mark.parametrize(
+    "how", [{"blocks": 1}, {"blocks": 2}, {"inner": 192, "groups": 2}], ids=["one", "two", "in groups"]
+)
+def test_a_bottleneck_gives_its_input_and_labels_away(how):
+    net = calibrated(Bottlenecks(**how))
+    assert explained(net, 2)["layers.0.conv2"]["known"]
     batch, reading = read(net, 2)
     assert len(reading) == 2
     rows = {row["layer"]: row for row in reading.layers}
@@ -83,6 +87,7 @@ def test_a_bottleneck_gives_its_input_and_labels_away(blocks):
     assert sorted(which.tolist()) == [0, 1]
     assert errors.max() < 1e-3
     assert torch.equal(reading.signals.labels, batch.labels[which])
+    assert relative_errors(reading.recovered, net.float(), batch.images)["layers.0.conv2"] < 1e-3
 
 
 def test_what_the_reading_enters_is_forecast():

@@ -132,6 +132,8 @@ class Scripted:
     tries_noise = True
     least = 0.0
 
+    room = 1.0
+
     def __init__(self, residual, noise, error, is_linear):
         self.residual, self.is_linear, self._noise, self._error = residual, is_linear, noise, error
 

@@ -21,7 +21,7 @@ from attack.walk.sources import LayerSource
 from attack.walk.walk import BatchGradients, descend
 from client.victim import share_update
 from network.chain import index_of
-from network.kinds.affine import LinearMap
+from network.kinds.affine import Geometry, LinearMap
 from network.known_outputs import KnownOutputs
 from network.stage import run
 from network.tracing import stages
@@ -41,6 +41,8 @@ CONVOLUTIONS = [
     {"kernel_size": 5, "padding": 2, "stride": 2},
     {"kernel_size": 1, "stride": 2},
     {"kernel_size": 3, "padding": 2, "dilation": 2},
+    {"kernel_size": 3, "padding": 1, "groups": 2},
+    {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 2},
 ]
 
 
@@ -143,9 +145,9 @@ def test_the_solver_says_why_it_stopped():
         cgls(Matrix(matrix), target, torch.zeros_like(x), iterations=2, budget=WorkBudget(deadline=0))
 
 
-def test_grouped_convolutions_are_refused():
+def test_a_grouped_layer_is_not_taken_for_one_matrix_of_patches():
     with pytest.raises(ValueError, match="groups"):
-        LinearMap.of(nn.Conv2d(4, 4, 3, groups=2), (4, 8, 8))
+        Geometry.of(nn.Conv2d(4, 4, 3, groups=2), (4, 8, 8))
 
 
 def test_noise_is_read_below_zero():
