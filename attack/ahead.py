@@ -108,11 +108,11 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     known = _read_ahead(update, model, means, generator, clock)
     if not means.reads or not update.training.is_gradient or known.pixels is not None:
         return known
-    tokens = read_tokens(update, model, clock, generator)
+    tokens = read_tokens(update, model, clock, generator, known.features, known.likely)
     told = {row["layer"] for row in tokens.rows}
     layers = [*tokens.rows, *(row for row in known.layers if row["layer"] not in told)]
     facts = {"seconds": known.seconds + tokens.seconds, "is_aborted": known.is_aborted or tokens.is_aborted}
-    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, **facts)
+    return replace(known, layers=layers, likely=tokens.likely, recovered={**known.recovered, **tokens.found}, **facts)
 
 
 def _read_ahead(

@@ -60,6 +60,20 @@ class Perceptron:
             (inputs,) = inputs_until([model.get_submodule(self.first)], lambda: model(images))
         return inputs.flatten(1, -2)
 
+    def around_norm(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs of the LayerNorm in front, and the tokens that it makes of them, both (B, N, D)."""
+        layers = [model.get_submodule(name) for name in (self.behind, self.first)]
+        with twice_differentiable():
+            before, tokens = inputs_until(layers, lambda: model(images))
+        return before.flatten(1, -2), tokens.flatten(1, -2)
+
+
+def slope(activation: nn.Module, values: Tensor) -> Tensor:
+    """phi' at these values."""
+    with torch.enable_grad():
+        leaf = values.detach().clone().requires_grad_()
+        return torch.autograd.grad(activation(leaf).sum(), leaf)[0]
+
 
 def perceptrons(model: nn.Module, image_shape: Sequence[int]) -> list[Perceptron]:
     """All of a model in eval mode, in the order in which they are run; none where the model runs no such thing."""

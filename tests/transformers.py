@@ -97,6 +97,11 @@ def wide():
     return model
 
 
+def roomy():
+    """Has more channels than the tokens of two images, and positions that are learned."""
+    return Encoded(width=64, has_class_token=False)
+
+
 def with_spare_places():
     """Uses a part of its positions."""
     return Encoded(places=PATCHES + 4)

@@ -21,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from attack.match.entries import told_by
+from attack.read.from_tokens import TooFewTokensError, images_of_tokens
 from attack.read.layer_rows import COLUMNS
 from attack.read.reader import OUT_OF_TIME
 from attack.read.token_span import TokenSpan
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.levenberg import DampingRule, LevenbergSolution, levenberg
+from network.embedding import patch_embedding
 from network.parametrised import with_weights
-from network.perceptrons import Perceptron, lowest, perceptrons
+from network.perceptrons import Perceptron, lowest, perceptrons, slope
 from update.shared import SharedUpdate
 
 LAYERNORM = 0.3  # weight of the LayerNorm's two equations, times sqrt(D)
@@ -43,8 +45,11 @@ SAME = 0.02  # relative distance of two solutions that are one token
 FITTING = 3.0  # root mean square of the equations at a token, in units of their noise, at most
 AGREEING = 0.1  # by which the two weights of a token may differ, relative to either
 SURE = 1e-2  # expected relative error of a token that is believed
-TOLD = "tokens told apart, of no image or position"  # in a layer's note
+TOLD = "tokens told apart"  # in a layer's note
+UNPLACED, PLACED = "of no image or position", "each at its position; images are made of them"
+ENTRIES = 5e7  # numbers that the expectations of all tokens take, at most
 WORK = 4e11  # multiplications of all searches: a minute of a core, about
+PLACING = 2e12  # the same of a search with positions and images
 
 
 class TokenEquations:
@@ -127,13 +132,6 @@ class TokenEquations:
         own = self.inner.functional(first @ v) @ token
         other = self.outer.functional(second @ v) @ self.place.activation(z)
         return first @ v / own, float(own / other)
-
-
-def slope(activation: nn.Module, values: Tensor) -> Tensor:
-    """phi' at these values."""
-    with torch.enable_grad():
-        leaf = values.detach().clone().requires_grad_()
-        return torch.autograd.grad(activation(leaf).sum(), leaf)[0]
 
 
 @dataclass(frozen=True)
@@ -245,17 +243,26 @@ class TokenReading:
     Attributes:
         rows: of `layer_rows.COLUMNS`, one a perceptron.
         found: the tokens (n, D) float64 by the name of the first layer.
+        likely: (B, C, H, W) images that the tokens make, in the order of their features; None where they make none.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it.
     """
 
     rows: list[dict]
     found: dict[str, Tensor]
+    likely: Tensor | None = None
     seconds: float = 0.0
     is_aborted: bool = False
 
 
-def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, generator: torch.Generator) -> TokenReading:
+def read_tokens(
+    update: SharedUpdate,
+    model: nn.Module,
+    budget: WorkBudget,
+    generator: torch.Generator,
+    features: Tensor | None = None,
+    likely: Tensor | None = None,
+) -> TokenReading:
     """Single tokens, from the update of one step and the model alone.
 
     Args:
@@ -263,46 +270,99 @@ def read_tokens(update: SharedUpdate, model: nn.Module, budget: WorkBudget, gene
         model: that it was computed on.
         budget: whose clock ends the reading; its work is not asked.
         generator: what starts are drawn from (on the CPU).
+        features: (B, d) of all images, where they are known: tokens are then sought with their images and positions.
+        likely: (B, C, H, W) images that are likely already: none are then made of tokens.
     """
     began = time.perf_counter()
     gradients = with_weights(update.gradients, model)
     if not told_by(tuple(update.gradients.values()), update).is_whole:  # entries that are gone leave no space as it was
-        return TokenReading([], {})
+        return TokenReading([], {}, likely)
     places = [each for each in lowest(perceptrons(model, update.image_shape)) if not each.why_not(update.batch_size)]
     places = [each for each in places if {f"{each.first}.weight", f"{each.second}.weight"} <= set(gradients)]
     if not places:
-        return TokenReading([], {})
+        return TokenReading([], {}, likely)
     exact = copy.deepcopy(model).double().requires_grad_(False)
+    reader = _Reader(update, model, exact, gradients, generator, features, likely, budget)
     rows: list[dict] = []
     found: dict[str, Tensor] = {}
-    work = WorkBudget(WORK, deadline=budget.deadline, tick=budget.tick)
     for place in reversed(places):  # the highest have the fewest tokens
-        since, told = time.perf_counter(), None
-        exactly = place.within(exact)
+        since = time.perf_counter()
         row = _row(place, update.batch_size)
         try:
-            told, spans = _told_apart(exactly, gradients, update.batch_size, work, generator)
-            note = f"{len(told.values)} of {told.expected} {TOLD}" + (
-                ", then no work was left" if work.is_spent else ""
-            )
-            row |= _facts(told, spans)
+            values, facts = reader.read(place.within(exact), is_lowest=place is places[0])
+            row |= facts
+            if len(values):
+                found[place.first] = values
         except OutOfTimeError:
-            note = OUT_OF_TIME
+            row["note"] = OUT_OF_TIME
         except (ValueError, RuntimeError, ArithmeticError) as error:  # no layer's failure ends a reading
-            note = str(error).partition("\n")[0]
-        if told is not None and len(told.values):
-            found[place.first] = told.values
-        rows.insert(0, row | {"note": note, "seconds": time.perf_counter() - since})
-    return TokenReading(rows, found, time.perf_counter() - began, budget.is_out_of_time)
+            row["note"] = str(error).partition("\n")[0]
+        rows.insert(0, row | {"seconds": time.perf_counter() - since})
+    return TokenReading(rows, found, reader.likely, time.perf_counter() - began, budget.is_out_of_time)
+
+
+class _Reader:
+    """Reads one perceptron after the other. `likely` are the images that tokens make, once there are any."""
+
+    def __init__(
+        self,
+        update: SharedUpdate,
+        model: nn.Module,
+        exact: nn.Module,
+        gradients: Mapping[str, Tensor],
+        generator: torch.Generator,
+        features: Tensor | None,
+        likely: Tensor | None,
+        budget: WorkBudget,
+    ) -> None:
+        self.update, self.model, self.exact, self.gradients = update, model, exact, gradients
+        self.generator, self.budget = generator, budget
+        self.features = features if features is not None and len(features) == update.batch_size else None
+        self.work = WorkBudget(WORK, deadline=budget.deadline, tick=budget.tick)
+        self.likely = likely
+
+    def read(self, place: Perceptron, *, is_lowest: bool) -> tuple[Tensor, dict]:
+        """The tokens (n, D) of a perceptron, and what layers.csv says of them.
+
+        Raises:
+            ValueError: they are not told apart; the message says why.
+        """
+        if is_lowest and (placed := self._placed(place)) is not None:
+            return placed
+        told, spans = _told_apart(place, self.gradients, self.update.batch_size, self.work, self.generator)
+        note = f"{len(told.values)} of {told.expected} {TOLD}, {UNPLACED}"
+        note += ", then no work was left" if self.work.is_spent else ""
+        return told.values, _facts(told, spans) | {"note": note}
+
+    def _placed(self, place: Perceptron) -> tuple[Tensor, dict] | None:
+        """The same with positions and images, which become `likely`; None where these are not found."""
+        count = self.update.batch_size * place.tokens
+        if self.features is None or self.likely is not None or count * place.width**2 > ENTRIES:
+            return None
+        embedding = patch_embedding(self.model, self.update.image_shape)
+        if embedding is None:
+            return None
+        spans = _spans(place, self.gradients, count)
+        work = WorkBudget(PLACING, deadline=self.budget.deadline, tick=self.budget.tick)
+        known = (spans, embedding, self.update.image_shape, self.features)
+        try:
+            self.likely, tokens, fits = images_of_tokens(self.exact, place, *known, work, self.generator)
+        except TooFewTokensError:
+            return None
+        facts = {"rank": count, "gap": spans[0].gap, "residual": float(fits.max().sqrt())}
+        return tokens, facts | {"note": f"{len(tokens)} of {count} {TOLD}, {PLACED}"}
 
 
 def _told_apart(
     place: Perceptron, gradients: Mapping[str, Tensor], batch_size: int, work: WorkBudget, generator: torch.Generator
 ) -> tuple[Tokens, list[TokenSpan]]:
     """The tokens of one perceptron, and the spans of its gradients."""
-    rank = batch_size * place.tokens
-    spans = [TokenSpan.of(gradients[f"{name}.weight"], rank) for name in (place.first, place.second)]
+    spans = _spans(place, gradients, batch_size * place.tokens)
     return _Peel(TokenEquations(place, *spans), work, generator).run(), spans
+
+
+def _spans(place: Perceptron, gradients: Mapping[str, Tensor], rank: int) -> list[TokenSpan]:
+    return [TokenSpan.of(gradients[f"{name}.weight"], rank) for name in (place.first, place.second)]
 
 
 def _facts(told: Tokens, spans: Sequence[TokenSpan]) -> dict:

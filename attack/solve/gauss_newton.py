@@ -167,6 +167,9 @@ def gauss_newton(
     budget: WorkBudget,
     enough: float = math.inf,
     forcing: float = 0.0,
+    inner: int = INNER,
+    last: int = LAST,
+    steps: int = STEPS,
 ) -> Solution:
     """Minimise |r(x)| from `start`; the iterations are those of CGLS.
 
@@ -176,17 +179,19 @@ def gauss_newton(
 
     With `forcing`, a step's system is solved down to that times the relative residual, between COARSE and ROUNDED, and
     no further (Eisenstat, Walker 1996): a well scaled system then takes tens of iterations a step, not hundreds.
+
+    A step has `inner` iterations, and `last` once the residual has settled; at most `steps` are made.
     """
     x = equations.held(start)
     residual = equations.residual(x)
     lengths, spent, stopped = [float(residual.norm())], 0, "iterations"
-    inner, since = INNER, 0  # iterations of a step, and the steps that were made with fewer
-    for taken in range(STEPS):
+    since = 0  # the steps that were made with fewer iterations than now
+    for taken in range(steps):
         if taken - since >= LOOK_BACK and lengths[-1] > UNSETTLED * lengths[-1 - LOOK_BACK]:
-            if inner == LAST or lengths[-1] > enough * equations.size:
+            if inner == last or lengths[-1] > enough * equations.size:
                 stopped = "settled"
                 break
-            inner, since = LAST, taken
+            inner, since = last, taken
         left = lengths[-1] / equations.size
         tolerance = max(ROUNDED, min(COARSE, forcing * left)) if forcing else EXACT
         step = _step(equations, x, residual, inner, tolerance, budget)

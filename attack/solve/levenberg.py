@@ -72,6 +72,8 @@ class DampingRule:
         refusals: in a row, after which |f|^2 is taken to be least; None: as many as the damping allows.
         patience: slow steps in a row that end it.
         counts_refusals: whether a refused step counts as an iteration.
+        is_scaled: whether each unknown is damped in units of its own entry of the diagonal, for unknowns that have no
+            common unit (Marquardt 1963).
     """
 
     first: float = 1e-3
@@ -82,6 +84,7 @@ class DampingRule:
     refusals: int | None = 12
     patience: int = 6
     counts_refusals: bool = False
+    is_scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,9 @@ def levenberg(
         if not len(which):
             break
         budget.check()
-        shift = damping[which] * normal[which].diagonal(dim1=1, dim2=2).contiguous().mean(1)  # (n,)
+        diagonal = normal[which].diagonal(dim1=1, dim2=2).contiguous()
+        units = diagonal if rule.is_scaled else diagonal.mean(1, keepdim=True)
+        shift = damping[which][:, None] * units  # (n, 1) or (n, d)
         factor, step = _damped_step(normal[which], gradient[which], shift)
         trial, is_straight = x[which] + step, torch.ones_like(which, dtype=torch.bool)
         if accelerated:
@@ -136,7 +141,7 @@ def levenberg(
         taken[worse] += int(rule.counts_refusals)
         if not len(which):
             continue
-        expected = shift[better] * step[better].square().sum(1) - (step[better] * gradient[which]).sum(1)
+        expected = _damped_square(step[better], shift[better]) - (step[better] * gradient[which]).sum(1)
         x[which] = trial[better]
         cost[which], normal[which], gradient[which] = problems.linearised(x[which], which)
         damping[which] = (damping[which] * _factor(rule, (before - cost[which]) / expected)).clamp(min=rule.least)
@@ -148,10 +153,16 @@ def levenberg(
 def _damped_step(normal: Tensor, gradient: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Cholesky factor of J^T J + shift and -(J^T J + shift)^-1 J^T f, (n, d); no step where that is singular."""
     damped = normal.clone()
-    damped.diagonal(dim1=1, dim2=2).add_(shift[:, None])
+    damped.diagonal(dim1=1, dim2=2).add_(shift)
     factor, failed = torch.linalg.cholesky_ex(damped)
     step = -torch.cholesky_solve(gradient[..., None], factor)[..., 0]
     return factor, torch.where((failed == 0)[:, None], step, 0.0).nan_to_num(0.0)
+
+
+def _damped_square(step: Tensor, shift: Tensor) -> Tensor:
+    """step^T diag(shift) step (n,) of shifts (n, 1) or (n, d)."""
+    square = step.square()
+    return (square * shift).sum(1) if shift.shape[1] > 1 else shift[:, 0] * square.sum(1)
 
 
 def _bent(problems: Problems, x: Tensor, step: Tensor, factor: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,11 @@ import torch
 import transformers
 
 from attack.read.forecast import explain
-from attack.read.tokens import TOLD, read_tokens
+from attack.read.tokens import PLACED, TOLD, UNPLACED, read_tokens
 from attack.solve.budget import WorkBudget, unlimited
 from client.victim import share_update
 from data import load_batch, open_source
+from network.head import features_of
 from network.perceptrons import lowest, perceptrons
 from network.tracing import stages
 from network.zoo import build_model
@@ -29,8 +30,8 @@ def generator(seed=0):
 class Client:
     """A transformer with room for the tokens of two images, and what a client sends."""
 
-    def __init__(self, count=2, **how):
-        model = f"{FILE}:wide"
+    def __init__(self, count=2, name="wide", **how):
+        model = f"{FILE}:{name}"
         self.net = build_model(model, image_shape=SHAPE, num_classes=10, generator=generator(1))
         draw = {"num_classes": 10, "generator": generator(), "image_size": 16}
         self.batch = load_batch(open_source("sample", None), range(5, 5 + count), labels="dataset", **draw)
@@ -45,6 +46,17 @@ class Client:
         return distances.min(1)
 
 
+@pytest.mark.long
+def test_two_images_are_put_together_of_their_tokens_in_the_order_of_their_features():
+    client = Client(name="roomy")
+    features = features_of(client.net, client.batch.images).detach()
+    reading = read_tokens(client.update, client.net, unlimited(), generator(3), features)
+    (row,) = reading.rows
+    assert row["note"] == f"32 of 32 {TOLD}, {PLACED}"
+    assert client.errors(reading.found[FIRST])[0].max() < 1e-2
+    assert (reading.likely - client.batch.images).square().mean((1, 2, 3)).max() < 1e-4  # 40 dB
+
+
 def read(update, net, **budget):
     return read_tokens(update, net, WorkBudget(**budget) if budget else unlimited(), generator(3))
 
@@ -57,7 +69,7 @@ def test_tokens_are_found_one_by_one_and_each_is_one_of_the_batch():
     assert errors.max() < 1e-2
     (row,) = reading.rows
     assert errors.max() < 5 * row["uncertainty"]
-    assert row["note"] == f"{len(which)} of 32 {TOLD}"
+    assert row["note"] == f"{len(which)} of 32 {TOLD}, {UNPLACED}"
     assert row["residual"] < 3
 
 

@@ -54,3 +54,26 @@ def test_what_is_good_enough_is_left_alone():
     found = levenberg(Valleys(), start, DampingRule(), iterations=200, budget=unlimited(), enough=2.0)
     assert torch.equal(found.x[0], start[0])
     assert found.cost[1] <= 2
+
+
+class Uneven:
+    """f = (x - 1, 1e-5 (y - 1)): unknowns without a common unit."""
+
+    slopes = torch.tensor([1.0, 1e-5], dtype=torch.float64)
+
+    def cost(self, x, which):
+        return (self.slopes * (x - 1)).square().sum(1)
+
+    def linearised(self, x, which):
+        f = self.slopes * (x - 1)
+        normal = torch.diag(self.slopes.square()).expand(len(x), 2, 2)
+        return f.square().sum(1), normal, self.slopes * f
+
+
+@pytest.mark.parametrize("is_scaled", [False, True])
+def test_unknowns_in_units_of_their_own_are_damped_alike(is_scaled):
+    start = torch.zeros(1, 2, dtype=torch.float64)
+    rule = DampingRule(accepted=0.5, is_scaled=is_scaled)
+    x = levenberg(Uneven(), start, rule, iterations=3, budget=unlimited()).x[0]
+    assert abs(float(x[0]) - 1) < 1e-4
+    assert (abs(float(x[1]) - 1) < 1e-4) == is_scaled
