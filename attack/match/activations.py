@@ -18,7 +18,9 @@ and hardened as the prior's weight falls. The stages below the known layer choos
 Gradients are added only where they are needed and right. They are needed where not many more activations are known than
 there are pixels. They are right where no max-pool lies below: the gradient that delta gives through a soft maximum is
 far from the client's (ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the stem's gradient, 35.1 without). There the
-pool's windows are matched in the end, and delta takes the way of the entries that may be the largest (`maxima`).
+pool's windows are matched in the end, and delta takes the way of the entries that may be the largest (`maxima`). Where
+images were used in several passes these windows cannot be matched, and gradients that are not quite right are better
+than none (the trained ResNet-18 from its `layer3.1`, four images in two passes: 20.7 dB with them, 18.5 without).
 """
 
 import math
@@ -182,7 +184,8 @@ class ForwardLoss:
             self.delta = self.delta * self.active
         if uses_gradients is None:
             pixels = len(set(uses) or inputs) * math.prod(image_shape)
-            uses_gradients = not is_pooled(self.chain) and int(self.active.sum()) < PLENTY * pixels
+            is_right = not is_pooled(self.chain) or bool(uses)
+            uses_gradients = is_right and int(self.active.sum()) < PLENTY * pixels
         matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]

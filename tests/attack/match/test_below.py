@@ -1,6 +1,7 @@
 import pytest
 import torch
 from passes import OnePass
+from torch import nn
 
 from attack.local.closed_system import ClosedSystem
 from attack.match.activations import ForwardLoss
@@ -52,3 +53,14 @@ def test_the_loss_is_differentiated_through_the_weights_of_later_steps():
     step = 1e-6
     ahead, behind = (float(sum(loss(images.detach() + side * step * way)).detach()) for side in (1, -1))
     assert float((slope * way).sum()) == pytest.approx((ahead - behind) / (2 * step), rel=1e-4)
+
+
+def test_behind_a_max_pool_the_update_is_matched_where_images_were_used_in_several_passes():
+    pooled = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(8), nn.Flatten(), nn.Linear(16, 10)]
+    scene = OnePass(nn.Sequential(*pooled), 4, 2, 0.1)
+    chain, start = stages(scene.net), 3
+    inputs = scene.truth(start)
+    what = (chain, scene.update.image_shape, start, inputs.float(), scene.batch.labels, scene.update.gradients)
+    below = in_steps(scene, start, inputs)
+    assert not ForwardLoss(*what, below=below).weights
+    assert ForwardLoss(*what, below=below, uses=(0, 1, 0, 1)).weights
