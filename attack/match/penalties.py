@@ -12,6 +12,11 @@ from network.stage import Chain, run
 from update.batchnorm import batchnorms
 
 EPS = 1e-5  # that BatchNorm adds to a variance
+
+# Expected errors up to which features that were read are close enough: the gradient they were read from is matched too,
+# and knows no less. LeNet, B=4, activations in bfloat16, 300 evaluations: 20.4 dB with 1, 25.4 with 3, 30.3 with 6, and
+# 30.0 without features. With noise of 1e-3 and 1e-4, B=8, all are within 0.3 dB.
+CLOSE_ENOUGH = 6.0
 FEATURE_DISTANCES = ("l2", "relative", "cosine")
 
 
@@ -36,8 +41,8 @@ class FeatureLoss:
     """How far the features of the leading images are from the known features h_i (N, d), as a mean over the batch.
 
     l2 takes |phi(x_i) - h_i|^2, relative divides that by |h_i|^2, cosine takes 1 - cos (Kariyappa et al. 2023). Read
-    features have expected relative `errors` (N,). From l2 and relative the square of the expected error is subtracted,
-    down to zero: a closer match would be a match to noise.
+    features have expected relative `errors` (N,). From l2 and relative the square of CLOSE_ENOUGH times the expected
+    error is subtracted, down to zero: a closer match would be a match to noise.
     """
 
     model: nn.Module
@@ -54,7 +59,7 @@ class FeatureLoss:
             return (1 - nn.functional.cosine_similarity(features, self.features)).sum() / len(images)
         apart, sizes = (features - self.features).square().sum(1), self.features.square().sum(1)
         if self.errors is not None:
-            apart = (apart - self.errors.square() * sizes).relu()
+            apart = (apart - (CLOSE_ENOUGH * self.errors).square() * sizes).relu()
         return (apart / sizes if self.distance == "relative" else apart).sum() / len(images)
 
 

@@ -197,6 +197,7 @@ def test_no_defence_is_no_grid(tmp_path, capsys):
         assert err.count("\n") == 1
 
 
+@pytest.mark.long
 def test_defences_are_measured_with_signals_and_without(tmp_path):
     words = ["--batch_sizes", "3", "--seeds", "0", *FAST]
     defences = "none --frozen=head.bias noise:1"
@@ -435,6 +436,7 @@ def test_ctrl_c_ends_two_processes_as_well(tmp_path):
     assert not list(tmp_path.glob("cells/*.json"))
 
 
+@pytest.mark.long
 @pytest.mark.xdist_group("pool")  # of local processes, which the next test with as many goes on with
 def test_two_processes_measure_what_one_does(tmp_path):
     words = ["signals", "--batch_sizes", "2", "--num_classes", "20", "--seeds", "0,1", *FAST]

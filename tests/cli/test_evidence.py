@@ -393,6 +393,7 @@ def test_evidence_is_in_the_terminal_and_the_report(client):
     assert "the sum over 2 images" in (client.folder / "run" / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_a_resumed_run_keeps_the_evidence(client):
     wrong = client.gradients(lambda z: bce(z, ONE_HOT + ONE_HOT.roll(1, 1)))
     whole = client.attacked(wrong)

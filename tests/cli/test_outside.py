@@ -184,7 +184,7 @@ def test_explain_knows_the_mode_of_batchnorm(cli, capsys):
         assert magia.main(["--explain", *flags, "--save_dir", str(cli.folder)]) == 0
         said[mode] = capsys.readouterr().out
     assert "BatchNorm in training mode" in said["train"]
-    assert "the inputs of body.layer2.1.conv1" in said["train"]  # all images are told apart at once, and followed
+    assert "the inputs of body.layer2.0.conv2" in said["train"]  # where a reading of true images ends
     assert (cli.folder / "explain_resnet18_cifar_B4_32_bn_train.csv").is_file()
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from attack.match.entries import squared_distance
 from attack.match.gradients import SUBSET_LOSSES, MatchingLoss, cosine_distance, inclusion_probability, subset_distance
-from attack.match.penalties import BatchNormLoss, FeatureLoss, disagreement
+from attack.match.penalties import CLOSE_ENOUGH, BatchNormLoss, FeatureLoss, disagreement
 from network.head import features_of
 from network.zoo import build_model
 from update.gradients import averaged_gradient
@@ -225,7 +225,7 @@ def test_feature_distances_of_a_hand_computed_case():
     assert float(FeatureLoss(model, known)(images)) == pytest.approx((16 + 1) / 3)
     assert float(FeatureLoss(model, known, "relative")(images)) == pytest.approx((16 / 9 + 1) / 3)
     assert float(FeatureLoss(model, known, "cosine")(images)) == pytest.approx((1 - 3 / 5) / 3)
-    errors = torch.tensor([0.5, 2.0])  # a distance of 1.5 and of 2 is all that is known
+    errors = torch.tensor([0.5, 2.0]) / CLOSE_ENOUGH  # a distance of 1.5 and of 2 is all that is known
     assert float(FeatureLoss(model, known, errors=errors)(images)) == pytest.approx((16 - 1.5**2 + 0) / 3)
     assert float(FeatureLoss(model, known, "relative", errors)(images)) == pytest.approx((16 / 9 - 0.5**2 + 0) / 3)
 

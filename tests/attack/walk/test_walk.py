@@ -441,6 +441,7 @@ def plain():
         return Plain().eval()
 
 
+@pytest.mark.long
 def test_a_block_is_solved_whose_layers_have_too_few_equations():
     descent, truth, chain = walk(plain(), 8, "last")
     inner, block = descent.records[:2]
