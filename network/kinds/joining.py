@@ -8,7 +8,7 @@ some of the channels only, after a `chunk` or `split`, begins with `Part`.
 import torch
 from torch import Tensor, nn
 
-from network.kinds.kind import Kind, Shape
+from network.kinds.kind import Moved, Shape
 from network.known_outputs import KnownOutputs
 from network.stage import Residual
 
@@ -45,20 +45,10 @@ class Part(nn.Module):
         return x[:, self.first : self.first + self.count]
 
 
-class AmongKind(Kind):
+class AmongKind(Moved):
     """Known outputs tell all inputs: they are among them."""
 
     modules = (Among,)
-    output_range = None
-    keeps_sign = True
-
-    def keeps_zeros(self, module: Among, inputs: Shape, outputs: Shape) -> bool:
-        """They do, beside more zeros."""
-        return True
-
-    def why_not(self, module: Among, inputs: Shape, outputs: Shape) -> str:
-        """Never."""
-        return ""
 
     def pulled(self, module: Among, outputs: KnownOutputs, shape: Shape) -> KnownOutputs:
         """Of the channels alone."""
@@ -69,20 +59,10 @@ class AmongKind(Kind):
         return outputs[:, module.first : module.first + module.count]
 
 
-class PartKind(Kind):
+class PartKind(Moved):
     """Known outputs tell some of the inputs, and nothing of the other channels, on which the outputs do not depend."""
 
     modules = (Part,)
-    output_range = None
-    keeps_sign = True
-
-    def keeps_zeros(self, module: Part, inputs: Shape, outputs: Shape) -> bool:
-        """They do."""
-        return True
-
-    def why_not(self, module: Part, inputs: Shape, outputs: Shape) -> str:
-        """Never."""
-        return ""
 
     def pulled(self, module: Part, outputs: KnownOutputs, shape: Shape) -> KnownOutputs:
         """Of the channels alone."""

@@ -90,3 +90,18 @@ class Kind:
     def weight_gradients(self, module: nn.Module, inputs: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of weight and bias from inputs and deltas (B, ...), summed over images."""
         raise NotImplementedError
+
+
+class Moved(Kind):
+    """A layer that puts entries into other places and changes none: its known outputs tell inputs."""
+
+    output_range = None
+    keeps_sign = True
+
+    def keeps_zeros(self, module: nn.Module, inputs: Shape, outputs: Shape) -> bool:
+        """They do."""
+        return True
+
+    def why_not(self, module: nn.Module, inputs: Shape, outputs: Shape) -> str:
+        """Never."""
+        return ""

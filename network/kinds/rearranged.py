@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, fx, nn
 
-from network.kinds.kind import Kind, Shape
+from network.kinds.kind import Moved, Shape
 from network.known_outputs import KnownOutputs
 
 
@@ -28,20 +28,10 @@ class Rearranged(nn.Module):
         return self(torch.arange(count, dtype=torch.float64).view(1, *shape))[0].long()
 
 
-class RearrangedKind(Kind):
+class RearrangedKind(Moved):
     """Known outputs are the inputs in another order."""
 
     modules = (Rearranged,)
-    output_range = None
-    keeps_sign = True
-
-    def keeps_zeros(self, module: Rearranged, inputs: Shape, outputs: Shape) -> bool:
-        """They do."""
-        return True
-
-    def why_not(self, module: Rearranged, inputs: Shape, outputs: Shape) -> str:
-        """Never."""
-        return ""
 
     def pulled(self, module: Rearranged, outputs: KnownOutputs, shape: Shape) -> KnownOutputs:
         """In the order of the inputs."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, fx, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from network.kinds.kind import Kind, Shape
+from network.kinds.kind import Moved, Shape
 from network.known_outputs import KnownOutputs
 
 
@@ -28,21 +28,11 @@ class View(nn.Module):
         return getattr(x, self.method)(*self.arguments)
 
 
-class Reshape(Kind):
+class Reshape(Moved):
     """Flatten, Unflatten, Identity, View, and all kinds of Dropout."""
 
     modules = (nn.Flatten, nn.Unflatten, nn.Identity, View, _DropoutNd)
-    output_range = None
     is_reshape = True
-    keeps_sign = True
-
-    def keeps_zeros(self, module: nn.Module, inputs: Shape, outputs: Shape) -> bool:
-        """They do."""
-        return True
-
-    def why_not(self, module: nn.Module, inputs: Shape, outputs: Shape) -> str:
-        """Never."""
-        return ""
 
     def pulled(self, module: nn.Module, outputs: KnownOutputs, shape: Shape) -> KnownOutputs:
         """In the shape of the inputs."""
