@@ -31,7 +31,7 @@ from attack.walk.gauge import Gauge
 from attack.walk.methods import by_loudness, noisiest, rows_of
 from attack.walk.noise import beside, relative, size_of
 from attack.walk.per_image import ROOM, Factors, ImageNormAt, ImageNormSource, LinearisedImageNorm
-from attack.walk.sources import NormalisedSource, Source, over_batch, wide
+from attack.walk.sources import BehindNormSource, NormalisedSource, NormAt, Source, over_batch, wide
 from network.kinds.affine import LinearMap
 
 START = 150  # iterations of CGLS for the linear start
@@ -40,25 +40,14 @@ RECOVERY = 600  # iterations of CGLS, at most, that a known input may take to co
 FIRST, ROUNDED = 1e-5, 1e-6  # relative tolerance of that start, and of a recovery test: float32 has no more
 EXACT = 1e-9  # the same of a recovery test in float64
 MOVED = 1e-2  # relative change of u by what fixes the open directions, beyond which all is solved anew
-BEHIND_NORMS = (NormalisedSource, ImageNormSource)
 RESCALED = 2  # steps whose place the scaling is made anew for
 
 
 @dataclass(frozen=True)
-class NormalisedAt:
+class NormalisedAt(NormAt):
     """A source's equations at one u: z^ (B, c, ...), sigma (c,) and delta z (B, c, ...)."""
 
     source: NormalisedSource
-    u: Tensor
-    values: Tensor
-    deviation: Tensor
-    delta: Tensor
-
-    @classmethod
-    def of(cls, source: NormalisedSource, u: Tensor) -> "NormalisedAt":
-        """With the statistics of u itself."""
-        values, deviation = source.normalised(u)
-        return cls(source, u, values, deviation, source.delta_before(values, deviation))
 
     @classmethod
     def before(cls, source: NormalisedSource, like: Tensor) -> "NormalisedAt":
@@ -190,8 +179,8 @@ class _Equations:
     is_positive = False
 
     def __init__(self, sources: Sequence[Source], shape: torch.Size) -> None:
-        self.norms = [source for source in sources if isinstance(source, BEHIND_NORMS)]
-        others = [source for source in sources if not isinstance(source, BEHIND_NORMS)]
+        self.norms = [source for source in sources if isinstance(source, BehindNormSource)]
+        others = [source for source in sources if not isinstance(source, BehindNormSource)]
         self.rows, self.shape, self.scaling, self.made = rows_of(others), shape, None, 0
         self.like = self.norms[0].gradient.new_zeros(shape)
         self.shapes = [part.shape for s in self.norms for part in s.right_sides] + [r.target.shape for r in self.rows]
@@ -265,7 +254,7 @@ class BehindNorm:
         """Gradient rows, known outputs, and one row of dgamma for each channel."""
         total = sum(rows.count for source in sources for rows in source.rows())
         for s in sources:
-            if isinstance(s, BEHIND_NORMS):
+            if isinstance(s, BehindNormSource):
                 heard = int((s.gradient_weights != 0).sum())
                 own = isinstance(s, NormalisedSource)  # BatchNorm has its own row of dgamma
                 total += heard * (s.gradient.shape[1] * s.map.taps + own) + int(s.known.sum())

@@ -25,7 +25,7 @@ from torch import Tensor
 from attack.solve.least_squares import least_squares
 from attack.walk.equations import ForwardRows, GradientRows, Rows
 from attack.walk.noise import beside, is_active
-from attack.walk.sources import LayerSource
+from attack.walk.sources import BehindNormSource, LayerSource, NormAt
 from network.kinds.affine import LinearMap
 from network.kinds.image_norm import ImageStatistics
 from network.known_outputs import FLOOR, UndeterminedError
@@ -38,7 +38,7 @@ AGREED = 1e-3  # relative: shifts' gradients that no factors make are those of s
 
 
 @dataclass(frozen=True)
-class ImageNormSource(LayerSource):
+class ImageNormSource(BehindNormSource):
     """A layer with a norm of each image right behind it; `above` is what is known of the norm's output.
 
     Attributes:
@@ -46,10 +46,6 @@ class ImageNormSource(LayerSource):
     """
 
     norm: ImageStatistics
-
-    def rows(self) -> list[Rows]:
-        """None that are linear."""
-        return []
 
     @cached_property
     def known(self) -> Tensor:
@@ -90,30 +86,12 @@ class ImageNormSource(LayerSource):
         """delta of the layer's output from z^ and sigma."""
         return self.norm.delta(self.above.delta, values, deviation)
 
-    def delta(self, u: Tensor) -> Tensor:
-        """delta at the input u."""
-        return self.map.inputs(self.delta_before(*self.normalised(u)))
-
-    def residual(self, u: Tensor) -> Tensor:
-        """What the gradient leaves unexplained at u, of its shape."""
-        return self.gradient - self.map.weights(u, self.delta_before(*self.normalised(u)))
-
 
 @dataclass(frozen=True)
-class ImageNormAt:
+class ImageNormAt(NormAt):
     """A source's equations at one u: z^ (B, c, ...), sigma (B, groups, 1) and delta z (B, c, ...)."""
 
     source: ImageNormSource
-    u: Tensor
-    values: Tensor
-    deviation: Tensor
-    delta: Tensor
-
-    @classmethod
-    def of(cls, source: ImageNormSource, u: Tensor) -> "ImageNormAt":
-        """With the statistics of u itself."""
-        values, deviation = source.normalised(u)
-        return cls(source, u, values, deviation, source.delta_before(values, deviation))
 
     @classmethod
     def before(cls, source: ImageNormSource, like: Tensor) -> "ImageNormAt":

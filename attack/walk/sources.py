@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -142,17 +143,61 @@ class Normalisation:
 
 
 @dataclass(frozen=True)
-class NormalisedSource(LayerSource):
+class BehindNormSource(LayerSource):
+    """A layer with a norm right behind it that takes mean and deviation of the inputs: its equations are not linear.
+
+    Subclasses say how z^ and sigma follow from u, and delta of the layer's output from these.
+    """
+
+    def rows(self) -> list[Rows]:
+        """None that are linear."""
+        return []
+
+    def normalised(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """z^ (B, c, ...) and sigma of an input u."""
+        raise NotImplementedError
+
+    def delta_before(self, values: Tensor, deviation: Tensor) -> Tensor:
+        """delta of the layer's output from z^ (B, c, ...) and sigma."""
+        raise NotImplementedError
+
+    def delta(self, u: Tensor) -> Tensor:
+        """delta at the input u."""
+        return self.map.inputs(self.delta_before(*self.normalised(u)))
+
+    def residual(self, u: Tensor) -> Tensor:
+        """What the gradient leaves unexplained at u, of its shape."""
+        return self.gradient - self.map.weights(u, self.delta_before(*self.normalised(u)))
+
+
+At = TypeVar("At", bound="NormAt")
+
+
+@dataclass(frozen=True)
+class NormAt:
+    """The equations of a layer with a norm behind it at one u: z^ (B, c, ...), sigma and delta z (B, c, ...)."""
+
+    source: BehindNormSource
+    u: Tensor
+    values: Tensor
+    deviation: Tensor
+    delta: Tensor
+
+    @classmethod
+    def of(cls: type[At], source: BehindNormSource, u: Tensor) -> At:
+        """With the statistics of u itself."""
+        values, deviation = source.normalised(u)
+        return cls(source, u, values, deviation, source.delta_before(values, deviation))
+
+
+@dataclass(frozen=True)
+class NormalisedSource(BehindNormSource):
     """A layer with BatchNorm in training mode right behind it; `above` is what is known of BatchNorm's output.
 
     Its equations are not linear, see `attack.walk.normalised`.
     """
 
     norm: Normalisation
-
-    def rows(self) -> list[Rows]:
-        """None that are linear."""
-        return []
 
     @property
     def right_sides(self) -> list[Tensor]:
@@ -206,17 +251,9 @@ class NormalisedSource(LayerSource):
         deviation = (centred.square().mean(axes) + self.norm.eps).sqrt()
         return centred / self.wide(deviation), deviation
 
-    def delta(self, u: Tensor) -> Tensor:
-        """delta at the input u."""
-        return self.map.inputs(self.delta_before(*self.normalised(u)))
-
     def flip_direction(self) -> Tensor:
         """The sign of what each entry's flip adds to the delta of the layer's output."""
         return super().flip_direction() * self.wide(self.norm.scale.sign())
-
-    def residual(self, u: Tensor) -> Tensor:
-        """What the gradient leaves unexplained at u, of its shape."""
-        return self.gradient - self.map.weights(u, self.delta_before(*self.normalised(u)))
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ from attack.walk.layer_source import BatchGradients, layer_source
 from attack.walk.masks import balanced
 from attack.walk.methods import Alone, BlockInput, LayerInBlock, SolveMethod, rows_of
 from attack.walk.noise import beside, is_after_relu, noise_of, relative, size_of
-from attack.walk.normalised import BEHIND_NORMS, BehindNorm
+from attack.walk.normalised import BehindNorm
 from attack.walk.per_image import Factors
-from attack.walk.sources import IdentitySource, NormalisedSource, SkippedBlock, Source
+from attack.walk.sources import BehindNormSource, IdentitySource, NormalisedSource, SkippedBlock, Source
 from attack.walk.trajectory import MovingMap, OnePass, Trajectory
 from attack.walk.way import Given, Way
 from network.chain import input_shapes, inputs_along, mean_before, parametrised, shift_before, skips
@@ -320,7 +320,7 @@ class _Walk:
         """By linear equations, or by those of a layer in front of BatchNorm in training mode."""
         how = ((self.gradients.batch_size, *shape), self.generator, self.budget)
         sources = [each.source for each in given]
-        if not any(isinstance(source, BEHIND_NORMS) for source in sources):
+        if not any(isinstance(source, BehindNormSource) for source in sources):
             return Alone(*how)
         if not all(isinstance(source, NormalisedSource | IdentitySource) for source in sources):
             shift = self.gradients.summed(shift_before(below), sources[0].above.values)
