@@ -7,12 +7,23 @@ from collections.abc import Iterator, Sequence
 from torch import fx, nn
 
 from network.chain import parametrised
-from network.joins import CUTS, channels_of, cut_out, joined, name_called, nest_joins, only_order
-from network.kinds import called
+from network.joins import (
+    CUTS,
+    VIEWS,
+    channels_of,
+    cut_out,
+    factor,
+    joined,
+    name_called,
+    nest_joins,
+    only_order,
+    size_told,
+)
+from network.kinds import called, kind_of
 from network.kinds.joining import Among, Part
 from network.kinds.rearranged import Rearranged
-from network.kinds.scaling import OPERATIONS, SAME, normalise, scaling
-from network.stage import Residual, Stage
+from network.kinds.scaling import OPERATIONS, SAME, Scaling, normalise, scaling
+from network.stage import Chain, Gate, Product, Residual, Stage
 from network.unwalked import Unwalked, part_of
 
 WEIGHT_USED_TWICE = "a weight is used twice: its gradient is the sum of both uses"
@@ -149,6 +160,8 @@ class GraphReader:
         """
         if self._is_sum(node):
             return self._sum(node), self._gates[node]
+        if self._is_product(node):
+            return self._product(node), self._gates[node]
         if self._joined(node):
             return self._join(node), self._gates[node]
         try:
@@ -165,6 +178,17 @@ class GraphReader:
         branches = [self._between(self._gate(node), branch) for branch in node.args]
         branches.sort(key=lambda branch: -len(list(parametrised(branch))))
         return [Stage(self.scopes[node.name][0] or node.name, Residual(*branches))]
+
+    def _product(self, node: fx.Node) -> list[Stage]:
+        """What multiplies two tensors that come from one: a gate where one of them is that one itself."""
+        branches = [self._between(self._gate(node), factor(branch)) for branch in node.args]
+        branches.sort(key=lambda branch: (-len(list(parametrised(branch))), -len(branch)))
+        body, shortcut = branches
+        if not shortcut and len(body) == 1 and isinstance(body[0].module, nn.Sigmoid):
+            return [Stage(self._name(node), nn.SiLU())]
+        is_gate = not shortcut and _is_never_negative(body)
+        product = Gate(body) if is_gate else Product(body, shortcut)
+        return [Stage(self.scopes[node.name][0] or node.name, product)]
 
     def _join(self, node: fx.Node) -> list[Stage]:
         """A residual stage whose branches put out different channels; those with most layers come first."""
@@ -226,7 +250,9 @@ class GraphReader:
     def _call(self, node: fx.Node) -> list[nn.Module]:
         """The modules that a function or method stands for; only a view may be told sizes of tensors."""
         name, others = name_called(node), node.args[1:]
-        if name not in ("view", "reshape") and any(n is not node.args[0] for n in node.all_input_nodes):
+        if name in VIEWS:
+            others = [others[0] if others else None, *(size_told(self.model, size) for size in others[1:])]
+        elif any(n is not node.args[0] for n in node.all_input_nodes):
             raise LookupError(name)
         return called(name, others, _how(node))
 
@@ -253,7 +279,8 @@ class GraphReader:
         Raises:
             ValueError: not from the images, or there are more of them than such a node takes.
         """
-        gate, most = self._gates[node], 2 if self._is_sum(node) else len(self._joined(node) or [node])
+        is_pair = self._is_sum(node) or self._is_product(node)
+        gate, most = self._gates[node], 2 if is_pair else len(self._joined(node) or [node])
         if gate is None or len(self._sources(node)) > most:
             raise ValueError(f"{self._where(node)}: {_why_not(node)}")
         return gate
@@ -263,7 +290,15 @@ class GraphReader:
         return [source for source in node.all_input_nodes if source in self._carrying]
 
     def _is_sum(self, node: fx.Node) -> bool:
-        plain = name_called(node) in ("add", "iadd") and not node.kwargs and len(node.args) == 2
+        return self._is_of_two(node, "add")
+
+    def _is_product(self, node: fx.Node) -> bool:
+        return self._is_of_two(node, "mul")
+
+    def _is_of_two(self, node: fx.Node, operation: str) -> bool:
+        """Whether a node does that to two tensors that come from the images."""
+        name = name_called(node)
+        plain = SAME.get(name, name) == operation and not node.kwargs and len(node.args) == 2
         return plain and all(branch in self._carrying for branch in node.args)
 
     def _meeting(self, sources: Sequence[fx.Node]) -> fx.Node | None:
@@ -309,6 +344,15 @@ def _why_not(node: fx.Node) -> str:
         return "a tensor is used that does not come from the images"
     name = name_called(node)
     return WHY_NOT.get(OTHER_NAMES.get(name, name), f"the function {name} is no stage that can be walked")
+
+
+def _is_never_negative(chain: Chain) -> bool:
+    """Whether all that comes out of a chain is zero or more."""
+    for stage in reversed(chain):
+        kind = kind_of(stage.module)
+        if kind.output_range is not None and not (isinstance(stage.module, Scaling) and stage.module.is_positive):
+            return kind.output_range[0] >= 0
+    return False
 
 
 def _is_constant(node: fx.Node) -> bool:

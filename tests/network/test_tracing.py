@@ -126,7 +126,7 @@ def pooled(m, x):
 
 
 def gated(x):
-    return functional.max_pool2d(x * x.mean((2, 3), keepdim=True).sigmoid(), 2)
+    return functional.max_pool2d(torch.mul(input=x, other=x.mean((2, 3), keepdim=True).sigmoid()), 2)
 
 
 @pytest.mark.parametrize("word", OPAQUE_BELOW)
