@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from network.kinds import kind_of
-from network.stage import Branched, Chain, Residual, Stage
+from network.stage import Branched, Chain, Product, Residual, Stage
 from network.unwalked import Unwalked
 
 
@@ -50,6 +50,17 @@ def parametrised(chain: Chain) -> Iterator[Stage]:
                 yield from parametrised(branch)
         elif kind_of(stage.module).is_affine:
             yield stage
+
+
+def in_products(chain: Chain) -> set[str]:
+    """The names of the linear and convolutional stages that stand in a factor of a product, as those of a gate do."""
+    found: set[str] = set()
+    for stage in chain:
+        if isinstance(stage.module, Product):
+            found |= {inner.name for inner in parametrised([stage])}
+        elif isinstance(stage.module, Branched):
+            found |= set().union(*map(in_products, stage.module.branches))
+    return found
 
 
 def is_parametrised(module: object) -> bool:

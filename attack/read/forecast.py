@@ -24,7 +24,7 @@ from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
 from attack.walk.gauge import is_part_of_layer_below, why_not_in_front
 from attack.walk.per_image import ROOM
-from network.chain import Layer, input_shapes, measured, mixed_below, parametrised, skips
+from network.chain import Layer, in_products, input_shapes, measured, mixed_below, parametrised, skips
 from network.embedding import PatchEmbedding
 from network.kinds import kind_of
 from network.kinds.affine import is_spanned
@@ -98,7 +98,8 @@ def explain(
     start = int(embedding is not None)
     rows = [*rows[:start], *told, *rows[start:]]
     reasons |= {place.first: place.why_not(batch_size) or ONE_BY_ONE for place in places}
-    deepest = next((row["layer"] for row in rows if row["known"] and row["layer"] not in forecast.gates), None)
+    beside = in_products(chain)  # what a layer of a gate takes is no activation that the walk goes on from
+    deepest = next((row["layer"] for row in rows if row["known"] and row["layer"] not in beside), None)
     return [{**row, "deepest": row["layer"] == deepest, "reason": reasons[row["layer"]]} for row in rows]
 
 
@@ -203,14 +204,12 @@ class _Entry:
 class _Forecast:
     """The steps down a chain, for a batch of so many images; layers by name.
 
-    `steps` has those found so far, in the order in which the walk takes them, and `gates` the layers of gates: what
-    such a layer takes is no activation that the walk goes on from.
+    `steps` has those found so far, in the order in which the walk takes them.
     """
 
     def __init__(self, layers: dict[str, Layer], batch_size: int) -> None:
         self.layers, self.batch_size = layers, batch_size
         self.steps: dict[str, Step] = {}
-        self.gates: set[str] = set()
 
     def down(self, chain: Chain, told: Told, shape: tuple[int, ...], block: _Block | None = None) -> _Entry:
         """Take the steps down a model's chain, or down a branch of a block, for inputs of that shape.
@@ -265,7 +264,6 @@ class _Forecast:
 
     def _in_gate(self, name: str, reason: str) -> Step:
         """The step to a layer of a gate, whose input follows from what the gate multiplies."""
-        self.gates.add(name)
         unknowns = self._entries(self.layers[name].input_shape)
         return Step(0, unknowns, reason) if reason else Step(unknowns, unknowns, is_told=True)
 
