@@ -142,6 +142,7 @@ def _replace(folder: Path, row: Row) -> None:
     """Put a row into the table, in the order of the families."""
     rows = {r["network"]: r for r in (read_rows(folder, TABLE) if (folder / f"{TABLE}.csv").is_file() else [])}
     rows[row["network"]] = row
+    rows = {name: dict.fromkeys(row, "") | old for name, old in rows.items()}  # a column may be newer than a row
     write_rows(folder, TABLE, [rows[each.network] for each in FAMILIES if each.network in rows])
 
 

@@ -186,7 +186,9 @@ class ForwardLoss:
             pixels = len(set(uses) or inputs) * math.prod(image_shape)
             is_right = not is_pooled(self.chain) or bool(uses)
             uses_gradients = is_right and int(self.active.sum()) < PLENTY * pixels
-        matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
+        faintest = torch.finfo(inputs.dtype).tiny  # errors are divided by a gradient's squares, which must not vanish
+        audible = (name for name, sent in gradients.items() if sent.to(inputs).square().sum() > faintest)
+        matched = set(audible) if uses_gradients else set()
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
         if not (self.weights or below):  # gradients of weights would have to be differentiated twice
