@@ -325,3 +325,10 @@ def test_a_layer_of_which_nothing_was_sent_is_left_out():
     loss = ForwardLoss(chain, (3, 16, 16), index_of(chain, "head"), inputs, labels, gradients, uses_gradients=True)
     assert len(loss.weights) == 2
     assert float(loss(images)[1].detach()) < 1e-6
+
+
+def test_a_shortened_course_has_the_same_phases():
+    course = Course((Phase(10, 1.0, 2.0), Phase(5, 0.1, 8.0)), least_gain=0.1)
+    short = course.shortened(0.5)
+    assert [(phase.evaluations, phase.hardness) for phase in short.phases] == [(5, 2.0), (3, 8.0)]
+    assert (short.evaluations, short.least_gain) == (8, 0.1)
