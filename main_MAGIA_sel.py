@@ -35,7 +35,7 @@ from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
-from cli.ahead import known_ahead
+from cli.ahead import known_ahead, known_from_pictures
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_remarks, show_schedule
 from cli.digests import compare, digests_of
@@ -312,6 +312,8 @@ def prepare(
     """
     started = time.perf_counter()
     known = known_ahead(update, model, settings, granted, began)
+    if began is None:
+        known = known_from_pictures(update, model, known, settings, build_objective, attack)
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
