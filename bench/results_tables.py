@@ -342,11 +342,11 @@ FAMILIES = Table(
     "",
     {"family": "{family}", "network": "`{network}`", "pixels": "{pixels}", "B": "{batch_size}"},
     {
-        "told apart": "{told_apart}",
-        "labels right": "{labels_right}",
-        "known down to the inputs of": "`{deepest}`",
+        "told apart (labels right)": ("{told_apart}", " ({labels_right})"),
+        "promised down to the inputs of": "`{deepest}`",
+        "read down to those of": "`{reached}`",
+        "better than a guess": ("{better}", ", {exact_psnr} dB"),
         "only run, and why": "{only_run}",
-        "PSNR of exact images (dB)": "{exact_psnr}",
     },
 )
 # Of bench.local_training, with the column that names its clients.

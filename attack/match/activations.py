@@ -164,7 +164,7 @@ class ForwardLoss:
             end -= 1
         activation = chain[end - 1].module if end else None
         before = kind_of(activation).before(activation, inputs)
-        self.is_rectified = kind_of(activation).is_gate
+        self.is_rectified = kind_of(activation).is_rectifier
         entry = inputs.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (inputs.dim() - 1))
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
