@@ -55,7 +55,9 @@ TABLES = (
         "networks",
         "How sharp are the images of ordinary and trained networks?",
         """The whole attack, to its end, on true labels of ten classes unless the network's name says otherwise. The MLP
-        of six layers is the setting of SPEAR (arXiv 2403.03945), which reports exact images up to B ≈ 25 there.""",
+        of six layers is the setting of SPEAR (arXiv 2403.03945), which reports exact images up to B ≈ 25 there. A
+        calibrated network is untrained but for BatchNorm's statistics, which are those of images
+        ([how the checkpoints are made](reproducibility.md#set-up)).""",
         {"network": "{network}", "B": "{batch_size}"},
         {
             "told apart": "{told_apart}",
