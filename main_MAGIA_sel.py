@@ -35,7 +35,7 @@ from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState, Terms
 from attack.prepare import Known
-from cli.ahead import known_ahead
+from cli.ahead import known_ahead, known_from_pictures
 from cli.audit import audit
 from cli.console import Progress, introduction, show_end, show_leaks, show_remarks, show_schedule
 from cli.digests import compare, digests_of
@@ -280,9 +280,8 @@ def attack(
 ) -> str:
     """MAGIA: step after step, a subset of scheduled size, until steps, evaluations or seconds are spent.
 
-    Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
-    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns the reason of the end:
-    n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
+    Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`; others are
+    undone, see `AttackState.accept`. Returns why it ended: a bound of the budget, interrupt, non-finite, course, exact.
     """
     while not (ended := why_over(state, objective.annealing, objective.polish, budget)):
         size, terms = magia_step(state, objective, schedule, budget)
@@ -312,6 +311,7 @@ def prepare(
     """
     started = time.perf_counter()
     known = known_ahead(update, model, settings, granted, began)
+    known = known if began else known_from_pictures(update, model, known, settings, build_objective, attack)
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started

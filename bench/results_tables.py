@@ -55,7 +55,9 @@ TABLES = (
         "networks",
         "How sharp are the images of ordinary and trained networks?",
         """The whole attack, to its end, on true labels of ten classes unless the network's name says otherwise. The MLP
-        of six layers is the setting of SPEAR (arXiv 2403.03945), which reports exact images up to B ≈ 25 there.""",
+        of six layers is the setting of SPEAR (arXiv 2403.03945), which reports exact images up to B ≈ 25 there. A
+        calibrated network is untrained but for BatchNorm's statistics, which are those of images
+        ([how the checkpoints are made](reproducibility.md#set-up)).""",
         {"network": "{network}", "B": "{batch_size}"},
         {
             "told apart": "{told_apart}",
@@ -340,11 +342,11 @@ FAMILIES = Table(
     "",
     {"family": "{family}", "network": "`{network}`", "pixels": "{pixels}", "B": "{batch_size}"},
     {
-        "told apart": "{told_apart}",
-        "labels right": "{labels_right}",
-        "known down to the inputs of": "`{deepest}`",
+        "told apart (labels right)": ("{told_apart}", " ({labels_right})"),
+        "promised down to the inputs of": "`{deepest}`",
+        "read down to those of": "`{reached}`",
+        "better than a guess": ("{better}", ", {exact_psnr} dB"),
         "only run, and why": "{only_run}",
-        "PSNR of exact images (dB)": "{exact_psnr}",
     },
 )
 # Of bench.local_training, with the column that names its clients.

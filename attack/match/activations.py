@@ -18,7 +18,9 @@ and hardened as the prior's weight falls. The stages below the known layer choos
 Gradients are added only where they are needed and right. They are needed where not many more activations are known than
 there are pixels. They are right where no max-pool lies below: the gradient that delta gives through a soft maximum is
 far from the client's (ResNet-18 from its `layer1.0`, B=4: 30.0 dB with the stem's gradient, 35.1 without). There the
-pool's windows are matched in the end, and delta takes the way of the entries that may be the largest (`maxima`). Where
+pool's windows are matched in the end, and delta takes the way of the entries that may be the largest (`maxima`). The
+layers between such a pool and the known activations are read from first pictures instead (`attack.again`): matched by
+the loop itself, their gradients brought 0.02 dB (the trained ResNet-18, 24 images, known before `layer2.0`). Where
 images were used in several passes these windows cannot be matched, and gradients that are not quite right are better
 than none (the trained ResNet-18 from its `layer3.1`, four images in two passes: 20.7 dB with them, 18.5 without).
 """
@@ -164,7 +166,7 @@ class ForwardLoss:
             end -= 1
         activation = chain[end - 1].module if end else None
         before = kind_of(activation).before(activation, inputs)
-        self.is_rectified = kind_of(activation).is_gate
+        self.is_rectified = kind_of(activation).is_rectifier
         entry = inputs.flatten(1).square().mean(1).sqrt().view(-1, *[1] * (inputs.dim() - 1))
         error = max(uncertainty, torch.finfo(inputs.dtype).eps) * entry.expand(inputs.shape)
         if self.is_rectified:
@@ -186,7 +188,9 @@ class ForwardLoss:
             pixels = len(set(uses) or inputs) * math.prod(image_shape)
             is_right = not is_pooled(self.chain) or bool(uses)
             uses_gradients = is_right and int(self.active.sum()) < PLENTY * pixels
-        matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
+        faintest = torch.finfo(inputs.dtype).tiny  # errors are divided by a gradient's squares, which must not vanish
+        audible = (name for name, sent in gradients.items() if sent.to(inputs).square().sum() > faintest)
+        matched = set(audible) if uses_gradients else set()
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
         if not (self.weights or below):  # gradients of weights would have to be differentiated twice
