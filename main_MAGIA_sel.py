@@ -256,7 +256,7 @@ def magia_step(state: AttackState, objective: Objective, schedule: Schedule, bud
     Images and label logits move together. T, a random subset of S(t) images, stays as it is during the line search,
     unless the schedule asks for the published way. Returns S(t) and the terms at the iterate that was reached.
     """
-    size, spent, polish = schedule.size(state.step), state.evaluations / state.copies, objective.polish
+    size, spent, polish = schedule.size(state.step), state.spent, objective.polish
     weight, redraws = state.weigh(objective.annealing.at(spent)), schedule.resample == "closure"
     with state.timed():
         state.enter(max(state.phase, objective.annealing.phase(spent)))
@@ -311,7 +311,7 @@ def prepare(
     """
     started = time.perf_counter()
     known = known_ahead(update, model, settings, granted, began)
-    known = known if began else known_from_pictures(update, model, known, settings, build_objective, attack)
+    known = known_from_pictures(update, model, known, settings, build_objective, attack, began)
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
@@ -437,8 +437,7 @@ def run_attack(
         images, said = objective.scale.read(images)
         recorder.evidence = (*recorder.evidence, said)
     recorder.evidence = (*recorder.evidence, *(objective.polish.evidence if objective.polish else ()))
-    evaluations = state.evaluations // state.copies
-    replay = replayed(known.as_trained(restored), model, known, images.clamp(0, 1), labels, evaluations)
+    replay = replayed(known.as_trained(restored), model, known, images.clamp(0, 1), labels, state.spent)
     figures = recorder.finish(state, images, ended_by, config, replay)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 

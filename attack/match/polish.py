@@ -246,7 +246,7 @@ def _length(equations: Equations, images: Tensor) -> float:
 def why_over(state: AttackState, course: Course | Annealing, polish: Polish | None, budget: Budget) -> str | None:
     """The reason why the attack is over, or None. A course that is over is followed by the polish, if there is one."""
     is_on = polish is not None and polish.is_on(state)
-    over = polish.stopped if is_on else course.ended(state.evaluations / state.copies, state.gain)
+    over = polish.stopped if is_on else course.ended(state.spent, state.gain)
     if over == "course" and polish is not None and not is_on and state.copies == 1:
         state.enter(polish.phases)
         over = None

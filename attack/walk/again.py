@@ -62,7 +62,7 @@ class Reread:
 
 def is_reread(chain: Chain) -> bool:
     """Whether the chain ends in a residual stage and a ReLU."""
-    return len(chain) > 1 and kind_of(chain[-1].module).is_gate and isinstance(chain[-2].module, Residual)
+    return len(chain) > 1 and kind_of(chain[-1].module).is_rectifier and isinstance(chain[-2].module, Residual)
 
 
 @torch.no_grad()
@@ -268,7 +268,7 @@ def _told_of(
     for index in reversed(range(len(branch))):
         stage = branch[index]
         kind = kind_of(stage.module)
-        if kind.is_gate and index + 1 < len(branch) and branch[index + 1].name in inner:
+        if kind.is_rectifier and index + 1 < len(branch) and branch[index + 1].name in inner:
             outputs = inner[branch[index + 1].name].to(delta)
             active = _active(outputs, errors)
             found.append(_Told(number, index, _known(torch.where(active, outputs, 0.0), errors), active))
