@@ -29,6 +29,7 @@ from update.shared import SharedUpdate
 # after one round, 28.1 dB after two.
 ROUNDS = 2
 
+SEEN = "from pictures and gradients"  # of the note on what was read so
 BETTER = 0.8  # share of the prediction's expected error, by the median image, that the equations must leave or less
 
 
@@ -94,7 +95,7 @@ def _at(known: Known, chain: Chain, blocks: Sequence[Reread]) -> Known:
     for block in blocks:
         stage, error = chain[block.index], float(block.errors.max())
         name = next(parametrised([stage])).name
-        note = f"from pictures and gradients, to {float(block.errors.median()):.1e} of the median image"
+        note = f"{SEEN}, to {float(block.errors.median()):.1e} of the median image"
         told = "; ".join(filter(None, [rows[name]["note"], note]))
         rows[name] = {**rows[name], "uncertainty": error, "note": told}
         recovered[stage.name] = block.inputs

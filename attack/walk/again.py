@@ -62,7 +62,7 @@ class Reread:
 
 def is_reread(chain: Chain) -> bool:
     """Whether the chain ends in a residual stage and a ReLU."""
-    return len(chain) > 1 and kind_of(chain[-1].module).is_gate and isinstance(chain[-2].module, Residual)
+    return len(chain) > 1 and kind_of(chain[-1].module).is_rectifier and isinstance(chain[-2].module, Residual)
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ class _Block:
         loudness = delta.flatten(1).norm(dim=1)
         wrong = float(((loudness.square() * errors).sum() / loudness.square().sum().clamp(min=1e-300)).sqrt())
         row, told = partial(_row, gradients, max(wrong, FINEST)), []
-        for number, branch in enumerate((module.body, module.shortcut)):
+        for number, branch in enumerate(module.branches):
             told += _told_of(number, branch, shape, errors, delta, inner, row)
         return cls(module, told, _known(torch.where(active, outputs, 0.0), errors), active)
 
@@ -192,7 +192,7 @@ class _Block:
         stacked = [stack([each]) for each in rows]
         return NonlinearEquations(
             function=self._values(self.module),
-            rough=self._values(Residual(*(_float(branch) for branch in (self.module.body, self.module.shortcut)))),
+            rough=self._values(Residual(*(_float(branch) for branch in self.module.branches))),
             rows=[operator for operator, _ in stacked],
             rough_rows=[stack([each.float()])[0] for each in rows],
             targets=[target for _, target in stacked],
@@ -205,7 +205,7 @@ class _Block:
 
         def values(u: Tensor) -> Sequence[Tensor]:
             found, ends = {}, []
-            for number, branch in enumerate((module.body, module.shortcut)):
+            for number, branch in enumerate(module.branches):
                 x = u.clone()  # so that each value has a place of its own in the graph
                 for index, stage in enumerate(branch):
                     found[number, index] = x
@@ -268,13 +268,14 @@ def _told_of(
     for index in reversed(range(len(branch))):
         stage = branch[index]
         kind = kind_of(stage.module)
-        if kind.is_gate and index + 1 < len(branch) and branch[index + 1].name in inner:
+        if kind.is_rectifier and index + 1 < len(branch) and branch[index + 1].name in inner:
             outputs = inner[branch[index + 1].name].to(delta)
             active = _active(outputs, errors)
             found.append(_Told(number, index, _known(torch.where(active, outputs, 0.0), errors), active))
             delta = delta * active
             continue
-        if isinstance(stage.module, Residual) or not (kind.is_affine or kind.is_norm):
+        is_scale = kind.is_norm and not kind.normalises_images(stage.module, shapes[index])
+        if not (kind.is_affine or is_scale):
             break
         rows = row(stage, shapes[index], delta) if kind.is_affine else None
         if rows is not None:
