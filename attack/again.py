@@ -30,7 +30,6 @@ from update.shared import SharedUpdate
 ROUNDS = 2
 
 SEEN = "from pictures and gradients"  # of the note on what was read so
-BETTER = 0.8  # share of the prediction's expected error, by the median image, that the equations must leave or less
 
 
 def is_read_again(update: SharedUpdate, model: nn.Module, known: Known) -> bool:
@@ -75,10 +74,9 @@ def known_between(
             blocks = reread(*outputs, seen, known.recovered, generator=generator, budget=clock)
         except OutOfTimeError:
             break
-        told = [block for block in blocks if float((block.errors / block.predicted).median()) < BETTER]
-        if not told:
+        if not blocks:
             break
-        best = _at(known, chain, told)
+        best = _at(known, chain, blocks)
     return best
 
 
