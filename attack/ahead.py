@@ -298,8 +298,7 @@ def _known(
 
 def _steps(update: SharedUpdate, count: int) -> list[int]:
     """The steps of so many images, in the order of the steps."""
-    sizes = update.training.sizes_of(update.batch_size)
-    return [step for step, size in enumerate(sizes) for _ in range(size)][:count]
+    return [step for step, size in enumerate(update.training.sizes_of(update.batch_size)) for _ in range(size)][:count]
 
 
 def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> Known:
@@ -373,6 +372,8 @@ def _along_the_way(
         ValueError: nothing can be read, or the training does not replay on what was.
     """
     how = _limits(means, generator, clock)
+    if hidden := update.training.hidden:
+        raise ValueError(f"several steps moved what is hidden ({', '.join(hidden)}), and with it all else")
     if is_one_pass(update.training):
         try:
             return read_layers(update, model, in_steps=True, **how)

@@ -6,7 +6,8 @@
 
 It writes results/data/networks_families.csv, of which `make docs` makes the table of docs/networks.md. Each family is
 explained first, as --explain does, and then attacked for five evaluations: what is told apart is known before the first
-of them. A row whose command fails stays as it is.
+of them. How deep the run has read stands beside what was promised, and how many pictures are better than a guess by the
+run's verdict. A row whose command fails stays as it is.
 """
 
 import sys
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from attack.read.forecast import explain
 from bench.remeasure import device_of, measure, one_by_one, rounded, row_parser
 from bench.results_page import Row, read_rows, write_rows
+from judge.verdict import JUDGED
+from network.chain import in_products
 from network.embedding import patch_embedding
-from network.tracing import stages, why_not_walked
+from network.tracing import stages, stages_if_walked, why_not_walked
 from network.zoo import build_model
 
 TABLE, CLASSES = "networks_families", 10
@@ -79,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = COMMAND.format(**each._asdict(), classes=CLASSES)
         print(command, flush=True)
         try:
-            row = forecast(each) | measured(each, command)
+            model = _model_of(each)
+            row = forecast(each, model) | measured(each, model, command)
         except ValueError as error:
             raise ValueError(f"{each.network}: {error}") from None
         row |= {"note": "", "command": command, **origin, "device": asked.machine or device_of(command)}
@@ -88,15 +93,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return one_by_one("bench.families", chosen, keep)
 
 
-def forecast(each: Family) -> Row:
-    """What --explain says: the deepest layer whose inputs are to be expected, and what is only run, and why.
+def _model_of(each: Family) -> nn.Module:
+    """A family's network.
 
     Raises:
         ValueError: torchvision has no such network, or it takes no such images.
     """
     shape, seeded = (3, each.pixels, each.pixels), torch.Generator().manual_seed(0)
-    name = f"torchvision:{each.network}"
-    model = build_model(name, image_shape=shape, num_classes=CLASSES, generator=seeded)
+    return build_model(f"torchvision:{each.network}", image_shape=shape, num_classes=CLASSES, generator=seeded)
+
+
+def forecast(each: Family, model: nn.Module) -> Row:
+    """What --explain says: the deepest layer whose inputs are to be expected, and what is only run, and why."""
+    shape = (3, each.pixels, each.pixels)
     row = {name: str(value) for name, value in each._asdict().items()} | {"deepest": "", "only_run": ""}
     try:
         rows = explain(stages(model), shape, each.batch_size, patch_embedding(model, shape))
@@ -106,17 +115,24 @@ def forecast(each: Family) -> Row:
     return row | {"deepest": deepest, "only_run": why_not_walked(model)}
 
 
-def measured(each: Family, command: str) -> Row:
-    """What a run tells: images told apart, right labels, seconds, and the PSNR where the images were read exactly.
+def measured(each: Family, model: nn.Module, command: str) -> Row:
+    """What a run tells: images told apart, right labels, the deepest layer read, pictures better than a guess, seconds.
+
+    Where the images were read exactly their PSNR is among it.
 
     Raises:
         ValueError: the run failed.
     """
     figures = measure(command, None, None)
+    beside = in_products(stages_if_walked(model) or ())
+    read = [row["layer"] for row in figures["layers"] if row["uncertainty"] is not None and row["layer"] not in beside]
+    better = sum(figures["levels"].get(level, 0) for level in JUDGED if level != "none")
     exact = figures["psnr_mean"] if figures["ended_by"] == "exact" else None
     return {
         "told_apart": str(figures["signals_found"]),
         "labels_right": rounded(figures["label_accuracy"], ".0f", times=each.batch_size),
+        "reached": read[0] if read else "",
+        "better": f"{better} of {each.batch_size}" if better else "none",
         "exact_psnr": rounded(exact, ".1f"),
         "seconds": rounded(figures["seconds"], ".0f"),
     }
@@ -126,6 +142,7 @@ def _replace(folder: Path, row: Row) -> None:
     """Put a row into the table, in the order of the families."""
     rows = {r["network"]: r for r in (read_rows(folder, TABLE) if (folder / f"{TABLE}.csv").is_file() else [])}
     rows[row["network"]] = row
+    rows = {name: dict.fromkeys(row, "") | old for name, old in rows.items()}  # a column may be newer than a row
     write_rows(folder, TABLE, [rows[each.network] for each in FAMILIES if each.network in rows])
 
 

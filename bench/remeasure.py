@@ -4,6 +4,8 @@
     python -m bench.remeasure networks --rows "--model convnet" --data_path cifar10_test.npz --weights_dir checkpoints
     make docs
 
+A new row is written into the file with its name and its command, and its other columns empty; then it is measured.
+
 The commands of the rows run one after the other, each in a temporary folder. Three kinds of commands can be run so:
 those of main_MAGIA_sel.py, which leaves metrics.json, those of `benchmark.py grid` and `defences`, which leave
 summary.csv, or table.csv of readings alone, and those of `benchmark.py speed`, of which each row takes the line of its
@@ -202,13 +204,15 @@ def of_reading(line: Mapping[str, str]) -> dict[str, object]:
 def of_run(metrics: dict, audit: Mapping) -> dict[str, object]:
     """The figures of a run's metrics.json, with those that follow from them and from its audit.json.
 
-    `error` is the largest of an image's inputs at the layer that was read; `certain` counts images.
+    `error` is the largest of an image's inputs at the layer that was read; `certain` counts images, and `levels` how
+    many of them have each level of the verdict.
     """
     errors = [row.get("relative_error") for row in metrics["layers"] if row.get("relative_error") is not None]
     return metrics | {
         "psnr_least": min(metrics["psnr"]),
         "exact": sum(psnr >= EXACT for psnr in metrics["psnr"]),
         "error": errors[0] if errors else None,
+        "levels": audit["verdict"]["images"],
         "certain": sum(is_certain(image["confidence"]) for image in audit["images"]),
     }
 

@@ -1,10 +1,10 @@
 """A model as a chain of stages: the one place that says in which order its layers are applied.
 
-A chain takes images (B, C, H, W) to logits (B, K). Its stages are torch modules and `Residual`, two chains side by side
-whose outputs add up; the last stage is the linear head. The first may be `Unwalked`, a part of the model that is only
-run. What is true of a kind of module stands in `network.kinds`. A stage is named as its module is in the model, so
-`name + ".weight"` is the name of its parameter and of its gradient. Stages without parameters have a name to be shown
-and no more. `tracing` makes a model's chain.
+A chain takes images (B, C, H, W) to logits (B, K). Its stages are torch modules and `Branched`, two chains side by side
+whose outputs add up (`Residual`) or are multiplied (`Product`); the last stage is the linear head. The first may be
+`Unwalked`, a part of the model that is only run. What is true of a kind of module stands in `network.kinds`. A stage is
+named as its module is in the model, so `name + ".weight"` is the name of its parameter and of its gradient. Stages
+without parameters have a name to be shown and no more. `tracing` makes a model's chain.
 """
 
 import copy
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from network.kinds import kind_of
-from network.stage import Chain, Residual, Stage
+from network.stage import Branched, Chain, Product, Residual, Stage
 from network.unwalked import Unwalked
 
 
 def index_of(chain: Chain, name: str) -> int:
-    """Where the stage of that name stands, or the residual stage that holds it.
+    """Where the stage of that name stands, or the one that holds it in a branch.
 
     Raises:
         ValueError: no stage has that name.
@@ -35,21 +35,32 @@ def index_of(chain: Chain, name: str) -> int:
 
 
 def _names_in(stage: Stage) -> Iterator[str]:
-    """The name of a stage, and of all that is in a residual one."""
+    """The name of a stage, and of all that is in its branches."""
     yield stage.name
-    if isinstance(stage.module, Residual):
-        for inner in (*stage.module.body, *stage.module.shortcut):
+    if isinstance(stage.module, Branched):
+        for inner in itertools.chain(*stage.module.branches):
             yield from _names_in(inner)
 
 
 def parametrised(chain: Chain) -> Iterator[Stage]:
-    """The linear and convolutional stages, those inside residual stages too, in the order in which they are applied."""
+    """The linear and convolutional stages, those in branches too, in the order in which they are applied."""
     for stage in chain:
-        if isinstance(stage.module, Residual):
-            yield from parametrised(stage.module.body)
-            yield from parametrised(stage.module.shortcut)
+        if isinstance(stage.module, Branched):
+            for branch in stage.module.branches:
+                yield from parametrised(branch)
         elif kind_of(stage.module).is_affine:
             yield stage
+
+
+def in_products(chain: Chain) -> set[str]:
+    """The names of the linear and convolutional stages that stand in a factor of a product, as those of a gate do."""
+    found: set[str] = set()
+    for stage in chain:
+        if isinstance(stage.module, Product):
+            found |= {inner.name for inner in parametrised([stage])}
+        elif isinstance(stage.module, Branched):
+            found |= set().union(*map(in_products, stage.module.branches))
+    return found
 
 
 def is_parametrised(module: object) -> bool:
@@ -61,8 +72,8 @@ def run_with(chain: Chain, x: Tensor, parameters: Mapping[nn.Parameter, Tensor])
     """What comes out of the chain's end with other tensors in the place of these parameters."""
     for stage in chain:
         module = stage.module
-        if isinstance(module, Residual):
-            x = run_with(module.body, x, parameters) + run_with(module.shortcut, x, parameters)
+        if isinstance(module, Branched):
+            x = module.together(*(run_with(branch, x, parameters) for branch in module.branches))
         elif isinstance(module, nn.Module) and is_parametrised(module):
             own = {name: parameters.get(parameter, parameter) for name, parameter in module.named_parameters()}
             x = functional_call(module, own, (x,))
@@ -78,10 +89,10 @@ def parameters(chain: Chain) -> list[nn.Parameter]:
 
 
 def below_norms(chain: Chain) -> dict[str, str]:
-    """The linear and convolutional stages right below a BatchNorm, and that, by name; inside residual stages too."""
+    """The linear and convolutional stages right below a BatchNorm, and that, by name; those in branches too."""
     found: dict[str, str] = {}
     for index, stage in enumerate(chain):
-        if isinstance(stage.module, Residual):
+        if isinstance(stage.module, Branched):
             found |= below_norms(stage.module.body) | below_norms(stage.module.shortcut)
         elif kind_of(stage.module).is_affine and chain[index + 1 :] and kind_of(chain[index + 1].module).is_norm:
             found[stage.name] = chain[index + 1].name
@@ -89,9 +100,9 @@ def below_norms(chain: Chain) -> dict[str, str]:
 
 
 def modules(chain: Chain) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What the stages apply, those inside residual and opaque stages too, in the order in which they are applied."""
+    """What the stages apply, those in branches and opaque stages too, in the order in which they are applied."""
     for stage in chain:
-        if isinstance(stage.module, Residual):
+        if isinstance(stage.module, Branched):
             yield from modules([*stage.module.body, *stage.module.shortcut])
         elif isinstance(stage.module, Unwalked):
             yield from stage.module.layers()
@@ -113,7 +124,7 @@ def shift_before(chain: Chain) -> str | None:
     """
     while chain and kind_of(chain[-1].module).is_max_pool:
         chain = chain[:-1]
-    if len(chain) < 2 or not kind_of(chain[-1].module).is_gate:
+    if len(chain) < 2 or not kind_of(chain[-1].module).is_rectifier:
         return None
     return _last_bias(chain[:-1])
 
@@ -123,7 +134,7 @@ def mean_before(chain: Chain) -> Tensor | None:
 
     BatchNorm in training mode gives its outputs the mean beta; sums of several have the sum. None of anything else.
     """
-    if len(chain) < 2 or not kind_of(chain[-1].module).is_gate:
+    if len(chain) < 2 or not kind_of(chain[-1].module).is_rectifier:
         return None
     return _last_mean(chain[-2:-1])
 
@@ -167,11 +178,11 @@ def mixes_images(modules: Iterable[object]) -> bool:
 
 @torch.no_grad()
 def inputs_along(chain: Chain, x: Tensor) -> Iterator[tuple[Stage, Tensor]]:
-    """Each linear, convolutional and residual stage, those inside residual stages too, with what it takes, (B, ...)."""
+    """Each linear, convolutional and residual stage, those in branches too, with what it takes, (B, ...)."""
     for stage in chain:
         if isinstance(stage.module, Residual) or kind_of(stage.module).is_affine:
             yield stage, x
-        if isinstance(stage.module, Residual):
+        if isinstance(stage.module, Branched):
             yield from inputs_along(stage.module.body, x)
             yield from inputs_along(stage.module.shortcut, x)
         x = stage.module(x)
@@ -188,12 +199,12 @@ def first_layer(chain: Chain) -> str:
 
 
 def substituted(chain: Chain, change: Callable[[nn.Module], Callable[[Tensor], Tensor]]) -> list[Stage]:
-    """The chain with `change(module)` in place of every module, inside residual stages too."""
+    """The chain with `change(module)` in place of every module, in branches too."""
     return [
         replace(
             stage,
-            module=Residual(substituted(stage.module.body, change), substituted(stage.module.shortcut, change))
-            if isinstance(stage.module, Residual)
+            module=type(stage.module)(*(substituted(branch, change) for branch in stage.module.branches))
+            if isinstance(stage.module, Branched)
             else change(stage.module),
         )
         for stage in chain
@@ -275,8 +286,8 @@ def measured(chain: Chain, image_shape: Sequence[int]) -> list[Layer]:
 
 def _measure(chain: Chain, x: Tensor, found: list[Layer]) -> Tensor:
     for stage in chain:
-        if isinstance(stage.module, Residual):
-            x = _measure(stage.module.body, x, found) + _measure(stage.module.shortcut, x, found)
+        if isinstance(stage.module, Branched):
+            x = stage.module.together(*(_measure(branch, x, found) for branch in stage.module.branches))
             continue
         y = stage.module(x)
         if kind_of(stage.module).is_affine:

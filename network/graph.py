@@ -7,12 +7,24 @@ from collections.abc import Iterator, Sequence
 from torch import fx, nn
 
 from network.chain import parametrised
-from network.joins import CUTS, channels_of, cut_out, joined, name_called, nest_joins, only_order
-from network.kinds import called
+from network.joins import (
+    CUTS,
+    VIEWS,
+    channels_of,
+    cut_out,
+    factor,
+    joined,
+    name_called,
+    nest_joins,
+    only_order,
+    size_told,
+)
+from network.kinds import called, kind_of
 from network.kinds.joining import Among, Part
 from network.kinds.rearranged import Rearranged
-from network.kinds.scaling import OPERATIONS, SAME, normalise, scaling
-from network.stage import Residual, Stage
+from network.kinds.scaling import OPERATIONS, SAME, Scaling, normalise, scaling
+from network.reasons import WHY_NOT, why_not
+from network.stage import Chain, Gate, Product, Residual, Stage
 from network.unwalked import Unwalked, part_of
 
 WEIGHT_USED_TWICE = "a weight is used twice: its gradient is the sum of both uses"
@@ -20,31 +32,6 @@ SOFTMAX_TWICE = (
     "the model ends in a softmax, and the loss takes the softmax of its outputs: the softmax is taken twice, so the "
     "head's gradient is not that of one softmax"
 )
-# What keeps a function from being walked, by its name.
-WHY_NOT = {
-    "cat": "torch.cat joins several tensors",
-    "stack": "torch.stack joins several tensors",
-    "mul": "two tensors are multiplied, as by a gate",
-    "div": "a tensor is divided by another",
-    "sub": "a tensor is subtracted from another",
-    "add": "tensors are added that do not come from one place",
-    "permute": "dimensions are put in another order (permute)",
-    "transpose": "dimensions are put in another order (transpose)",
-    "getitem": "only a part of a tensor is taken",
-    "chunk": "a tensor is cut into parts (chunk)",
-    "split": "a tensor is cut into parts (split)",
-    "mean": "entries are averaged other than over height and width",
-    "sum": "entries are summed up",
-    "softmax": "a softmax mixes entries",
-    "dropout": "dropout is switched on",
-    "view": "a view makes another shape than one for each image",
-    "reshape": "a reshape makes another shape than one for each image",
-    "flatten": "a flatten joins images",
-    "layer_norm": "mean and scale of each image, or of its parts, are taken off (layer_norm)",
-    "group_norm": "mean and scale of each image's groups are taken off (group_norm)",
-    "instance_norm": "mean and scale of each image's channels are taken off (instance_norm)",
-} | dict.fromkeys(("matmul", "bmm", "einsum"), "two tensors are multiplied as matrices")
-OTHER_NAMES = {"concat": "cat", "concatenate": "cat"} | SAME
 
 
 class Tracer(fx.Tracer):
@@ -98,11 +85,16 @@ class GraphReader:
                 if not backwards:
                     raise ValueError(f"the model does not end in a linear layer: {error}") from None
                 part = Unwalked(self.model, str(error), part_of(self.graph, node))
-                backwards.append(Stage(f"all below {backwards[-1].name}", part))
+                backwards.append(Stage(f"all below {self._lowest_module(backwards)}", part))
                 break
             backwards += reversed(found)
             node = below
         return backwards[::-1]
+
+    def _lowest_module(self, backwards: Sequence[Stage]) -> str:
+        """The name of the lowest stage that is a module of the model, or of the lowest where none is one."""
+        modules = dict(self.model.named_modules())
+        return next((stage.name for stage in reversed(backwards) if stage.name in modules), backwards[-1].name)
 
     def _logits(self) -> fx.Node:
         """The node of what cross-entropy takes, whether its log-softmax is put out or itself."""
@@ -149,6 +141,8 @@ class GraphReader:
         """
         if self._is_sum(node):
             return self._sum(node), self._gates[node]
+        if self._is_product(node):
+            return self._product(node), self._gates[node]
         if self._joined(node):
             return self._join(node), self._gates[node]
         try:
@@ -164,7 +158,18 @@ class GraphReader:
         """A residual stage, named by its block; the branch with more layers is its body."""
         branches = [self._between(self._gate(node), branch) for branch in node.args]
         branches.sort(key=lambda branch: -len(list(parametrised(branch))))
-        return [Stage(self.scopes[node.name][0] or node.name, Residual(*branches))]
+        return [Stage(self._scope(node) or self._name(node), Residual(*branches))]
+
+    def _product(self, node: fx.Node) -> list[Stage]:
+        """What multiplies two tensors that come from one: a gate where one of them is that one itself."""
+        branches = [self._between(self._gate(node), factor(branch)) for branch in node.args]
+        branches.sort(key=lambda branch: (-len(list(parametrised(branch))), -len(branch)))
+        body, shortcut = branches
+        if not shortcut and len(body) == 1 and isinstance(body[0].module, nn.Sigmoid):
+            return [Stage(self._name(node), nn.SiLU())]
+        is_gate = not shortcut and _is_never_negative(body)
+        product = Gate(body) if is_gate else Product(body, shortcut)
+        return [Stage(self._scope(node) or self._name(node), product)]
 
     def _join(self, node: fx.Node) -> list[Stage]:
         """A residual stage whose branches put out different channels; those with most layers come first."""
@@ -174,12 +179,12 @@ class GraphReader:
         try:
             counts = [channels_of(self.model, part) for part in parts]
         except LookupError:
-            raise ValueError(f"{self._where(node)}: {_why_not(node)}") from None
+            raise ValueError(f"{self._where(node)}: {self._why_not(node)}") from None
         starts, name = itertools.accumulate([0, *counts]), self._name(node)
         places = [Among(first, count, sum(counts)) for first, count in zip(starts, counts, strict=False)]
         branches = [
-            [*self._between(gate, part), Stage(f"{name}.{part.name}", place)]
-            for part, place in zip(parts, places, strict=True)
+            [*self._between(gate, part), Stage(f"{name}, part {index}", place)]
+            for index, (part, place) in enumerate(zip(parts, places, strict=True), 1)
         ]
         branches.sort(key=lambda branch: -len(list(parametrised(branch))))
         *others, last = branches
@@ -206,7 +211,7 @@ class GraphReader:
                 return [Stage(self._name(node), Part(*cut))]
             modules = [self._scaling(node)] if self._is_scaling(node) else self._call(node)
         except (LookupError, TypeError, ValueError):
-            raise ValueError(f"{self._where(node)}: {_why_not(node)}") from None
+            raise ValueError(f"{self._where(node)}: {self._why_not(node)}") from None
         return [Stage(self._name(node), module) for module in modules]
 
     def _module(self, node: fx.Node) -> list[Stage]:
@@ -226,7 +231,9 @@ class GraphReader:
     def _call(self, node: fx.Node) -> list[nn.Module]:
         """The modules that a function or method stands for; only a view may be told sizes of tensors."""
         name, others = name_called(node), node.args[1:]
-        if name not in ("view", "reshape") and any(n is not node.args[0] for n in node.all_input_nodes):
+        if name in VIEWS:
+            others = [others[0] if others else None, *(size_told(self.model, size) for size in others[1:])]
+        elif any(n is not node.args[0] for n in node.all_input_nodes):
             raise LookupError(name)
         return called(name, others, _how(node))
 
@@ -253,9 +260,10 @@ class GraphReader:
         Raises:
             ValueError: not from the images, or there are more of them than such a node takes.
         """
-        gate, most = self._gates[node], 2 if self._is_sum(node) else len(self._joined(node) or [node])
+        is_pair = self._is_sum(node) or self._is_product(node)
+        gate, most = self._gates[node], 2 if is_pair else len(self._joined(node) or [node])
         if gate is None or len(self._sources(node)) > most:
-            raise ValueError(f"{self._where(node)}: {_why_not(node)}")
+            raise ValueError(f"{self._where(node)}: {self._why_not(node)}")
         return gate
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
@@ -263,7 +271,15 @@ class GraphReader:
         return [source for source in node.all_input_nodes if source in self._carrying]
 
     def _is_sum(self, node: fx.Node) -> bool:
-        plain = name_called(node) in ("add", "iadd") and not node.kwargs and len(node.args) == 2
+        return self._is_of_two(node, "add")
+
+    def _is_product(self, node: fx.Node) -> bool:
+        return self._is_of_two(node, "mul")
+
+    def _is_of_two(self, node: fx.Node, operation: str) -> bool:
+        """Whether a node does that to two tensors that come from the images."""
+        name = name_called(node)
+        plain = SAME.get(name, name) == operation and not node.kwargs and len(node.args) == 2
         return plain and all(branch in self._carrying for branch in node.args)
 
     def _meeting(self, sources: Sequence[fx.Node]) -> fx.Node | None:
@@ -290,25 +306,34 @@ class GraphReader:
         return [found] if isinstance(found, nn.Parameter) else []
 
     def _name(self, node: fx.Node) -> str:
-        scope = self.scopes[node.name][0]
-        return f"{scope}.{node.name}" if scope else node.name
+        """The name of a stage that is no module: the module that it is in, what it does, and which of these it is."""
+        scope, name = self._scope(node), name_called(node)
+        same = [other for other in self.graph.nodes if self._scope(other) == scope and name_called(other) == name]
+        which = f"{name} {same.index(node) + 1}" if len(same) > 1 else name
+        return f"{scope}.{which}" if scope else which
+
+    def _why_not(self, node: fx.Node) -> str:
+        return why_not(self.model, node, self._scope(node))
+
+    def _scope(self, node: fx.Node) -> str:
+        """The path of the module that a node is in; empty of the model's own forward pass."""
+        return self.scopes.get(node.name, ("", None))[0]
 
     def _where(self, node: fx.Node) -> str:
         """The place of a node, in words."""
         if node.op == "call_module":
             return f"layer {node.target}, {type(self.model.get_submodule(node.target)).__name__}"
-        scope = self.scopes.get(node.name, ("", None))[0]
+        scope = self._scope(node)
         return f"in {scope}" if scope else f"in the forward pass of {type(self.model).__name__}"
 
 
-def _why_not(node: fx.Node) -> str:
-    """What keeps a node from being walked, in words."""
-    if node.op == "call_module":
-        return "it takes more than one tensor, or one that does not come from the images"
-    if node.op in ("get_attr", "placeholder"):
-        return "a tensor is used that does not come from the images"
-    name = name_called(node)
-    return WHY_NOT.get(OTHER_NAMES.get(name, name), f"the function {name} is no stage that can be walked")
+def _is_never_negative(chain: Chain) -> bool:
+    """Whether all that comes out of a chain is zero or more."""
+    for stage in reversed(chain):
+        kind = kind_of(stage.module)
+        if kind.output_range is not None and not (isinstance(stage.module, Scaling) and stage.module.is_positive):
+            return kind.output_range[0] >= 0
+    return False
 
 
 def _is_constant(node: fx.Node) -> bool:

@@ -16,6 +16,7 @@ CHANNELS = 1  # the dimension of channels
 JOINS = ("cat", "concat", "concatenate")
 CUTS = ("chunk", "split")
 VIEWS = ("view", "reshape")
+SPREADS = ("expand", "expand_as")
 ORDERS = ("permute", "transpose", *VIEWS, "flatten", "unflatten", "contiguous")
 ARITHMETIC = (operator.floordiv, operator.mul, operator.truediv, operator.add, operator.sub)  # of sizes
 
@@ -96,6 +97,18 @@ def cut_out(model: nn.Module, node: fx.Node) -> tuple[int, int] | None:
     starts = range(0, total, size)
     first = starts[node.args[1]]
     return first, min(size, total - first)
+
+
+def factor(node: fx.Node) -> fx.Node:
+    """The node that a factor of a product is made of: a product spreads it over the other's entries by itself."""
+    return node.args[0] if name_called(node) in SPREADS else node
+
+
+def size_told(model: nn.Module, size: object) -> object:
+    """A size that a view is told, as a number where it is the channels of a tensor."""
+    if isinstance(size, fx.Node) and _is_size_at(size, CHANNELS) is not None:
+        return _size(model, size)
+    return size
 
 
 def only_order(node: fx.Node, is_carrying: Callable[[fx.Node], bool]) -> tuple[fx.Graph, fx.Node] | None:

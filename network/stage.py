@@ -1,4 +1,4 @@
-"""A stage of a model's chain, and the residual stage, which holds two chains."""
+"""A stage of a model's chain, and stages that hold two chains side by side: their sum, and their product."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,47 @@ Chain = Sequence[Stage]
 
 
 @dataclass(frozen=True)
-class Residual:
-    """body(x) + shortcut(x); an empty chain is the identity."""
+class Branched:
+    """Two chains side by side on the same inputs; an empty chain is the identity."""
 
     body: Chain
     shortcut: Chain = ()
 
+    @property
+    def branches(self) -> tuple[Chain, Chain]:
+        """Both chains."""
+        return self.body, self.shortcut
+
+    def together(self, left: Tensor, right: Tensor) -> Tensor:
+        """The stage's outputs, from those of its body and its shortcut."""
+        raise NotImplementedError
+
     def __call__(self, x: Tensor) -> Tensor:
-        """The sum of both branches."""
-        return run(self.body, x) + run(self.shortcut, x)
+        """Both branches, put together."""
+        return self.together(run(self.body, x), run(self.shortcut, x))
+
+
+@dataclass(frozen=True)
+class Residual(Branched):
+    """body(x) + shortcut(x)."""
+
+    def together(self, left: Tensor, right: Tensor) -> Tensor:
+        """The sum."""
+        return left + right
+
+
+@dataclass(frozen=True)
+class Product(Branched):
+    """body(x) shortcut(x)."""
+
+    def together(self, left: Tensor, right: Tensor) -> Tensor:
+        """The product."""
+        return left * right
+
+
+@dataclass(frozen=True)
+class Gate(Product):
+    """body(x) x, with a body that puts out nothing negative, as in squeeze-and-excitation."""
 
 
 def run(chain: Chain, x: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class _FirstLayer:
         if span.rank < self.size:
             raise ValueError(f"{self.layer.name} has moved in {span.rank} directions for {self.size} images")
         search = ColumnSearch(span, self.layer.bias_gradient, self.weights, self.pixels)
-        how = self._by_zeros if self.layer.behind.is_gate else self._by_training
+        how = self._by_zeros if self.layer.behind.is_rectifier else self._by_training
         inputs, labels, order, uncertainty, certificates, left = how(search, generator, budget)
         pixels, is_whole = snapped(inputs, span.right, self.pixels, lambda images: run(self.below, images))
         inputs = run(self.below, pixels).flatten(1)

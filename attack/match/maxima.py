@@ -136,7 +136,7 @@ def _constant(module: object) -> object:
 
 def _ends_in_a_pool(chain: Chain) -> bool:
     """Whether a ReLU and a max-pool are the last stages, and no other kinks below them."""
-    if len(chain) < 3 or not kind_of(chain[-1].module).is_max_pool or not kind_of(chain[-2].module).is_gate:
+    if len(chain) < 3 or not kind_of(chain[-1].module).is_max_pool or not kind_of(chain[-2].module).is_rectifier:
         return False
     return not chain[-1].module.ceil_mode and not any(kind_of(stage.module).has_kink for stage in chain[:-2])
 

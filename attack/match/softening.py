@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from attack.match.gradients import Matching, MatchingLoss
 from network.chain import is_walked, modules
 from network.kinds import kind_of
-from network.stage import Chain, Residual, Stage, run
+from network.stage import Branched, Chain, Stage, run
 from network.tracing import stages_if_walked
 
 SOFTENINGS = ("auto", "off")
@@ -46,10 +46,10 @@ def _soften(chain: Chain, hardness: float, x: Tensor) -> tuple[list[Stage], Tens
     soft = []
     for stage in chain:
         module = stage.module
-        if isinstance(module, Residual):
-            body, left = _soften(module.body, hardness, x)
-            shortcut, right = _soften(module.shortcut, hardness, x)
-            module, x = Residual(body, shortcut), left + right
+        if isinstance(module, Branched):
+            soft_branches = [_soften(branch, hardness, x) for branch in module.branches]
+            module = type(module)(*(branch for branch, _ in soft_branches))
+            x = module.together(*(outputs for _, outputs in soft_branches))
         else:
             beta = hardness / max(float(x.square().mean().sqrt()), FAINTEST)
             module = kind_of(module).softened(module, beta)

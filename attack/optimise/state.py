@@ -121,6 +121,11 @@ class AttackState:
             self._remember(math.inf)
 
     @property
+    def spent(self) -> int:
+        """Evaluations of each start."""
+        return self.evaluations // self.copies
+
+    @property
     def gain(self) -> float:
         """The relative decrease of the loss over LOOK_BACK evaluations; infinite where this phase has had fewer."""
         before = [loss for evaluations, loss in self.trail if evaluations <= self.evaluations - LOOK_BACK * self.copies]

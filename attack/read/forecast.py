@@ -24,7 +24,7 @@ from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
 from attack.walk.gauge import is_part_of_layer_below, why_not_in_front
 from attack.walk.per_image import ROOM
-from network.chain import Layer, input_shapes, measured, mixed_below, parametrised, skips
+from network.chain import Layer, in_products, input_shapes, measured, mixed_below, parametrised, skips
 from network.embedding import PatchEmbedding
 from network.kinds import kind_of
 from network.kinds.affine import is_spanned
@@ -98,7 +98,8 @@ def explain(
     start = int(embedding is not None)
     rows = [*rows[:start], *told, *rows[start:]]
     reasons |= {place.first: place.why_not(batch_size) or ONE_BY_ONE for place in places}
-    deepest = next((row["layer"] for row in rows if row["known"]), None)
+    beside = in_products(chain)  # what a layer of a gate takes is no activation that the walk goes on from
+    deepest = next((row["layer"] for row in rows if row["known"] and row["layer"] not in beside), None)
     return [{**row, "deepest": row["layer"] == deepest, "reason": reasons[row["layer"]]} for row in rows]
 
 
@@ -244,7 +245,9 @@ class _Forecast:
                     return _Entry(equations=self._entries(shape), is_told=True)
             else:
                 reason = kind.why_not(stage.module, shapes[index], shapes[index + 1])
+                reason = reason or (kind.needs_all if told.share < 1 else "")
                 told = told if told.reason else Told(min(told.share, kind.known_share), reason)
+                self.steps |= {layer.name: self._in_gate(layer.name, told.reason) for layer in parametrised([stage])}
         reason = told.reason or (MIXES if norm is not None else "")
         return _Entry(equations=int(told.share * self._entries(shape)), reason=reason)
 
@@ -259,12 +262,22 @@ class _Forecast:
         known = int(told.share * self._entries(layer.output_shape))
         return Step(0 if reason else kind.equations(layer.module, known, layer.input_shape), unknowns, reason)
 
+    def _in_gate(self, name: str, reason: str) -> Step:
+        """The step to a layer of a gate, whose input follows from what the gate multiplies."""
+        unknowns = self._entries(self.layers[name].input_shape)
+        return Step(0, unknowns, reason) if reason else Step(unknowns, unknowns, is_told=True)
+
     def _silent(self, layer: Layer, share: float) -> str:
-        """Why outputs that an activation cuts off leave a grouped layer's inputs open; empty where they do not."""
+        """Why outputs that an activation cuts off leave a grouped layer's inputs open; empty where they do not.
+
+        Where an image has no active output of a group, neither its values nor its delta tell of its inputs there.
+        """
         groups = getattr(layer.module, "groups", 1)
-        off = groups * (1 - share) ** (self.batch_size * layer.positions * layer.channels_out)
+        off = groups * self.batch_size * (1 - share) ** (layer.positions * layer.channels_out)
         is_gated = 0 < share < 1  # of a body's output nothing is known, and that cuts nothing off
-        return f"of its {groups} groups about {round(off)} have all outputs cut off" if is_gated and off > 0.5 else ""
+        if not is_gated or off <= 0.5:
+            return ""
+        return f"an image has all outputs cut off in one of its {groups} groups, in about {round(off)} cases"
 
     def _in_block(self, step: Step, block: _Block | None, chain: Chain, index: int) -> Step:
         """The step to a layer of a block's body, with the block's output beside it where it is too short alone."""

@@ -61,7 +61,7 @@ def paired_rows(rest: Span, whole: Span, found: Signals, pixels: WholePixels) ->
     inputs, within, basis = _divided(rest, whole, found)
     surest = within.argsort()[:SUREST]
     inputs, within = inputs[surest], within[surest]
-    images = pixels.images(inputs @ basis) if len(inputs) > 1 else None
+    images = pixels.images(rest.inputs(inputs)) if len(inputs) > 1 else None
     if images is None:
         return inputs[:0], within[:0]
     images = _unlike(images.flatten(1))
@@ -118,7 +118,7 @@ def _divided(rest: Span, whole: Span, found: Signals) -> tuple[Tensor, Tensor, T
 
     These are coordinates (N, dim A), with relative errors within A (N,), and the basis (dim A, n) of the coordinates.
     """
-    basis = rest.geometry.patches(rest.inputs(torch.eye(rest.dimension).to(rest.basis)))[:, 0]  # (dim A, n)
+    basis = _patches(rest, rest.inputs(torch.eye(rest.dimension).to(rest.basis)))  # (dim A, n)
     rows = (rest.left * rest.sigma) @ (rest.right @ basis.T)  # (c_out, dim A)
     sums = (rest.left * rest.sigma) @ (rest.right @ rest.ones)  # the bias's part of each row
     lengths, (row_error, sum_error) = rows.norm(dim=1), _errors(rest, whole, found, _within(whole, found))
@@ -128,9 +128,14 @@ def _divided(rest: Span, whole: Span, found: Signals) -> tuple[Tensor, Tensor, T
     return rows[live] / sums[live, None], within, basis
 
 
+def _patches(whole: Span, inputs: Tensor) -> Tensor:
+    """What the layer's one position sees of inputs (N, ...), (N, c_in k^2): of a padded convolution, zeros beside."""
+    return whole.geometry.patches(inputs.view(-1, *whole.geometry.input_shape))[:, 0]
+
+
 def _within(whole: Span, found: Signals) -> Tensor:
     """Relative errors (N,) of inputs within A. Noise that has turned A as a whole adds nothing to their differences."""
-    turned = whole.turned(found.values.flatten(1) @ whole.right.T)
+    turned = whole.turned(_patches(whole, found.values) @ whole.right.T)
     return (found.uncertainty.square() - turned.square()).clamp(min=0).sqrt()
 
 
@@ -159,4 +164,4 @@ def refitted(whole: Span, found: Signals) -> tuple[Tensor, Tensor]:
     q = whole.batch_size * back @ (whole.left * whole.sigma)  # (B, r)
     rows, _ = _errors(whole, whole, found, torch.zeros_like(found.uncertainty))
     within = whole.batch_size * (back * rows).norm(dim=1) / q.norm(dim=1)
-    return q @ whole.right @ whole.basis.T, torch.hypot(within, whole.turned(q))
+    return q @ whole.right @ _patches(whole, whole.basis).T, torch.hypot(within, whole.turned(q))

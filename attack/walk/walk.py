@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.walk.block import Together
 from attack.walk.equations import ENOUGH
+from attack.walk.gates import contradicted
 from attack.walk.gauge import Gauge, is_part_of_layer_below, why_not_in_front
 from attack.walk.layer_solve import LayerSolver, Record, SolvedLayer
 from attack.walk.layer_source import BatchGradients, layer_source
@@ -47,13 +48,13 @@ from attack.walk.per_image import Factors
 from attack.walk.sources import BehindNormSource, IdentitySource, NormalisedSource, SkippedBlock, Source
 from attack.walk.trajectory import MovingMap, OnePass, Trajectory
 from attack.walk.way import Given, Way
-from network.chain import input_shapes, inputs_along, mean_before, parametrised, shift_before, skips
+from network.chain import input_shapes, inputs_along, mean_before, parameters, parametrised, shift_before, skips
 from network.kinds import kind_of
 from network.kinds.affine import LinearMap
 from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
 from network.known_outputs import KnownOutputs, UndeterminedError
-from network.stage import Chain, Residual, Stage, run
+from network.stage import Chain, Gate, Residual, Stage, run
 from update.loss import Loss
 
 ROUNDS = 12  # in which the weights along a client's steps must settle, once those of every step have been met
@@ -252,8 +253,13 @@ class _Walk:
         passed = (*way.passed, (stage, shape, rest))
         if is_part_of_layer_below(stage.module, shape, rest) and self.steps is None:
             return replace(way, passed=passed, norm=stage)
+        if isinstance(stage.module, Gate) and self.steps is not None and parameters([stage]):
+            raise UndeterminedError("a gate's weights move from step to step")
         outputs = self.trajectory.pulled(stage, way.outputs, shape)
-        if kind.is_gate:
+        if isinstance(stage.module, Gate):
+            contradicted(stage, outputs.values, way.outputs.delta, self.gradients)
+            self._told_along([stage], outputs)
+        if kind.is_rectifier:
             shift = self.gradients.summed(shift_before([*rest, stage]), outputs.values)
             outputs = outputs if shift is None else balanced(outputs, shift)
         return replace(way, passed=passed, outputs=outputs)
@@ -308,13 +314,18 @@ class _Walk:
         self, block: _Block, rest: KnownOutputs, shape: tuple[int, ...], delta: Tensor
     ) -> tuple[list[Given], SolveMethod]:
         """The input of a block whose body's output tells all of it; the lower layers of the body take what it makes."""
-        way, errors = Way.from_known(rest), relative(rest.noise.expand_as(rest.values), rest.values).cpu()
-        for stage, inputs in inputs_along(block.module.body, rest.values):
-            if stage.name not in self.inner and kind_of(stage.module).is_affine:
-                self.inner[stage.name] = inputs
-                self.records.append(Record(stage.name, noise=errors, too_weak=self.too_weak))
+        way = Way.from_known(rest)
+        self._told_along(block.module.body, rest)
         given = [Given(SkippedBlock(rest, block.module, delta), way, None, shape)]
         return given, self._method(given, shape, block.below)
+
+    def _told_along(self, chain: Chain, inputs: KnownOutputs) -> None:
+        """Keep what the layers of a chain take that were not solved for, from the chain's inputs."""
+        errors = relative(inputs.noise.expand_as(inputs.values), inputs.values).cpu()
+        for stage, taken in inputs_along(chain, inputs.values):
+            if stage.name not in self.inner and kind_of(stage.module).is_affine:
+                self.inner[stage.name] = taken
+                self.records.append(Record(stage.name, noise=errors, too_weak=self.too_weak))
 
     def _method(self, given: Sequence[Given], shape: tuple[int, ...], below: Chain) -> SolveMethod:
         """By linear equations, or by those of a layer in front of BatchNorm in training mode."""

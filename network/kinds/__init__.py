@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from network.kinds.affine import AFFINE
-from network.kinds.dipping import GELU, SiLU
+from network.kinds.dipping import GELU, Hardswish, SiLU
 from network.kinds.image_norm import ImageNorm, InstanceNorm
 from network.kinds.joining import AmongKind, PartKind
 from network.kinds.kind import Kind, Shape
@@ -14,6 +14,7 @@ from network.kinds.leaky_relu import LeakyReLU
 from network.kinds.norm import Norm
 from network.kinds.opaque import OPAQUE
 from network.kinds.pool import AveragePool, MaxPool
+from network.kinds.product import GateKind, ProductKind
 from network.kinds.rearranged import RearrangedKind
 from network.kinds.relu import ReLU
 from network.kinds.relu6 import ReLU6
@@ -36,6 +37,7 @@ KINDS: Sequence[Kind] = (
     Tanh(),
     SiLU(),
     GELU(),
+    Hardswish(),
     MaxPool(),
     AveragePool(),
     Reshape(),
@@ -43,6 +45,8 @@ KINDS: Sequence[Kind] = (
     AmongKind(),
     PartKind(),
     ResidualKind(),
+    ProductKind(),
+    GateKind(),
     ScalingKind(),
     UnwalkedKind(),
     *OPAQUE,
@@ -84,6 +88,6 @@ def share_below(module: nn.Module, share: float | None, inputs: Shape, outputs: 
     It asks the same rule as `pulled_below`, before there are any numbers.
     """
     kind = kind_of(module)
-    if share is None or kind.why_not(module, inputs, outputs):
+    if share is None or (kind.needs_all and share < 1) or kind.why_not(module, inputs, outputs):
         return None
     return min(share * min(1.0, math.prod(outputs) / math.prod(inputs)), kind.known_share)

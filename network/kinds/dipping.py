@@ -1,4 +1,4 @@
-"""Smooth activations with a dip: SiLU and GELU fall to a minimum left of zero and rise on both sides of it.
+"""Activations with a dip: SiLU, GELU and Hardswish fall to a minimum left of zero and rise on both sides of it.
 
 Outputs above zero have one input. Outputs below zero have two, one on either side of the minimum: the input is known up
 to that doubt. The right one is taken, since pre-activations are mostly there, and the left one's delta is what a
@@ -23,10 +23,13 @@ class Dipping(Kind):
 
     Attributes:
         turning: the input of the minimum; outputs there are the lower end of `output_range`.
+        cuts_off: whether outputs are zero, with a slope of zero, for all inputs far enough left of the minimum. An
+            output within noise of zero is then taken for one of these.
     """
 
     is_activation = True
     is_smooth = True
+    cuts_off = False
     known_share = 0.5
     turning: float
 
@@ -38,12 +41,12 @@ class Dipping(Kind):
         """Outputs within noise of zero, and below it, have an input in doubt."""
         a = outputs.values
         right, left = (self._input(module, a, is_right=side) for side in (True, False))
-        told = a > ZERO * outputs.noise
-        slope = _slope(module, right)
+        told, off = a > ZERO * outputs.noise, (a.abs() <= ZERO * outputs.noise) & self.cuts_off
+        slope, other = _slope(module, right), torch.where(off, 0.0, _slope(module, left))
         return replace(
             outputs.scaled(right, torch.where(told, slope, 1.0), told),
-            delta=outputs.delta * slope,
-            masked_delta=torch.where(told, 0.0, outputs.delta * _slope(module, left)),
+            delta=outputs.delta * torch.where(off, other, slope),
+            masked_delta=torch.where(told, 0.0, outputs.delta * torch.where(off, slope, other)),
             margin=torch.where(told, a / outputs.noise, 0.0),
             is_gated=False,
         )
@@ -75,6 +78,17 @@ class GELU(Dipping):
     calls = {"gelu": lambda approximate="none": [nn.GELU(approximate)]}  # noqa: RUF012
     output_range = (-0.17, math.inf)  # least value -0.16997
     turning = -0.7517916243
+
+
+class Hardswish(Dipping):
+    """z ReLU6(z + 3) / 6: zero left of -3, and z right of 3."""
+
+    modules = (nn.Hardswish,)
+    calls = {"hardswish": lambda *_, **__: [nn.Hardswish()]}  # noqa: RUF012
+    output_range = (-0.375, math.inf)
+    turning = -1.5
+    is_smooth = False  # its slope jumps at -3 and at 3
+    cuts_off = True
 
 
 def _slope(module: nn.Module, inputs: Tensor) -> Tensor:

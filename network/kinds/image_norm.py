@@ -13,7 +13,8 @@ from network.kinds.kind import Kind, Shape
 from network.kinds.norm import Norm
 
 TAKES_OFF = "{} takes off each image's mean and scale, and no convolution stands right in front of it"
-IN_PART = "LayerNorm over {} of the {} dimensions of an image's entries"
+POSITIONS_NORM = "LayerNorm takes off mean and scale of each position's channels"
+IN_PART = "LayerNorm takes off mean and scale over {} of the {} dimensions of an image's entries"
 
 
 class ImageNorm(Kind):
@@ -28,7 +29,8 @@ class ImageNorm(Kind):
     def why_not(self, module: nn.Module, inputs: Shape, outputs: Shape) -> str:
         """Always: mean and scale are gone."""
         if not self.normalises_images(module, inputs):
-            return IN_PART.format(len(module.normalized_shape), len(inputs))
+            count = len(module.normalized_shape)
+            return POSITIONS_NORM if count == 1 else IN_PART.format(count, len(inputs))
         return TAKES_OFF.format(type(module).__name__)
 
 

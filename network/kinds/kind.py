@@ -23,12 +23,13 @@ class Kind:
         is_reshape: whether its outputs are its inputs in another shape.
         is_smooth: of an activation: whether equations can be followed through it anywhere.
         is_sparse: of an activation: whether outputs are never negative and often exactly zero.
-        is_gate: of an activation: whether inputs that it lets through are its outputs, and it stops all others.
+        is_rectifier: of an activation: whether inputs that it lets through are its outputs, and it stops all others.
         is_saturating: of an activation: whether its slope vanishes at both ends.
         is_max_pool: whether outputs are the largest of several inputs.
         has_kink: whether its slope jumps.
         keeps_sign: whether outputs of inputs that are never negative are never negative.
         known_share: share of its inputs that is known where all outputs are, about.
+        needs_all: why no input is known unless all outputs are, in words; empty where that is not so.
     """
 
     modules: tuple[type, ...] = ()
@@ -40,12 +41,13 @@ class Kind:
     is_reshape = False
     is_smooth = False
     is_sparse = False
-    is_gate = False
+    is_rectifier = False
     is_saturating = False
     is_max_pool = False
     has_kink = False
     keeps_sign = False
     known_share = 1.0
+    needs_all = ""
 
     def keeps_zeros(self, module: nn.Module, inputs: Shape, outputs: Shape) -> bool:
         """Whether outputs are as sparse as inputs of that shape."""

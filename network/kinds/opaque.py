@@ -12,9 +12,10 @@ class Opaque(Kind):
     """An activation of which only its range is known."""
 
     is_activation = True
+    is_smooth = True
 
-    def __init__(self, module: type[nn.Module], call: str, least: float, *, is_smooth: bool = True) -> None:
-        self.modules, self.output_range, self.is_smooth = (module,), (least, math.inf), is_smooth
+    def __init__(self, module: type[nn.Module], call: str, least: float) -> None:
+        self.modules, self.output_range = (module,), (least, math.inf)
         self.calls = {call: _maker(module)}
 
 
@@ -27,7 +28,6 @@ def _maker(module: type[nn.Module]) -> Callable[..., list[nn.Module]]:
 
 OPAQUE = (
     Opaque(nn.ELU, "elu", -math.inf),
-    Opaque(nn.Hardswish, "hardswish", -0.375, is_smooth=False),
     Opaque(nn.Mish, "mish", -0.31),  # least value -0.30884
     Opaque(nn.SELU, "selu", -1.7581),
     Opaque(nn.Softplus, "softplus", 0.0),

@@ -18,7 +18,7 @@ class ReLU(Kind):
     output_range = (0.0, math.inf)
     is_activation = True
     is_sparse = True
-    is_gate = True
+    is_rectifier = True
     has_kink = True
     known_share = 0.5
 

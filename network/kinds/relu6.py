@@ -30,7 +30,7 @@ class ReLU6(ReLU):
     modules = (nn.ReLU6,)
     calls = {"relu6": lambda *_, **__: [nn.ReLU6()]}  # noqa: RUF012
     output_range = (0.0, MOST)
-    is_gate = False  # at six it stops what is too large
+    is_rectifier = False  # at six it stops what is too large
 
     def pulled(self, module: nn.Module, outputs: KnownOutputs, shape: Shape) -> KnownOutputs:
         """Entries within noise of zero or six are taken for cut off."""

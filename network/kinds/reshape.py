@@ -10,7 +10,7 @@ from network.known_outputs import KnownOutputs
 
 
 class View(nn.Module):
-    """Activations (B, ...) in another shape, by a method of tensors: reshape, squeeze, unsqueeze, unflatten.
+    """Activations (B, ...) in another shape, by a method of tensors: reshape, squeeze, unsqueeze, unflatten, an index.
 
     Args:
         method: its name.
@@ -97,6 +97,18 @@ def with_dimension(method: str, dim: int, *arguments: object) -> list[nn.Module]
     return [View(method, dim, *arguments)]
 
 
+def taken(index: object) -> list[nn.Module]:
+    """The modules of an index that takes every entry and adds dimensions, as in x[:, :, None, None].
+
+    Raises:
+        LookupError: it takes a part, or adds a dimension in front of the images'.
+    """
+    index = index if isinstance(index, tuple) else (index,)
+    if not index or index[0] is None or not all(i is None or i is Ellipsis or i == slice(None) for i in index):
+        raise LookupError("getitem")
+    return [View("__getitem__", index)]
+
+
 def dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> list[nn.Module]:
     """The modules of a call that is switched off.
 
@@ -137,6 +149,7 @@ Reshape.calls = {
     "view": view,
     "reshape": view,
     "squeeze": squeeze,
+    "getitem": taken,
     "unsqueeze": lambda dim: with_dimension("unsqueeze", dim),
     "unflatten": lambda dim, sizes: with_dimension("unflatten", dim, sizes),
     "stochastic_depth": stochastic_depth,

@@ -45,6 +45,11 @@ class Scaling:
         c = self.value(x)
         return c - x if self.is_reversed else OPERATIONS[self.operation](x, c)
 
+    @property
+    def is_positive(self) -> bool:
+        """Whether it multiplies by a number above zero, or divides by one."""
+        return self.operation in ("mul", "div") and isinstance(self.constant, float) and self.constant > 0
+
     def value(self, x: Tensor) -> float | Tensor:
         """The constant, in the dtype and place of x."""
         if isinstance(self.constant, float):

@@ -6,7 +6,14 @@ from bench import families, remeasure
 from bench.families import FAMILIES, TABLE
 from bench.results_page import read_rows
 
-FIGURES = {"signals_found": 2, "label_accuracy": 0.5, "seconds": 12.4, "ended_by": "max_evals", "psnr_mean": 11.0}
+FIGURES = {
+    "signals_found": 2, "label_accuracy": 0.5, "seconds": 12.4, "ended_by": "max_evals", "psnr_mean": 11.0,
+    "levels": {"exact": 0, "recognisable": 0, "traces": 1, "none": 1},
+    "layers": [
+        {"layer": "features.0.0", "uncertainty": None}, {"layer": "features.11.block.2.fc1", "uncertainty": 1e-5},
+        {"layer": "features.11.block.3.0", "uncertainty": 1e-5}, {"layer": "classifier.0", "uncertainty": 1e-6},
+    ],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -21,7 +28,9 @@ def test_every_family_has_a_row_in_its_place(measured, tmp_path):
     first, second = read_rows(tmp_path, TABLE)
     assert (first["family"], second["family"]) == ("MobileNetV3", "SqueezeNet")
     assert first["deepest"] == "classifier.0"
-    assert first["only_run"].startswith("all below features.12.0 (in features.11")
+    assert first["reached"] == "features.11.block.3.0"
+    assert first["better"] == "1 of 2"
+    assert first["only_run"] == ""
     assert second["only_run"].startswith("all of it (the last stage, classifier.3, is not linear")
     assert second["labels_right"] == "1"
     assert second["exact_psnr"] == ""

@@ -118,7 +118,21 @@ OPAQUE_BELOW = {  # by what is said of it: a forward pass, and the stages that a
     "function sin is no stage": (lambda m, x: m.head(m.fc(pooled(m, x)).sin()), ["head"]),
     "order (permute)": (lambda m, x: m.head(m.fc(pooled(m, x.permute(1, 0, 2, 3).permute(1, 0, 2, 3)))), None),
     "only a part": (lambda m, x: m.head(m.fc(pooled(m, x))[:, :12].relu()), ["head"]),
+    "as a class token": (lambda m, x: m.head(m.fc(torch.stack([pooled(m, x)], 1)[:, 0]).relu()), ["fc", "head"]),
+    "each position's channels": (
+        lambda m, x: m.head(m.fc(functional.layer_norm(pooled(m, x), (96,))).relu()),
+        ["fc", "head"],
+    ),
+    "cut into windows": (
+        lambda m, x: m.head(m.fc(pooled(m, x).view(3, 6, 2, 2, 2, 2).flatten(1)).relu()),
+        ["fc", "head"],
+    ),
+    "attention, which mixes": (lambda m, x: m.head(m.fc(attended(pooled(m, x))).relu()), ["fc", "head"]),
 }
+
+
+def attended(x):
+    return functional.scaled_dot_product_attention(x, x, x)
 
 
 def pooled(m, x):
@@ -126,7 +140,7 @@ def pooled(m, x):
 
 
 def gated(x):
-    return functional.max_pool2d(x * x.mean((2, 3), keepdim=True).sigmoid(), 2)
+    return functional.max_pool2d(torch.mul(input=x, other=x.mean((2, 3), keepdim=True).sigmoid()), 2)
 
 
 @pytest.mark.parametrize("word", OPAQUE_BELOW)
@@ -146,6 +160,27 @@ def test_what_cannot_be_walked_is_one_stage_below_all_that_can(word):
     twin.conv.weight.data *= 2
     assert torch.allclose(run(stages(twin), images().double()), twin(images().double()))
     assert Head.of(model).layer is model.head
+
+
+def test_no_stage_is_named_as_a_node_of_the_graph_is():
+    def twice_in_order(m, x):
+        x = torch.stack([m.conv(x)]).sum(0)
+        return m.head(
+            m.fc(functional.max_pool2d(x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2), 2).flatten(1)).relu()
+        )
+
+    names = [stage.name for stage in stages(net(twice_in_order))]
+    assert names == [
+        "all below fc",
+        "permute 1",
+        "relu 1",
+        "permute 2",
+        "max_pool2d",
+        "flatten",
+        "fc",
+        "relu 2",
+        "head",
+    ]
 
 
 def test_gradients_pass_through_an_opaque_stage_twice():
