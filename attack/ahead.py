@@ -50,7 +50,7 @@ ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
     "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
-    "uses", "is_explained", "likely", "local_labels", "layers", "evidence",
+    "uses", "is_explained", "likely", "held", "local_labels", "layers", "evidence",
 )  # fmt: skip
 
 
@@ -112,7 +112,8 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     told = {row["layer"] for row in tokens.rows}
     layers = [*tokens.rows, *(row for row in known.layers if row["layer"] not in told)]
     facts = {"seconds": known.seconds + tokens.seconds, "is_aborted": known.is_aborted or tokens.is_aborted}
-    return replace(known, layers=layers, likely=tokens.likely, recovered={**known.recovered, **tokens.found}, **facts)
+    facts |= {"likely": tokens.likely, "held": tokens.held}
+    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, **facts)
 
 
 def _read_ahead(
@@ -209,12 +210,13 @@ def known_again(
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
         "order": _order(began["order"], update),
-        "uses": tuple(
-            checked.whole(u, "uses", 0, update.batch_size - 1) for u in checked.sequence(began["uses"], "uses")
-        ),
         "is_explained": checked.switch(began["is_explained"], "is_explained"),
         "likely": began["likely"],
     }
+    for name in ("uses", "held"):
+        facts[name] = tuple(
+            checked.whole(u, name, 0, update.batch_size - 1) for u in checked.sequence(began[name], name)
+        )
     if facts["likely"] is not None:
         checked.tensor(facts["likely"], "likely", (update.batch_size, *update.image_shape), torch.float64)
     signals = local_labels = None
@@ -298,8 +300,7 @@ def _known(
 
 def _steps(update: SharedUpdate, count: int) -> list[int]:
     """The steps of so many images, in the order of the steps."""
-    sizes = update.training.sizes_of(update.batch_size)
-    return [step for step, size in enumerate(sizes) for _ in range(size)][:count]
+    return [step for step, size in enumerate(update.training.sizes_of(update.batch_size)) for _ in range(size)][:count]
 
 
 def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, inputs: Tensor) -> Known:
@@ -373,6 +374,8 @@ def _along_the_way(
         ValueError: nothing can be read, or the training does not replay on what was.
     """
     how = _limits(means, generator, clock)
+    if hidden := update.training.hidden:
+        raise ValueError(f"several steps moved what is hidden ({', '.join(hidden)}), and with it all else")
     if is_one_pass(update.training):
         try:
             return read_layers(update, model, in_steps=True, **how)

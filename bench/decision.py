@@ -40,7 +40,7 @@ UPDATES = (
 SOME = (
     "none", "int8", "noise:1e-3", "noise:1e-2", "topk:0.1", "topk:0.01", "localdp:1:1:1e4:1e-5", "--hidden=head",
 )  # fmt: skip
-FEWER = ("none", "int8", "noise:1e-3", "topk:0.1", "--hidden=head")
+FEWER = ("none", "int8", "noise:1e-3", "topk:0.1", "topk:0.01", "--hidden=head")
 BOTH = {READ: UPDATES, LOOP: UPDATES}
 
 

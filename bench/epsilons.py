@@ -14,12 +14,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.guesses import MEAN
-from bench.local_training import RANDOM
+from bench.local_training import CONVNET, RANDOM, TRUE
 from bench.planned import Planned, measure_planned
 from bench.results_page import DATA, read_rows
 from client.privacy import gaussian_multiplier
@@ -31,11 +32,31 @@ DELTA = 1e-5
 UNLIMITED = "none"  # epsilon of an update without a defence
 EPSILONS = ("10", "1e3", "1e4", "1e5", "1e6")
 LEVELS = {"example": "dpsgd:1:{:.4g}", "client": "clip:1,noise:{:.4g}"}  # clipped to 1: the noise is the multiplier
-NETWORKS = {"LeNet": "lenet"}
-GRID = f"--batch_sizes 4 --batches 0,1,2 --seeds 0,1,2 --max_evals 60 {RANDOM} --out DIR"
 PANELS = {"identification": "identification rate", "label_accuracy": "labels right", "psnr": "PSNR (dB)"}
 LINES = {"example": "-", "client": "--"}
 WIDTH, HEIGHT = 3.6, 3.4  # inches of a panel
+
+
+class Network(NamedTuple):
+    """A network of the figure: its name there, its name for --models, its flags, and batches of three seeds each."""
+
+    name: str
+    model: str
+    flags: str
+    batches: str = "0"
+
+    def command(self, defence: str, attack: str) -> str:
+        """That measures the row of a defence and an attack."""
+        words = f'python benchmark.py defences --defences "{defence}" --presets "{attack}" --models "{self.model}"'
+        runs = f"--batch_sizes 4 --batches {self.batches} --seeds 0,1,2 --max_evals 60"
+        return f"{words} {runs} {self.flags} --out DIR"
+
+
+NETWORKS = (
+    Network("LeNet", "lenet", RANDOM, "0,1,2"),
+    Network("MLP, ReLU", "mlp --activation relu", RANDOM),
+    Network("ConvNet, trained", CONVNET.removeprefix("--model "), TRUE),
+)
 
 
 def defence_of(level: str, epsilon: float) -> str:
@@ -44,17 +65,17 @@ def defence_of(level: str, epsilon: float) -> str:
 
 
 def _planned() -> Iterator[Planned]:
-    for (network, model), level in product(NETWORKS.items(), LEVELS):
+    for network, level in product(NETWORKS, LEVELS):
         for epsilon in EPSILONS:
-            yield _row(level, network, model, epsilon, defence_of(level, float(epsilon)), "magia")
-    for (network, model), attack in product(NETWORKS.items(), ("magia", MEAN)):
-        yield _row(UNLIMITED, network, model, UNLIMITED, UNLIMITED, attack)
+            yield _row(level, network, epsilon, defence_of(level, float(epsilon)), "magia")
+    for network, attack in product(NETWORKS, ("magia", MEAN)):
+        yield _row(UNLIMITED, network, UNLIMITED, UNLIMITED, attack)
 
 
-def _row(level: str, network: str, model: str, epsilon: str, defence: str, attack: str) -> Planned:
-    command = f'python benchmark.py defences --defences "{defence}" --presets "{attack}" --models "{model}" {GRID}'
-    names = {"level": level, "network": network, "epsilon": epsilon, "attack": attack}
-    return Planned(TABLE, names, {"defence": defence, "delta": f"{DELTA:g}", "batch_size": "4"}, command)
+def _row(level: str, network: Network, epsilon: str, defence: str, attack: str) -> Planned:
+    names = {"level": level, "network": network.name, "epsilon": epsilon, "attack": attack}
+    says = {"defence": defence, "delta": f"{DELTA:g}", "batch_size": "4"}
+    return Planned(TABLE, names, says, network.command(defence, attack))
 
 
 PLANNED = list(_planned())

@@ -4,6 +4,8 @@
     python -m bench.remeasure networks --rows "--model convnet" --data_path cifar10_test.npz --weights_dir checkpoints
     make docs
 
+A new row is written into the file with its name and its command, and its other columns empty; then it is measured.
+
 The commands of the rows run one after the other, each in a temporary folder. Three kinds of commands can be run so:
 those of main_MAGIA_sel.py, which leaves metrics.json, those of `benchmark.py grid` and `defences`, which leave
 summary.csv, or table.csv of readings alone, and those of `benchmark.py speed`, of which each row takes the line of its

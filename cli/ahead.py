@@ -2,16 +2,25 @@
 
 import argparse
 import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
+from attack.again import is_read_again, known_between
 from attack.ahead import READS, Means, known_again, read_ahead, with_scale
+from attack.optimise.budget import Budget
 from attack.prepare import Known
+from attack.solve.budget import WorkBudget
 from cli.console import ReadingBar
 from cli.runtime import stream
+from cli.settings import schedule_of
+from cli.start import first_state, pixel_map
 from update.shared import SharedUpdate
 
 SIGNALS_SHARE = 0.5  # of max_seconds, after which a reading is aborted
+GLANCE = 0.5  # share of a course's evaluations that first pictures take
 
 
 def scaled_update(
@@ -43,3 +52,45 @@ def known_ahead(
         if began is not None:
             return known_again(update, model, means, generator, began)
         return read_ahead(update, model, means, generator)
+
+
+def known_from_pictures(
+    update: SharedUpdate,
+    model: nn.Module,
+    known: Known,
+    settings: argparse.Namespace,
+    build_objective: Callable,
+    attack: Callable,
+    began: dict | None = None,
+) -> Known:
+    """What is known once blocks were read again from first pictures, where that is of use; see `attack.again`.
+
+    An attack whose evaluations are bounded (--max_evals) has none to spare.
+
+    Args:
+        update: an averaged gradient.
+        model: that it was computed on.
+        known: what was read of it.
+        settings: of the attack.
+        build_objective: of update, model, known, pixels and settings.
+        attack: moves a state by an objective, a schedule and a budget, and reports its steps.
+        began: the record of a run that is resumed, which keeps what was known; None at the start.
+    """
+    if began is not None or settings.max_evals is not None or not is_read_again(update, model, known):
+        return known
+    left = SIGNALS_SHARE * settings.max_seconds - known.seconds if settings.max_seconds else math.inf
+    with ReadingBar(quiet=settings.quiet) as bar:
+        clock = WorkBudget(deadline=time.perf_counter() + left, tick=bar.update)
+
+        def pictures(known: Known) -> Tensor:
+            clock.check()
+            pixels = pixel_map(update, model, known, settings)
+            objective = build_objective(update, model, known, pixels, settings)
+            course, state = objective.annealing.shortened(GLANCE), first_state(update, known, pixels, settings)
+            seconds = clock.deadline - time.perf_counter()
+            budget = Budget(settings.n_iter, settings.restarts * course.evaluations, seconds)
+            objective = replace(objective, annealing=course)
+            attack(state, objective, schedule_of(settings), budget, lambda *_: bar.update())
+            return objective.images(state)[state.leader].detach().clamp(0, 1)
+
+        return known_between(update, model, known, pictures, stream(settings.seed, "between"), clock)

@@ -146,7 +146,9 @@ def _foreign(settings: argparse.Namespace, given: Collection[str]) -> tuple:
     options = model_options(settings)
     model = server_model(settings, settings.model, shape, settings.num_classes, options, notes.append)
     unseen = parse_names(settings.hidden)
-    freeze(model, named_by(model, [*parse_names(settings.frozen), *unseen]))
+    frozen = named_by(model, parse_names(settings.frozen))
+    training = training.hiding(name for name in named_by(model, unseen) if name not in frozen)
+    freeze(model, [*frozen, *named_by(model, unseen)])
     tensors, text = read_tensors(source, most=room_for(model))
     notes += [text[ENTERED]] if ENTERED in text else []
     tensors, said = recognised(tensors, model, shape, source)

@@ -165,6 +165,8 @@ def facts_of(update: SharedUpdate, settings: argparse.Namespace) -> dict[str, ob
         "num_classes": update.num_classes,
     }
     facts["image_size"] = width if height == width else f"{height}x{width}"
+    if update.training.hidden:
+        facts["hidden"] = settings.hidden or ",".join(update.training.hidden)
     return facts | flags_of(update.training) | {"channels": channels} | update.options
 
 

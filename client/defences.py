@@ -87,21 +87,19 @@ def encrypted(update: SharedUpdate, model: nn.Module, prefixes: Sequence[str]) -
     """The update of which a server does not see the parameters whose names start with one of the prefixes.
 
     In one step such a parameter is to the server what a frozen one is, and the model's is frozen: its weights are
-    known, and how far they went is not.
+    known, and how far they went is not. In several steps it has moved all others, so the training names it.
 
     Raises:
-        ValueError: a prefix fits no parameter, nothing is left to see, or the client made several steps, in which what
-            is hidden moves all else.
+        ValueError: a prefix fits no parameter, or nothing is left to see.
     """
     names = set(named_by(model, prefixes))
-    if names and not update.training.is_one_step:
-        raise ValueError(f"--hidden {','.join(prefixes)}: for one local step only")
     seen = {name: gradient for name, gradient in update.gradients.items() if name not in names}
     if not seen:
         raise ValueError(f"--hidden {','.join(prefixes)}: nothing is left to see")
     for name in names & trainable(model).keys():
         model.get_parameter(name).requires_grad_(False)
-    return dataclasses.replace(update, gradients=seen)
+    moved = [name for name in update.gradients if name in names]
+    return dataclasses.replace(update, gradients=seen, training=update.training.hiding(moved))
 
 
 def _summed(updates: Sequence[SharedUpdate]) -> SharedUpdate:

@@ -22,6 +22,12 @@ def freeze(model: nn.Module, names: Sequence[str]) -> None:
         raise ValueError(f"nothing is left to train with {', '.join(names)} frozen")
 
 
+def names_within(holder: nn.Module, model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """The names of the model's parameters `names` in a module that holds the model."""
+    own = {parameter: name for name, parameter in holder.named_parameters()}
+    return tuple(own[model.get_parameter(name)] for name in names)
+
+
 def named_by(model: nn.Module, prefixes: Sequence[str]) -> list[str]:
     """The names of the parameters that start with one of the prefixes.
 

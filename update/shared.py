@@ -208,6 +208,8 @@ class SharedUpdate:
         if parameters.keys() != self.gradients.keys():
             odd = sorted(parameters.keys() ^ self.gradients.keys())
             raise ValueError(f"update and model {self.model!r} disagree on parameters: {', '.join(odd)}")
+        if not set(self.training.hidden) <= dict(model.named_parameters()).keys() - parameters.keys():
+            raise ValueError(f"hidden parameters of the update are none of model {self.model!r}'s, or are shared")
         for name, parameter in parameters.items():
             if parameter.shape != self.gradients[name].shape:
                 raise ValueError(

@@ -17,7 +17,7 @@ moments, and the mean of these is no combination of gradients.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -56,6 +56,8 @@ class LocalTraining:
         precision: of the client's activations, one of `PRECISIONS`.
         frozen_norms: BatchNorm layers that stay in eval mode while the others train, by their names or by those of
             modules that hold them.
+        hidden: parameters of the model that several steps moved and whose movement is not shared, by name. The model's
+            are frozen, as those are that no step moved: both have no gradient in the update.
 
     Raises:
         ValueError: a number below 1, steps that are not whole passes, several steps without a rate above 0, frozen
@@ -73,6 +75,7 @@ class LocalTraining:
     order: Order | None = None
     precision: str = "float32"
     frozen_norms: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
 
     @classmethod
     def stated(cls, facts: object) -> "LocalTraining":
@@ -193,6 +196,11 @@ class LocalTraining:
         shares, sizes = self.coefficients().shares, torch.tensor(self.sizes_of(batch_size))
         return (shares * batch_size / sizes).tolist()
 
+    def hiding(self, names: Iterable[str]) -> "LocalTraining":
+        """The training whose movement of these parameters is not shared either; of one step it tells no more."""
+        unseen = dict.fromkeys([*self.hidden, *names])
+        return self if self.is_one_step else replace(self, hidden=tuple(unseen))
+
     def size(self, batch_size: int) -> int:
         """Images in a minibatch of so many images in all; the last holds the rest, as data loaders leave it."""
         return -(-batch_size // self.batches)
@@ -256,6 +264,10 @@ def _whole_numbers(value: object, name: str, least: int) -> tuple[int, ...]:
     return tuple(checked.whole(each, name, least) for each in checked.sequence(value, name))
 
 
+def _words(value: object, name: str) -> tuple[str, ...]:
+    return tuple(checked.word(each, name) for each in checked.sequence(value, name))
+
+
 # How each fact of an update's file is read.
 _FACTS = {
     "steps": lambda value, name: checked.whole(value, name, 1),
@@ -270,7 +282,8 @@ _FACTS = {
         None if value is None else tuple(_whole_numbers(each, name, 0) for each in checked.sequence(value, name))
     ),
     "precision": checked.word,
-    "frozen_norms": lambda value, name: tuple(checked.word(each, name) for each in checked.sequence(value, name)),
+    "frozen_norms": _words,
+    "hidden": _words,
 }
 
 
@@ -359,7 +372,9 @@ def train_locally(
         labels: class indices (B,) or class probabilities (B, K).
         create_graph: keep the graph of all steps, so that the result can be differentiated by images and labels.
     """
-    names, weights = list(trainable(model)), list(trainable(model).values())
+    shared, unseen = trainable(model), {name: model.get_parameter(name).detach() for name in training.hidden}
+    names = [*shared, *unseen]
+    weights = [*shared.values(), *(weight.requires_grad_() for weight in unseen.values())]
     walk, brought, statistics = training.optimiser.begun(weights), [], []
     factors = training.optimiser.factors(training.steps, training.passes)
     for part, factor in zip(training.schedule(len(images), images.device), factors, strict=True):
@@ -379,8 +394,8 @@ def train_locally(
     combination = training.combination()
     parts = [share for layer in in_training(model) for share in [shares(layer, training.steps)] * 2]
     return Trained(
-        average=tuple(combination.mean(each) for each in zip(*brought, strict=True)),
-        weights=tuple(walk.weights),
+        average=tuple(combination.mean(each) for each in list(zip(*brought, strict=True))[: len(shared)]),
+        weights=tuple(walk.weights[: len(shared)]),
         statistics=tuple(
             sum(share * statistic for share, statistic in zip(own, each, strict=True))
             for own, each in zip(parts, zip(*statistics, strict=True), strict=True)

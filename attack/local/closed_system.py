@@ -25,7 +25,8 @@ from update.training import LocalTraining
 def is_one_pass(training: LocalTraining) -> bool:
     """Whether each image was used at one of several steps, and weights are a known combination of their gradients."""
     optimiser = training.optimiser
-    return training.passes == 1 and not training.is_one_step and optimiser.is_linear and optimiser.clip is None
+    is_known = optimiser.is_linear and optimiser.clip is None and not training.hidden
+    return training.passes == 1 and not training.is_one_step and is_known
 
 
 class ClosedSystem:

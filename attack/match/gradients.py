@@ -12,7 +12,7 @@ left out where entries of g are missing. `attack.match.entries` says what such e
 Source: MAGIA (arXiv 2509.18170), main text; the published script for alpha and D_sub.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from attack.match.entries import Entries, Gradient, squared_distance
 from attack.match.penalties import statistics_distance
 from network.head import Head, measured_noise
-from network.parameters import trainable
+from network.parameters import names_within, trainable
 from update.gradients import gradient_and_part
 from update.shared import SharedUpdate
 from update.training import FEDSGD, LocalTraining, train_locally
@@ -149,7 +149,8 @@ class MatchingLoss:
 
     @cached_property
     def _imitated_training(self) -> LocalTraining:
-        return self._compared.imitated(self.training)
+        training = self._compared.imitated(self.training)
+        return replace(training, hidden=names_within(self.network or self.model, self.model, training.hidden))
 
     def noise_of(self, update: SharedUpdate) -> float:
         """Noise in the update's entries in units of this loss: times their root mean square, or over it if relative.

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from network.chain import modules
 from network.kinds import kind_of
@@ -125,6 +125,16 @@ class Course:
     least_gain: float = GAIN
 
     @property
+    def evaluations(self) -> int:
+        """Of all phases."""
+        return sum(phase.evaluations for phase in self.phases)
+
+    def shortened(self, share: float) -> "Course":
+        """The same phases, each with this share of its evaluations."""
+        phases = (replace(phase, evaluations=math.ceil(share * phase.evaluations)) for phase in self.phases)
+        return replace(self, phases=tuple(phases))
+
+    @property
     def weight(self) -> float:
         """The prior's weight at the start, relative to that of the activations."""
         return self.scale * self.phases[0].prior_weight if self.phases else 0.0
@@ -147,5 +157,5 @@ class Course:
         """
         if not self.phases:
             return "exact"
-        is_through = evaluations >= sum(phase.evaluations for phase in self.phases)
+        is_through = evaluations >= self.evaluations
         return "course" if is_through and gain < self.least_gain else None

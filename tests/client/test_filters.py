@@ -1,5 +1,6 @@
 """The filters that federated systems ship, against their definitions written out once more in numpy."""
 
+import dataclasses
 import json
 import math
 
@@ -14,12 +15,14 @@ from cli.ahead import scaled_update
 from cli.victim import victim
 from client.defences import defend as defend_all
 from client.defences import sparse_vector
+from client.victim import share_update
 from judge.layers import matched
 from judge.verdict import CERTAIN
 from network.head import features_of
+from network.zoo import build_model
 from update.defences import Defences
 from update.shared import SharedUpdate
-from update.training import FEDSGD, LocalTraining
+from update.training import FEDSGD, LocalTraining, train_locally
 
 SEVERAL = LocalTraining(steps=4, rate=0.05)  # the weight difference is 0.2 times the averaged gradient, 0.05 a step
 
@@ -187,8 +190,61 @@ def test_a_hidden_head_gives_no_signals(cli):
 def test_errors_of_hidden_parameters_name_them(cli):
     assert "'conv9'" in cli.error("--hidden", "conv9")
     assert "--hidden conv,head: nothing is left to see" in cli.error("--hidden", "conv,head")
-    several = ["--local_steps", 2, "--local_lr", 0.1]
-    assert "--hidden head: for one local step only" in cli.error("--hidden", "head", *several)
+
+
+STEPS = "--model mlp --activation relu --width 64 --local_steps 2 --local_lr 0.02 --batch_size 2".split()  # noqa: SIM905
+
+
+def test_to_hide_the_head_in_several_steps_saves_no_image_of_a_fully_connected_first_layer(cli, tmp_path):
+    path = tmp_path / "u.npz"
+    run = metrics_of(cli("--hidden", "head", "--save_update", path, *STEPS, *SIGNALS))
+    assert run["ended_by"] == "exact"
+    assert run["label_accuracy"] == 1
+    read = cli("--update", path, "--batch_size", 2, *SIGNALS, name="read")
+    assert metrics_of(read)["ended_by"] == "exact"
+    assert config_of(read)["hidden"] == "head.weight,head.bias"
+
+
+def test_so_it_is_where_another_framework_sent_the_difference(cli, tmp_path):
+    path, tensors, weights = tmp_path / "u.npz", tmp_path / "tensors.npz", tmp_path / "weights.npz"
+    cli("--hidden", "head", "--save_update", path, *STEPS)
+    shared = SharedUpdate.load(path)
+    moved = {name: -shared.training.reach * tensor.numpy() for name, tensor in shared.gradients.items()}
+    np.savez(tensors, **moved)
+    np.savez(weights, **{name: tensor.numpy() for name, tensor in shared.weights.items()})
+    words = ["--update", tensors, "--update_kind", "difference", "--weights", weights, *STEPS, *SIGNALS]
+    assert metrics_of(cli(*words, "--hidden", "head", name="foreign"))["ended_by"] == "exact"
+    assert "name it with --frozen" in cli.error(*words)
+
+
+def test_hidden_parameters_that_moved_in_several_steps_are_moved_when_the_training_is_made_again():
+    model, images, labels = seeded_mlp(), torch.rand(4, 3, 16, 16, generator=generator(1)), torch.tensor([3, 1, 4, 1])
+    whole = share_update(model, "mlp", images, labels, 10, training=SEVERAL)
+    shared = share_update(model, "mlp", images, labels, 10, training=SEVERAL, hidden=["head"])
+    assert shared.gradients.keys() == whole.gradients.keys() - {"head.weight", "head.bias"}
+    again = train_locally(model, images, labels, shared.training).average
+    for own, name in zip(again, shared.gradients, strict=True):
+        assert torch.allclose(own, whole.gradients[name], rtol=1e-4, atol=1e-7)
+    without = train_locally(model, images, labels, SEVERAL).average  # as if the head had not moved
+    assert not torch.allclose(without[0], again[0], rtol=1e-2, atol=0)
+
+
+def seeded_mlp():
+    return build_model("mlp", image_shape=(3, 16, 16), num_classes=10, generator=generator(0))
+
+
+def test_layers_below_what_moved_unseen_are_not_read(cli):
+    message = cli.error("--hidden", "head", "--local_steps", 2, "--local_lr", 0.1, "--signals", "on")
+    assert "--signals on: several steps moved what is hidden (head.weight, head.bias), and with it all else" in message
+
+
+def test_an_update_that_names_hidden_parameters_of_no_model_is_refused(cli, tmp_path):
+    images, labels = torch.rand(3, 3, 16, 16, generator=generator(1)), torch.tensor([3, 1, 4])
+    shared = share_update(seeded_mlp(), "mlp", images, labels, 10, training=SEVERAL)
+    for name in ("nothing", "head.bias"):
+        dataclasses.replace(shared, training=shared.training.hiding([name])).save(tmp_path / "u.npz")
+        message = "hidden parameters of the update are none of model 'mlp''s, or are shared"
+        assert message in cli.error("--update", tmp_path / "u.npz")
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -339,3 +339,10 @@ def test_a_gradient_too_faint_for_its_squares_to_be_told_from_zero_is_left_out()
     heard = ForwardLoss(chain, (3, 16, 16), index, inputs, data.labels, faint, uses_gradients=True)
     assert len(heard.weights) == len(loss.weights) - 1
     assert all(torch.isfinite(term) for term in heard(torch.full_like(images, 0.3)))
+
+
+def test_a_shortened_course_has_the_same_phases():
+    course = Course((Phase(10, 1.0, 2.0), Phase(5, 0.1, 8.0)), least_gain=0.1)
+    short = course.shortened(0.5)
+    assert [(phase.evaluations, phase.hardness) for phase in short.phases] == [(5, 2.0), (3, 8.0)]
+    assert (short.evaluations, short.least_gain) == (8, 0.1)

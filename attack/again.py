@@ -1,0 +1,102 @@
+"""Between what the walk knows and a max-pool below it: read once more, from the attack loop's own pictures.
+
+Below a max-pool the loop matches no gradients (`attack.match.activations`), so those of the layers between the pool and
+the known activations are used by nobody where the walk ends above the pool. What pictures predict of these layers'
+inputs and what the gradients say of them are put together, block by block (`attack.walk.again`); the next pictures
+match what came of it.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from attack.match.entries import observed
+from attack.match.phases import is_pooled
+from attack.prepare import Known
+from attack.read.arithmetic import additive_noise
+from attack.solve.budget import OutOfTimeError, WorkBudget
+from attack.walk.again import Reread, is_reread, reread
+from attack.walk.layer_source import BatchGradients
+from network.chain import mixes_images, modules, parametrised
+from network.stage import Chain
+from network.tracing import stages
+from update.shared import SharedUpdate
+
+# Times that pictures are made and blocks are read from them. A trained ResNet-18, 24 images: 24.3 dB without, 27.4 dB
+# after one round, 28.1 dB after two.
+ROUNDS = 2
+
+BETTER = 0.8  # share of the prediction's expected error, by the median image, that the equations must leave or less
+
+
+def is_read_again(update: SharedUpdate, model: nn.Module, known: Known) -> bool:
+    """Whether what is known of all images ends at a residual block above a max-pool."""
+    if not known.is_followed or known.is_exact or known.uses or known.in_steps or known.drift is not None:
+        return False
+    chain = stages(model)
+    below = chain[: known.start]
+    if not (is_reread(below) and is_pooled(below)) or mixes_images(modules(chain)):
+        return False
+    return update.training.is_plain and observed(update, model).is_whole
+
+
+def known_between(
+    update: SharedUpdate,
+    model: nn.Module,
+    known: Known,
+    pictures: Callable[[Known], Tensor],
+    generator: torch.Generator,
+    clock: WorkBudget,
+) -> Known:
+    """With the inputs of a lower stage, as far as pictures and gradients tell them; as it was where they tell none.
+
+    Args:
+        update: an averaged gradient.
+        model: that it was computed on.
+        known: what was read of it.
+        pictures: images (B, C, H, W) by what is known.
+        generator: what errors are drawn from, on the CPU.
+        clock: when it has run out, what has been found by then is kept.
+    """
+    if not is_read_again(update, model, known):
+        return known
+    chain, best = stages(copy.deepcopy(model).requires_grad_(False).double()), known
+    labels = known.labels[: len(known.inputs)]
+    loss = update.training.loss.of_batch(labels)
+    given = BatchGradients(update.gradients, update.batch_size, additive_noise(update, model), loss=loss)
+    outputs = (chain, given, known.start, known.inputs.double(), _errors(known, chain), labels)
+    for _ in range(ROUNDS):
+        try:
+            seen = pictures(best).double()
+            blocks = reread(*outputs, seen, known.recovered, generator=generator, budget=clock)
+        except OutOfTimeError:
+            break
+        told = [block for block in blocks if float((block.errors / block.predicted).median()) < BETTER]
+        if not told:
+            break
+        best = _at(known, chain, told)
+    return best
+
+
+def _errors(known: Known, chain: Chain) -> Tensor:
+    """Relative errors (B,) of the known inputs: those of the reading, as large as the walk has made the largest."""
+    errors = known.signals.uncertainty.to(known.inputs.device).double()
+    largest = known.uncertainty_at(chain[known.start])
+    return (errors * (largest / errors.max().clamp(min=1e-300))).clamp(min=torch.finfo(torch.float32).eps)
+
+
+def _at(known: Known, chain: Chain, blocks: Sequence[Reread]) -> Known:
+    """With the inputs of these blocks, their rows of layers.csv, and the lowest one's in the loop."""
+    rows, recovered = {row["layer"]: row for row in known.layers}, dict(known.recovered)
+    for block in blocks:
+        stage, error = chain[block.index], float(block.errors.max())
+        name = next(parametrised([stage])).name
+        note = f"from pictures and gradients, to {float(block.errors.median()):.1e} of the median image"
+        told = "; ".join(filter(None, [rows[name]["note"], note]))
+        rows[name] = {**rows[name], "uncertainty": error, "note": told}
+        recovered[stage.name] = block.inputs
+    lowest = blocks[-1]
+    return replace(known, start=lowest.index, inputs=lowest.inputs, layers=list(rows.values()), recovered=recovered)
