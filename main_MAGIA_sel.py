@@ -28,6 +28,7 @@ from attack.match.followed import followed
 from attack.match.gradients import MatchingLoss
 from attack.match.penalties import Penalty, disagreement
 from attack.match.phases import Course
+from attack.match.polish import Polish, why_over
 from attack.match.replay import replayed
 from attack.match.softening import SoftenedMatching, kinked_chain
 from attack.optimise.budget import Annealing, Budget
@@ -219,6 +220,7 @@ class Objective:
     group_weight: float = 0.0
     exact: Tensor | None = None  # leading images (N, C, H, W) that are known already
     scale: CommonScale | None = None  # of all images, where nothing but their 8 bits tells it
+    polish: Polish | None = None  # the steps after the course
 
     def __str__(self) -> str:
         return " + ".join([f"{self.matching}", f"{self.annealing.weight:g} {self.prior}", *map(repr, self.penalties)])
@@ -254,14 +256,16 @@ def magia_step(state: AttackState, objective: Objective, schedule: Schedule, bud
     Images and label logits move together. T, a random subset of S(t) images, stays as it is during the line search,
     unless the schedule asks for the published way. Returns S(t) and the terms at the iterate that was reached.
     """
-    size, spent = schedule.size(state.step), state.evaluations / state.copies
-    weight = state.weigh(objective.annealing.at(spent))
-    redrawn = size if schedule.resample == "closure" else None
+    size, spent, polish = schedule.size(state.step), state.spent, objective.polish
+    weight, redraws = state.weigh(objective.annealing.at(spent)), schedule.resample == "closure"
     with state.timed():
-        state.enter(objective.annealing.phase(spent))
+        state.enter(max(state.phase, objective.annealing.phase(spent)))
         objective.matching.enter(state.phase, objective.pixels.decode(state.anchor))
         state.draw_subset(size)
-        state.minimise(lambda: objective(state, weight).loss, budget, redrawn)
+        if polish and polish.is_on(state):
+            polish.step(state, objective.pixels, budget)
+        else:
+            state.minimise(lambda: objective(state, weight).loss, budget, size if redraws else None)
         objective.pixels.project_(state.z)
     return size, objective(state, weight)  # for the record: neither its evaluation nor its time counts
 
@@ -276,12 +280,10 @@ def attack(
 ) -> str:
     """MAGIA: step after step, a subset of scheduled size, until steps, evaluations or seconds are spent.
 
-    Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
-    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns the reason of the end:
-    n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
+    Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`; others are
+    undone, see `AttackState.accept`. Returns why it ended: a bound of the budget, interrupt, non-finite, course, exact.
     """
-    course = objective.annealing
-    while not (ended := course.ended(state.evaluations / state.copies, state.gain) or state.ended(budget)):
+    while not (ended := why_over(state, objective.annealing, objective.polish, budget)):
         size, terms = magia_step(state, objective, schedule, budget)
         if state.accept(terms):
             with torch.no_grad():
@@ -309,8 +311,7 @@ def prepare(
     """
     started = time.perf_counter()
     known = known_ahead(update, model, settings, granted, began)
-    if began is None:
-        known = known_from_pictures(update, model, known, settings, build_objective, attack)
+    known = known_from_pictures(update, model, known, settings, build_objective, attack, began)
     pixels = pixel_map(update, model, known, settings)
     state = first_state(update, known, pixels, settings)
     state.seconds = time.perf_counter() - started
@@ -328,8 +329,8 @@ def build_objective(
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
     if known.is_followed:
-        matching, course, penalties, scale = followed(update, model, known, settings.tv_weight)
-        return Objective(matching, prior, course, pixels, penalties, scale=scale)
+        matching, course, penalties, scale, polish = followed(update, model, known, settings.tv_weight)
+        return Objective(matching, prior, course, pixels, penalties, scale=scale, polish=polish)
     errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None
     matching = MatchingLoss(
@@ -410,8 +411,7 @@ def run_attack(
     with run.restored():
         if began:
             compare(began["digests"], digests)
-        restored, scale, model, *ready = prepared(prepare, update, model, settings, granted, began)
-        state, objective, known = ready
+        restored, scale, model, state, objective, known = prepared(prepare, update, model, settings, granted, began)
         config = vars(settings) | {"device": str(place_of(model)["device"])} | provenance(words)
         config |= privacy_of(update, settings) | {"scale": scale, "notes": notes}
         known = open_record(run, config, state, known, model, truth, began, digests)
@@ -436,8 +436,8 @@ def run_attack(
     if objective.scale:
         images, said = objective.scale.read(images)
         recorder.evidence = (*recorder.evidence, said)
-    evaluations = state.evaluations // state.copies
-    replay = replayed(known.as_trained(restored), model, known, images.clamp(0, 1), labels, evaluations)
+    recorder.evidence = (*recorder.evidence, *(objective.polish.evidence if objective.polish else ()))
+    replay = replayed(known.as_trained(restored), model, known, images.clamp(0, 1), labels, state.spent)
     figures = recorder.finish(state, images, ended_by, config, replay)
     return show_end(ended_by, figures, bool(recorder.sizes), state.setbacks, run, quiet=settings.quiet)
 

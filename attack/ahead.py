@@ -50,7 +50,7 @@ ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
     "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
-    "uses", "is_explained", "likely", "local_labels", "layers", "evidence",
+    "uses", "is_explained", "likely", "held", "local_labels", "layers", "evidence",
 )  # fmt: skip
 
 
@@ -112,7 +112,8 @@ def read_ahead(update: SharedUpdate, model: nn.Module, means: Means, generator: 
     told = {row["layer"] for row in tokens.rows}
     layers = [*tokens.rows, *(row for row in known.layers if row["layer"] not in told)]
     facts = {"seconds": known.seconds + tokens.seconds, "is_aborted": known.is_aborted or tokens.is_aborted}
-    return replace(known, layers=layers, likely=tokens.likely, recovered={**known.recovered, **tokens.found}, **facts)
+    facts |= {"likely": tokens.likely, "held": tokens.held}
+    return replace(known, layers=layers, recovered={**known.recovered, **tokens.found}, **facts)
 
 
 def _read_ahead(
@@ -209,12 +210,11 @@ def known_again(
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
         "order": _order(began["order"], update),
-        "uses": tuple(
-            checked.whole(u, "uses", 0, update.batch_size - 1) for u in checked.sequence(began["uses"], "uses")
-        ),
         "is_explained": checked.switch(began["is_explained"], "is_explained"),
         "likely": began["likely"],
     }
+    lists = {name: checked.sequence(began[name], name) for name in ("uses", "held")}
+    facts |= {name: tuple(checked.whole(u, name, 0, update.batch_size - 1) for u in of) for name, of in lists.items()}
     if facts["likely"] is not None:
         checked.tensor(facts["likely"], "likely", (update.batch_size, *update.image_shape), torch.float64)
     signals = local_labels = None

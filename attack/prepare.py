@@ -47,6 +47,7 @@ class Known:
         uses: the image of each of these inputs, where there were several passes; else empty.
         pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
         likely: (N, C, H, W) in [0, 1], images to begin with in the place of grey ones; None where none are likelier.
+        held: of the likely images, those that the attack leaves as they are.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
         steps: the step of each of the N images, ascending, where each was read at its own step's weights; else empty.
         order: the images of each step, where it was found and is not that of minibatches in turn; else None.
@@ -68,6 +69,7 @@ class Known:
     uses: tuple[int, ...] = ()
     pixels: Tensor | None = None
     likely: Tensor | None = None
+    held: tuple[int, ...] = ()
     says_enough: bool = True
     steps: Sequence[int] = ()
     order: Order | None = None

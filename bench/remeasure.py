@@ -4,6 +4,8 @@
     python -m bench.remeasure networks --rows "--model convnet" --data_path cifar10_test.npz --weights_dir checkpoints
     make docs
 
+A new row is written into the file with its name and its command, and its other columns empty; then it is measured.
+
 The commands of the rows run one after the other, each in a temporary folder. Three kinds of commands can be run so:
 those of main_MAGIA_sel.py, which leaves metrics.json, those of `benchmark.py grid` and `defences`, which leave
 summary.csv, or table.csv of readings alone, and those of `benchmark.py speed`, of which each row takes the line of its
@@ -227,6 +229,8 @@ def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path |
             word = str((data_path if data_path and word.endswith(".npz") else Path(word)).resolve())
         elif flag == "--weights":
             word = str(there / word)
+        elif flag == "--model" and ".py:" in word:
+            word = str(ROOT / word)
         elif flag == "--models":
             word = re.sub(r"(?<=--weights )\S+", lambda name: shlex.quote(str(there / name[0])), word)
             word = re.sub(r"^\S+(?=\.py:)", lambda name: shlex.quote(str(ROOT / name[0])), word)

@@ -55,7 +55,8 @@ TABLES = (
         "networks",
         "How sharp are the images of ordinary and trained networks?",
         """The whole attack, to its end, on true labels of ten classes unless the network's name says otherwise. The MLP
-        of six layers is the setting of SPEAR (arXiv 2403.03945), which reports exact images up to B ≈ 25 there.""",
+        of six layers is SPEAR's setting (arXiv 2403.03945): exact images up to B ≈ 25. "Calibrated": BatchNorm's
+        statistics are those of images, all else is untrained ([checkpoints](reproducibility.md#set-up)).""",
         {"network": "{network}", "B": "{batch_size}"},
         {
             "told apart": "{told_apart}",
@@ -84,8 +85,7 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
     Table(
         "readings",
         "How surely are all images of a batch told apart?",
-        """Readings of disjoint batches of trained networks. A reading is complete if every image was told apart and
-        every label was right.""",
+        """Readings of disjoint batches of trained networks; complete: every image told apart, every label right.""",
         {"network": "{network}", "B": "{batch_size}"},
         {"readings": "{readings}", "complete": "{complete}"},
     ),

@@ -61,6 +61,7 @@ def known_from_pictures(
     settings: argparse.Namespace,
     build_objective: Callable,
     attack: Callable,
+    began: dict | None = None,
 ) -> Known:
     """What is known once blocks were read again from first pictures, where that is of use; see `attack.again`.
 
@@ -73,8 +74,9 @@ def known_from_pictures(
         settings: of the attack.
         build_objective: of update, model, known, pixels and settings.
         attack: moves a state by an objective, a schedule and a budget, and reports its steps.
+        began: the record of a run that is resumed, which keeps what was known; None at the start.
     """
-    if settings.max_evals is not None or not is_read_again(update, model, known):
+    if began is not None or settings.max_evals is not None or not is_read_again(update, model, known):
         return known
     left = SIGNALS_SHARE * settings.max_seconds - known.seconds if settings.max_seconds else math.inf
     with ReadingBar(quiet=settings.quiet) as bar:

@@ -31,7 +31,7 @@ from network.tracing import stages, why_not_walked
 from schedules import Schedule
 from update.batchnorm import use_batch_statistics
 from update.declared import declared
-from update.evidence import HIDDEN, REPLAY, Evidence
+from update.evidence import HIDDEN, POLISH, REPLAY, Evidence
 from update.shared import SharedUpdate
 
 SIDE = 32  # pixels of an image that nothing is known of
@@ -154,7 +154,7 @@ def show_end(ended_by: str, figures: Mapping, has_steps: bool, setbacks: int, ru
         print(f"no step succeeded before {ended_by} ended the attack: the images are its start", file=sys.stderr)
     if not quiet:
         for piece in figures["evidence"]:
-            if piece["topic"] in (REPLAY, HIDDEN):
+            if piece["topic"] in (REPLAY, HIDDEN, POLISH):
                 print(f"{'contradiction' if piece['contradicts'] else 'the update says'}: {piece['said']}")
         if why := figures.get("not_replayed"):
             show_note(f"evaluations were launched one by one on the GPU: {why}")

@@ -55,6 +55,7 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
         label_gain=settings.label_gain,
         known_labels=known.labels,
         copies=copies,
+        held=known.held if settings.init == "grey" else (),
         recorder=cuda_graph if settings.cuda_graphs == "auto" and torch.device(pixels.device).type == "cuda" else None,
     )
 

@@ -36,6 +36,7 @@ SCALE = "scale"  # the topic of a factor of the whole update
 PIXELS = "pixels"  # the topic of pixels that no image has
 FIT = "fit"  # the topic of a client that no supposition fits
 REPLAY = "replay"  # the topic of a training that does not give the update when it is replayed
+POLISH = "polish"  # the topic of what the last steps of an attack have brought
 HIDDEN = "hidden steps"  # the topic of steps that were not declared, and that noise may hide
 ERRORS = "errors"  # the topic of errors that are tiny
 LOSS = "loss"  # the topic of a loss that was not declared

@@ -188,7 +188,9 @@ class ForwardLoss:
             pixels = len(set(uses) or inputs) * math.prod(image_shape)
             is_right = not is_pooled(self.chain) or bool(uses)
             uses_gradients = is_right and int(self.active.sum()) < PLENTY * pixels
-        matched = {name for name, sent in gradients.items() if uses_gradients and sent.any()}
+        faintest = torch.finfo(inputs.dtype).tiny  # errors are divided by a gradient's squares, which must not vanish
+        audible = (name for name, sent in gradients.items() if sent.to(inputs).square().sum() > faintest)
+        matched = set(audible) if uses_gradients else set()
         layers = [stage for stage in parametrised(self.chain) if f"{stage.name}.weight" in matched]
         self.weights = [stage.module.weight for stage in layers]
         if not (self.weights or below):  # gradients of weights would have to be differentiated twice
@@ -207,11 +209,24 @@ class ForwardLoss:
         activations, *gradients = (error / unit for error, unit in zip(errors, self.units, strict=True))
         return activations, sum(gradients, torch.zeros_like(activations))
 
+    def differences(self, images: Tensor) -> list[Tensor]:
+        """What images (B, C, H, W) leave of the activations, and of each layer's gradient, relative to their sizes.
+
+        Gradients are compared entry by entry: they are to be those of an update that is whole.
+        """
+        z, own = self._outputs(images, self.chain)
+        pairs = zip(own, self.entries.sent, self.sizes, strict=True)
+        return [self._off(z) / self.size.sqrt(), *((mine - sent) / size.sqrt() for mine, sent, size in pairs)]
+
+    def _off(self, z: Tensor) -> Tensor:
+        """What outputs of the chain leave of the known activations."""
+        off = torch.where(self.active, z - self.inputs, z.relu()) if self.is_rectified else z - self.inputs
+        return off if self.trust is None else self.trust * off
+
     def _errors(self, images: Tensor, chain: Chain) -> list[Tensor]:
         """Squared errors of the activations and of each layer's gradient, each relative to its own size."""
         z, own = self._outputs(images, chain)
-        off = torch.where(self.active, z - self.inputs, z.relu()) if self.is_rectified else z - self.inputs
-        errors = [SumOfSquares.apply(off if self.trust is None else self.trust * off) / self.size]
+        errors = [SumOfSquares.apply(self._off(z)) / self.size]
         if self.weights:
             layers = enumerate(zip(own, self.sizes, strict=True))
             errors += (self.entries.of_one(p, at) / size for at, (p, size) in layers)
@@ -292,13 +307,17 @@ class ForwardMatching:
         return f"forward matching ({known}, gradients of {len(self.loss.weights)} layers)"
 
     def enter(self, phase: int, images: Tensor) -> None:
-        """Soften the kinks as this phase asks; the phase's first images (B, C, H, W) set the scale of each kink."""
+        """Soften the kinks as this phase asks; the phase's first images (B, C, H, W) set the scale of each kink.
+
+        Behind the course's last phase they are hard.
+        """
         if phase != self._phase:
-            self._phase, self._chain = phase, softened(self.loss.chain, self.course.phases[phase].hardness, images)
+            hardness = self.course.phases[phase].hardness if phase < len(self.course.phases) else math.inf
+            self._phase, self._chain = phase, softened(self.loss.chain, hardness, images)
 
     def __call__(self, images: Tensor, label_logits: Tensor, subset: Tensor) -> Matching:
         """Evaluate at images (B, C, H, W). Label logits and subset are not used: the labels are known."""
-        width = self.course.phases[max(0, self._phase)].width
+        width = self.course.phases[self._phase].width if 0 <= self._phase < len(self.course.phases) else 0.0
         if self.maxima and width:
             activations, gradients = self.maxima(images, width)
             total = activations + STEM * gradients

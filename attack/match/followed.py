@@ -1,8 +1,11 @@
 """Matching of known activations, set up from the update: what stands below them, as the client ran it."""
 
+import copy
+from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from attack.local.closed_system import ClosedSystem
 from attack.local.passes import as_one_pass
@@ -13,6 +16,7 @@ from attack.match.entries import observed
 from attack.match.maxima import Maxima
 from attack.match.penalties import MomentsLoss, Penalty
 from attack.match.phases import MEASURED_AT, UNITS, Course
+from attack.match.polish import Equations, Polish, above_kinks, can_be_polished
 from attack.prepare import Known
 from network.chain import Moments, modules, with_moments
 from network.tracing import stages
@@ -26,12 +30,16 @@ MOMENTS = 1.0
 
 
 class Followed(NamedTuple):
-    """What takes the place of matched gradients: the matching, its course, further terms, and the scale left open."""
+    """What takes the place of matched gradients.
+
+    These are the matching, its course, further terms, the scale left open, and the steps after the course.
+    """
 
     matching: ForwardMatching
     course: Course
     penalties: list[Penalty]
     scale: CommonScale | None
+    polish: Polish | None
 
 
 def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> ForwardLoss:
@@ -39,7 +47,10 @@ def known_activations(update: SharedUpdate, model: nn.Module, known: Known) -> F
     return _loss(update, model, known, _moments(update, model, known))
 
 
-def _loss(update: SharedUpdate, model: nn.Module, known: Known, moments: Moments) -> ForwardLoss:
+def _loss(
+    update: SharedUpdate, model: nn.Module, known: Known, moments: Moments, only: Mapping[str, Tensor] | None = None
+) -> ForwardLoss:
+    """The loss, with the gradients that it needs, or with `only` these."""
     labels, below = known.labels[: len(known.inputs)], None
     if known.uses:
         update, labels = as_one_pass(update), known.labels[list(known.uses)]
@@ -52,9 +63,9 @@ def _loss(update: SharedUpdate, model: nn.Module, known: Known, moments: Moments
         known.start,
         known.inputs.to(**place_of(model)),
         labels,
-        update.gradients,
+        update.gradients if only is None else only,
         known.uncertainty,
-        uses_gradients=None if known.is_complete else False,
+        uses_gradients=only is not None or (None if known.is_complete else False),
         observed=observed(update, model),
         client_loss=update.training.loss.of_batch(labels),
         below=below,
@@ -81,7 +92,24 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
     course = Course(()) if known.is_exact else course_for(below, loss, prior_weight, maxima)
     scale = CommonScale.of(below, moments)
     penalties += [Penalty("scale", HELD * UNITS, scale)] if scale else []
-    return Followed(ForwardMatching(loss, course, maxima), course, penalties, None if moments else scale)
+    polish = _polish(update, model, known, loss, len(course.phases))
+    return Followed(ForwardMatching(loss, course, maxima), course, penalties, None if moments else scale, polish)
+
+
+def _polish(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, phases: int) -> Polish | None:
+    """Steps after a course of so many phases; None where they have nothing to go by."""
+    chain = stages(model)
+    is_whole = known.is_complete and not known.uses and observed(update, model).is_whole
+    if not phases or not is_whole or not can_be_polished(loss.chain, known.uncertainty_at(chain[known.start])):
+        return None
+    named = {f"{name}.weight" for name in above_kinks(loss.chain)}
+    only = {name: sent for name, sent in update.gradients.items() if name in named}
+
+    @cache
+    def losses() -> tuple[ForwardLoss, ForwardLoss]:
+        return tuple(_loss(update, each, known, {}, only) for each in (copy.deepcopy(model).double(), model))
+
+    return Polish(lambda images: Equations.at(*losses(), images), phases)
 
 
 def _maxima(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, moments: Moments) -> Maxima | None:

@@ -80,12 +80,12 @@ class PixelMap:
             u = rotate_colours(self._rows.T @ (self._gain * z) @ self._columns, self._axes.T)
         return torch.sigmoid(u) if self.box == "sigmoid" else u
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, edge: float = HALF_LEVEL) -> Tensor:
         """Free variables z (B, C, H, W) of images x: the inverse of `decode`.
 
-        Under the sigmoid box, x is first moved inside [HALF_LEVEL, 1 - HALF_LEVEL].
+        Under the sigmoid box, x is first moved inside [edge, 1 - edge].
         """
-        u = torch.logit(x, eps=HALF_LEVEL) if self.box == "sigmoid" else x
+        u = torch.logit(x, eps=edge) if self.box == "sigmoid" else x
         if self._is_spectral:
             u = self._rows @ rotate_colours(u, self._axes) @ self._columns.T / self._gain
         return u.contiguous()

@@ -55,6 +55,7 @@ class AttackState:
         label_gain: a scaling, so that L-BFGS moves labels and pixels at comparable rates.
         known_labels: class indices (N,) of the leading N images of each copy, which are then not optimised.
         copies: R, the number of starts that are attacked side by side. Each closure call counts as R evaluations.
+        held: the images of each copy that stay as they are.
         seconds: wall time spent before the first step.
         recorder: of evaluations as CUDA graphs, given the variables; None: all are made one by one.
 
@@ -70,6 +71,7 @@ class AttackState:
     label_gain: float = 1.0
     known_labels: Tensor | None = None
     copies: int = 1
+    held: tuple[int, ...] = ()
     seconds: float = 0.0
     step: int = 0
     evaluations: int = 0
@@ -86,6 +88,8 @@ class AttackState:
         self._whole_step = self.optimizer.param_groups[0].get("max_eval")  # None: not L-BFGS
         self.subset = torch.arange(self.batch_size, device=self.z.device)
         self.anchor = self.z.detach().clone()
+        self._moves = torch.ones_like(self.z)  # 0 at the images that are held
+        self._moves.unflatten(0, (self.copies, -1))[:, list(self.held)] = 0
         self.trail: list[tuple[int, float]] = []
         self._remember(math.inf)
 
@@ -115,6 +119,11 @@ class AttackState:
             self.phase, self.anchor, self.trail = phase, self.z.detach().clone(), []
             self.optimizer = self.optimiser.build(self.variables)
             self._remember(math.inf)
+
+    @property
+    def spent(self) -> int:
+        """Evaluations of each start."""
+        return self.evaluations // self.copies
 
     @property
     def gain(self) -> float:
@@ -218,6 +227,8 @@ class AttackState:
             raise ValueError(f"the model cannot be differentiated twice, as the attack needs: {error}") from None
         for variable, gradient in zip(self.variables, gradients, strict=True):
             variable.grad = gradient.contiguous()
+        if self.held:
+            self.z.grad *= self._moves
         if self.optimiser.signed:
             self.z.grad.sign_()
 

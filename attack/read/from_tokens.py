@@ -7,8 +7,12 @@ adds. Random patches in the unknown places of that picture then say far more nar
 pictures and tokens complete each other, round by round; a position whose tokens were dealt to the wrong images is
 exchanged where that explains all tokens better.
 
+A picture that is nearly right needs no tokens that were found: all of its pixels follow from this alone, that each
+token lies in both spaces, since attention shows every patch to every token. It is believed where nearly all its tokens
+then do lie there, to within noise; and its tokens are those of the image.
+
 The images are likely, and never certain: patches of missing tokens are made of their neighbours. An attack begins
-there.
+there, and leaves those images alone whose tokens are all explained.
 """
 
 import itertools
@@ -45,6 +49,11 @@ OWN = 0.6  # weight of a slot's own covariance, the rest is that of all slots of
 STARTS = 6  # of a slot: the random patches that fit best
 FILLED = 0.01, 0.003, 0.001  # bluntness of the equations of known tokens, in turn
 WHOLE = 0.01, 0.003, 0.001, 0.0  # and of all tokens in the end
+CLOSE = 0.6  # share of an image's slots with tokens from which pixels are sought by both spaces alone
+COURSE = (0.03, 0.0), (0.03, 0.6), (0.01, 0.7), (0.003, 0.75)  # bluntness in turn, and share that is explained before
+LAST = 0.001, 0.0  # and of those of a picture that is believed, in the end
+EXPLAINED = 2.0  # mean square of a token's equations, at the last bluntness of the course, at most
+BELIEVED = 0.8  # share of an image's tokens that are explained, from which it is believed
 OFF = 5.0, 0.1  # times the median, and relative distance, beyond which a picture contradicts a token
 UNIT = 0.01  # distance of tokens, relative, that counts in an exchange
 GAIN = 5.0  # by which an exchange has to lower the sum over tokens of log(1 + (distance / UNIT)^2)
@@ -78,6 +87,7 @@ class _Search:
         self.size = float(self.before.square().mean().sqrt())
         self.tokens = SlottedTokens(space, self.count * space.place.tokens, budget)
         self.known = torch.zeros(self.count, len(self.rows), dtype=torch.bool, device=features.device)
+        self.explained = torch.zeros(self.count, space.place.tokens, dtype=torch.bool, device=features.device)
 
     def blur(self) -> float:
         """The noise of activations in the second space, relative to their size: the median over random images."""
@@ -165,27 +175,70 @@ class _Search:
         for _ in range(TURNS):
             images = self._exchanged(self._by_tokens(images))
             for bluntness in FILLED:
-                images = self.pictures.by_spaces(images, self._marks(), bluntness)
-            images = self._without_contradicted(images)
+                images = self._by_spaces(images, self._marks(), bluntness)
+            images = self._by_all(self._without_contradicted(images))
+            if self.explained.all():
+                break
             count, before = int(self.tokens.filled.sum()), self.tokens.slots.clone()
-            self._narrowly(images)
-            images = self._completed(images, before)
+            if len(self.tokens.empty):
+                self.tokens.search_beside(self.generator)
+                self._narrowly(images)
+                images = self._completed(images, before)
             idle = 0 if int(self.tokens.filled.sum()) > count else idle + 1
-            if not len(self.tokens.empty) or idle == IDLE or self.budget.is_spent:
+            if idle == IDLE or self.budget.is_spent:
                 break
         images = self._exchanged(self._by_tokens(images))
         for bluntness in WHOLE:
-            images = self.pictures.by_spaces(images, torch.ones_like(self._marks()), bluntness)
+            images = self._by_spaces(images, torch.ones_like(self._marks()), bluntness)
+        for bluntness in LAST:
+            done = self.believed
+            images[done] = self.pictures.by_all(images[done], bluntness)
         return images
+
+    @property
+    def believed(self) -> Tensor:
+        """(B,) whether nearly all tokens of a picture are explained by it alone."""
+        return self.explained.double().mean(1) >= BELIEVED
 
     def _marks(self) -> Tensor:
         return self.tokens.filled.view(self.count, -1).to(self.before)
 
     def _by_tokens(self, images: Tensor) -> Tensor:
-        slots = self.tokens.filled.nonzero()[:, 0]
+        slots, others = self.tokens.filled.nonzero()[:, 0], ~self.believed
         goal = self.before.new_zeros(self.count * self.width, self.before.shape[2])
         goal[slots] = self.tokens.tokens(slots)
-        return self.pictures.by_tokens(images, goal.view(self.count, self.width, -1), self._marks())
+        goal, images = goal.view(self.count, self.width, -1), images.clone()
+        if others.any():
+            images[others] = self.pictures.by_tokens(images[others], goal[others], self._marks()[others])
+        return images
+
+    def _by_spaces(self, images: Tensor, marks: Tensor, bluntness: float) -> Tensor:
+        others, images = ~self.believed, images.clone()
+        if others.any():
+            images[others] = self.pictures.by_spaces(images[others], marks[others], bluntness)
+        return images
+
+    def _by_all(self, images: Tensor) -> Tensor:
+        """With pictures that both spaces alone explain, in the place of those whose tokens were nearly all found."""
+        images, filled = images.clone(), self.tokens.filled.view(self.count, -1)
+        for n in range(self.count):
+            if self.budget.is_spent or self.explained[n].all() or filled[n].double().mean() < CLOSE:
+                continue
+            trial, share = images[n : n + 1], 0.0
+            for bluntness, least in COURSE:
+                if share >= least:
+                    trial = self.pictures.by_all(trial, bluntness)
+                    fits = self.pictures.fits(trial, COURSE[-1][0])[0]
+                    explained = fits <= EXPLAINED
+                    share = float(explained.double().mean())
+            if share < max(BELIEVED, float(self.explained[n].double().mean())):
+                continue
+            images[n], self.explained[n] = trial[0], explained
+            own, tokens = explained.nonzero()[:, 0], self.pictures.seen(trial)[1][0]
+            self.tokens.slots[n * self.width : (n + 1) * self.width] = -1
+            self.tokens.put(n * self.width + own, tokens[own] @ self.space.basis, fits[own])
+        self.known = self.tokens.filled[self._patch_slots()]
+        return self.pictures.painted(images, self.known)
 
     def _distances(self, images: Tensor, slots: Tensor) -> Tensor:
         """Relative distances (n, M) of the tokens of n batches (n, B, C, H, W) from those at slots (n, M); 0: none."""
@@ -329,8 +382,10 @@ def images_of_tokens(
     features: Tensor,
     budget: WorkBudget,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Likely images (B, C, H, W) in float64, in the order of their features, and the tokens (n, D) and fits (n,).
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """Likely images (B, C, H, W) in float64, in the order of their features, the tokens (n, D) and fits (n,).
+
+    The last are the images all of whose tokens lie in both spaces.
 
     Args:
         model: in float64, in eval mode.
@@ -356,4 +411,5 @@ def images_of_tokens(
         raise TooFewTokensError(f"{int(tokens.filled.sum())} of {len(tokens.slots)} tokens were told apart")
     images = search.in_turn(search.first())
     slots = tokens.filled.nonzero()[:, 0]
-    return images, tokens.tokens(slots), tokens.fits[tokens.slots[slots]]
+    whole = tuple(search.explained.all(1).nonzero()[:, 0].tolist())
+    return images, tokens.tokens(slots), tokens.fits[tokens.slots[slots]], whole

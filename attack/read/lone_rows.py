@@ -61,7 +61,7 @@ def paired_rows(rest: Span, whole: Span, found: Signals, pixels: WholePixels) ->
     inputs, within, basis = _divided(rest, whole, found)
     surest = within.argsort()[:SUREST]
     inputs, within = inputs[surest], within[surest]
-    images = pixels.images(inputs @ basis) if len(inputs) > 1 else None
+    images = pixels.images(rest.inputs(inputs)) if len(inputs) > 1 else None
     if images is None:
         return inputs[:0], within[:0]
     images = _unlike(images.flatten(1))

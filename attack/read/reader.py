@@ -298,7 +298,8 @@ class _Reader:
         above = [self._above(*follower) for follower in self._linked(layer)]
         how = {"is_sparse": layer.inputs.is_sparse, "generator": self.generator, "budget": budget}
         how |= {"is_gated": layer.behind.is_sparse, "given": given}
-        how |= {"pixels": WholePixels(self.chain[: layer.index], self.shapes)}
+        if layer.beneath is None:  # what lies below an inner layer of a block is no chain
+            how |= {"pixels": WholePixels(self.chain[: layer.index], self.shapes)}
         return unmix(span, layer.layer, tail, above=above, loss=self.update.training.loss, **how)
 
     def _is_head(self, layer: CandidateLayer) -> bool:

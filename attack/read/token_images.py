@@ -2,6 +2,10 @@
 
 Each equation of a token says what of it, or of its activation, lies outside a gradient's row space, in units of noise;
 or how far it is from a token that was found. Pixels are smooth where no equation holds them.
+
+In the end no token need have been found: every token of an image lies in both spaces, and with nearly all of the image
+right that decides the rest. A token that is far outside has little weight until the others have moved it, and patches
+are the unknowns, each scaled by what its own token tells of it: conjugate gradients then have only attention to solve.
 """
 
 import copy
@@ -16,7 +20,7 @@ from attack.read.token_span import TokenSpan
 from attack.solve.budget import WorkBudget
 from attack.solve.gauss_newton import NonlinearEquations, gauss_newton
 from network.embedding import PatchEmbedding
-from network.perceptrons import Perceptron
+from network.perceptrons import Perceptron, slope
 
 Function = Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
 
@@ -24,6 +28,8 @@ WITHIN = 0.02  # standard deviation of a found token's entry
 SMOOTH = 2.0, 1.0  # weight of the differences of neighbouring pixels beside found tokens, and beside spaces
 INNER, LAST = 30, 60  # iterations of a Gauss-Newton step, at first and in the end
 STEPS = 4
+BESIDE = 60  # iterations of a Gauss-Newton step on scaled patches
+STAY = 1.0  # weight of a pixel's distance from where it began, beside both spaces
 TOGETHER = 64  # images in a forward pass
 PAINTED = 80  # rounds in which unknown patches take their neighbours' colours
 
@@ -110,7 +116,7 @@ class TokenImages:
         def function(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
             return (weight.to(x) * (self.place.inputs(model, x) - tokens.to(x)), *_rough(x, SMOOTH[0]))
 
-        return self._solved(function, images)
+        return self._solved(function, images, torch.full_like(images, GREY), INNER, LAST).clamp(0, 1)
 
     def by_spaces(self, images: Tensor, known: Tensor, bluntness: float) -> Tensor:
         """Pixels whose known tokens (B, T) lie in both spaces, to within noise and a share of their size."""
@@ -120,13 +126,61 @@ class TokenImages:
             parts = zip(weights, self.spans, self._both(model, x), strict=True)
             return (*(w.to(x) * span.outside(each) for w, span, each in parts), *_rough(x, SMOOTH[1]))
 
-        return self._solved(function, images)
+        return self._solved(function, images, torch.full_like(images, GREY), INNER, LAST).clamp(0, 1)
+
+    def by_all(self, images: Tensor, bluntness: float) -> Tensor:
+        """Pixels whose tokens lie in both spaces, each image by itself; a token far outside both has little weight."""
+        return torch.cat([self._by_all(image, bluntness) for image in images.split(1)])
 
     @torch.no_grad()
-    def fits(self, images: Tensor) -> Tensor:
-        """Root mean squares (B, T) of the tokens' equations in the second space, in units of noise."""
-        span, values = self.spans[1], self._both(self.model, images)[1]
-        return span.outside(values).norm(dim=-1) / span.error(values) / (len(span.columns) - len(span.values)) ** 0.5
+    def fits(self, images: Tensor, bluntness: float = 0.0) -> Tensor:
+        """The larger mean square (B, T) of a token's equations in either space, in units of noise and bluntness."""
+        return torch.maximum(*self._fits(self._both(self.model, images), self._units(images, bluntness)))
+
+    def _fits(self, both: Sequence[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
+        parts = zip(self.spans, both, units, strict=True)
+        return [(span.outside(x) / unit).square().sum(-1) / span.spare for span, x, unit in parts]
+
+    def _by_all(self, image: Tensor, bluntness: float) -> Tensor:
+        units = self._units(image, bluntness)
+        with torch.no_grad():
+            fits = self._fits(self._both(self.model, image), units)
+        parts = zip(fits, units, strict=True)
+        weights = [(1 / (1 + fit))[..., None] / unit for fit, unit in parts]
+        patches, scale = self.embedding.patches(image[0]), self._scale(image, weights)
+
+        def pixels(u: Tensor) -> Tensor:
+            return self.images((patches.to(u) + torch.einsum("pij,pj->pi", scale.to(u), u))[None])
+
+        def function(model: nn.Module, u: Tensor) -> tuple[Tensor, ...]:
+            x = pixels(u)
+            parts = zip(weights, self.spans, self._both(model, x), strict=True)
+            rest = (w.to(x) * span.outside(each) for w, span, each in parts)
+            return (*rest, *_rough(x, SMOOTH[1]), STAY * (x - image.to(x)))
+
+        zero = torch.zeros_like(patches)
+        return pixels(self._solved(function, zero, zero, BESIDE)).clamp(0, 1)
+
+    @torch.no_grad()
+    def _scale(self, image: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """By which (P, n, n) the unknowns of each patch are multiplied: what its own token tells has variance 1."""
+        rows = self.embedding.rows.to(image.device)
+        before, tokens = (each[0, rows] for each in self.place.around_norm(self.model, image))
+        norm = self.place.norm
+        size = (before.var(1, unbiased=False) + norm.eps).sqrt()[:, None, None]
+        bare = (before - before.mean(1, keepdim=True)) / size[:, 0]
+        projected = self.embedding.layer.weight.to(before).flatten(1)  # (D, n)
+        moved = (projected - projected.mean(0)).T.expand(len(rows), -1, -1)  # (P, n, D)
+        moved = (moved - (moved @ bare[:, :, None]) * bare[:, None] / bare.shape[1]) / size
+        moved = moved if norm.weight is None else moved * norm.weight
+        inner = self.place.within(self.model).inner
+        slopes = slope(self.place.activation, inner(tokens))[:, None]
+        both = (moved, slopes * (moved @ inner.weight.T))
+        parts = zip(self.spans, both, weights, strict=True)
+        seen = torch.cat([span.outside(each) * w[0, rows, None] for span, each, w in parts], 2)  # (P, n, D + H)
+        pixel = self.embedding.pixels.scale.to(image).square().mean()
+        prior = torch.eye(projected.shape[1]).to(image) * (4 * SMOOTH[1] ** 2 + STAY**2) / pixel
+        return torch.linalg.inv(torch.linalg.cholesky(seen @ seen.mT + prior)).mT
 
     def _both(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         inputs = self.place.inputs(model, images)
@@ -140,24 +194,25 @@ class TokenImages:
             units.append(torch.maximum(span.error(each), bluntness * size)[..., None])
         return units
 
-    def _solved(self, function: Function, images: Tensor) -> Tensor:
-        grey = tuple(each.detach() for each in function(self.model, torch.full_like(images, GREY)))
-        rows = [_Flat(each.shape) for each in grey]
+    def _solved(self, function: Function, start: Tensor, origin: Tensor, inner: int, last: int | None = None) -> Tensor:
+        """Where Gauss-Newton ends; a residual is relative to that at the origin."""
+        first = tuple(each.detach() for each in function(self.model, origin))
+        rows = [_Flat(each.shape) for each in first]
 
         def moved(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-            return tuple(value - start.to(x) for value, start in zip(function(model, x), grey, strict=True))
+            return tuple(value - begin.to(x) for value, begin in zip(function(model, x), first, strict=True))
 
         equations = NonlinearEquations(
             lambda x: moved(self.model, x),
             lambda x: moved(self.rough, x),
             rows,
             rows,
-            [-each.flatten() for each in grey],
-            torch.ones((), dtype=images.dtype, device=images.device),
+            [-each.flatten() for each in first],
+            torch.ones((), dtype=start.dtype, device=start.device),
             is_positive=False,
         )
-        how = {"budget": self.budget, "inner": INNER, "last": LAST, "steps": STEPS}
-        return gauss_newton(equations, images, **how).x.detach().clamp(0, 1)
+        how = {"budget": self.budget, "inner": inner, "last": last or inner, "steps": STEPS}
+        return gauss_newton(equations, start, **how).x.detach()
 
 
 def _rough(images: Tensor, weight: float) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,9 @@ the activations, where the Gaussian decides, and falls to what it is.
 A search from a wrong start often ends at the token of another slot, and hardly ever at a vector that is no token but
 fits. So the tokens found are kept, whichever start they came from, and dealt to the slots together: no token in two
 slots, and the least sum of distances (Hungarian method).
+
+Once most tokens are found, the others are sought beside them: the functional x^T G1^+ delta_t is 1 at token t and 0 at
+all others, which leaves a few dimensions. There nearly every random start ends at a token, of whichever slot.
 """
 
 from collections.abc import Sequence
@@ -18,6 +21,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from attack.read.token_equations import LOOSE, TokenEquations
+from attack.read.token_equations import RULE as PLAIN
 from attack.read.token_span import TokenSpan
 from attack.solve.budget import WorkBudget
 from attack.solve.levenberg import DampingRule, levenberg
@@ -31,6 +36,11 @@ LOOSELY, NEAR = 2.4, 0.8  # the same where the token is that near to what is exp
 SAME = 0.04  # relative distance of two solutions that are one token
 EXPECTED = 1.5  # mean square Mahalanobis distance of a token from its slot, at most
 OTHERS = 1.5, 0.1  # factor and margin by which another slot may be nearer
+ROOM = 6, 16  # dimensions in which tokens are sought beside those found: more than are missing by that, and at least
+BESIDE = 5  # rounds of starts there, at most
+ENDED, POLISH = 40, 12  # iterations of such a search, and of the last equations
+BLURRED = 0.1  # noise of a token's activations, relative to their size, at which nearly any vector would fit
+OFF = 0.4  # |f|^2 beyond which it has ended at no token
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ class TokenSpace:
         self.gamma = torch.ones_like(like) if place.norm.weight is None else place.norm.weight
         self.beta = torch.zeros_like(like) if place.norm.bias is None else place.norm.bias
         self.bare, self.offset = self.basis / self.gamma[:, None], self.beta / self.gamma
-        self.spare = len(outer.columns) - len(outer.values)
+        self.spare = outer.spare
         self._reach = ((place.inner.weight * inner.columns).square().sum(1) / outer.columns.square())[:, None]
 
     @property
@@ -110,6 +120,17 @@ class TokenSpace:
         """Of an entry outside the second space (n,): the space's own noise, and that of the token in the first."""
         passed = (slope(self.place.activation, z).square() @ self._reach)[:, 0] / len(self._reach)
         return torch.hypot(self.outer.error(values), self.inner.error(self.tokens(c)) * passed.sqrt())
+
+    def blur(self, c: Tensor) -> Tensor:
+        """The noise (n,) of the activations of c (n, r) outside the second space, relative to their size."""
+        values = self.activations(c @ self.weight.T + self.place.inner.bias)
+        return self.outer.error(values) * len(self.outer.columns) ** 0.5 / (values / self.outer.columns).norm(dim=1)
+
+    def fits(self, c: Tensor) -> Tensor:
+        """Mean squares (n,) of what of the activations of c (n, r) lies outside the second space, in units of noise."""
+        z = c @ self.weight.T + self.place.inner.bias
+        values = self.activations(z)
+        return (self.outer.outside(values) / self.noise(c, z, values)[:, None]).square().sum(1) / self.spare
 
     def compared(self, c: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squares (n,) of c (n, r) about what slots (n,) expect, and the scales (n,) that make them least."""
@@ -171,7 +192,7 @@ class _Equations:
 
     def fits(self, x: Tensor) -> Tensor:
         """Mean squares (n,) of the rest outside the second space, in units of noise."""
-        return self.parts(x, self.slots)[1].square().sum(1) / self.space.spare
+        return self.space.fits(x[:, :-1])
 
 
 class SlottedTokens:
@@ -229,6 +250,55 @@ class SlottedTokens:
             if fits[n] <= limits[n]:
                 self._add(c[n], fits[n])
         return len(x)
+
+    def search_beside(self, generator: torch.Generator) -> None:
+        """Add tokens that searches from random starts end at, where no functional of a token that was found sees them.
+
+        Args:
+            generator: of the starts (on the CPU).
+        """
+        space = self.space
+        whole = TokenEquations(space.place, space.inner, space.outer)
+        last = TokenEquations(space.place, space.inner, space.outer, squares=LOOSE)
+        seen = self._functionals(whole, self.values)
+        for _ in range(BESIDE):
+            width = max(space.rank - len(seen) + ROOM[0], ROOM[1])
+            if not len(seen) or width >= space.rank or self.budget.is_spent:
+                return
+            free = torch.linalg.svd(seen, full_matrices=True)[2][space.rank - width :].T
+            beside = TokenEquations(space.place, space.inner, space.outer, free)
+            starts = torch.cat([beside.starts(generator) for _ in range(2)])
+            self.budget.spend(len(starts) * (ENDED * beside.work + POLISH * whole.work))
+            ends = levenberg(beside, starts, PLAIN, iterations=ENDED, budget=self.budget)
+            near = ends.x[ends.cost < OFF]
+            if not len(near):
+                continue
+            turned = near @ (beside.basis.T @ space.basis)
+            c, count = levenberg(last, turned, PLAIN, iterations=POLISH, budget=self.budget).x, len(self.values)
+            fits = space.fits(c)
+            for n in fits.argsort().tolist():
+                if fits[n] <= FITTING and space.blur(c[n : n + 1])[0] <= BLURRED:
+                    self._add(c[n], fits[n])
+            if len(self.values) == count:
+                return
+            seen = torch.cat([seen, self._functionals(whole, self.values[count:])])
+
+    def _functionals(self, whole: TokenEquations, c: Tensor) -> Tensor:
+        """The functionals (n, r) of tokens c (n, r), each of length 1."""
+        deltas = [whole.certified(token)[0] for token in self.space.tokens(c)]
+        seen = torch.stack([self.space.inner.functional(delta) for delta in deltas]) @ self.space.basis
+        return seen / seen.norm(dim=1, keepdim=True)
+
+    def put(self, slots: Tensor, c: Tensor, fits: Tensor) -> None:
+        """Fill slots (n,) with tokens c (n, r); tokens that are of no slot any more, and like these, are forgotten."""
+        self.slots[slots] = len(self.values) + torch.arange(len(c), device=slots.device)
+        self.values, self.fits = torch.cat([self.values, c]), torch.cat([self.fits, fits])
+        apart = torch.cdist(self.values, c) / self.values.norm(dim=1, keepdim=True)
+        kept = apart.min(1).values >= 2 * SAME
+        kept[self.slots[self.filled]] = True
+        number = kept.cumsum(0) - 1
+        self.slots[self.filled] = number[self.slots[self.filled]]
+        self.values, self.fits = self.values[kept], self.fits[kept]
 
     def _add(self, c: Tensor, fit: Tensor) -> None:
         found = self.space.tokens(c[None])

@@ -63,6 +63,11 @@ class TokenSpan:
         full[lengths > 0] = left[:, :rank]
         return cls(scale, columns, full, values[:rank], right[:rank].T, noise, precision_of(gradient), gap)
 
+    @property
+    def spare(self) -> int:
+        """Dimensions outside the row space."""
+        return len(self.columns) - len(self.values)
+
     def outside(self, x: Tensor) -> Tensor:
         """What of scaled tokens x (..., n) lies outside the row space."""
         scaled = x / self.columns.to(x)

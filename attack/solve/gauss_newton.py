@@ -53,6 +53,16 @@ class Tangent:
         (x,) = torch.autograd.grad(self._values, self._x, y, retain_graph=True)
         return x
 
+    @property
+    def rows(self) -> int:
+        """The number of values, N."""
+        return sum(value.numel() for value in self._values)
+
+    def parted(self, y: Tensor) -> Sequence[Tensor]:
+        """A long vector (N,) as tensors of the values' shapes, one after the other."""
+        parts = y.split([value.numel() for value in self._values])
+        return [part.view(value.shape) for part, value in zip(parts, self._values, strict=True)]
+
 
 class LinearisedEquations(Operator, Protocol):
     """A J at one x, in float32, on scaled unknowns."""

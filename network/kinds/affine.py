@@ -141,7 +141,10 @@ class Geometry:
     @property
     def overlaps(self) -> bool:
         """Whether patches overlap enough to say which belong together; a single one has nothing to be confused with."""
-        return self.positions == 1 or max(self.stride) < max(self.kernel) - 1
+        if self.positions == 1:
+            return True
+        axes = zip(self.output_shape[1:], self.stride, self.kernel, strict=True)
+        return all(count == 1 or stride < size - 1 for count, stride, size in axes)
 
     def patches(self, inputs: Tensor) -> Tensor:
         """E: inputs (N, *input_shape) -> patches (N, P, c_in k^2)."""

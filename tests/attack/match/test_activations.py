@@ -327,6 +327,20 @@ def test_a_layer_of_which_nothing_was_sent_is_left_out():
     assert float(loss(images)[1].detach()) < 1e-6
 
 
+def test_a_gradient_too_faint_for_its_squares_to_be_told_from_zero_is_left_out():
+    images, loss = scene("lenet", "head", uses_gradients=True)
+    net = build_model("lenet", image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    data = sample_images(range(2))
+    sent = share_update(net, "lenet", data.images, data.labels, 10).gradients
+    faint = dict(sent) | {"conv1.weight": 1e-25 * sent["conv1.weight"]}
+    chain = stages(net)
+    index = index_of(chain, "head")
+    inputs = run(chain[:index], images).detach()
+    heard = ForwardLoss(chain, (3, 16, 16), index, inputs, data.labels, faint, uses_gradients=True)
+    assert len(heard.weights) == len(loss.weights) - 1
+    assert all(torch.isfinite(term) for term in heard(torch.full_like(images, 0.3)))
+
+
 def test_a_shortened_course_has_the_same_phases():
     course = Course((Phase(10, 1.0, 2.0), Phase(5, 0.1, 8.0)), least_gain=0.1)
     short = course.shortened(0.5)

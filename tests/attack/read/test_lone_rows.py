@@ -170,3 +170,26 @@ def test_a_padded_convolution_of_one_position_sees_its_input_and_zeros_beside():
     inputs = model[:2](batch.images).detach().double()
     errors = torch.cdist(reading.recovered["2"].flatten(1), inputs.flatten(1)).min(1).values
     assert (errors < 1e-4 * inputs.flatten(1).norm(dim=1)).all()
+
+
+class Joined(nn.Module):
+    """A block of a branch of two convolutions and one of a single one, whose channels are joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(20, 24, 1), nn.Conv2d(24, 64, 3, padding=1)
+        self.other = nn.Conv2d(20, 24, 1)
+
+    def forward(self, x):
+        return torch.cat([self.second(self.first(x).relu()).relu(), self.other(x).relu()], 1)
+
+
+def test_what_lies_below_an_inner_layer_of_a_block_is_not_asked_for_whole_pixels():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 20, 16), Joined(), nn.ReLU(), nn.Flatten(), nn.Linear(88, 5)).eval()
+    batch = sample_images(range(2), num_classes=5)
+    update = share_update(model, "net", batch.images, batch.labels, 5, generator=generator(2))
+    reading = read_layers(update, model, generator=generator(3))
+    notes = {row["layer"]: row["note"] for row in reading.layers}
+    assert "2 of 2" in notes["1.second"], notes

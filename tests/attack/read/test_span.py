@@ -107,6 +107,17 @@ def test_a_stride_below_the_kernel_still_overlaps():
     assert outside(span, inputs).max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("kernel", "padding", "shape", "are_tied"),
+    [((3, 3), 1, (8, 4, 4), True), ((5, 1), (2, 0), (8, 4, 4), False), ((1, 5), (0, 2), (8, 1, 4), True)],
+)
+def test_patches_must_overlap_both_ways(kernel, padding, shape, are_tied):
+    geometry = Geometry.of(nn.Conv2d(8, 60, kernel, padding=padding), shape)
+    assert geometry.overlaps == are_tied
+    _, gradient, _ = case(geometry, 2)
+    assert span_of(gradient, geometry, 2).determined == are_tied
+
+
 @pytest.mark.parametrize("batch_size", [5, 6])
 def test_the_rank_bound_says_when_a_layer_is_no_use(batch_size):
     geometry = Geometry.of(nn.Linear(40, 6), (40,))

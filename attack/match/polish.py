@@ -1,0 +1,253 @@
+"""After the course: Gauss-Newton steps through hard kinks, without a prior, until nothing but rounding is left.
+
+A course ends with softened kinks and a prior, and L-BFGS leaves a thousand times the residual of the true images. What
+the true images leave is rounding, so the equations themselves, each as a residual of its own, have more to say:
+
+    z(x) = a  for every image,        G(x) = G  of the layers whose delta no kink below the known activations touches.
+
+The gradient of a layer further down jumps with every wrong mask above it, and a step through such jumps misleads. Of
+the layers taken only the inputs depend on masks, and these have no jumps.
+
+A step solves the linearised equations by conjugate gradients (`attack.solve.gauss_newton`), on pixels scaled by how
+much the equations say of each: weakly seen pixels come last otherwise. It moves the images only if less is left.
+Pixels of whole steps of 1/255 are tried after each step, and taken where they leave less than the pixels found, and
+nothing but rounding: then the client's images had 8 bits, and these are they.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from attack.local.levels import LEVELS
+from attack.match.activations import ForwardLoss
+from attack.match.phases import Course
+from attack.optimise.budget import Annealing, Budget
+from attack.optimise.pixels import PixelMap
+from attack.optimise.state import AttackState
+from attack.solve.budget import OutOfTimeError, WorkBudget
+from attack.solve.gauss_newton import Tangent, gauss_newton
+from network.chain import is_walked, mixes_images, modules
+from network.kinds import kind_of
+from network.memory import is_out_of_memory
+from network.stage import Chain, Residual
+from update.evidence import POLISH, Evidence
+
+# What rounding to float32 leaves at most: expected relative errors of known activations up to which there is anything
+# to polish, since beyond it the directions that equations hardly see fill with noise, and only a prior holds them; and
+# what pixels of whole steps may leave of the equations.
+ROUNDED = 1e-5
+
+# Weight of an image's activations beside the gradients of layers, all relative to their own size. A trained ConvNet,
+# B=4: activations settle first, and with a weight of 1 the steps go on with them.
+ACTIVATIONS = 0.3
+
+# Of conjugate gradients in the first step; each later one has twice as many. Images are not yet at their masks in early
+# steps, and later ones gain by what conjugate gradients learn on the way.
+ITERATIONS = 50
+PROBES = 20  # random vectors by which it is estimated what the equations say of a pixel
+FAINTEST = 0.03  # of what they say of pixels on average: no pixel is scaled as if they said less
+SHARE = 0.3  # of the course's evaluations that may be spent
+EXACT = 1e-6  # of the equations: what the rounding of float32 leaves, and more
+SETTLED = 0.99  # a step that leaves more than this share of what was left is the last
+EDGE = 1e-6  # from black and white, which the box never reaches
+
+
+def above_kinks(chain: Chain) -> list[str]:
+    """Layers of the chain from which no kink is on the way to its end, by name."""
+    return _above_kinks(chain)[0]
+
+
+def _above_kinks(chain: Chain) -> tuple[list[str], bool]:
+    """These layers, and whether there is no kink in the chain at all."""
+    found: list[str] = []
+    for stage in reversed(chain):
+        if isinstance(stage.module, Residual):
+            branches = [_above_kinks(branch) for branch in (stage.module.body, stage.module.shortcut)]
+            found += [name for names, _ in branches for name in names]
+            if not all(is_smooth for _, is_smooth in branches):
+                return found, False
+        elif kind_of(stage.module).has_kink:
+            return found, False
+        else:
+            found.append(stage.name)
+    return found, True
+
+
+def can_be_polished(chain: Chain, uncertainty: float) -> bool:
+    """Whether a chain below activations of this relative error has equations that steps can follow.
+
+    Which entries of a max-pool were the largest is not known, and images that BatchNorm mixes have no activations of
+    their own.
+    """
+    kinds = [kind_of(module) for module in modules(chain)]
+    is_plain = is_walked(chain) and not mixes_images(modules(chain)) and not any(kind.is_max_pool for kind in kinds)
+    return is_plain and uncertainty <= ROUNDED
+
+
+@dataclass(frozen=True)
+class Equations:
+    """What images leave of the equations, each relative to its right side, in float64; linearised in float32.
+
+    Attributes:
+        exact: known activations and gradients of layers, in float64.
+        rough: the same in float32.
+        scale: of pixels (B, C, H, W), in float32.
+    """
+
+    exact: ForwardLoss
+    rough: ForwardLoss
+    scale: Tensor
+    is_positive: bool = False
+    size: float = 1.0
+
+    @classmethod
+    def at(cls, exact: ForwardLoss, rough: ForwardLoss, images: Tensor) -> "Equations":
+        """Pixels scaled by how much the equations say of each at these images (B, C, H, W)."""
+        draw, tangent = torch.Generator().manual_seed(0), Tangent(partial(_weighed, rough), images.float())
+        told = torch.zeros_like(images, dtype=torch.float32)
+        for _ in range(PROBES):
+            told += tangent.adjoint(tangent.parted(torch.randn(tangent.rows, generator=draw).to(told))).square()
+        return cls(exact, rough, (told / told.mean() + FAINTEST).rsqrt())
+
+    def residual(self, x: Tensor) -> Tensor:
+        """Flat."""
+        with torch.enable_grad():  # the layers' gradients are taken
+            return -torch.cat([each.detach().flatten() for each in _weighed(self.exact, x)])
+
+    def linearised(self, x: Tensor) -> "Linearised":
+        """On x / scale."""
+        return Linearised(Tangent(partial(_weighed, self.rough), x.float()), self.scale)
+
+    def held(self, x: Tensor) -> Tensor:
+        """Within black and white."""
+        return x.clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """y = J (scale x), flat."""
+
+    tangent: Tangent
+    scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,)."""
+        return torch.cat([each.flatten() for each in self.tangent.forward(self.scale * x)])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Of x's shape."""
+        return self.scale * self.tangent.adjoint(self.tangent.parted(y))
+
+    def start(self) -> Tensor:
+        """No step."""
+        return torch.zeros_like(self.scale)
+
+    def step(self, x: Tensor) -> Tensor:
+        """What a solution in the scaled unknowns adds to x."""
+        return self.scale * x
+
+
+def _weighed(loss: ForwardLoss, images: Tensor) -> list[Tensor]:
+    """The differences that images leave; activations, of which there are those of B images, with their weight."""
+    activations, *gradients = loss.differences(images)
+    return [ACTIVATIONS * math.sqrt(len(images)) * activations, *gradients]
+
+
+@dataclass
+class Polish:
+    """The steps that follow a course.
+
+    Attributes:
+        equations: of images (B, C, H, W).
+        phases: of the course. A checkpoint keeps that it is over as the phase behind the last.
+        left: what the images leave of the equations, before the first step and after each.
+        is_whole: whether pixels of whole steps of 1/255 were taken.
+        has_room: whether steps fit into memory.
+        stopped: why no step follows; empty as long as one does.
+        most: evaluations up to which steps are made, once the first was.
+    """
+
+    equations: Callable[[Tensor], Equations]
+    phases: int
+    left: list[float] = field(default_factory=list)
+    is_whole: bool = False
+    has_room: bool = True
+    stopped: str = ""
+    most: float = 0.0
+
+    def is_on(self, state: AttackState) -> bool:
+        """Whether the course is over."""
+        return state.phase >= self.phases
+
+    def step(self, state: AttackState, pixels: PixelMap, budget: Budget) -> None:
+        """Move the state's images by one step, or find in `stopped` why there is none."""
+        state.step += 1
+        self.most = self.most or (1 + SHARE) * state.evaluations
+        bound = math.inf if budget.max_evals is None else budget.max_evals
+        room = int(min(self.most, bound) - state.evaluations) - PROBES
+        if room < ITERATIONS // 2:
+            self.stopped = "course" if self.most <= bound else "max_evals"
+            return
+        ends = math.inf if budget.max_seconds is None else time.perf_counter() + budget.max_seconds - state.seconds
+        try:
+            self._move(state, pixels, room, WorkBudget(deadline=ends))
+        except OutOfTimeError:
+            self.stopped = "max_seconds"
+        except (MemoryError, RuntimeError) as error:  # the course's images are there, whatever a step would need
+            if not is_out_of_memory(error):
+                raise
+            self.stopped, self.has_room = "course", False
+
+    def _move(self, state: AttackState, pixels: PixelMap, room: int, clock: WorkBudget) -> None:
+        """Move the state by a step of `room` evaluations at most."""
+        before = pixels.decode(state.z.detach()).double()
+        equations = self.equations(before)
+        self.left = self.left or [_length(equations, before)]
+        if self.left[-1] < EXACT:
+            self.stopped = "course"
+            return
+        iterations = min(room, ITERATIONS << len(self.left) - 1)
+        found = gauss_newton(equations, before, budget=clock, inner=iterations, steps=1)
+        state.evaluations += PROBES + found.iterations
+        whole = ((LEVELS * found.x).round() / LEVELS).clamp(0, 1)
+        is_whole = _length(equations, whole) < min(found.residual, ROUNDED)
+        z = pixels.encode((whole if is_whole else found.x).to(state.z), EDGE)
+        left = _length(equations, pixels.decode(z).double())
+        if left > SETTLED * self.left[-1] or is_whole:
+            self.stopped = "course"
+        if left < self.left[-1]:
+            self.is_whole = is_whole
+            with torch.no_grad():
+                state.z.copy_(z)
+        self.left.append(min(left, self.left[-1]))
+
+    @property
+    def evidence(self) -> list[Evidence]:
+        """A word on what the steps have brought; none where none was made."""
+        if not self.has_room:
+            return [Evidence(POLISH, "the steps after the course did not fit into memory")]
+        if len(self.left) < 2:
+            return []
+        said = f"pictures leave {self.left[-1]:.1e} of known activations and gradients, {self.left[0]:.1e} before the "
+        said += f"last {len(self.left) - 1} steps, by Gauss-Newton"
+        said += "; pixels of whole steps of 1/255 leave the least" if self.is_whole else ""
+        return [Evidence(POLISH, said, self.left[-1])]
+
+
+def _length(equations: Equations, images: Tensor) -> float:
+    return float(equations.residual(images).norm())
+
+
+def why_over(state: AttackState, course: Course | Annealing, polish: Polish | None, budget: Budget) -> str | None:
+    """The reason why the attack is over, or None. A course that is over is followed by the polish, if there is one."""
+    is_on = polish is not None and polish.is_on(state)
+    over = polish.stopped if is_on else course.ended(state.spent, state.gain)
+    if over == "course" and polish is not None and not is_on and state.copies == 1:
+        state.enter(polish.phases)
+        over = None
+    return over or state.ended(budget)
