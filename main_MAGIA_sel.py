@@ -280,9 +280,8 @@ def attack(
 ) -> str:
     """MAGIA: step after step, a subset of scheduled size, until steps, evaluations or seconds are spent.
 
-    Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`. A step that
-    ended in a loss or image that is not finite is undone, see `AttackState.accept`. Returns the reason of the end:
-    n_iter, max_evals, max_seconds, interrupt or non-finite, and course or exact where the objective has its own course.
+    Moves `state` and reports every step that ended well to `observe(state, subset size, terms, images)`; others are
+    undone, see `AttackState.accept`. Returns why it ended: a bound of the budget, interrupt, non-finite, course, exact.
     """
     while not (ended := why_over(state, objective.annealing, objective.polish, budget)):
         size, terms = magia_step(state, objective, schedule, budget)

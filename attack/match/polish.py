@@ -33,6 +33,7 @@ from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.gauss_newton import Tangent, gauss_newton
 from network.chain import is_walked, mixes_images, modules
 from network.kinds import kind_of
+from network.memory import is_out_of_memory
 from network.stage import Chain, Residual
 from update.evidence import POLISH, Evidence
 
@@ -52,7 +53,7 @@ PROBES = 20  # random vectors by which it is estimated what the equations say of
 FAINTEST = 0.03  # of what they say of pixels on average: no pixel is scaled as if they said less
 SHARE = 0.3  # of the course's evaluations that may be spent
 EXACT = 1e-6  # of the equations: what the rounding of float32 leaves, and more
-SETTLED = 0.8  # a step that leaves more than this share of what was left is the last
+SETTLED = 0.99  # a step that leaves more than this share of what was left is the last
 EDGE = 1e-6  # from black and white, which the box never reaches
 
 
@@ -166,6 +167,7 @@ class Polish:
         phases: of the course. A checkpoint keeps that it is over as the phase behind the last.
         left: what the images leave of the equations, before the first step and after each.
         is_whole: whether pixels of whole steps of 1/255 were taken.
+        has_room: whether steps fit into memory.
         stopped: why no step follows; empty as long as one does.
         most: evaluations up to which steps are made, once the first was.
     """
@@ -174,6 +176,7 @@ class Polish:
     phases: int
     left: list[float] = field(default_factory=list)
     is_whole: bool = False
+    has_room: bool = True
     stopped: str = ""
     most: float = 0.0
 
@@ -190,6 +193,18 @@ class Polish:
         if room < ITERATIONS // 2:
             self.stopped = "course" if self.most <= bound else "max_evals"
             return
+        ends = math.inf if budget.max_seconds is None else time.perf_counter() + budget.max_seconds - state.seconds
+        try:
+            self._move(state, pixels, room, WorkBudget(deadline=ends))
+        except OutOfTimeError:
+            self.stopped = "max_seconds"
+        except (MemoryError, RuntimeError) as error:  # the course's images are there, whatever a step would need
+            if not is_out_of_memory(error):
+                raise
+            self.stopped, self.has_room = "course", False
+
+    def _move(self, state: AttackState, pixels: PixelMap, room: int, clock: WorkBudget) -> None:
+        """Move the state by a step of `room` evaluations at most."""
         before = pixels.decode(state.z.detach()).double()
         equations = self.equations(before)
         self.left = self.left or [_length(equations, before)]
@@ -197,32 +212,25 @@ class Polish:
             self.stopped = "course"
             return
         iterations = min(room, ITERATIONS << len(self.left) - 1)
-        ends = math.inf if budget.max_seconds is None else time.perf_counter() + budget.max_seconds - state.seconds
-        try:
-            clock = WorkBudget(deadline=ends)
-            found = gauss_newton(equations, before, budget=clock, inner=iterations, steps=1)
-        except OutOfTimeError:
-            self.stopped = "max_seconds"
-            return
+        found = gauss_newton(equations, before, budget=clock, inner=iterations, steps=1)
         state.evaluations += PROBES + found.iterations
         whole = ((LEVELS * found.x).round() / LEVELS).clamp(0, 1)
-        self.is_whole = _length(equations, whole) < min(found.residual, ROUNDED)
-        self._take(state, pixels, equations, whole if self.is_whole else found.x)
-
-    def _take(self, state: AttackState, pixels: PixelMap, equations: Equations, images: Tensor) -> None:
-        """Move the state to these images, if less is left there."""
-        z = pixels.encode(images.to(state.z), EDGE)
-        before, left = self.left[-1], _length(equations, pixels.decode(z).double())
-        if left < before:
+        is_whole = _length(equations, whole) < min(found.residual, ROUNDED)
+        z = pixels.encode((whole if is_whole else found.x).to(state.z), EDGE)
+        left = _length(equations, pixels.decode(z).double())
+        if left > SETTLED * self.left[-1] or is_whole:
+            self.stopped = "course"
+        if left < self.left[-1]:
+            self.is_whole = is_whole
             with torch.no_grad():
                 state.z.copy_(z)
-        if left > SETTLED * before or self.is_whole:
-            self.stopped = "course"
-        self.left.append(min(left, before))
+        self.left.append(min(left, self.left[-1]))
 
     @property
     def evidence(self) -> list[Evidence]:
         """A word on what the steps have brought; none where none was made."""
+        if not self.has_room:
+            return [Evidence(POLISH, "the steps after the course did not fit into memory")]
         if len(self.left) < 2:
             return []
         said = f"pictures leave {self.left[-1]:.1e} of known activations and gradients, {self.left[0]:.1e} before the "

@@ -9,11 +9,13 @@ from batchnorm import relative_errors
 from conftest import generator
 from torch import nn
 
+import main_MAGIA_sel as magia
 from attack.again import is_read_again, known_between
 from attack.prepare import Known
 from attack.read.signals import Signals
 from attack.solve.budget import WorkBudget, unlimited
 from cli.ahead import known_from_pictures
+from cli.settings import resolve
 from client.victim import share_update
 from network.chain import index_of
 from network.stage import run
@@ -118,3 +120,14 @@ def test_an_attack_of_few_evaluations_has_none_to_spare():
     update, model, _, known = scene()
     few = Namespace(max_evals=40)
     assert known_from_pictures(update, model, known, few, None, None) is known
+
+
+@pytest.mark.long
+def test_the_attack_makes_the_first_pictures():
+    update, model, images, known = scene()
+    settings, _ = resolve(["--quiet", "--n_iter", "12"], magia.FLAGS, "")
+    found = known_from_pictures(update, model, known, settings, magia.build_objective, magia.attack)
+    with torch.no_grad():
+        exact = run(stages(model)[: found.start], images)
+    assert found.start == known.start - 2
+    assert relative_errors(found.inputs, exact.double()).max() < 0.05

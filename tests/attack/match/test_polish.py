@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,21 @@ def test_no_step_is_made_where_time_is_out():
     objective.polish.step(state, objective.pixels, Budget(100, max_seconds=1e-9))
     assert objective.polish.stopped == "max_seconds"
     assert not objective.polish.evidence
+
+
+def test_images_of_the_course_are_kept_where_a_step_does_not_fit_into_memory():
+    def too_large(images):
+        raise MemoryError
+
+    truth = images(0)
+    objective = scene(truth)
+    objective = replace(objective, polish=Polish(too_large, 1))
+    state = state_at(objective, near(truth))
+    state.enter(1)
+    assert attacked(objective, state, Budget(100), []) == "course"
+    assert torch.equal(state.z, objective.pixels.encode(near(truth)))
+    (said,) = objective.polish.evidence
+    assert "memory" in said.said
 
 
 def test_images_stay_where_a_step_leaves_more():
