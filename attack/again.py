@@ -25,11 +25,13 @@ from network.stage import Chain
 from network.tracing import stages
 from update.shared import SharedUpdate
 
-# Times that pictures are made and blocks are read from them. A trained ResNet-18, 24 images: 24.3 dB without, 27.4 dB
-# after one round, 28.1 dB after two.
-ROUNDS = 2
+# Times that pictures are made and blocks are read from them, at most. A further time pays where the last one has left
+# less than WORTH of the expected error. A trained ResNet-18, 24 images: 24.3 dB without, 27.4 and 28.1 dB after one and
+# two, errors of 4.8 and 4.4 %; 32 images: 21.2, 23.0 and 23.9 dB, 9.8 and 7.0 %.
+ROUNDS = 4
+WORTH = 0.85
 
-BETTER = 0.8  # share of the prediction's expected error, by the median image, that the equations must leave or less
+SEEN = "from pictures and gradients"  # of the note on what was read so
 
 
 def is_read_again(update: SharedUpdate, model: nn.Module, known: Known) -> bool:
@@ -68,16 +70,20 @@ def known_between(
     loss = update.training.loss.of_batch(labels)
     given = BatchGradients(update.gradients, update.batch_size, additive_noise(update, model), loss=loss)
     outputs = (chain, given, known.start, known.inputs.double(), _errors(known, chain), labels)
+    error = float("inf")
     for _ in range(ROUNDS):
         try:
             seen = pictures(best).double()
             blocks = reread(*outputs, seen, known.recovered, generator=generator, budget=clock)
         except OutOfTimeError:
             break
-        told = [block for block in blocks if float((block.errors / block.predicted).median()) < BETTER]
-        if not told:
+        if not blocks:
             break
-        best = _at(known, chain, told)
+        before, error = error, float(blocks[-1].errors.median())
+        is_lower = blocks[-1].index < best.start
+        best = _at(known, chain, blocks)
+        if not (is_lower or error < WORTH * before):
+            break
     return best
 
 
@@ -94,7 +100,7 @@ def _at(known: Known, chain: Chain, blocks: Sequence[Reread]) -> Known:
     for block in blocks:
         stage, error = chain[block.index], float(block.errors.max())
         name = next(parametrised([stage])).name
-        note = f"from pictures and gradients, to {float(block.errors.median()):.1e} of the median image"
+        note = f"{SEEN}, to {float(block.errors.median()):.1e} of the median image"
         told = "; ".join(filter(None, [rows[name]["note"], note]))
         rows[name] = {**rows[name], "uncertainty": error, "note": told}
         recovered[stage.name] = block.inputs

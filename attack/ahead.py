@@ -213,10 +213,8 @@ def known_again(
         "is_explained": checked.switch(began["is_explained"], "is_explained"),
         "likely": began["likely"],
     }
-    for name in ("uses", "held"):
-        facts[name] = tuple(
-            checked.whole(u, name, 0, update.batch_size - 1) for u in checked.sequence(began[name], name)
-        )
+    lists = {name: checked.sequence(began[name], name) for name in ("uses", "held")}
+    facts |= {name: tuple(checked.whole(u, name, 0, update.batch_size - 1) for u in of) for name, of in lists.items()}
     if facts["likely"] is not None:
         checked.tensor(facts["likely"], "likely", (update.batch_size, *update.image_shape), torch.float64)
     signals = local_labels = None

@@ -35,6 +35,7 @@ LEVELS = {"example": "dpsgd:1:{:.4g}", "client": "clip:1,noise:{:.4g}"}  # clipp
 PANELS = {"identification": "identification rate", "label_accuracy": "labels right", "psnr": "PSNR (dB)"}
 LINES = {"example": "-", "client": "--"}
 WIDTH, HEIGHT = 3.6, 3.4  # inches of a panel
+SHARP = 40.0  # dB at which a panel ends: the eye sees no error there, and exact images have 100
 
 
 class Network(NamedTuple):
@@ -109,6 +110,8 @@ def plot_epsilons(rows: Sequence[Mapping[str, str]], path: Path) -> None:
         axis.grid(color="0.9")
         if measure != "psnr":
             axis.set_ylim(-0.03, 1.03)
+        elif any(float(row[measure] or 0) > SHARP for row in rows):
+            axis.set_ylim(top=SHARP)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 

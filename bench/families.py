@@ -11,7 +11,7 @@ run's verdict. A row whose command fails stays as it is.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(command, flush=True)
         try:
             model = _model_of(each)
-            row = forecast(each, model) | measured(each, model, command)
+            rows = explained(each, model)
+            row = forecast(each, model, rows) | measured(each, command, _image_layers(model, rows))
         except ValueError as error:
             raise ValueError(f"{each.network}: {error}") from None
         row |= {"note": "", "command": command, **origin, "device": asked.machine or device_of(command)}
@@ -103,29 +104,39 @@ def _model_of(each: Family) -> nn.Module:
     return build_model(f"torchvision:{each.network}", image_shape=shape, num_classes=CLASSES, generator=seeded)
 
 
-def forecast(each: Family, model: nn.Module) -> Row:
-    """What --explain says: the deepest layer whose inputs are to be expected, and what is only run, and why."""
+def explained(each: Family, model: nn.Module) -> list[dict]:
+    """The rows of --explain; none of a network that has no chain."""
+    if stages_if_walked(model) is None:
+        return []
     shape = (3, each.pixels, each.pixels)
-    row = {name: str(value) for name, value in each._asdict().items()} | {"deepest": "", "only_run": ""}
-    try:
-        rows = explain(stages(model), shape, each.batch_size, patch_embedding(model, shape))
-    except ValueError as error:
-        return row | {"only_run": f"all of it ({error})"}
+    return explain(stages(model), shape, each.batch_size, patch_embedding(model, shape))
+
+
+def forecast(each: Family, model: nn.Module, rows: Sequence[dict]) -> Row:
+    """What --explain says: the deepest layer whose inputs are to be expected, and what is only run, and why."""
+    row = {name: str(value) for name, value in each._asdict().items()}
     deepest = next((layer["layer"] for layer in rows if layer["deepest"]), "")
-    return row | {"deepest": deepest, "only_run": why_not_walked(model)}
+    return row | {
+        "deepest": deepest,
+        "only_run": why_not_walked(model) if rows else f"all of it ({why_not_walked(model)})",
+    }
 
 
-def measured(each: Family, model: nn.Module, command: str) -> Row:
+def _image_layers(model: nn.Module, rows: Sequence[dict]) -> set[str]:
+    """The layers whose inputs are whole images': not those that single tokens are told apart at, nor those of gates."""
+    return {row["layer"] for row in rows} - in_products(stages_if_walked(model) or ())
+
+
+def measured(each: Family, command: str, layers: Set[str]) -> Row:
     """What a run tells: images told apart, right labels, the deepest layer read, pictures better than a guess, seconds.
 
-    Where the images were read exactly their PSNR is among it.
+    The deepest layer is one of `layers`. Where the images were read exactly their PSNR is among it.
 
     Raises:
         ValueError: the run failed.
     """
     figures = measure(command, None, None)
-    beside = in_products(stages_if_walked(model) or ())
-    read = [row["layer"] for row in figures["layers"] if row["uncertainty"] is not None and row["layer"] not in beside]
+    read = [row["layer"] for row in figures["layers"] if row["uncertainty"] is not None and row["layer"] in layers]
     better = sum(figures["levels"].get(level, 0) for level in JUDGED if level != "none")
     exact = figures["psnr_mean"] if figures["ended_by"] == "exact" else None
     return {

@@ -229,6 +229,8 @@ def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path |
             word = str((data_path if data_path and word.endswith(".npz") else Path(word)).resolve())
         elif flag == "--weights":
             word = str(there / word)
+        elif flag == "--model" and ".py:" in word:
+            word = str(ROOT / word)
         elif flag == "--models":
             word = re.sub(r"(?<=--weights )\S+", lambda name: shlex.quote(str(there / name[0])), word)
             word = re.sub(r"^\S+(?=\.py:)", lambda name: shlex.quote(str(ROOT / name[0])), word)

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
+from attack.again import SEEN
 from attack.prepare import Known
 from attack.read.forecast import explain
 from attack.read.tokens import TOLD
@@ -79,7 +80,8 @@ def introduction(
         found += "; the attack begins with the likely image" if known.likely is not None else ""
     elif known.local_labels is not None and update.training.is_gradient:
         found += f"; labels counted by the last convolution's bias (they leave {known.local_labels.distance:.2g})"
-    found += "".join(f"\n{row['layer']}: {row['note']}" for row in known.layers if TOLD in row["note"])
+    told = [row for row in known.layers if TOLD in row["note"] or SEEN in row["note"]]
+    found += "".join(f"\n{row['layer']}: {row['note']}" for row in told)
     if known.is_aborted:
         found += ", until --max_seconds stopped the reading: on another machine it may read more, or less"
     found += _how_trained(update, known)

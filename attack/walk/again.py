@@ -39,6 +39,7 @@ from network.stage import Chain, Residual, Stage, run
 OFF = 1.5  # times what a prediction misses the known outputs by: its expected error one block further down
 NEAR, FAR = 0.03, 0.3  # least relative error that is expected of a prediction, and most of one that is of use
 FINEST = 1e-3  # least relative error that outputs count with: finer ones take more iterations and add nothing in sight
+BETTER = 0.8  # share of the prediction's expected error, by the median image, that equations must leave or less
 STEPS, INNER = 7, 60  # of Gauss-Newton, and iterations of CGLS in each
 DRAWN = 150  # iterations of CGLS that the answer to drawn errors takes, at most
 
@@ -51,13 +52,11 @@ class Reread:
         index: of the stage in the chain.
         inputs: (B, ...), in float64.
         errors: (B,) their expected relative errors.
-        predicted: (B,) those of the pictures' own prediction.
     """
 
     index: int
     inputs: Tensor
     errors: Tensor
-    predicted: Tensor
 
 
 def is_reread(chain: Chain) -> bool:
@@ -79,7 +78,7 @@ def reread(
     generator: torch.Generator,
     budget: WorkBudget,
 ) -> list[Reread]:
-    """The inputs of the residual stages below `start`, one after the other, down to the first other stage.
+    """The inputs of the residual stages below `start`, one after the other, as far as equations improve on pictures.
 
     Args:
         chain: of the model that the update was computed on, in float64; no stage mixes images.
@@ -107,8 +106,11 @@ def reread(
         off = OFF * relative(run(chain[index : index + 2], prediction) - outputs, outputs)
         if not float(off.median()) < FAR:
             break
-        outputs, errors = block.solved(prediction, off.clamp(min=NEAR), generator, budget)
-        found.append(Reread(index, outputs, errors, off.clamp(min=NEAR)))
+        off = off.clamp(min=NEAR)
+        outputs, errors = block.solved(prediction, off, generator, budget)
+        if not float((errors / off).median()) < BETTER:
+            break
+        found.append(Reread(index, outputs, errors))
     return found
 
 
@@ -166,7 +168,7 @@ class _Block:
         loudness = delta.flatten(1).norm(dim=1)
         wrong = float(((loudness.square() * errors).sum() / loudness.square().sum().clamp(min=1e-300)).sqrt())
         row, told = partial(_row, gradients, max(wrong, FINEST)), []
-        for number, branch in enumerate((module.body, module.shortcut)):
+        for number, branch in enumerate(module.branches):
             told += _told_of(number, branch, shape, errors, delta, inner, row)
         return cls(module, told, _known(torch.where(active, outputs, 0.0), errors), active)
 
@@ -192,7 +194,7 @@ class _Block:
         stacked = [stack([each]) for each in rows]
         return NonlinearEquations(
             function=self._values(self.module),
-            rough=self._values(Residual(*(_float(branch) for branch in (self.module.body, self.module.shortcut)))),
+            rough=self._values(Residual(*(_float(branch) for branch in self.module.branches))),
             rows=[operator for operator, _ in stacked],
             rough_rows=[stack([each.float()])[0] for each in rows],
             targets=[target for _, target in stacked],
@@ -205,7 +207,7 @@ class _Block:
 
         def values(u: Tensor) -> Sequence[Tensor]:
             found, ends = {}, []
-            for number, branch in enumerate((module.body, module.shortcut)):
+            for number, branch in enumerate(module.branches):
                 x = u.clone()  # so that each value has a place of its own in the graph
                 for index, stage in enumerate(branch):
                     found[number, index] = x
@@ -274,7 +276,8 @@ def _told_of(
             found.append(_Told(number, index, _known(torch.where(active, outputs, 0.0), errors), active))
             delta = delta * active
             continue
-        if isinstance(stage.module, Residual) or not (kind.is_affine or kind.is_norm):
+        is_scale = kind.is_norm and not kind.normalises_images(stage.module, shapes[index])
+        if not (kind.is_affine or is_scale):
             break
         rows = row(stage, shapes[index], delta) if kind.is_affine else None
         if rows is not None:

@@ -9,11 +9,13 @@ from batchnorm import relative_errors
 from conftest import generator
 from torch import nn
 
+import main_MAGIA_sel as magia
 from attack.again import is_read_again, known_between
 from attack.prepare import Known
 from attack.read.signals import Signals
 from attack.solve.budget import WorkBudget, unlimited
 from cli.ahead import known_from_pictures
+from cli.settings import resolve
 from client.victim import share_update
 from network.chain import index_of
 from network.stage import run
@@ -45,7 +47,7 @@ class Net(nn.Sequential):
         super().__init__(*stem, Block(), nn.Flatten(), nn.Linear(size, 10))
 
 
-def scene(*, pooled=True, defence="none"):
+def scene(*, pooled=True, defence="none", error=1e-4):
     """An update, its model, its images, and what is known of it: the head's inputs."""
     model, labels = Net(pooled=pooled), torch.arange(IMAGES)
     images = torch.rand(IMAGES, 3, SIDE, SIDE, generator=generator())
@@ -57,7 +59,7 @@ def scene(*, pooled=True, defence="none"):
         inputs = run(chain[:start], images)
     nothing = torch.zeros(IMAGES)
     features = inputs.flatten(1)
-    signals = Signals(features, labels, torch.zeros(IMAGES, 10), nothing, 1 + nothing, 1e-4 + nothing, nothing, IMAGES)
+    signals = Signals(features, labels, torch.zeros(IMAGES, 10), nothing, 1 + nothing, error + nothing, nothing, IMAGES)
     inner = next(stage.name for stage in stages(model) if "Residual" in type(stage.module).__name__)
     row = {"layer": f"{inner.split('.')[0]}.conv1", "note": "too few equations", "uncertainty": None}
     return update, model, images, Known(IMAGES, signals, features, labels, start, inputs.double(), layers=[row])
@@ -85,6 +87,17 @@ def test_the_blocks_input_takes_the_place_of_its_output():
     assert row["note"].startswith("too few equations; from pictures and gradients")
     assert 0 < row["uncertainty"] < 0.1
     assert torch.equal(found.recovered[chain[found.start].name], found.inputs)
+
+
+def test_blocks_are_read_as_often_as_pictures_improve():
+    update, model, images, known = scene(error=1e-2)
+    off = [0.12, 0.03, 0.03, 0.03]
+
+    def pictures(_):
+        return images + off.pop(0) * torch.randn(images.shape, generator=generator())
+
+    between(update, model, known, pictures)
+    assert len(off) == 1  # the third pictures were no better than the second
 
 
 def test_poor_pictures_change_nothing():
@@ -118,3 +131,14 @@ def test_an_attack_of_few_evaluations_has_none_to_spare():
     update, model, _, known = scene()
     few = Namespace(max_evals=40)
     assert known_from_pictures(update, model, known, few, None, None) is known
+
+
+@pytest.mark.long
+def test_the_attack_makes_the_first_pictures():
+    update, model, images, known = scene()
+    settings, _ = resolve(["--quiet", "--n_iter", "12"], magia.FLAGS, "")
+    found = known_from_pictures(update, model, known, settings, magia.build_objective, magia.attack)
+    with torch.no_grad():
+        exact = run(stages(model)[: found.start], images)
+    assert found.start == known.start - 2
+    assert relative_errors(found.inputs, exact.double()).max() < 0.05

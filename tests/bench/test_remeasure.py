@@ -92,6 +92,8 @@ def test_commands_are_measured_with_the_data_and_checkpoints_that_are_named(tmp_
 def test_a_network_from_outside_is_a_file_of_the_project():
     words = ["--models", "examples/small_resnet.py:resnet8 --bn train"]
     assert remeasure.with_paths(words, None, None)[1] == f"{remeasure.ROOT}/examples/small_resnet.py:resnet8 --bn train"
+    words = ["--model", "examples/small_vit.py:with_mean"]
+    assert remeasure.with_paths(words, None, None)[1] == f"{remeasure.ROOT}/examples/small_vit.py:with_mean"
 
 
 def test_a_reading_alone_has_the_names_of_a_whole_attack():

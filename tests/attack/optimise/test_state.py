@@ -147,6 +147,17 @@ def valley(max_evals):
     return steps
 
 
+def test_images_that_are_held_stay_as_they_are_in_every_copy():
+    lbfgs = Optimiser("lbfgs", None, "constant", False, inner_iter=4, history=10, line_search="strong_wolfe")
+    draw, budget = torch.Generator().manual_seed(0), Budget(3, 20)
+    start, labels = torch.randn(4, 1, 2, 2, generator=draw), torch.zeros(4, 3)
+    known = {"generator": draw, "optimiser": lbfgs, "copies": 2, "held": (1,)}
+    state = AttackState(z=start.clone(), label_variables=labels, **known)
+    state.minimise(lambda: state.z.square().sum() + 0 * state.label_logits.sum(), budget)
+    assert torch.equal(state.z[[1, 3]], start[[1, 3]])
+    assert state.z[[0, 2]].norm() < 0.1 * start[[0, 2]].norm()
+
+
 def test_no_step_begins_that_the_budget_could_not_pay():
     """A step's bound is 5 evaluations, the first one's less where that is all there is; what is cut short is undone."""
     runs = {max_evals: valley(max_evals) for max_evals in range(2, 40)}

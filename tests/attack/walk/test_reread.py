@@ -75,6 +75,10 @@ def test_pictures_that_miss_what_is_known_are_not_used():
     assert read(off=3.0)[0] == []
 
 
+def test_outputs_that_say_less_than_pictures_are_not_used():
+    assert read(error=0.5)[0] == []
+
+
 def test_only_a_block_right_above_is_read():
     chain, *_ = scene()
     assert is_reread(chain[:5])
