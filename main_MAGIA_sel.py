@@ -329,7 +329,7 @@ def build_objective(
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
     if known.is_followed:
-        matching, course, penalties, scale, polish = followed(update, model, known, settings.tv_weight)
+        matching, course, penalties, scale, polish = followed(update, model, known, prior, settings.tv_weight)
         return Objective(matching, prior, course, pixels, penalties, scale=scale, polish=polish)
     errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None
