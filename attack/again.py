@@ -25,9 +25,11 @@ from network.stage import Chain
 from network.tracing import stages
 from update.shared import SharedUpdate
 
-# Times that pictures are made and blocks are read from them. A trained ResNet-18, 24 images: 24.3 dB without, 27.4 dB
-# after one round, 28.1 dB after two.
-ROUNDS = 2
+# Times that pictures are made and blocks are read from them, at most. A further time pays where the last one has left
+# less than WORTH of the expected error. A trained ResNet-18, 24 images: 24.3 dB without, 27.4 and 28.1 dB after one and
+# two, errors of 4.8 and 4.4 %; 32 images: 21.2, 23.0 and 23.9 dB, 9.8 and 7.0 %.
+ROUNDS = 4
+WORTH = 0.85
 
 SEEN = "from pictures and gradients"  # of the note on what was read so
 
@@ -68,6 +70,7 @@ def known_between(
     loss = update.training.loss.of_batch(labels)
     given = BatchGradients(update.gradients, update.batch_size, additive_noise(update, model), loss=loss)
     outputs = (chain, given, known.start, known.inputs.double(), _errors(known, chain), labels)
+    error = float("inf")
     for _ in range(ROUNDS):
         try:
             seen = pictures(best).double()
@@ -76,7 +79,11 @@ def known_between(
             break
         if not blocks:
             break
+        before, error = error, float(blocks[-1].errors.median())
+        is_lower = blocks[-1].index < best.start
         best = _at(known, chain, blocks)
+        if not (is_lower or error < WORTH * before):
+            break
     return best
 
 

@@ -47,7 +47,7 @@ class Net(nn.Sequential):
         super().__init__(*stem, Block(), nn.Flatten(), nn.Linear(size, 10))
 
 
-def scene(*, pooled=True, defence="none"):
+def scene(*, pooled=True, defence="none", error=1e-4):
     """An update, its model, its images, and what is known of it: the head's inputs."""
     model, labels = Net(pooled=pooled), torch.arange(IMAGES)
     images = torch.rand(IMAGES, 3, SIDE, SIDE, generator=generator())
@@ -59,7 +59,7 @@ def scene(*, pooled=True, defence="none"):
         inputs = run(chain[:start], images)
     nothing = torch.zeros(IMAGES)
     features = inputs.flatten(1)
-    signals = Signals(features, labels, torch.zeros(IMAGES, 10), nothing, 1 + nothing, 1e-4 + nothing, nothing, IMAGES)
+    signals = Signals(features, labels, torch.zeros(IMAGES, 10), nothing, 1 + nothing, error + nothing, nothing, IMAGES)
     inner = next(stage.name for stage in stages(model) if "Residual" in type(stage.module).__name__)
     row = {"layer": f"{inner.split('.')[0]}.conv1", "note": "too few equations", "uncertainty": None}
     return update, model, images, Known(IMAGES, signals, features, labels, start, inputs.double(), layers=[row])
@@ -87,6 +87,17 @@ def test_the_blocks_input_takes_the_place_of_its_output():
     assert row["note"].startswith("too few equations; from pictures and gradients")
     assert 0 < row["uncertainty"] < 0.1
     assert torch.equal(found.recovered[chain[found.start].name], found.inputs)
+
+
+def test_blocks_are_read_as_often_as_pictures_improve():
+    update, model, images, known = scene(error=1e-2)
+    off = [0.12, 0.03, 0.03, 0.03]
+
+    def pictures(_):
+        return images + off.pop(0) * torch.randn(images.shape, generator=generator())
+
+    between(update, model, known, pictures)
+    assert len(off) == 1  # the third pictures were no better than the second
 
 
 def test_poor_pictures_change_nothing():
