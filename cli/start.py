@@ -23,7 +23,7 @@ from network.zoo import place_of
 from priors import contrast
 from update.shared import SharedUpdate
 
-PLAIN_PIXELS = {"box": "none", "spectral_power": 0.0, "chroma_gain": 1.0}  # for images that are known exactly
+PLAIN_PIXELS = {"box": "none", "spectral_power": 0.0, "chroma_gain": 1.0}  # for images that stay as they are
 
 
 def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: argparse.Namespace) -> PixelMap:
@@ -32,7 +32,8 @@ def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: ar
     if power is None:
         power = spectral_power_for(stages(model)[: known.start]) if known.is_followed else 1.0
     how = {"spectral_power": power, "box": settings.box, "chroma_gain": settings.chroma_gain}
-    return PixelMap(update.image_shape, **(PLAIN_PIXELS if known.is_exact else how), **place_of(model))
+    is_plain = known.is_exact or bool(known.held and settings.init == "grey")
+    return PixelMap(update.image_shape, **(PLAIN_PIXELS if is_plain else how), **place_of(model))
 
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
@@ -43,7 +44,10 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
     given = images_named(*named) if copies == 1 else None
     start = start_images(settings.init, (update.batch_size, *shape), copies, generator, given, noise=known.noise)
     if known.likely is not None and settings.init == "grey":
-        start = start - GREY + known.likely.cpu().to(start).repeat(copies, 1, 1, 1)
+        likely = known.likely.cpu().to(start).repeat(copies, 1, 1, 1)
+        start = start - GREY + likely
+        held = [copy * update.batch_size + image for copy in range(copies) for image in known.held]
+        start[held] = likely[held]  # without the noise of a start
     if known.is_exact:
         start = known.pixels.repeat(copies, 1, 1, 1)
     logits = settings.label_std * torch.randn(copies * update.batch_size, update.num_classes, generator=generator)

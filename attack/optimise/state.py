@@ -145,13 +145,17 @@ class AttackState:
         return self.prior_weight.copy_(torch.tensor(prior_weight, dtype=torch.float64))
 
     def ended(self, budget: Budget) -> str | None:
-        """The reason why the attack ends, or None: n_iter, max_evals, max_seconds, or non-finite after many setbacks.
+        """The reason why the attack ends, or None: n_iter, max_evals, max_seconds, non-finite after many setbacks.
+
+        It is `held` where no image of a copy may move.
 
         The bound `max_evals` ends the attack before a step that could exceed it. So every step is whole, and a resumed
         run goes on from the end of a step. The bound `max_seconds` ends the attack after the step that reached it.
         """
         if self.setbacks > MAX_SETBACKS:
             return "non-finite"
+        if self.step and len(self.held) == self.batch_size:
+            return "held"
         if self.step >= budget.n_iter:
             return "n_iter"
         if budget.max_seconds is not None and self.seconds >= budget.max_seconds:

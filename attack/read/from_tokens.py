@@ -12,7 +12,7 @@ token lies in both spaces, since attention shows every patch to every token. It 
 then do lie there, to within noise; and its tokens are those of the image.
 
 The images are likely, and never certain: patches of missing tokens are made of their neighbours. An attack begins
-there, and leaves those images alone whose tokens are all explained.
+there, and leaves those images alone nearly all of whose tokens are explained.
 """
 
 import itertools
@@ -385,7 +385,7 @@ def images_of_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """Likely images (B, C, H, W) in float64, in the order of their features, the tokens (n, D) and fits (n,).
 
-    The last are the images all of whose tokens lie in both spaces.
+    The last are the images nearly all of whose tokens lie in both spaces.
 
     Args:
         model: in float64, in eval mode.
@@ -411,5 +411,5 @@ def images_of_tokens(
         raise TooFewTokensError(f"{int(tokens.filled.sum())} of {len(tokens.slots)} tokens were told apart")
     images = search.in_turn(search.first())
     slots = tokens.filled.nonzero()[:, 0]
-    whole = tuple(search.explained.all(1).nonzero()[:, 0].tolist())
+    whole = tuple(search.believed.nonzero()[:, 0].tolist())
     return images, tokens.tokens(slots), tokens.fits[tokens.slots[slots]], whole

@@ -157,7 +157,7 @@ class TokenReading:
         rows: of `layer_rows.COLUMNS`, one a perceptron.
         found: the tokens (n, D) float64 by the name of the first layer.
         likely: (B, C, H, W) images that the tokens make, in the order of their features; None where they make none.
-        held: those of them all of whose tokens are explained.
+        held: those of them nearly all of whose tokens are explained.
         seconds: wall time of the reading.
         is_aborted: whether the clock has ended it.
     """
@@ -265,8 +265,8 @@ class _Reader:
         except TooFewTokensError:
             return None
         facts = {"rank": count, "gap": spans[0].gap, "residual": float(fits.max().sqrt())}
-        whole = f"; of {len(self.held)} of {self.update.batch_size} images all" if self.held else ""
-        return tokens, facts | {"note": f"{len(tokens)} of {count} {TOLD}, {PLACED}{whole}"}
+        held = f"; {len(self.held)} of {self.update.batch_size} are explained by them" if self.held else ""
+        return tokens, facts | {"note": f"{len(tokens)} of {count} {TOLD}, {PLACED}{held}"}
 
 
 def _told_apart(

@@ -156,6 +156,17 @@ def test_images_that_are_held_stay_as_they_are_in_every_copy():
     state.minimise(lambda: state.z.square().sum() + 0 * state.label_logits.sum(), budget)
     assert torch.equal(state.z[[1, 3]], start[[1, 3]])
     assert state.z[[0, 2]].norm() < 0.1 * start[[0, 2]].norm()
+    assert state.ended(budget) != "held"
+
+
+def test_where_all_images_are_held_one_step_ends_the_attack():
+    lbfgs = Optimiser("lbfgs", None, "constant", False, inner_iter=4, history=10, line_search="strong_wolfe")
+    draw, budget = torch.Generator().manual_seed(0), Budget(3, 20)
+    known = {"generator": draw, "optimiser": lbfgs, "held": (0, 1)}
+    state = AttackState(z=torch.ones(2, 1, 2, 2), label_variables=torch.zeros(2, 3), **known)
+    state.minimise(lambda: state.z.square().sum() + 0 * state.label_logits.sum(), budget)
+    assert state.ended(budget) == "held"
+    assert torch.equal(state.z, torch.ones(2, 1, 2, 2))
 
 
 def test_no_step_begins_that_the_budget_could_not_pay():

@@ -52,7 +52,8 @@ def test_two_images_are_put_together_of_their_tokens_in_the_order_of_their_featu
     features = features_of(client.net, client.batch.images).detach()
     reading = read_tokens(client.update, client.net, unlimited(), generator(3), features)
     (row,) = reading.rows
-    assert row["note"] == f"32 of 32 {TOLD}, {PLACED}"
+    assert row["note"] == f"32 of 32 {TOLD}, {PLACED}; 2 of 2 are explained by them"
+    assert reading.held == (0, 1)
     assert client.errors(reading.found[FIRST])[0].max() < 1e-2
     assert (reading.likely - client.batch.images).square().mean((1, 2, 3)).max() < 1e-4  # 40 dB
 
