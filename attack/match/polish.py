@@ -25,8 +25,8 @@ from torch import Tensor
 
 from attack.local.levels import LEVELS
 from attack.match.activations import ForwardLoss
+from attack.match.astray import astray, begun_again, first_phases
 from attack.match.phases import Course
-from attack.match.quiet import begun_again, quiet, shortened
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
@@ -170,8 +170,8 @@ def _weighed(loss: ForwardLoss, images: Tensor) -> list[Tensor]:
 class Polish:
     """The steps that follow a course.
 
-    A checkpoint keeps in the state's phase how many were made: behind the course's phases there is one in which quiet
-    images are begun again, and one more for each step.
+    A checkpoint keeps in the state's phase how many were made: behind the course's phases there is one in which images
+    that have gone astray are begun again, and one more for each step.
 
     Attributes:
         losses: of the images (B, C, H, W), in float64 and in float32.
@@ -231,9 +231,9 @@ class Polish:
         self._move(state, pixels, budget)
 
     def _begin_again(self, state: AttackState, pixels: PixelMap, budget: Budget) -> bool:
-        """Begin quiet images again alone, and move to where first steps of all lead from there, if it leaves less."""
+        """Begin images astray again alone, and move to where first steps of all lead from there, if it leaves less."""
         loss, images = self.losses()[1], pixels.decode(state.z.detach())
-        which, course = quiet(loss), shortened(self.course)
+        which, course = astray(loss, images), first_phases(self.course)
         if not which or _bound(budget) < state.evaluations + course.evaluations + _cost(TRIED):
             return False
         found, spent = begun_again(loss.alone(which, images), course, self.prior, pixels, state, self.clock)
@@ -295,7 +295,7 @@ class Polish:
             return []
         said = f"pictures leave {self.left[-1]:.1e} of known activations and gradients, {self.left[0]:.1e} before the "
         said += f"last {len(self.left) - 1} steps, by Gauss-Newton"
-        said += f"; {self.again} of them were begun again alone before" if self.again else ""
+        said += f"; images begun again alone before these: {self.again}" if self.again else ""
         said += "; pixels of whole steps of 1/255 leave the least" if self.is_whole else ""
         return [Evidence(POLISH, said, self.left[-1])]
 

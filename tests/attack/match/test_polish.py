@@ -137,7 +137,7 @@ def test_images_stay_where_a_step_leaves_more():
     assert state.evaluations <= 750
 
 
-def quiet_first(truth, start, sure):
+def first_astray(truth, start, sure):
     """A scene in which the first image moves the update little, and its state at the end of a course."""
     objective = scene(truth, course=SOFT, sure=sure)
     state = state_at(objective, start)
@@ -145,15 +145,15 @@ def quiet_first(truth, start, sure):
     return objective, state
 
 
-def test_a_quiet_image_in_a_wrong_place_is_begun_again_alone_and_a_resumed_attack_goes_on_alike():
+def test_an_image_in_a_wrong_place_is_begun_again_alone_and_a_resumed_attack_goes_on_alike():
     truth = images(0)
     wrong = torch.cat([truth[:1].flip(3), near(truth)[1:]])
-    objective, state = quiet_first(truth, wrong, sure=4.0)
+    objective, state = first_astray(truth, wrong, sure=4.0)
     objective.polish.step(state, objective.pixels, Budget(100))
     assert objective.polish.again == 1
     assert ((objective.images(state)[0] - truth).square().flatten(1).mean(1) < 1e-4).all()
 
-    other, resumed = quiet_first(truth, wrong, sure=4.0)
+    other, resumed = first_astray(truth, wrong, sure=4.0)
     resumed.load_state_dict(copy.deepcopy(state.state_dict()))
     most = state.evaluations + 60
     for each, its in ((objective, state), (other, resumed)):
@@ -163,18 +163,18 @@ def test_a_quiet_image_in_a_wrong_place_is_begun_again_alone_and_a_resumed_attac
     assert "begun again" in objective.polish.evidence[0].said
 
 
-def test_a_quiet_image_stays_where_it_leaves_less():
+def test_an_image_that_has_been_begun_again_stays_as_it_was_where_that_leaves_less():
     truth = images(0)
-    objective, state = quiet_first(truth, near(truth, 1e-5), sure=6.0)
+    objective, state = first_astray(truth, torch.cat([near(truth, 3e-5)[:1], near(truth, 1e-5)[1:]]), sure=6.0)
     objective.polish.step(state, objective.pixels, Budget(100))
     assert state.evaluations > 2200  # it was tried
     assert objective.polish.again == 0
-    assert ((objective.images(state)[0] - truth).square().flatten(1).mean(1) < 2e-10).all()
+    assert ((objective.images(state)[0] - truth).square().flatten(1).mean(1) < 2e-9).all()
 
 
 def test_nothing_is_begun_again_where_evaluations_are_missing():
     truth = images(0)
-    objective, state = quiet_first(truth, near(truth), sure=6.0)
+    objective, state = first_astray(truth, torch.cat([truth[:1].flip(3), near(truth)[1:]]), sure=4.0)
     objective.polish.step(state, objective.pixels, Budget(100, max_evals=2300))
     assert objective.polish.again == 0
     assert state.evaluations < 2100  # a step of all
