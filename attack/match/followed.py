@@ -17,6 +17,7 @@ from attack.match.maxima import Maxima
 from attack.match.penalties import MomentsLoss, Penalty
 from attack.match.phases import MEASURED_AT, UNITS, Course
 from attack.match.polish import Equations, Polish, above_kinks, can_be_polished
+from attack.match.rest import without_known
 from attack.prepare import Known
 from network.chain import Moments, modules, with_moments
 from network.tracing import stages
@@ -81,7 +82,10 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
     shared ones it is an ordinary layer, and the images are found one by one; else the images are run together, and
     what such a layer hides of them is held, see `common_scale`. Where gradients are matched too, the images are run
     together in any case, since the client's gradients mix them, and shared statistics are a term of their own.
+
+    Leading images whose pixels are known have no part in it: it is all of the others alone.
     """
+    update, known = without_known(update, model, known)
     moments = _moments(update, model, known)
     loss = _loss(update, model, known, moments)
     below, penalties = stages(model)[: known.start], []

@@ -184,8 +184,8 @@ class Polish:
         """Whether the course is over."""
         return state.phase >= self.phases
 
-    def step(self, state: AttackState, pixels: PixelMap, budget: Budget) -> None:
-        """Move the state's images by one step, or find in `stopped` why there is none."""
+    def step(self, state: AttackState, pixels: PixelMap, budget: Budget, apart: int = 0) -> None:
+        """Move the state's images but the leading `apart` by one step, or find in `stopped` why there is none."""
         state.step += 1
         self.most = self.most or (1 + SHARE) * state.evaluations
         bound = math.inf if budget.max_evals is None else budget.max_evals
@@ -195,7 +195,7 @@ class Polish:
             return
         ends = math.inf if budget.max_seconds is None else time.perf_counter() + budget.max_seconds - state.seconds
         try:
-            self._move(state, pixels, room, WorkBudget(deadline=ends))
+            self._move(state, state.z[apart:], pixels, room, WorkBudget(deadline=ends))
         except OutOfTimeError:
             self.stopped = "max_seconds"
         except (MemoryError, RuntimeError) as error:  # the course's images are there, whatever a step would need
@@ -203,9 +203,9 @@ class Polish:
                 raise
             self.stopped, self.has_room = "course", False
 
-    def _move(self, state: AttackState, pixels: PixelMap, room: int, clock: WorkBudget) -> None:
-        """Move the state by a step of `room` evaluations at most."""
-        before = pixels.decode(state.z.detach()).double()
+    def _move(self, state: AttackState, free: Tensor, pixels: PixelMap, room: int, clock: WorkBudget) -> None:
+        """Move the free part of the state's z by a step of `room` evaluations at most."""
+        before = pixels.decode(free.detach()).double()
         equations = self.equations(before)
         self.left = self.left or [_length(equations, before)]
         if self.left[-1] < EXACT:
@@ -216,14 +216,14 @@ class Polish:
         state.evaluations += PROBES + found.iterations
         whole = ((LEVELS * found.x).round() / LEVELS).clamp(0, 1)
         is_whole = _length(equations, whole) < min(found.residual, ROUNDED)
-        z = pixels.encode((whole if is_whole else found.x).to(state.z), EDGE)
+        z = pixels.encode((whole if is_whole else found.x).to(free), EDGE)
         left = _length(equations, pixels.decode(z).double())
         if left > SETTLED * self.left[-1] or is_whole:
             self.stopped = "course"
         if left < self.left[-1]:
             self.is_whole = is_whole
             with torch.no_grad():
-                state.z.copy_(z)
+                free.copy_(z)
         self.left.append(min(left, self.left[-1]))
 
     @property
