@@ -42,7 +42,7 @@ def without_known(update: SharedUpdate, model: nn.Module, known: Known) -> tuple
     rest = replace(
         known,
         batch_size=left,
-        signals=replace(known.signals.pick(slice(count, None)), batch_size=left),
+        signals=known.signals and replace(known.signals.pick(slice(count, None)), batch_size=left),
         features=known.features[count:],
         labels=known.labels[count:],
         inputs=known.inputs[count:],
