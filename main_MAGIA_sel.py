@@ -264,7 +264,7 @@ def magia_step(state: AttackState, objective: Objective, schedule: Schedule, bud
         objective.matching.enter(state.phase, objective.pixels.decode(state.anchor))
         state.draw_subset(size)
         if polish and polish.is_on(state):
-            polish.step(state, objective.pixels, budget, objective.apart)
+            polish.step(state, objective.pixels, budget)
         else:
             state.minimise(lambda: objective(state, weight).loss, budget, size if redraws else None)
         objective.pixels.project_(state.z)
@@ -330,7 +330,7 @@ def build_objective(
     weights = (settings.chroma_weight, settings.curvature_weight, settings.third_weight)
     prior = Prior(settings.prior, *weights, settings.prior_power)
     if known.is_followed:
-        matching, course, penalties, scale, polish = followed(update, model, known, settings.tv_weight)
+        matching, course, penalties, scale, polish = followed(update, model, known, prior, settings.tv_weight)
         return Objective(matching, prior, course, pixels, penalties, 0.0, known.pixels, scale, polish, known.apart)
     errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None

@@ -16,12 +16,13 @@ from attack.match.entries import observed
 from attack.match.maxima import Maxima
 from attack.match.penalties import MomentsLoss, Penalty
 from attack.match.phases import MEASURED_AT, UNITS, Course
-from attack.match.polish import Equations, Polish, above_kinks, can_be_polished
+from attack.match.polish import Polish, above_kinks, can_be_polished
 from attack.match.rest import without_known
 from attack.prepare import Known
 from network.chain import Moments, modules, with_moments
 from network.tracing import stages
 from network.zoo import place_of
+from priors import Prior
 from update.evidence import STATISTICS
 from update.shared import SharedUpdate
 
@@ -75,7 +76,9 @@ def _loss(
     )
 
 
-def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight: float = MEASURED_AT) -> Followed:
+def followed(
+    update: SharedUpdate, model: nn.Module, known: Known, prior: Prior, prior_weight: float = MEASURED_AT
+) -> Followed:
     """For activations that are known of all images.
 
     BatchNorm in training mode has normalised the client's batch by statistics which the client shares or keeps. By
@@ -85,6 +88,7 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
 
     Leading images whose pixels are known have no part in it: it is all of the others alone.
     """
+    apart = known.apart
     update, known = without_known(update, model, known)
     moments = _moments(update, model, known)
     loss = _loss(update, model, known, moments)
@@ -96,15 +100,23 @@ def followed(update: SharedUpdate, model: nn.Module, known: Known, prior_weight:
     course = Course(()) if known.is_exact else course_for(below, loss, prior_weight, maxima)
     scale = CommonScale.of(below, moments)
     penalties += [Penalty("scale", HELD * UNITS, scale)] if scale else []
-    polish = _polish(update, model, known, loss, len(course.phases))
+    polish = _polish(update, model, known, loss, course, prior, apart)
     return Followed(ForwardMatching(loss, course, maxima), course, penalties, None if moments else scale, polish)
 
 
-def _polish(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, phases: int) -> Polish | None:
-    """Steps after a course of so many phases; None where they have nothing to go by."""
+def _polish(
+    update: SharedUpdate,
+    model: nn.Module,
+    known: Known,
+    loss: ForwardLoss,
+    course: Course,
+    prior: Prior,
+    apart: int,
+) -> Polish | None:
+    """Steps after a course; None where they have nothing to go by."""
     chain = stages(model)
     is_whole = known.is_complete and not known.uses and observed(update, model).is_whole
-    if not phases or not is_whole or not can_be_polished(loss.chain, known.uncertainty_at(chain[known.start])):
+    if not course.phases or not is_whole or not can_be_polished(loss.chain, known.uncertainty_at(chain[known.start])):
         return None
     named = {f"{name}.weight" for name in above_kinks(loss.chain)}
     only = {name: sent for name, sent in update.gradients.items() if name in named}
@@ -113,7 +125,7 @@ def _polish(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardL
     def losses() -> tuple[ForwardLoss, ForwardLoss]:
         return tuple(_loss(update, each, known, {}, only) for each in (copy.deepcopy(model).double(), model))
 
-    return Polish(lambda images: Equations.at(*losses(), images), phases)
+    return Polish(losses, course, prior, apart)
 
 
 def _maxima(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, moments: Moments) -> Maxima | None:

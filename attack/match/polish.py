@@ -26,21 +26,24 @@ from torch import Tensor
 from attack.local.levels import LEVELS
 from attack.match.activations import ForwardLoss
 from attack.match.phases import Course
+from attack.match.quiet import begun_again, quiet, shortened
 from attack.optimise.budget import Annealing, Budget
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from attack.solve.budget import OutOfTimeError, WorkBudget
+from attack.solve.cgls import Solution
 from attack.solve.gauss_newton import Tangent, gauss_newton
 from network.chain import is_walked, mixes_images, modules
 from network.kinds import kind_of
 from network.memory import is_out_of_memory
 from network.stage import Chain, Residual
+from priors import Prior
 from update.evidence import POLISH, Evidence
 
 # What rounding to float32 leaves at most: expected relative errors of known activations up to which there is anything
 # to polish, since beyond it the directions that equations hardly see fill with noise, and only a prior holds them; and
 # what pixels of whole steps may leave of the equations.
-ROUNDED = 1e-5
+ROUNDED = 2e-5
 
 # Weight of an image's activations beside the gradients of layers, all relative to their own size. A trained ConvNet,
 # B=4: activations settle first, and with a weight of 1 the steps go on with them.
@@ -53,6 +56,7 @@ PROBES = 20  # random vectors by which it is estimated what the equations say of
 FAINTEST = 0.03  # of what they say of pixels on average: no pixel is scaled as if they said less
 SHARE = 0.5  # of the evaluations of the course that may be spent; an iteration takes a third to a half of one's time
 EXACT = 1e-6  # of the equations: what the rounding of float32 leaves, and more
+TRIED = 2  # steps after which images that were begun again are to leave less than those of the course
 SETTLED = 0.99  # a step that leaves more than this share of what was left is the last
 EDGE = 1e-6  # from black and white, which the box never reaches
 
@@ -116,8 +120,7 @@ class Equations:
 
     def residual(self, x: Tensor) -> Tensor:
         """Flat."""
-        with torch.enable_grad():  # the layers' gradients are taken
-            return -torch.cat([each.detach().flatten() for each in _weighed(self.exact, x)])
+        return -_residual(self.exact, x)
 
     def linearised(self, x: Tensor) -> "Linearised":
         """On x / scale."""
@@ -152,6 +155,11 @@ class Linearised:
         return self.scale * x
 
 
+def _residual(loss: ForwardLoss, images: Tensor) -> Tensor:
+    with torch.enable_grad():  # the layers' gradients are taken
+        return torch.cat([each.detach().flatten() for each in _weighed(loss, images)])
+
+
 def _weighed(loss: ForwardLoss, images: Tensor) -> list[Tensor]:
     """The differences that images leave; activations, of which there are those of B images, with their weight."""
     activations, *gradients = loss.differences(images)
@@ -162,40 +170,48 @@ def _weighed(loss: ForwardLoss, images: Tensor) -> list[Tensor]:
 class Polish:
     """The steps that follow a course.
 
+    A checkpoint keeps in the state's phase how many were made: behind the course's phases there is one in which quiet
+    images are begun again, and one more for each step.
+
     Attributes:
-        equations: of images (B, C, H, W).
-        phases: of the course. A checkpoint keeps that it is over as the phase behind the last.
+        losses: of the images (B, C, H, W), in float64 and in float32.
+        course: that comes before.
+        prior: of images that are begun again.
+        apart: how many of the state's leading images the equations leave out, since their pixels are known.
         left: what the images leave of the equations, before the first step and after each.
+        again: the number of images that were begun again.
         is_whole: whether pixels of whole steps of 1/255 were taken.
         has_room: whether steps fit into memory.
         stopped: why no step follows; empty as long as one does.
-        most: evaluations up to which steps are made, once the first was.
     """
 
-    equations: Callable[[Tensor], Equations]
-    phases: int
+    losses: Callable[[], tuple[ForwardLoss, ForwardLoss]]
+    course: Course
+    prior: Prior
+    apart: int = 0
     left: list[float] = field(default_factory=list)
+    again: int = 0
     is_whole: bool = False
     has_room: bool = True
     stopped: str = ""
-    most: float = 0.0
+    clock: WorkBudget = field(default_factory=WorkBudget, init=False)
+
+    @property
+    def phase(self) -> int:
+        """The first that is the polish's."""
+        return len(self.course.phases)
 
     def is_on(self, state: AttackState) -> bool:
         """Whether the course is over."""
-        return state.phase >= self.phases
+        return state.phase >= self.phase
 
-    def step(self, state: AttackState, pixels: PixelMap, budget: Budget, apart: int = 0) -> None:
-        """Move the state's images but the leading `apart` by one step, or find in `stopped` why there is none."""
+    def step(self, state: AttackState, pixels: PixelMap, budget: Budget) -> None:
+        """Move the state's images by one step, or find in `stopped` why there is none."""
         state.step += 1
-        self.most = self.most or (1 + SHARE) * state.evaluations
-        bound = math.inf if budget.max_evals is None else budget.max_evals
-        room = int(min(self.most, bound) - state.evaluations) - PROBES
-        if room < ITERATIONS // 2:
-            self.stopped = "course" if self.most <= bound else "max_evals"
-            return
         ends = math.inf if budget.max_seconds is None else time.perf_counter() + budget.max_seconds - state.seconds
+        self.clock = WorkBudget(deadline=ends)
         try:
-            self._move(state, state.z[apart:], pixels, room, WorkBudget(deadline=ends))
+            self._step(state, pixels, budget)
         except OutOfTimeError:
             self.stopped = "max_seconds"
         except (MemoryError, RuntimeError) as error:  # the course's images are there, whatever a step would need
@@ -203,28 +219,78 @@ class Polish:
                 raise
             self.stopped, self.has_room = "course", False
 
-    def _move(self, state: AttackState, free: Tensor, pixels: PixelMap, room: int, clock: WorkBudget) -> None:
-        """Move the free part of the state's z by a step of `room` evaluations at most."""
-        before = pixels.decode(free.detach()).double()
-        equations = self.equations(before)
-        self.left = self.left or [_length(equations, before)]
+    def _step(self, state: AttackState, pixels: PixelMap, budget: Budget) -> None:
+        """As `step`, which deals with what there is no room for."""
+        self.left = self.left or [self._left(self._images(state, pixels))]
         if self.left[-1] < EXACT:
             self.stopped = "course"
             return
-        iterations = min(room, ITERATIONS << len(self.left) - 1)
-        found = gauss_newton(equations, before, budget=clock, inner=iterations, steps=1)
-        state.evaluations += PROBES + found.iterations
+        if state.phase == self.phase:
+            is_better = self._begin_again(state, pixels, budget)
+            state.enter(self.phase + 1 + (TRIED if is_better else 0))
+            if is_better:
+                return
+        self._move(state, pixels, budget)
+
+    def _begin_again(self, state: AttackState, pixels: PixelMap, budget: Budget) -> bool:
+        """Begin quiet images again alone, and move to where first steps of all lead from there, if it leaves less."""
+        loss, images = self.losses()[1], self._images(state, pixels)
+        which, course = quiet(loss), shortened(self.course)
+        if not which or _bound(budget) < state.evaluations + course.evaluations + _cost(TRIED):
+            return False
+        found, spent = begun_again(loss.alone(which, images), course, self.prior, pixels, state, self.clock)
+        state.evaluations += spent
+        x = images.double()
+        x[which] = found.double()
+        for made in range(TRIED):
+            x = self._moved(x, ITERATIONS << made, state).x
+        is_better = self._take(x, state, pixels)
+        self.again = len(which) if is_better else 0
+        return is_better
+
+    def _move(self, state: AttackState, pixels: PixelMap, budget: Budget) -> None:
+        """Move the state by a step, unless no evaluations are left for one."""
+        made = state.phase - self.phase - 1
+        most, bound = (1 + SHARE) * (state.evaluations - _cost(made)), _bound(budget)
+        room = int(min(most, bound) - state.evaluations) - PROBES
+        if room < ITERATIONS // 2:
+            self.stopped = "course" if most <= bound else "max_evals"
+            return
+        x, before = self._images(state, pixels).double(), self.left[-1]
+        found = self._moved(x, min(room, ITERATIONS << made), state)
         whole = ((LEVELS * found.x).round() / LEVELS).clamp(0, 1)
-        is_whole = _length(equations, whole) < min(found.residual, ROUNDED)
-        z = pixels.encode((whole if is_whole else found.x).to(free), EDGE)
-        left = _length(equations, pixels.decode(z).double())
-        if left > SETTLED * self.left[-1] or is_whole:
+        is_whole = self._left(whole) < min(found.residual, ROUNDED)
+        is_better = self._take(whole if is_whole else found.x, state, pixels)
+        self.is_whole = is_whole and is_better
+        if is_whole or self.left[-1] > SETTLED * before:
             self.stopped = "course"
-        if left < self.left[-1]:
-            self.is_whole = is_whole
+        state.enter(state.phase + 1)
+
+    def _moved(self, x: Tensor, iterations: int, state: AttackState) -> Solution:
+        """Where a step of so many iterations leads."""
+        found = gauss_newton(Equations.at(*self.losses(), x), x, budget=self.clock, inner=iterations, steps=1)
+        state.evaluations += PROBES + found.iterations
+        return found
+
+    def _take(self, x: Tensor, state: AttackState, pixels: PixelMap) -> bool:
+        """Move the state to images, if they leave less; whether they do."""
+        z = pixels.encode(x.to(state.z), EDGE)
+        left = self._left(pixels.decode(z))
+        is_better = left < self.left[-1]
+        if is_better:
             with torch.no_grad():
-                free.copy_(z)
+                state.z[self.apart :].copy_(z)
         self.left.append(min(left, self.left[-1]))
+        return is_better
+
+    def _images(self, state: AttackState, pixels: PixelMap) -> Tensor:
+        """The state's images that have a part in the equations."""
+        return pixels.decode(state.z.detach()[self.apart :])
+
+    def _left(self, images: Tensor) -> float:
+        """What images leave of the equations."""
+        exact, _ = self.losses()
+        return float(_residual(exact, images.double()).norm())
 
     @property
     def evidence(self) -> list[Evidence]:
@@ -235,12 +301,19 @@ class Polish:
             return []
         said = f"pictures leave {self.left[-1]:.1e} of known activations and gradients, {self.left[0]:.1e} before the "
         said += f"last {len(self.left) - 1} steps, by Gauss-Newton"
+        said += f"; {self.again} of them were begun again alone before" if self.again else ""
         said += "; pixels of whole steps of 1/255 leave the least" if self.is_whole else ""
         return [Evidence(POLISH, said, self.left[-1])]
 
 
-def _length(equations: Equations, images: Tensor) -> float:
-    return float(equations.residual(images).norm())
+def _cost(steps: int) -> int:
+    """Evaluations of the first steps."""
+    return steps * PROBES + ITERATIONS * ((1 << steps) - 1)
+
+
+def _bound(budget: Budget) -> float:
+    """On evaluations."""
+    return math.inf if budget.max_evals is None else budget.max_evals
 
 
 def why_over(state: AttackState, course: Course | Annealing, polish: Polish | None, budget: Budget) -> str | None:
@@ -248,6 +321,6 @@ def why_over(state: AttackState, course: Course | Annealing, polish: Polish | No
     is_on = polish is not None and polish.is_on(state)
     over = polish.stopped if is_on else course.ended(state.spent, state.gain)
     if over == "course" and polish is not None and not is_on and state.copies == 1:
-        state.enter(polish.phases)
+        state.enter(polish.phase)
         over = None
     return over or state.ended(budget)

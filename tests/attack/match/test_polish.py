@@ -10,7 +10,7 @@ from torch import nn
 import main_MAGIA_sel as magia
 from attack.match.activations import ForwardLoss, ForwardMatching
 from attack.match.phases import Course, Phase
-from attack.match.polish import Equations, Polish, above_kinks, can_be_polished
+from attack.match.polish import Polish, above_kinks, can_be_polished
 from attack.optimise.budget import Budget, Optimiser
 from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
@@ -23,6 +23,8 @@ from priors import Prior
 from schedules import Schedule
 
 LABELS = torch.tensor([3, 7])
+SHORT = Course((Phase(5, 1e-9),), least_gain=math.inf)
+SOFT = Course((Phase(60, 2e-3, 20), Phase(120, 2e-4, 20)))  # which finds images of this size
 
 
 def images(levels):
@@ -37,9 +39,10 @@ def near(truth, noise=0.003):
     return (truth + noise * torch.randn(truth.shape, generator=torch.Generator().manual_seed(2))).clamp(0, 1)
 
 
-def scene(truth, name="convnet", start="head"):
-    """An objective whose course is over after five evaluations, and the polish that follows."""
+def scene(truth, name="convnet", start="head", course=SHORT, sure=0.0):
+    """An objective of a short course, and the polish that follows; a network may be sure of the first image's label."""
     net = build_model(name, image_shape=(3, 16, 16), num_classes=10, generator=torch.Generator().manual_seed(0))
+    net.head.bias.data[LABELS[0]] += sure
     update = share_update(net, name, truth, LABELS, 10)
     losses = []
     for each in (copy.deepcopy(net).double(), net):
@@ -50,8 +53,7 @@ def scene(truth, name="convnet", start="head"):
         below = {f"{layer}.weight" for layer in above_kinks(chain[: index - 2])}
         only = {layer: sent for layer, sent in update.gradients.items() if layer in below}
         losses.append(ForwardLoss(chain, (3, 16, 16), index, inputs, LABELS, only, 1e-6, uses_gradients=True))
-    course = Course((Phase(5, 1e-9),), least_gain=math.inf)
-    polish = Polish(lambda at: Equations.at(*losses, at), len(course.phases))
+    polish = Polish(lambda: tuple(losses), course, Prior("opponent"))
     pixels = PixelMap((3, 16, 16), spectral_power=0.5)
     return magia.Objective(ForwardMatching(losses[1], course), Prior("opponent"), course, pixels, polish=polish)
 
@@ -107,12 +109,12 @@ def test_no_step_is_made_where_time_is_out():
 
 
 def test_images_of_the_course_are_kept_where_a_step_does_not_fit_into_memory():
-    def too_large(images):
+    def too_large():
         raise MemoryError
 
     truth = images(0)
     objective = scene(truth)
-    objective = replace(objective, polish=Polish(too_large, 1))
+    objective = replace(objective, polish=replace(objective.polish, losses=too_large))
     state = state_at(objective, near(truth))
     state.enter(1)
     assert attacked(objective, state, Budget(100), []) == "course"
@@ -133,6 +135,49 @@ def test_images_stay_where_a_step_leaves_more():
     assert left == sorted(left, reverse=True)
     assert not objective.polish.is_whole
     assert state.evaluations <= 750
+
+
+def quiet_first(truth, start, sure):
+    """A scene in which the first image moves the update little, and its state at the end of a course."""
+    objective = scene(truth, course=SOFT, sure=sure)
+    state = state_at(objective, start)
+    state.enter(len(SOFT.phases))
+    return objective, state
+
+
+def test_a_quiet_image_in_a_wrong_place_is_begun_again_alone_and_a_resumed_attack_goes_on_alike():
+    truth = images(0)
+    wrong = torch.cat([truth[:1].flip(3), near(truth)[1:]])
+    objective, state = quiet_first(truth, wrong, sure=4.0)
+    objective.polish.step(state, objective.pixels, Budget(100))
+    assert objective.polish.again == 1
+    assert ((objective.images(state)[0] - truth).square().flatten(1).mean(1) < 1e-4).all()
+
+    other, resumed = quiet_first(truth, wrong, sure=4.0)
+    resumed.load_state_dict(copy.deepcopy(state.state_dict()))
+    most = state.evaluations + 60
+    for each, its in ((objective, state), (other, resumed)):
+        each.polish.step(its, each.pixels, Budget(100, max_evals=most))
+    assert torch.equal(state.z, resumed.z)
+    assert (state.evaluations, state.phase) == (resumed.evaluations, resumed.phase)
+    assert "begun again" in objective.polish.evidence[0].said
+
+
+def test_a_quiet_image_stays_where_it_leaves_less():
+    truth = images(0)
+    objective, state = quiet_first(truth, near(truth, 1e-5), sure=6.0)
+    objective.polish.step(state, objective.pixels, Budget(100))
+    assert state.evaluations > 2200  # it was tried
+    assert objective.polish.again == 0
+    assert ((objective.images(state)[0] - truth).square().flatten(1).mean(1) < 2e-10).all()
+
+
+def test_nothing_is_begun_again_where_evaluations_are_missing():
+    truth = images(0)
+    objective, state = quiet_first(truth, near(truth), sure=6.0)
+    objective.polish.step(state, objective.pixels, Budget(100, max_evals=2300))
+    assert objective.polish.again == 0
+    assert state.evaluations < 2100  # a step of all
 
 
 def test_only_layers_above_all_kinks_are_compared():
