@@ -221,6 +221,7 @@ class Objective:
     exact: Tensor | None = None  # leading images (N, C, H, W) that are known already
     scale: CommonScale | None = None  # of all images, where nothing but their 8 bits tells it
     polish: Polish | None = None  # the steps after the course
+    apart: int = 0  # leading images, of the exact ones, that the terms leave out
 
     def __str__(self) -> str:
         return " + ".join([f"{self.matching}", f"{self.annealing.weight:g} {self.prior}", *map(repr, self.penalties)])
@@ -235,7 +236,7 @@ class Objective:
 
     def __call__(self, state: AttackState, prior_weight: float | Tensor) -> Terms:
         """All terms at the state's images, label logits and subset."""
-        copies = self.images(state)
+        copies = self.images(state)[:, self.apart :]
         batches = [copies.squeeze(0)] if state.copies == 1 else copies  # a view: iteration's gradient would be a copy
         each = [self._copy(*both, state.subset, prior_weight) for both in zip(batches, state.label_logits, strict=True)]
         loss, full, subset, roughness = map(torch.stack, zip(*each, strict=True))
@@ -330,7 +331,7 @@ def build_objective(
     prior = Prior(settings.prior, *weights, settings.prior_power)
     if known.is_followed:
         matching, course, penalties, scale, polish = followed(update, model, known, prior, settings.tv_weight)
-        return Objective(matching, prior, course, pixels, penalties, scale=scale, polish=polish)
+        return Objective(matching, prior, course, pixels, penalties, 0.0, known.pixels, scale, polish, known.apart)
     errors = known.signals.deltas.to(**place_of(model)) if known.signals else None
     kinked = kinked_chain(model) if settings.soften == "auto" else None
     matching = MatchingLoss(

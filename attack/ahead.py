@@ -24,9 +24,10 @@ from attack.read.by_positions import NoEmbeddingError, VagueImageError, read_by_
 from attack.read.clip_factor import unscaled, weighed
 from attack.read.evidence import of_features, of_fitted_pixels, of_moments, of_pixels
 from attack.read.last_convolution import labels_of_last_convolution
-from attack.read.layer_rows import COLUMNS
+from attack.read.layer_rows import restored_rows
 from attack.read.quotient_labels import classes_of_signs, labels_of_quotients
-from attack.read.reader import OUT_OF_TIME, READING_WORK, Reading, ReadingAbortedError, read_layers
+from attack.read.reader import OUT_OF_TIME, READING_WORK, read_layers
+from attack.read.reading import Reading, ReadingAbortedError
 from attack.read.signals import Signals
 from attack.read.tokens import read_tokens
 from attack.solve.budget import OutOfTimeError, WorkBudget
@@ -50,7 +51,7 @@ ATTEMPT = 0.1  # of a reading's work, with which several steps are tried as one 
 # Entries of a checkpoint that say what was known before the first step.
 KEPT = (
     "signals", "signals_seconds", "is_aborted", "start", "inputs", "drift", "in_steps", "order",
-    "uses", "is_explained", "likely", "held", "local_labels", "layers", "evidence",
+    "uses", "is_explained", "likely", "pixels", "held", "local_labels", "layers", "evidence",
 )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def _read_ahead(
         why_not = "" if failure is None else str(failure)
         return replace(known, is_aborted=is_aborted, why_not=why_not, evidence=tuple(_of_trial(local_labels)))
     names = ("layers", "recovered", "seconds", "is_aborted", "drift", "order", "uses", "is_explained", "likely")
-    facts = {name: getattr(reading, name) for name in names}
+    facts = {name: getattr(reading, name) for name in (*names, "pixels")}
     known = _at_stage(replace(known, **facts), update, model, reading.start, reading.inputs)
     evidence = [*_evidence(update, model, reading, generator), *_of_trial(local_labels)]
     if not contradictions((*update.evidence, *evidence)):  # a client that is another anyway puts pixels anywhere
@@ -187,7 +188,7 @@ def _evidence(
 def _of_unread_pixels(update: SharedUpdate, model: nn.Module, known: Known, clock: WorkBudget) -> list[Evidence]:
     """A word on pixels that no equations give, from the images' activations, where these are certain."""
     says = known.says_enough and known.uncertainty <= FOLLOWED and update.training.is_plain
-    if known.pixels is not None or not says:
+    if known.start == 0 or not says:
         return []
     try:
         return of_fitted_pixels(*unbounded_pixels(known_activations(update, model, known), clock.check))
@@ -206,7 +207,7 @@ def known_again(
     checked.mapping(began, "the checkpoint", KEPT)
     drift = began["drift"] if began["drift"] is None else checked.real(began["drift"], "drift", 0, finite=False)
     facts = {
-        "layers": _layer_rows(began["layers"]),
+        "layers": restored_rows(began["layers"]),
         "seconds": checked.real(began["signals_seconds"], "signals_seconds", 0),
         "is_aborted": checked.switch(began["is_aborted"], "is_aborted"),
         "order": _order(began["order"], update),
@@ -233,26 +234,18 @@ def known_again(
         chain = stages(model)
         start = checked.whole(began["start"], "start", most=len(chain) - 1)
         shape = (len(facts["uses"] or signals), *input_shapes(chain, update.image_shape)[start])
+        known = replace(known, pixels=_pixels(began["pixels"], len(signals), update, place_of(model)["dtype"]))
         known = _at_stage(known, update, model, start, checked.tensor(began["inputs"], "inputs", shape, torch.float64))
     evidence = tuple(_piece(piece) for piece in checked.sequence(began["evidence"], "evidence"))
     return replace(known, drift=drift, evidence=evidence, **facts)
 
 
-def _layer_rows(rows: object) -> list[dict]:
-    """The rows of layers.csv from a checkpoint: of each column a number, a text, or nothing."""
-    found: list[dict] = []
-    for row in checked.sequence(rows, "layers"):
-        held = checked.mapping(row, "a row of layers", COLUMNS)
-        if found and list(held) != list(found[0]):
-            raise checked.DamagedError("the rows of layers differ in their columns")
-        for name, value in held.items():
-            if name in ("layer", "note"):
-                checked.word(value, f"layers.{name}")
-            elif value is not None and not isinstance(value, bool):
-                checked.real(value, f"layers.{name}", finite=False)
-        checked.real(held["seconds"], "layers.seconds", 0)
-        found.append(dict(held))
-    return found
+def _pixels(held: object, most: int, update: SharedUpdate, dtype: torch.dtype) -> Tensor | None:
+    """The images that were known, at `most` so many, from a checkpoint."""
+    if held is None:
+        return None
+    count = min(len(held), most) if isinstance(held, Tensor) and held.dim() else most
+    return checked.tensor(held, "pixels", (count, *update.image_shape), dtype)
 
 
 def _order(held: object, update: SharedUpdate) -> Order | None:
@@ -305,7 +298,8 @@ def _at_stage(known: Known, update: SharedUpdate, model: nn.Module, start: int, 
     """With the inputs (N, ...) of the deepest stage that are known of the images whose signals were read."""
     place, below = place_of(model), stages(model)[:start]
     inputs = inputs.to(place["device"])
-    pixels = None if start else inputs.reshape(-1, *update.image_shape).clamp(0, 1).to(**place)
+    pixels = known.pixels if start else inputs.reshape(-1, *update.image_shape)
+    pixels = None if pixels is None else pixels.clamp(0, 1).to(**place)
     each = is_walked(below) and not mixes_images(modules(below))  # else followed at the server's weights, all at once
     enough = says_enough(below, update.image_shape, inputs) and (each or not known.in_steps)
     return replace(known, start=start, inputs=inputs, pixels=pixels, says_enough=enough)

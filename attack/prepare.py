@@ -45,7 +45,8 @@ class Known:
             no signals were read.
         inputs: (N, ...), the inputs of that stage; of all their uses, (U, ...), in several passes.
         uses: the image of each of these inputs, where there were several passes; else empty.
-        pixels: (N, C, H, W) the images themselves, set when the known stage is the image itself.
+        pixels: (M, C, H, W) the leading images themselves: all N where the known stage is the image itself, and
+            those that lead further down than the others; None where there are none.
         likely: (N, C, H, W) in [0, 1], images to begin with in the place of grey ones; None where none are likelier.
         held: of the likely images, those that the attack leaves as they are.
         says_enough: whether the known inputs can take the gradient's place, see `attack.match.activations`.
@@ -56,7 +57,7 @@ class Known:
         local_labels: labels that were found by training on grey images, or None.
         evidence: what the reading says against what was assumed, see `attack.read.evidence`.
         why_not: why nothing was read where that was tried, as a line; empty where something was.
-        layers, recovered, seconds, is_aborted: of the reading, see `attack.read.reader.Reading`; a resumed run has no
+        layers, recovered, seconds, is_aborted: of the reading, see `attack.read.reading.Reading`; a resumed run has no
             need of `recovered`.
     """
 
@@ -112,8 +113,13 @@ class Known:
     @property
     def is_followed(self) -> bool:
         """Whether what is known of all images takes the place of the gradient, rather than standing beside it."""
-        is_exact = self.says_enough and self.uncertainty <= FOLLOWED
-        return self.is_complete and (self.pixels is not None or is_exact)
+        says_all = self.says_enough and self.uncertainty <= FOLLOWED
+        return self.is_complete and (self.is_exact or says_all)
+
+    @property
+    def apart(self) -> int:
+        """How many leading images an attack on known activations leaves out, since their pixels are known."""
+        return 0 if self.pixels is None or self.is_exact else len(self.pixels)
 
     @property
     def noise(self) -> float:
@@ -139,7 +145,7 @@ class Known:
     @property
     def is_exact(self) -> bool:
         """Whether every image of the batch is known already."""
-        return self.pixels is not None and self.is_complete
+        return self.pixels is not None and len(self.pixels) == self.batch_size
 
 
 def all_labels(signals: Signals | None, others: Tensor | None, sizes: Sequence[int] = ()) -> Tensor | None:

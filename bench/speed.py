@@ -41,7 +41,8 @@ from attack.optimise.state import AttackState
 from attack.prepare import Known
 from attack.read.forecast import explain
 from attack.read.layer_choice import candidate_layers
-from attack.read.reader import Reading, read_layers
+from attack.read.reader import read_layers
+from attack.read.reading import Reading
 from bench.cells import Cell
 from bench.figures import write_table
 from bench.measures import flags_of, victim_of

@@ -75,7 +75,8 @@ def introduction(
         found = f"signals: {len(known.signals)} of {update.batch_size} images told apart"
         if known.inputs is not None:
             deepest = f"down to the inputs of {first_layer(stages(model)[known.start :])}"
-            found += ", " + ("pixels and all" if known.pixels is not None else deepest)
+            deepest += f", {known.apart} of them to their pixels" if known.apart else ""
+            found += ", " + (deepest if known.start else "pixels and all")
         found += f", in {known.seconds:.1f} s"
         found += "; the attack begins with the likely image" if known.likely is not None else ""
     elif known.local_labels is not None and update.training.is_gradient:

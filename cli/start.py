@@ -48,8 +48,9 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
         start = start - GREY + likely
         held = [copy * update.batch_size + image for copy in range(copies) for image in known.held]
         start[held] = likely[held]  # without the noise of a start
-    if known.is_exact:
-        start = known.pixels.repeat(copies, 1, 1, 1)
+    if known.pixels is not None and known.is_followed:
+        start = start.to(known.pixels)
+        start.unflatten(0, (copies, -1))[:, : len(known.pixels)] = known.pixels
     logits = settings.label_std * torch.randn(copies * update.batch_size, update.num_classes, generator=generator)
     return AttackState(
         z=pixels.encode(start.to(pixels.device, pixels.dtype)),

@@ -240,6 +240,7 @@ def resumable(state: AttackState, known: Known, digests: Mapping[str, str]) -> d
         "uses": known.uses,
         "is_explained": known.is_explained,
         "likely": known.likely,
+        "pixels": known.pixels,
         "held": known.held,
         "evidence": [asdict(piece) for piece in known.evidence],
         "local_labels": None if known.local_labels is None else vars(known.local_labels),

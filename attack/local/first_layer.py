@@ -22,7 +22,7 @@ from attack.local.levels import snapped
 from attack.local.unrolled import Solution, Training, label_fits, solve_in_turn, solve_training
 from attack.read.layer_choice import CandidateLayer, candidate_layers
 from attack.read.layer_rows import COLUMNS
-from attack.read.reader import Reading
+from attack.read.reading import Reading
 from attack.read.signals import Signals
 from attack.solve.budget import WorkBudget
 from network.chain import input_shapes

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from attack.local.closed_system import is_one_pass
-from attack.read.reader import Reading
+from attack.read.reading import Reading
 from update.shared import SharedUpdate
 
 OTHER = 10.0  # what another label adds to the unlikeness of two uses, which is 2 at most

@@ -17,6 +17,7 @@ from attack.match.maxima import Maxima
 from attack.match.penalties import MomentsLoss, Penalty
 from attack.match.phases import MEASURED_AT, UNITS, Course
 from attack.match.polish import Polish, above_kinks, can_be_polished
+from attack.match.rest import without_known
 from attack.prepare import Known
 from network.chain import Moments, modules, with_moments
 from network.tracing import stages
@@ -84,7 +85,11 @@ def followed(
     shared ones it is an ordinary layer, and the images are found one by one; else the images are run together, and
     what such a layer hides of them is held, see `common_scale`. Where gradients are matched too, the images are run
     together in any case, since the client's gradients mix them, and shared statistics are a term of their own.
+
+    Leading images whose pixels are known have no part in it: it is all of the others alone.
     """
+    apart = known.apart
+    update, known = without_known(update, model, known)
     moments = _moments(update, model, known)
     loss = _loss(update, model, known, moments)
     below, penalties = stages(model)[: known.start], []
@@ -95,12 +100,18 @@ def followed(
     course = Course(()) if known.is_exact else course_for(below, loss, prior_weight, maxima)
     scale = CommonScale.of(below, moments)
     penalties += [Penalty("scale", HELD * UNITS, scale)] if scale else []
-    polish = _polish(update, model, known, loss, course, prior)
+    polish = _polish(update, model, known, loss, course, prior, apart)
     return Followed(ForwardMatching(loss, course, maxima), course, penalties, None if moments else scale, polish)
 
 
 def _polish(
-    update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, course: Course, prior: Prior
+    update: SharedUpdate,
+    model: nn.Module,
+    known: Known,
+    loss: ForwardLoss,
+    course: Course,
+    prior: Prior,
+    apart: int,
 ) -> Polish | None:
     """Steps after a course; None where they have nothing to go by."""
     chain = stages(model)
@@ -114,7 +125,7 @@ def _polish(
     def losses() -> tuple[ForwardLoss, ForwardLoss]:
         return tuple(_loss(update, each, known, {}, only) for each in (copy.deepcopy(model).double(), model))
 
-    return Polish(losses, course, prior)
+    return Polish(losses, course, prior, apart)
 
 
 def _maxima(update: SharedUpdate, model: nn.Module, known: Known, loss: ForwardLoss, moments: Moments) -> Maxima | None:

@@ -177,6 +177,7 @@ class Polish:
         losses: of the images (B, C, H, W), in float64 and in float32.
         course: that comes before.
         prior: of images that are begun again.
+        apart: how many of the state's leading images the equations leave out, since their pixels are known.
         left: what the images leave of the equations, before the first step and after each.
         again: the number of images that were begun again.
         is_whole: whether pixels of whole steps of 1/255 were taken.
@@ -187,6 +188,7 @@ class Polish:
     losses: Callable[[], tuple[ForwardLoss, ForwardLoss]]
     course: Course
     prior: Prior
+    apart: int = 0
     left: list[float] = field(default_factory=list)
     again: int = 0
     is_whole: bool = False
@@ -219,7 +221,7 @@ class Polish:
 
     def _step(self, state: AttackState, pixels: PixelMap, budget: Budget) -> None:
         """As `step`, which deals with what there is no room for."""
-        self.left = self.left or [self._left(pixels.decode(state.z.detach()))]
+        self.left = self.left or [self._left(self._images(state, pixels))]
         if self.left[-1] < EXACT:
             self.stopped = "course"
             return
@@ -232,7 +234,7 @@ class Polish:
 
     def _begin_again(self, state: AttackState, pixels: PixelMap, budget: Budget) -> bool:
         """Begin images astray again alone, and move to where first steps of all lead from there, if it leaves less."""
-        loss, images = self.losses()[1], pixels.decode(state.z.detach())
+        loss, images = self.losses()[1], self._images(state, pixels)
         which, course = astray(loss, images), first_phases(self.course)
         if not which or _bound(budget) < state.evaluations + course.evaluations + _cost(TRIED):
             return False
@@ -254,7 +256,7 @@ class Polish:
         if room < ITERATIONS // 2:
             self.stopped = "course" if most <= bound else "max_evals"
             return
-        x, before = pixels.decode(state.z.detach()).double(), self.left[-1]
+        x, before = self._images(state, pixels).double(), self.left[-1]
         found = self._moved(x, min(room, ITERATIONS << made), state)
         whole = ((LEVELS * found.x).round() / LEVELS).clamp(0, 1)
         is_whole = self._left(whole) < min(found.residual, ROUNDED)
@@ -277,9 +279,13 @@ class Polish:
         is_better = left < self.left[-1]
         if is_better:
             with torch.no_grad():
-                state.z.copy_(z)
+                state.z[self.apart :].copy_(z)
         self.left.append(min(left, self.left[-1]))
         return is_better
+
+    def _images(self, state: AttackState, pixels: PixelMap) -> Tensor:
+        """The state's images that have a part in the equations."""
+        return pixels.decode(state.z.detach()[self.apart :])
 
     def _left(self, images: Tensor) -> float:
         """What images leave of the equations."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from attack.match.activations import GREY
 from attack.read.layer_rows import LayerRows
-from attack.read.reader import Reading
+from attack.read.reading import Reading
 from attack.read.signals import Signals
 from network.embedding import PatchEmbedding, patch_embedding
 from network.head import Head, features_of

@@ -23,8 +23,10 @@ from attack.walk.noise import beside, size_of
 from network.chain import is_parametrised
 from network.kinds import kind_of, pulled_below
 from network.known_outputs import KnownOutputs, UndeterminedError
-from network.stage import Chain, Residual
+from network.stage import Chain, Residual, run
 from update.loss import Loss
+
+NEAR = 1e-2  # relative distance from an image's own activations within which they are those of its pixels
 
 
 def layers_below(candidates: Sequence[CandidateLayer], at: CandidateLayer, chain: Chain) -> list[CandidateLayer]:
@@ -90,6 +92,19 @@ def _least_squares(rows: Tensor, goal: Tensor, known: Tensor) -> tuple[Tensor, T
     level = ((c @ rows - goal) * known).square().sum(1) / (known.sum(1) - len(rows))
     variance = inverse.diagonal(dim1=1, dim2=2).sum(1).clamp(min=0) * level
     return c, variance.sqrt() / c.norm(dim=1)
+
+
+def owned(images: Tensor, inputs: Tensor, chain: Chain) -> tuple[list[int], Tensor]:
+    """Which of the inputs (N, ...) of the stage behind a chain images (M, C, H, W) have, and the images that have any.
+
+    Two images that come down to the same inputs are both left out, since one of them at least is no image of the batch.
+    """
+    own = run(chain, images).flatten(1)
+    distances = torch.cdist(own, inputs.flatten(1)) / own.norm(dim=1, keepdim=True)
+    errors, owners = distances.min(1)
+    is_alone = (owners[:, None] == owners).sum(1) == 1
+    kept = (errors < NEAR) & is_alone
+    return owners[kept].tolist(), images[kept]
 
 
 def inverted(

@@ -8,6 +8,7 @@ from attack.walk.layer_solve import Record
 from network.chain import index_of, parametrised
 from network.embedding import PatchEmbedding
 from network.stage import Chain
+from update import checked
 
 COLUMNS = (
     "layer", "positions", "rank_bound", "rank", "dimension", "gap", "spanned", "determined", "residual", "uncertainty",
@@ -92,3 +93,20 @@ class LayerRows:
         if others:
             asked.append(f"{others} layers have too many positions or too few channels for {self.batch_size} images")
         return "; ".join(asked)
+
+
+def restored_rows(rows: object) -> list[dict]:
+    """The rows of layers.csv from a checkpoint: of each column a number, a text, or nothing."""
+    found: list[dict] = []
+    for row in checked.sequence(rows, "layers"):
+        held = checked.mapping(row, "a row of layers", COLUMNS)
+        if found and list(held) != list(found[0]):
+            raise checked.DamagedError("the rows of layers differ in their columns")
+        for name, value in held.items():
+            if name in ("layer", "note"):
+                checked.word(value, f"layers.{name}")
+            elif value is not None and not isinstance(value, bool):
+                checked.real(value, f"layers.{name}", finite=False)
+        checked.real(held["seconds"], "layers.seconds", 0)
+        found.append(dict(held))
+    return found

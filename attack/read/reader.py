@@ -24,7 +24,7 @@ from attack.local.head_in_steps import features_in_steps
 from attack.local.peel_in_time import peel_in_time
 from attack.match.entries import told_by
 from attack.read.arithmetic import additive_noise, blurred, forward_errors, rounding_of_weights, roundings_of_weights
-from attack.read.carried import carried_down, inverted, layers_below
+from attack.read.carried import carried_down, inverted, layers_below, owned
 from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
 from attack.read.layer_choice import CandidateLayer, candidate_layers, order
@@ -32,6 +32,7 @@ from attack.read.layer_rows import LayerRows
 from attack.read.left_out import left_out
 from attack.read.one_step import against_one_step
 from attack.read.peel import Above, unmix
+from attack.read.reading import Reading, ReadingAbortedError
 from attack.read.signals import Signals
 from attack.read.span import Span
 from attack.read.whole_pixels import WholePixels
@@ -40,63 +41,18 @@ from attack.solve.rounding import precision_of
 from attack.walk.noise import is_after_relu, without_noise
 from attack.walk.trajectory import OnePass
 from attack.walk.walk import BatchGradients, Descent, descend
-from network.chain import input_shapes, shift_before
+from network.chain import input_shapes, mixes_images, modules, shift_before
 from network.parametrised import with_weights
 from network.stage import Stage, run
 from network.tracing import stages
 from update.batchnorm import batchnorms
 from update.evidence import Evidence
 from update.shared import SharedUpdate
-from update.training import Order
 
 READING_WORK = 3e10  # of the programmes of a reading, see `attack.solve.programmes`: ten minutes of a core, about
 SHARE = 0.5  # of the work left that one layer may take while others wait
 OUT_OF_TIME = "the clock (--max_seconds) has stopped the reading"
 EXPLAINED = 3.0  # units of the rounding of weights that noise in a difference of weights may be
-
-
-class ReadingAbortedError(ValueError):
-    """The clock has ended a reading before any image was told apart; the message says which layers were asked."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a network's gradient says of N of the batch's B images.
-
-    Attributes:
-        signals: of the N images at the head, surest first, or step by step.
-        start: index in the chain of the deepest stage whose inputs are known for all N images.
-        inputs: (N, ...) float64, the inputs of that stage, in the same order; images themselves where `start` is 0.
-        layers: a row for each layer, from the images up, see `layer_rows`; None where nothing was measured.
-        recovered: inputs (n, ...) of every layer and residual stage that were believed, by its name; n may be less than
-            N, and the order another, where a layer was asked and no walk led from it.
-        seconds: wall time of the reading.
-        is_aborted: whether the clock has ended it: what was certain by then is all there is.
-        in_steps: whether the images are in the order of a client's steps, all of them at each step's own weights.
-        order: the images of each step, where there are several and their order was found; None: in turn, or not known.
-        uses: the image of each of the `inputs`, where images were used in several passes; else empty.
-        is_explained: whether the images make all of the first layer's movement, in whatever order the steps were made.
-        likely: (N, C, H, W) in [0, 1], images that are likely and not sure, to begin an attack with; None: none are.
-        doubts: what says that images were not used in one step. drift: from one, see `attack.local.as_gradient`.
-    """
-
-    signals: Signals
-    start: int
-    inputs: Tensor
-    layers: list[dict]
-    recovered: dict[str, Tensor]
-    seconds: float
-    is_aborted: bool = False
-    in_steps: bool = False
-    order: Order | None = None
-    uses: tuple[int, ...] = ()
-    is_explained: bool = False
-    likely: Tensor | None = None
-    doubts: tuple[Evidence, ...] = ()
-    drift: float | None = None
-
-    def __len__(self) -> int:
-        return len(self.signals)
 
 
 def read_layers(
@@ -343,14 +299,31 @@ class _Reader:
         """The images found at a layer, at the deepest stage that leads from there."""
         for name in at.entrances:
             self.rows.note(name, f"known by {at.name}", determined=True, uncertainty=float(found.uncertainty.max()))
-        doubts = against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
+        doubts = self._doubts(found, at)
         reading = self._entered(found, at)
         spanned = order(list(self.candidates.values()), self.update.batch_size, self.like)
         below = layers_below(spanned, at, self.chain)
         if below and below[-1].index < reading.start:
-            found, lowest = self._carried_down(found, at, below)
-            reading = self._entered(found, lowest) if lowest.index < reading.start else reading
+            found, at, *some = self._carried_down(found, at, below)
+            reading = self._entered(found, at) if at.index < reading.start else reading
+            reading = self._with_pixels(reading, *some)
+            doubts = self._doubts(*some) if doubts and found.complete else doubts  # images are surer further down
         return replace(reading, doubts=doubts)
+
+    def _doubts(self, found: Signals, at: CandidateLayer) -> tuple[Evidence, ...]:
+        """What says that the images of a layer were not used in one step."""
+        return against_one_step(found, at, self._span(at), self.update.training.loss, self.generator, self.budget)
+
+    def _with_pixels(self, reading: Reading, some: Signals, at: CandidateLayer) -> Reading:
+        """With the pixels of some of the images, where a layer's inputs are these; such images then come first."""
+        if mixes_images(modules(self.chain)):  # these are followed all at once
+            return reading
+        images = WholePixels(self.chain[: at.index], self.shapes).images(at.stage_inputs(some.values))
+        if images is None or not reading.start:
+            return reading
+        owners, images = owned(images, reading.inputs, self.chain[: reading.start])
+        order = owners + [i for i in range(len(reading)) if i not in owners]
+        return replace(reading, signals=reading.signals.pick(order), inputs=reading.inputs[order], pixels=images)
 
     def _entered(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, and what a walk from there makes known."""
@@ -363,29 +336,33 @@ class _Reader:
 
     def _carried_down(
         self, found: Signals, at: CandidateLayer, below: list[CandidateLayer]
-    ) -> tuple[Signals, CandidateLayer]:
-        """The images found at the lowest of these layers that they lead down to, with those told apart on the way."""
+    ) -> tuple[Signals, CandidateLayer, Signals, CandidateLayer]:
+        """The images found at the lowest of these layers that all lead down to, with those told apart on the way.
+
+        And those of them that go furthest, at the layer that they lead down to.
+        """
+        some, lowest = found, at
         for lower in below:
             began, budget, more, facts = time.perf_counter(), self.budget.part(SHARE), None, {}
             try:
                 span, loss = self._span(lower), self.update.training.loss
-                known = carried_down(found, at, lower, span, loss, self.chain, self.shapes)
+                known = carried_down(some, lowest, lower, span, loss, self.chain, self.shapes)
                 more = known.joined(self._peeled(lower, span, budget, known))
-                note = f"{len(known)} images known by {at.name}, {len(more) - len(known)} more told apart"
+                note = f"{len(known)} images known by {lowest.name}, {len(more) - len(known)} more told apart"
             except OutOfTimeError:
                 note, self.is_aborted = OUT_OF_TIME, True
             except (ValueError, RuntimeError, ArithmeticError) as error:  # the images stay where they were told apart
                 note = str(error).partition("\n")[0]
             self.budget.returned(budget)
-            is_lower = more is not None and len(more) >= len(found)
-            if is_lower:
-                found, at = blurred(more, self.forward[lower.index]).surest_first(), lower
-                facts = {"residual": float(found.residuals.max()), "uncertainty": float(found.uncertainty.max())}
-                self.recovered[lower.name] = found.values
+            if more:
+                some, lowest = blurred(more, self.forward[lower.index]).surest_first(), lower
+                facts = {"residual": float(some.residuals.max()), "uncertainty": float(some.uncertainty.max())}
+                self.recovered[lower.name] = some.values
+                found, at = (some, lowest) if len(some) >= len(found) else (found, at)
             self.rows.note(lower.name, note, **facts, seconds=time.perf_counter() - began)
-            if not is_lower:
+            if not more:
                 break
-        return found, at
+        return found, at, some, lowest
 
     def _in_steps(self, found: Signals, at: CandidateLayer) -> Reading:
         """The images found at a layer, each at the weights of its own step, at the deepest stage."""

@@ -13,6 +13,7 @@ from attack.prepare import Known
 from network.chain import index_of
 from network.stage import Stage, run
 from network.tracing import stages
+from priors import Prior
 from update.evidence import STATISTICS, Evidence
 
 
@@ -24,7 +25,7 @@ def of_head(mode):
     with torch.no_grad():
         inputs = run(chain[:start], shared.images)
     known = Known(len(inputs), None, inputs, shared.labels, start, inputs)
-    return shared, known, followed(shared.update, shared.model, known)
+    return shared, known, followed(shared.update, shared.model, known, Prior("rgb"))
 
 
 @pytest.mark.parametrize("mode", ["train", "train_private"])
@@ -46,7 +47,9 @@ def test_gradients_of_mixed_layers_are_matched_by_the_whole_batch(mode):
 def test_moments_of_another_batch_are_not_held():
     shared, known, _ = of_head("train")
     known = replace(known, evidence=(Evidence(STATISTICS, "they are of another batch"),))
-    assert [penalty.name for penalty in followed(shared.update, shared.model, known).penalties] == ["scale"]
+    assert [penalty.name for penalty in followed(shared.update, shared.model, known, Prior("rgb")).penalties] == [
+        "scale"
+    ]
 
 
 def test_moments_are_those_in_front_of_each_layer():

@@ -9,7 +9,7 @@ from torch import nn
 
 from attack.read import reader as reader_module
 from attack.read.candidates import ImageEquations, nobody
-from attack.read.carried import carried_down, layers_below
+from attack.read.carried import carried_down, layers_below, owned
 from attack.read.layer_choice import candidate_layers
 from attack.read.reader import read_layers
 from client.victim import share_update
@@ -20,6 +20,11 @@ from network.zoo import build_model
 from update.loss import CROSS_ENTROPY
 
 SHAPE = (3, 16, 16)
+
+
+def no_walk(*_, **__):
+    """A walk that ends where it begins."""
+    raise ArithmeticError
 
 
 class Client:
@@ -81,6 +86,37 @@ def test_a_layer_that_does_not_determine_its_inputs_takes_no_images():
     how = (CROSS_ENTROPY, client.chain, input_shapes(client.chain, SHAPE))
     with pytest.raises(ValueError, match="does not determine"):
         carried_down(client.found(second, [0]), second, first, span, *how)
+
+
+def test_images_that_go_down_further_than_others_come_first_with_their_pixels(monkeypatch):
+    client, down = Client(), reader_module.carried_down
+    ten = client.found(client.layers[1], list(range(10)))
+    monkeypatch.setattr(reader_module, "unmix", lambda span, *_, **how: nobody(span) if how["given"] else ten)
+    monkeypatch.setattr(reader_module, "carried_down", lambda *given: down(*given).pick([7, 2, 5]))
+    monkeypatch.setattr(reader_module, "descend", no_walk)
+    net = nn.Module.float(client.net).requires_grad_(True)
+    reading = read_layers(client.update, net, generator=generator(3))
+    assert (len(reading), len(reading.pixels)) == (10, 3)
+    truth = client.batch.images.double()
+    errors, which = torch.cdist(reading.pixels.flatten(1), truth.flatten(1)).min(1)
+    assert errors.max() < 1e-3
+    below = stages(net.double())[: reading.start]
+    assert below
+    errors, order = torch.cdist(reading.inputs, run(below, truth)).min(1)
+    assert errors.max() < 1e-3
+    assert order[:3].tolist() == which.tolist()
+    assert sorted(order.tolist()) == list(range(10))
+    assert torch.equal(reading.signals.labels, client.batch.labels[order])
+
+
+def test_images_whose_pixels_are_no_ones_own_are_left_out():
+    client = Client()
+    chain = client.chain[: client.layers[1].index]
+    images = client.batch.images.double()
+    inputs = run(chain, images[:4])
+    which, kept = owned(images[[2, 0, 5, 3, 3]], inputs, chain)
+    assert which == [2, 0]
+    assert torch.equal(kept, images[[2, 0]])
 
 
 def test_a_reading_of_some_images_ends_at_their_pixels_and_finds_more_there(monkeypatch):
