@@ -168,8 +168,7 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
         """`resnet18`, trained (62 %), ten classes, true labels, one batch, one seed, `--bn train`. The budget is small:
         200 gradient evaluations for every method. Two hundred are not enough for this program either, so one row has
         its whole course of 1,245 evaluations, of which most are of known activations and cheaper than a gradient. The
-        attacks of breaching get the statistics of the batch as buffers, as its own clients in training mode send
-        them.""",
+        attacks of breaching get the statistics of the batch as buffers, as its own clients send them.""",
         RIVALS,
         {FIGURES: RIVAL},
         BY_SIZE,
@@ -387,8 +386,7 @@ SCALE = Table(
 
 OTHER_TABLES = (*DEFENCES, IDENTIFIED, AT_EPSILON, *LOCAL_TRAINING, FAMILIES, SCALE)
 
-# The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone (name,
-# name in networks.csv, batch sizes).
+# The README's table: networks of several attacks (name, file, batch sizes), and networks of this program alone.
 COMPARED = (
     ("LeNet, 100 classes, untrained", "rivals_lenet", (1, 4, 16)),
     ("ConvNet, trained to 58 %", "rivals_convnet", (1, 4, 8)),
@@ -396,6 +394,7 @@ COMPARED = (
     ("ResNet-18, BatchNorm in training mode", "rivals_resnet18_bn", (4,)),
 )
 ALONE = (  # a row's name in the README, its table, its name there, and its batch sizes
+    ("ConvNet, trained to 58 %, to its end", "networks", "`convnet`, trained (58 %)", (1, 4, 8)),
     ("ResNet-18, trained to 62 %", "networks", "`resnet18`, trained (62 %)", (16, 24)),
     (
         "ResNet-18 for small images, BatchNorm in training mode",
@@ -434,6 +433,7 @@ ALONE = (  # a row's name in the README, its table, its name there, and its batc
         "ConvNet, trained, 2 minibatches at rate 0.01, momentum 0.9",
         (4,),
     ),
+    ("Small ViT, trained", "networks", "small ViT, mean over tokens, after 30 epochs on 192 images", (2,)),
     (
         "`torchvision:vit_b_16`, 1,000 classes, 224 pixels, untrained",
         "networks",
