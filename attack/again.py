@@ -58,13 +58,11 @@ def known_between(
     Args:
         update: an averaged gradient.
         model: that it was computed on.
-        known: what was read of it.
+        known: what was read of it, of which `is_read_again` is true.
         pictures: images (B, C, H, W) by what is known.
         generator: what errors are drawn from, on the CPU.
         clock: when it has run out, what has been found by then is kept.
     """
-    if not is_read_again(update, model, known):
-        return known
     chain, best = stages(copy.deepcopy(model).requires_grad_(False).double()), known
     labels = known.labels[: len(known.inputs)]
     loss = update.training.loss.of_batch(labels)

@@ -115,11 +115,8 @@ def explained(each: Family, model: nn.Module) -> list[dict]:
 def forecast(each: Family, model: nn.Module, rows: Sequence[dict]) -> Row:
     """What --explain says: the deepest layer whose inputs are to be expected, and what is only run, and why."""
     row = {name: str(value) for name, value in each._asdict().items()}
-    deepest = next((layer["layer"] for layer in rows if layer["deepest"]), "")
-    return row | {
-        "deepest": deepest,
-        "only_run": why_not_walked(model) if rows else f"all of it ({why_not_walked(model)})",
-    }
+    deepest, why_not = next((layer["layer"] for layer in rows if layer["deepest"]), ""), why_not_walked(model)
+    return row | {"deepest": deepest, "only_run": why_not if rows else f"all of it ({why_not})"}
 
 
 def _image_layers(model: nn.Module, rows: Sequence[dict]) -> set[str]:

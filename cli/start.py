@@ -32,8 +32,13 @@ def pixel_map(update: SharedUpdate, model: nn.Module, known: Known, settings: ar
     if power is None:
         power = spectral_power_for(stages(model)[: known.start]) if known.is_followed else 1.0
     how = {"spectral_power": power, "box": settings.box, "chroma_gain": settings.chroma_gain}
-    is_plain = known.is_exact or bool(known.held and settings.init == "grey")
+    is_plain = known.is_exact or bool(_held(known, settings))
     return PixelMap(update.image_shape, **(PLAIN_PIXELS if is_plain else how), **place_of(model))
+
+
+def _held(known: Known, settings: argparse.Namespace) -> tuple[int, ...]:
+    """The likely images that stay as they are: of an attack that begins with them."""
+    return known.held if settings.init == "grey" else ()
 
 
 def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: argparse.Namespace) -> AttackState:
@@ -60,7 +65,7 @@ def first_state(update: SharedUpdate, known: Known, pixels: PixelMap, settings: 
         label_gain=settings.label_gain,
         known_labels=known.labels,
         copies=copies,
-        held=known.held if settings.init == "grey" else (),
+        held=_held(known, settings),
         recorder=cuda_graph if settings.cuda_graphs == "auto" and torch.device(pixels.device).type == "cuda" else None,
     )
 

@@ -211,6 +211,11 @@ def substituted(chain: Chain, change: Callable[[nn.Module], Callable[[Tensor], T
     ]
 
 
+def in_float32(chain: Chain) -> list[Stage]:
+    """A copy of the chain, its parameters in float32."""
+    return substituted(chain, lambda module: copy.deepcopy(module).float())
+
+
 Moments = Mapping[nn.Module, tuple[Tensor, Tensor]]  # mean and variance (C,) by which a layer normalises
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -59,6 +60,13 @@ class Product(Branched):
 @dataclass(frozen=True)
 class Gate(Product):
     """body(x) x, with a body that puts out nothing negative, as in squeeze-and-excitation."""
+
+
+def delta_before(function: Callable[[Tensor], Tensor], inputs: Tensor, delta: Tensor) -> Tensor:
+    """The derivatives (B, ...) by a function's inputs from those by its outputs there."""
+    with torch.enable_grad():
+        leaf = inputs.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf, delta)[0]
 
 
 def run(chain: Chain, x: Tensor) -> Tensor:

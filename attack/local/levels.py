@@ -27,6 +27,11 @@ def off_levels(images: Tensor) -> Tensor:
     return (values - values.round()).square().mean(1).sqrt()
 
 
+def nearest_levels(images: Tensor) -> Tensor:
+    """Images whose pixels are the nearest whole steps of 1/255, from black to white."""
+    return ((LEVELS * images).round() / LEVELS).clamp(0, 1)
+
+
 def snapped(
     inputs: Tensor, basis: Tensor, pixels: Callable[[Tensor], Tensor], layers: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -40,9 +45,9 @@ def snapped(
     """
     images, moved = pixels(inputs), inputs
     for _ in range(ROUNDS):
-        whole = ((LEVELS * pixels(moved)).round() / LEVELS).clamp(0, 1)
+        whole = nearest_levels(pixels(moved))
         before, moved = moved, layers(whole).flatten(1) @ basis.T @ basis
-        if torch.equal(((LEVELS * pixels(moved)).round() / LEVELS).clamp(0, 1), whole) or torch.equal(moved, before):
+        if torch.equal(nearest_levels(pixels(moved)), whole) or torch.equal(moved, before):
             break
     in_space = pixels(moved)
     different = torch.unique((basis / (ALIKE * basis.abs().max())).round(), dim=1).shape[1]

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attack.local.levels import LEVELS
+from attack.local.levels import nearest_levels
 from attack.match.activations import ForwardLoss
 from attack.match.astray import astray, begun_again, first_phases
 from attack.match.phases import Course
@@ -32,7 +32,7 @@ from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.solve.cgls import Solution
-from attack.solve.gauss_newton import Tangent, gauss_newton
+from attack.solve.gauss_newton import Linearised, Tangent, gauss_newton
 from network.chain import is_walked, mixes_images, modules
 from network.kinds import kind_of
 from network.memory import is_out_of_memory
@@ -71,7 +71,7 @@ def _above_kinks(chain: Chain) -> tuple[list[str], bool]:
     found: list[str] = []
     for stage in reversed(chain):
         if isinstance(stage.module, Residual):
-            branches = [_above_kinks(branch) for branch in (stage.module.body, stage.module.shortcut)]
+            branches = [_above_kinks(branch) for branch in stage.module.branches]
             found += [name for names, _ in branches for name in names]
             if not all(is_smooth for _, is_smooth in branches):
                 return found, False
@@ -112,52 +112,32 @@ class Equations:
     @classmethod
     def at(cls, exact: ForwardLoss, rough: ForwardLoss, images: Tensor) -> "Equations":
         """Pixels scaled by how much the equations say of each at these images (B, C, H, W)."""
-        draw, tangent = torch.Generator().manual_seed(0), Tangent(partial(_weighed, rough), images.float())
-        told = torch.zeros_like(images, dtype=torch.float32)
+        draw, told = torch.Generator().manual_seed(0), torch.zeros_like(images, dtype=torch.float32)
+        plain = _linearised(rough, images, torch.ones_like(told))
         for _ in range(PROBES):
-            told += tangent.adjoint(tangent.parted(torch.randn(tangent.rows, generator=draw).to(told))).square()
+            told += plain.adjoint(torch.randn(sum(plain.counts), generator=draw).to(told)).square()
         return cls(exact, rough, (told / told.mean() + FAINTEST).rsqrt())
 
     def residual(self, x: Tensor) -> Tensor:
         """Flat."""
         return -_residual(self.exact, x)
 
-    def linearised(self, x: Tensor) -> "Linearised":
+    def linearised(self, x: Tensor) -> Linearised:
         """On x / scale."""
-        return Linearised(Tangent(partial(_weighed, self.rough), x.float()), self.scale)
+        return _linearised(self.rough, x, self.scale)
 
     def held(self, x: Tensor) -> Tensor:
         """Within black and white."""
         return x.clamp(0, 1)
 
 
-@dataclass(frozen=True)
-class Linearised:
-    """y = J (scale x), flat."""
-
-    tangent: Tangent
-    scale: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N,)."""
-        return torch.cat([each.flatten() for each in self.tangent.forward(self.scale * x)])
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Of x's shape."""
-        return self.scale * self.tangent.adjoint(self.tangent.parted(y))
-
-    def start(self) -> Tensor:
-        """No step."""
-        return torch.zeros_like(self.scale)
-
-    def step(self, x: Tensor) -> Tensor:
-        """What a solution in the scaled unknowns adds to x."""
-        return self.scale * x
-
-
 def _residual(loss: ForwardLoss, images: Tensor) -> Tensor:
     with torch.enable_grad():  # the layers' gradients are taken
         return torch.cat([each.detach().flatten() for each in _weighed(loss, images)])
+
+
+def _linearised(loss: ForwardLoss, images: Tensor, scale: Tensor) -> Linearised:
+    return Linearised.of_values(Tangent(partial(_weighed, loss), images.float()), scale)
 
 
 def _weighed(loss: ForwardLoss, images: Tensor) -> list[Tensor]:
@@ -258,7 +238,7 @@ class Polish:
             return
         x, before = self._images(state, pixels).double(), self.left[-1]
         found = self._moved(x, min(room, ITERATIONS << made), state)
-        whole = ((LEVELS * found.x).round() / LEVELS).clamp(0, 1)
+        whole = nearest_levels(found.x)
         is_whole = self._left(whole) < min(found.residual, ROUNDED)
         is_better = self._take(whole if is_whole else found.x, state, pixels)
         self.is_whole = is_whole and is_better

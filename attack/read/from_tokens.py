@@ -91,10 +91,7 @@ class _Search:
 
     def blur(self) -> float:
         """The noise of activations in the second space, relative to their size: the median over random images."""
-        outer = self.space.outer
-        values = self.space.activations(self.space.place.inner(self.sampled_tokens[:, self.rows].flatten(0, 1)))
-        size = (values / outer.columns).norm(dim=1) / len(outer.columns) ** 0.5
-        return float((outer.error(values) / size).median())
+        return float(self.space.blur(self.sampled_tokens[:, self.rows].flatten(0, 1)).median())
 
     # ------------------------------------------------------------------------------------------------
     # Before pictures are known

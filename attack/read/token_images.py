@@ -10,7 +10,6 @@ are the unknowns, each scaled by what its own token tells of it: conjugate gradi
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from attack.match.activations import GREY
 from attack.read.token_span import TokenSpan
 from attack.solve.budget import WorkBudget
-from attack.solve.gauss_newton import NonlinearEquations, gauss_newton
+from attack.solve.gauss_newton import Flat, NonlinearEquations, gauss_newton
 from network.embedding import PatchEmbedding
 from network.perceptrons import Perceptron, slope
 
@@ -32,21 +31,6 @@ BESIDE = 60  # iterations of a Gauss-Newton step on scaled patches
 STAY = 1.0  # weight of a pixel's distance from where it began, beside both spaces
 TOGETHER = 64  # images in a forward pass
 PAINTED = 80  # rounds in which unknown patches take their neighbours' colours
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """The operator that flattens tensors of a shape."""
-
-    shape: torch.Size
-
-    def forward(self, x: Tensor) -> Tensor:
-        """In a row."""
-        return x.flatten()
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """In its shape."""
-        return y.view(self.shape)
 
 
 class TokenImages:
@@ -197,7 +181,7 @@ class TokenImages:
     def _solved(self, function: Function, start: Tensor, origin: Tensor, inner: int, last: int | None = None) -> Tensor:
         """Where Gauss-Newton ends; a residual is relative to that at the origin."""
         first = tuple(each.detach() for each in function(self.model, origin))
-        rows = [_Flat(each.shape) for each in first]
+        rows = [Flat(each.shape) for each in first]
 
         def moved(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
             return tuple(value - begin.to(x) for value, begin in zip(function(model, x), first, strict=True))

@@ -121,9 +121,9 @@ class TokenSpace:
         passed = (slope(self.place.activation, z).square() @ self._reach)[:, 0] / len(self._reach)
         return torch.hypot(self.outer.error(values), self.inner.error(self.tokens(c)) * passed.sqrt())
 
-    def blur(self, c: Tensor) -> Tensor:
-        """The noise (n,) of the activations of c (n, r) outside the second space, relative to their size."""
-        values = self.activations(c @ self.weight.T + self.place.inner.bias)
+    def blur(self, tokens: Tensor) -> Tensor:
+        """The noise (n,) of the activations of tokens (n, D) outside the second space, relative to their size."""
+        values = self.activations(self.place.inner(tokens))
         return self.outer.error(values) * len(self.outer.columns) ** 0.5 / (values / self.outer.columns).norm(dim=1)
 
     def fits(self, c: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class SlottedTokens:
             c, count = levenberg(last, turned, PLAIN, iterations=POLISH, budget=self.budget).x, len(self.values)
             fits = space.fits(c)
             for n in fits.argsort().tolist():
-                if fits[n] <= FITTING and space.blur(c[n : n + 1])[0] <= BLURRED:
+                if fits[n] <= FITTING and space.blur(space.tokens(c[n : n + 1]))[0] <= BLURRED:
                     self._add(c[n], fits[n])
             if len(self.values) == count:
                 return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attack.local.levels import LEVELS, UNLIKE, off_levels
+from attack.local.levels import LEVELS, UNLIKE, nearest_levels, off_levels
 from attack.read.carried import inverted
 from network.stage import Chain, run
 
@@ -43,7 +43,7 @@ class WholePixels:
         images = self.images(inputs) if len(inputs) else None
         if images is None:
             return inputs, torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
-        whole = ((LEVELS * images).round() / LEVELS).clamp(0, 1)
+        whole = nearest_levels(images)
         values = torch.tensor([len(image.unique()) for image in whole], device=inputs.device)
         near = (LEVELS * (whole - images)).flatten(1).square().mean(1).sqrt() < ROUNDED
         is_whole = near & (values >= UNLIKE) & (off_levels(images) < ROUNDED)

@@ -54,14 +54,24 @@ class Tangent:
         return x
 
     @property
-    def rows(self) -> int:
-        """The number of values, N."""
-        return sum(value.numel() for value in self._values)
+    def shapes(self) -> Sequence[torch.Size]:
+        """Of the values."""
+        return [value.shape for value in self._values]
 
-    def parted(self, y: Tensor) -> Sequence[Tensor]:
-        """A long vector (N,) as tensors of the values' shapes, one after the other."""
-        parts = y.split([value.numel() for value in self._values])
-        return [part.view(value.shape) for part, value in zip(parts, self._values, strict=True)]
+
+@dataclass(frozen=True)
+class Flat:
+    """The operator that flattens tensors of a shape: of values that are equations themselves."""
+
+    shape: torch.Size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In a row."""
+        return x.flatten()
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """In its shape."""
+        return y.view(self.shape)
 
 
 class LinearisedEquations(Operator, Protocol):
@@ -146,6 +156,12 @@ class Linearised:
     rows: Sequence[Operator]
     counts: Sequence[int]
     scale: Tensor
+
+    @classmethod
+    def of_values(cls, tangent: Tangent, scale: Tensor) -> "Linearised":
+        """With the function's values as they are: A is the identity."""
+        shapes = tangent.shapes
+        return cls(tangent, [Flat(shape) for shape in shapes], [shape.numel() for shape in shapes], scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N,)."""

@@ -16,7 +16,6 @@ An entry of y within its error of zero may be active or not, so known outputs wi
 of delta wrong, which counts as noise of the gradient rows.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,11 +29,11 @@ from attack.solve.gauss_newton import NonlinearEquations, gauss_newton
 from attack.walk.equations import GradientRows, KnownRows, Rows, stack
 from attack.walk.layer_source import BatchGradients
 from attack.walk.noise import beside, relative, size_of
-from network.chain import input_shapes, substituted
+from network.chain import in_float32, input_shapes
 from network.kinds import kind_of
 from network.kinds.affine import LinearMap
 from network.known_outputs import ZERO
-from network.stage import Chain, Residual, Stage, run
+from network.stage import Chain, Residual, Stage, delta_before, run
 
 OFF = 1.5  # times what a prediction misses the known outputs by: its expected error one block further down
 NEAR, FAR = 0.03, 0.3  # least relative error that is expected of a prediction, and most of one that is of use
@@ -194,7 +193,7 @@ class _Block:
         stacked = [stack([each]) for each in rows]
         return NonlinearEquations(
             function=self._values(self.module),
-            rough=self._values(Residual(*(_float(branch) for branch in self.module.branches))),
+            rough=self._values(Residual(*(in_float32(branch) for branch in self.module.branches))),
             rows=[operator for operator, _ in stacked],
             rough_rows=[stack([each.float()])[0] for each in rows],
             targets=[target for _, target in stacked],
@@ -282,16 +281,5 @@ def _told_of(
         rows = row(stage, shapes[index], delta) if kind.is_affine else None
         if rows is not None:
             found.append(_Told(number, index, rows))
-        delta = _before(stage, delta.new_zeros(len(delta), *shapes[index]), delta)
+        delta = delta_before(stage.module, delta.new_zeros(len(delta), *shapes[index]), delta)
     return found
-
-
-def _before(stage: Stage, inputs: Tensor, delta: Tensor) -> Tensor:
-    """The derivative by the inputs of a linear stage, from that by its outputs."""
-    with torch.enable_grad():
-        inputs.requires_grad_()
-        return torch.autograd.grad(stage.module(inputs), inputs, delta)[0]
-
-
-def _float(chain: Chain) -> Chain:
-    return substituted(chain, lambda module: copy.deepcopy(module).float())

@@ -18,7 +18,6 @@ of equation counts as much as every other, and each image's known entries as muc
 differ in that by 40, as on a trained network they do, equal weights leave the weak ones at an error of 1e-2.
 """
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,8 +30,8 @@ from attack.solve.cgls import Solution, cgls
 from attack.solve.gauss_newton import NonlinearEquations, gauss_newton
 from attack.walk.equations import GradientRows, Rows, stack
 from attack.walk.noise import beside, relative, size_of
-from network.chain import substituted
-from network.stage import Chain, Residual, run
+from network.chain import in_float32
+from network.stage import Residual, run
 
 SETTLED_NOISE = 40.0  # units of the gradient's own noise up to which masks are right: float32 updates leave 1 to 16
 FAINT = 1e-3  # of the strongest delta: no image counts for less
@@ -68,7 +67,7 @@ class Together:
         budget: WorkBudget,
     ) -> None:
         self.block, self.index, self.output = block, index, list(output)
-        self.rough = Residual(*(_float(branch) for branch in (block.body, block.shortcut)))
+        self.rough = Residual(*(in_float32(branch) for branch in block.branches))
         self.is_positive, self.generator, self.budget = is_positive, generator, budget
         loudness = delta.flatten(1).norm(dim=1)
         self.loudness = (loudness / loudness.max()).clamp(min=FAINT)
@@ -155,7 +154,3 @@ def _balanced(rows: Rows, loudness: Tensor) -> Rows:
         size = (known * rows.target).flatten(1).square().sum(1) / known.flatten(1).sum(1).clamp(min=1)
         weight = known * beside(loudness / size.sqrt().clamp(min=1e-300), rows.target)
     return replace(rows, weight=weight / (weight * rows.target).norm().clamp(min=1e-300))
-
-
-def _float(chain: Chain) -> Chain:
-    return substituted(chain, lambda module: copy.deepcopy(module).float())

@@ -12,7 +12,7 @@ from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows
 from attack.walk.trajectory import MovingMap
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
-from network.stage import Residual
+from network.stage import Residual, delta_before
 
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
 
@@ -305,9 +305,7 @@ class SkippedBlock(IdentitySource):
 
     def delta(self, u: Tensor) -> Tensor:
         """delta at the input u, through body and shortcut."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            return torch.autograd.grad(self.block(u), u, self.block_delta)[0]
+        return delta_before(self.block, u, self.block_delta)
 
 
 Source = LayerSource | IdentitySource

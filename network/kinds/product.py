@@ -16,7 +16,7 @@ from network.kinds.kind import Kind, Shape
 from network.kinds.norm import MIXES, Norm
 from network.kinds.pool import AveragePool
 from network.known_outputs import KnownOutputs, UndeterminedError
-from network.stage import Branched, Chain, Gate, Product, run
+from network.stage import Branched, Chain, Gate, Product, delta_before, run
 
 SOLVED = 1e4  # roundings of the means: Newton's method stops there
 STEPS, HALVINGS = 50, 20  # of Newton's method, and of one of its steps, at most
@@ -76,8 +76,8 @@ class GateKind(Kind):
         return replace(
             outputs,
             values=x,
-            delta=_through(module, x, outputs.delta),
-            masked_delta=_through(module, x, outputs.masked_delta),
+            delta=delta_before(module, x, outputs.delta),
+            masked_delta=delta_before(module, x, outputs.masked_delta),
             noise=noise.hypot(x * s_error) / s.abs(),
         )
 
@@ -158,12 +158,3 @@ class _GateOfMeans:
                 return start, False
             off = self.missed(m)
         return m, False
-
-
-def _through(module: Gate, x: Tensor, delta: Tensor) -> Tensor:
-    """The derivatives (B, ...) by x from those by the outputs at x."""
-    if not delta.any():
-        return torch.zeros_like(x)
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(module(x), x, delta)[0]
