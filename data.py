@@ -147,7 +147,8 @@ class NpzImages:
 class FolderImages:
     """The image files of a folder in sorted order; if it has class folders, their images, class by class.
 
-    Class indices number the class folders in sorted order; images directly in the folder all have class 0.
+    Class indices number the class folders in sorted order; images directly in the folder all have class 0, and its
+    class folders are then left out. `notes` says what was left out, in sentences.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -155,16 +156,24 @@ class FolderImages:
         if not path.is_dir():
             raise DataError(f"no such folder: {path}")
         classes = [c for c in sorted(path.iterdir()) if c.is_dir() and _image_files(c)]
-        self._labelled = [(file, 0) for file in _image_files(path)] or [
-            (file, label) for label, folder in enumerate(classes) for file in _image_files(folder)
-        ]
+        own = [(file, 0) for file in _image_files(path)]
+        self._labelled = own or [(file, label) for label, folder in enumerate(classes) for file in _image_files(folder)]
         if not self._labelled:
             raise DataError(f"{path} holds no images ({', '.join(IMAGE_ENDINGS)}), nor do its folders")
+        self.notes = _left_out([path] if own else classes)
+        if own and classes:
+            names = _shortened([c.name for c in classes])
+            self.notes.append(f"folders beside images are left out: {names} in {path}")
 
     @property
     def files(self) -> list[Path]:
         """The image files, in their order."""
         return [file for file, _ in self._labelled]
+
+    @property
+    def label_values(self) -> list[int]:
+        """The labels that occur in the whole folder, in ascending order."""
+        return sorted({label for _, label in self._labelled})
 
     def __len__(self) -> int:
         return len(self._labelled)
@@ -269,7 +278,8 @@ def load_batch(
         pixels = math.prod(sides(image_size))
         check_room(len(indices) * CHANNELS * pixels * FLOAT, f"a batch of {len(indices)} images of that size")
     if len(indices) > count:
-        raise DataError(f"a batch of {len(indices)} images is larger than the set, which has {count}")
+        why = "".join(f"; {note}" for note in getattr(source, "notes", ()))
+        raise DataError(f"a batch of {len(indices)} images is larger than the set, which has {count}{why}")
     for index in indices:
         if not 0 <= index < count:
             raise DataError(f"index {index} is out of range: the set has images 0 to {count - 1}")
@@ -281,6 +291,8 @@ def load_batch(
             f"the set's labels run from 1 to {values[-1]}, and classes are numbered from 0: if the labels are numbered "
             f"from 1, subtract 1 from each, or it stands for the class above its own"
         )
+    if labels == "dataset" and values == [0] and count > 1:
+        notes.append("every label of the set is 0; those of a folder are the numbers of its class folders")
     chosen = _labels(labels, own, num_classes, generator, values)
     images = _to_tensor(pictures, image_size)
     return Batch(images, chosen, tuple(notes), Others.of(source, indices, tuple(images.shape[1:])))
@@ -330,10 +342,7 @@ def _notes_on(pictures: Sequence[Image.Image]) -> list[str]:
     for picture in pictures:
         for note in picture.info.get(NOTES, ()):
             files.setdefault(note, []).append(picture.info[FILE])
-    notes = [
-        f"{first}{f' and {len(others)} more images' if others else ''}: {note}"
-        for note, (first, *others) in files.items()
-    ]
+    notes = [f"{_shortened(names, 1)}: {note}" for note, names in files.items()]
     if 0 < (grey := sum(picture.mode != "RGB" for picture in pictures)) < len(pictures):
         notes.append(f"{grey} of {len(pictures)} images are grey among images in colour: their channels are equal")
     return notes
@@ -368,6 +377,19 @@ def _pixels(image: Image.Image, channels: int) -> Tensor:
     pixels = torch.from_numpy(np.array(image))
     pixels = pixels.clamp(0, 1) if image.mode == "F" else pixels.float() / 255  # resizing goes beyond [0, 1] in F
     return pixels.permute(2, 0, 1).contiguous() if pixels.dim() == 3 else pixels.repeat(channels, 1, 1)
+
+
+def _left_out(folders: Sequence[Path]) -> list[str]:
+    """A sentence on the visible files of folders whose endings are not those of images that are read, if any are."""
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
+    names = [file.name for file in files if file.suffix.lower() not in IMAGE_ENDINGS]
+    return [f"files of other kinds than {', '.join(IMAGE_ENDINGS)} are left out: {_shortened(names)}"] if names else []
+
+
+def _shortened(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and the number of the others."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _image_files(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ def plain(image: Image.Image, name: str) -> Image.Image:
     """
     notes = []
     if getattr(image, "is_animated", False):
-        notes.append("the first of its frames is taken")
+        notes.append("the first frame is taken")
     picture = ImageOps.exif_transpose(image)
     if picture.mode == "F":
         picture = _float(picture)
@@ -67,10 +67,10 @@ def _deep(picture: Image.Image, image: Image.Image) -> tuple[Image.Image, list[s
             f"its pixels end at {most} of {full}, the picture would be black: save it with 16 bits, or as "
             f"floating-point numbers in [0, 1]"
         )
-    notes = [f"its grey values are divided by {full}"]
+    notes = [f"grey values are divided by {full}"]
     if 0 < most * DARK <= full:
         notes.append(
-            f"its values do not reach a quarter of {full}: if they have fewer bits than the file, scale them up"
+            f"the values do not reach a quarter of {full}: if they have fewer bits than the file, scale them up"
         )
     share = values.astype(np.float64) / full
     if isinstance(transparent := picture.info.get("transparency"), int):
@@ -89,7 +89,7 @@ def _largest_value(image: Image.Image) -> int:
     return 2**16 - 1  # of PNG and PGM: Pillow scales values of other ranges to this one
 
 
-ON_WHITE = "its transparency is put on white"
+ON_WHITE = "transparency is put on white"
 
 
 def _eight_bits(picture: Image.Image) -> tuple[Image.Image, list[str]]:
@@ -102,7 +102,7 @@ def _eight_bits(picture: Image.Image) -> tuple[Image.Image, list[str]]:
     if mode in ("1", "L") and picture.mode in ("1", "L"):
         return picture.convert("L"), notes
     if mode == "CMYK":
-        notes.append("its CMYK is turned into RGB without a colour profile")
+        notes.append("CMYK is turned into RGB without a colour profile")
     colour = picture.convert("RGB")
     if mode in GREY or (mode in PALETTE and _is_grey(colour)):
         return colour.getchannel(0), notes

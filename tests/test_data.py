@@ -117,6 +117,28 @@ def test_a_file_that_is_no_image_is_named(folder):
         load(FolderImages(folder), range(4))
 
 
+def test_what_a_folder_leaves_out_is_said(folder):
+    classes = FolderImages(folder)
+    assert [note for note in classes.notes if note.endswith("are left out: notes.txt")]
+    assert not load(classes, [0]).notes[1:]
+    Image.new("RGB", (20, 20)).save(folder / "preview.png")
+    (folder / "photo.HEIC").touch()
+    (folder / ".DS_Store").touch()
+    beside = FolderImages(folder)
+    assert "photo.HEIC" in beside.notes[0]
+    assert ".DS_Store" not in beside.notes[0]
+    assert beside.notes[1].startswith("folders beside images are left out: cat, dog")
+    with pytest.raises(DataError, match=r"larger than the set, which has 1; .*photo\.HEIC.*cat, dog"):
+        load(beside, [0, 1])
+
+
+def test_labels_of_a_folder_without_classes_are_said_to_be_none(folder):
+    said = "every label of the set is 0"
+    assert any(said in note for note in load(FolderImages(folder / "cat"), [0]).notes)
+    assert not any(said in note for note in load(FolderImages(folder / "cat"), [0], labels="random").notes)
+    assert not any(said in note for note in load(FolderImages(folder), [0]).notes)
+
+
 def test_folders_without_images_are_refused(tmp_path):
     with pytest.raises(DataError, match="holds no images"):
         FolderImages(tmp_path)
