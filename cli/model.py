@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from cli.runtime import stream
@@ -33,13 +34,24 @@ def server_model(
     """The model that the server sent out, with weights from --weights or drawn from the seed.
 
     `tell` is called with a note on each thing that had to be assumed of the weights.
+
+    Raises:
+        ValueError: there is no such model, its weights do not fit, or it puts out numbers that are not finite.
     """
     generator = stream(settings.seed, "model")
     model = build_model(name, image_shape=image_shape, num_classes=num_classes, generator=generator, **options)
     notes = load_checkpoint(model, settings.weights, image_shape) if settings.weights else notes_of(model)
     for note in notes:
         tell(note)
+    _check_outputs(model, name, image_shape)
     return model
+
+
+@torch.no_grad()
+def _check_outputs(model: nn.Module, name: str, image_shape: tuple) -> None:
+    """Finite weights may overflow, and a model from outside may divide by zero: nothing can be said of its updates."""
+    if not torch.isfinite(model(torch.full((2, *image_shape), 0.5))).all():
+        raise ValueError(f"{name} puts out numbers that are not finite for grey images: check its weights")
 
 
 AS_TWO_CLASSES = Evidence(

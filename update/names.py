@@ -18,7 +18,8 @@ from update.layouts import fits
 from update.storage import UNNAMED, StorageError
 
 COUNTER = "num_batches_tracked"  # BatchNorm's buffer that no output depends on
-STATISTICS = ("running_mean", "running_var")
+VARIANCE = "running_var"
+STATISTICS = ("running_mean", VARIANCE)
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_module", "module")
 KERAS = (  # the weights of a layer of Keras or Flax, in the order that torch's layers have them in
     "depthwise_kernel", "pointwise_kernel", "kernel", "gamma", "scale", "beta", "bias", "moving_mean",

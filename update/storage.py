@@ -123,6 +123,8 @@ def _read(
     path = checked_name(path, FORMATS + TORCH)
     if not path.is_file():
         raise StorageError(f"no such file: {path}")
+    if (content := _content_of(path)) and content != (TORCH[0] if _ending(path) in TORCH else path.suffix):
+        raise StorageError(f"{path}: its content is that of a file that ends in {content}: rename it")
     try:
         if _ending(path) in TORCH:
             return _read_torch(path, most)
@@ -134,6 +136,23 @@ def _read(
             raise
         named = "" if str(path) in str(error) else f"{path} is damaged or not a {path.suffix} file: "
         raise StorageError(f"{named}{error}") from None
+
+
+def _content_of(path: Path) -> str:
+    """The ending that a file's first bytes, or the members of its archive, speak for; empty where they do not tell."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            if any(Path(name).name == "data.pkl" for name in names):
+                return TORCH[0]
+            return ".npz" if any(name.endswith(".npy") for name in names) else ""
+        with path.open("rb") as file:
+            begins = file.read(9)  # of .safetensors the length of a JSON object, and its brace
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return ""
+    is_header = begins[8:] == b"{" and int.from_bytes(begins[:8], "little") < path.stat().st_size
+    return ".safetensors" if is_header else ""
 
 
 def _read_safetensors(path: Path, wanted: Callable[[str], bool], most: int | None) -> tuple[dict, dict]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from update.layouts import hint, in_torch_layout
-from update.names import by_names_of, statistics_in, without_counters
+from update.names import VARIANCE, by_names_of, statistics_in, without_counters
 from update.storage import ENTERED, read_tensors, room_for
 
 
@@ -15,7 +15,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
     """Copy named weights into `model`.
 
     Raises:
-        ValueError: a weight is missing, unknown, of another shape or not finite; `source` names their file.
+        ValueError: a weight is missing, unknown, of another shape or not finite, or a variance is negative; `source`
+            names their file.
     """
     own = model.state_dict()
     for name in [*own, *(name for name in weights if name not in own)]:
@@ -34,6 +35,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str | Pat
             raise ValueError(
                 f"{source}: weight {name!r} holds {weights[name].dtype}, the model needs {own[name].dtype}"
             )
+        if name.endswith(VARIANCE) and bool((weights[name] < 0).any()):
+            raise ValueError(f"{source}: {name!r} holds negative variances")
     model.load_state_dict(weights)
 
 

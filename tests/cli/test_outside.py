@@ -99,6 +99,10 @@ class Squeezing(Net):
     def forward(self, x):
         return super().forward(x).squeeze()
 
+class Dividing(Net):
+    def forward(self, x):
+        return super().forward(x) / 0
+
 class Drawing(Net):
     def forward(self, x):
         return super().forward(functional.dropout(x))
@@ -208,6 +212,7 @@ def test_a_torchvision_model_is_explained(cli, capsys):
         ("--model {}:pair", ["puts out tuple"]),
         ("--model {}:endless", ["endless: weight 'fc1.weight' is not finite"]),
         ("--model {}:Squeezing --batch_size 1", ["takes 2 images of 3x16x16 and not 1", "a tensor of shape (10,)"]),
+        ("--model {}:Dividing", ["Dividing puts out numbers that are not finite"]),
         ("--model {}:Drawing", ["other logits for the same images"]),
         ("--model {}:overwriting", ["overwriting cannot be differentiated"]),
         ("--update=", ["--update is empty"]),
@@ -416,6 +421,17 @@ def test_weights_that_are_not_finite_are_named(cli, tmp_path, form):
     weights = client.write(with_nan(client.state), form).rename(tmp_path / f"weights{form[form.index('.') :]}")
     words = ["--update", client.write(client.tensors("gradient"), form), *client.flags, "--weights", weights]
     assert "weight 'conv2.weight' is not finite" in cli.error(*words)
+
+
+RENAMED = (("named.npz", ".pt"), ("named.pt", ".npz"), ("named.safetensors", ".bin"))
+
+
+@pytest.mark.parametrize(("form", "ending"), RENAMED)  # ("named.pt", ".npz"), ("named.safetensors", ".bin")])
+def test_a_file_of_another_kind_than_its_name_says_which_kind_it_is(cli, tmp_path, form, ending):
+    client = Client(tmp_path, model="lenet")
+    written = client.write(client.tensors("gradient"), form)
+    update = written.rename(tmp_path / f"renamed{ending}")
+    assert f"of a file that ends in {written.suffix}: rename it" in cli.error("--update", update, *client.flags)
 
 
 def test_a_batch_size_that_the_ranks_contradict_is_refused(cli, tmp_path):

@@ -184,6 +184,14 @@ def test_weights_without_running_statistics_say_which_are_kept(cli, tmp_path):
     assert "holds no running statistics of BatchNorm" in notes_of(run)
 
 
+def test_negative_variances_are_refused_by_name(cli, tmp_path):
+    sender = Sender(tmp_path, "norm")
+    name = next(name for name in sender.state if name.endswith("running_var"))
+    weights = sender.save("w.pt", sender.state | {name: -sender.state[name]})
+    words = ["--update", sender.save("u.pt", sender.gradients), "--weights", weights, *sender.flags]
+    assert f"{name!r} holds negative variances" in cli.error(*words)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Images that are not square
 
