@@ -426,7 +426,7 @@ def test_weights_that_are_not_finite_are_named(cli, tmp_path, form):
 RENAMED = (("named.npz", ".pt"), ("named.pt", ".npz"), ("named.safetensors", ".bin"))
 
 
-@pytest.mark.parametrize(("form", "ending"), RENAMED)  # ("named.pt", ".npz"), ("named.safetensors", ".bin")])
+@pytest.mark.parametrize(("form", "ending"), RENAMED)
 def test_a_file_of_another_kind_than_its_name_says_which_kind_it_is(cli, tmp_path, form, ending):
     client = Client(tmp_path, model="lenet")
     written = client.write(client.tensors("gradient"), form)
