@@ -210,6 +210,9 @@ def _why_not_read(known: Known) -> str:
     return f", {known.why_not}" if known.why_not else ""
 
 
+UNFORESEEN = {"frozen": None, "hidden": None, "defence": "none", "defended": None}  # flags that change no forecast
+
+
 def show_leaks(settings: argparse.Namespace) -> int:
     """Print which layers of the model give their inputs away at this batch size, and save it as table and picture.
 
@@ -258,7 +261,7 @@ def show_leaks(settings: argparse.Namespace) -> int:
 
 
 def _show_client(settings: argparse.Namespace) -> None:
-    """Print how the client trains, where the update is no plain gradient.
+    """Print how the client trains, where the update is no plain gradient, and which flags the forecast leaves out.
 
     Raises:
         ValueError: settings that do not go together, or do not suit the batch.
@@ -267,6 +270,8 @@ def _show_client(settings: argparse.Namespace) -> None:
     training.check(settings.batch_size)
     if not (training.is_gradient and training.optimiser.clip is None):
         print(f"the client: {training}; what follows holds for the images of one step at the server's weights")
+    if left_out := [f"--{name}" for name, usual in UNFORESEEN.items() if getattr(settings, name) != usual]:
+        print(f"no effect here: {', '.join(left_out)} (the forecast is of an update of all parameters, undefended)")
 
 
 def show_note(note: str) -> None:

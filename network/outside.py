@@ -5,6 +5,7 @@ arguments; what comes back is the model. Nothing but a file that was named in th
 """
 
 import importlib.util
+import inspect
 import re
 import signal
 import sys
@@ -162,7 +163,22 @@ def _from_file(name: str) -> Callable[[], object]:
     found = getattr(_called(executed, name), factory, None)
     if not callable(found):
         raise ValueError(f"--model {name}: {path} has no function {factory!r}")
+    if needed := _arguments_of(found):
+        raise ValueError(
+            f"--model {name}: {factory} needs {', '.join(needed)}, and is called without arguments: name a function "
+            f"that returns {factory}(...)"
+        )
     return beside(lambda: with_torchvision(found))
+
+
+def _arguments_of(function: Callable) -> list[str]:
+    """The names of the arguments that a function cannot be called without; none where it does not tell."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in optional]
 
 
 @contextmanager

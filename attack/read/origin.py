@@ -152,6 +152,7 @@ def _factors(update: SharedUpdate, model: nn.Module, singles: _Singles) -> Itera
         told = [common_factor(singles.found)]
     else:
         told = [sign * (_by_head(times(update, sign), model, singles.generator) or 0.0) for sign in (1.0, -1.0)]
+        told = told if any(told) else [1 / update.batch_size]  # nothing tells a factor: a sum is the likeliest
     for factor in told:
         if factor and abs(factor - 1) > ROUNDED:
             yield usual(factor, update.batch_size)

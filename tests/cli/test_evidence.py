@@ -233,6 +233,13 @@ def test_one_logit_is_two_classes(cli, tmp_path):
         assert set(client.said) == {"logits"}
 
 
+def test_a_sum_of_one_logit_s_errors_is_found_although_nothing_tells_its_factor(cli, tmp_path):
+    client, target = Client(cli, tmp_path, "binary"), torch.tensor([[0.0], [1.0]])
+    facts = client.attacked(client.gradients(lambda z: bce(z, target, reduction="sum")), num_classes=1)
+    assert client.said["scale"]["figure"] == 2
+    assert facts["verdict"]["level"] == "read"
+
+
 # ----------------------------------------------------------------------------------------------------
 # Entries
 

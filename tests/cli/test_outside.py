@@ -103,6 +103,10 @@ class Dividing(Net):
     def forward(self, x):
         return super().forward(x) / 0
 
+class Sized(Net):
+    def __init__(self, width, depth, *rest, bias=True):
+        super().__init__()
+
 class Drawing(Net):
     def forward(self, x):
         return super().forward(functional.dropout(x))
@@ -178,6 +182,7 @@ def test_a_torchvision_model_of_grouped_convolutions_is_explained(cli, capsys):
     assert magia.main(["--explain", *flags, "--save_dir", str(cli.folder)]) == 0
     out = capsys.readouterr().out
     assert "a pool puts out less than it takes in" in out
+    assert "no effect here" not in out
     assert "the deepest inputs to be expected exactly: the inputs of classifier.1" in out
 
 
@@ -190,6 +195,12 @@ def test_explain_knows_the_mode_of_batchnorm(cli, capsys):
     assert "BatchNorm in training mode" in said["train"]
     assert "the inputs of body.layer2.0.conv2" in said["train"]  # where a reading of true images ends
     assert (cli.folder / "explain_resnet18_cifar_B4_32_bn_train.csv").is_file()
+
+
+def test_explain_says_which_flags_it_leaves_out(cli, capsys):
+    flags = ["--num_classes", "10", "--frozen", "head", "--defence", "sign", "--save_dir", str(cli.folder)]
+    assert magia.main(["--explain", *flags]) == 0
+    assert "no effect here: --frozen, --defence (the forecast" in capsys.readouterr().out
 
 
 def test_a_torchvision_model_is_explained(cli, capsys):
@@ -213,6 +224,7 @@ def test_a_torchvision_model_is_explained(cli, capsys):
         ("--model {}:endless", ["endless: weight 'fc1.weight' is not finite"]),
         ("--model {}:Squeezing --batch_size 1", ["takes 2 images of 3x16x16 and not 1", "a tensor of shape (10,)"]),
         ("--model {}:Dividing", ["Dividing puts out numbers that are not finite"]),
+        ("--model {}:Sized", ["Sized needs width, depth, and is called without arguments"]),
         ("--model {}:Drawing", ["other logits for the same images"]),
         ("--model {}:overwriting", ["overwriting cannot be differentiated"]),
         ("--update=", ["--update is empty"]),
