@@ -6,18 +6,19 @@ lambda adds lambda W, so then
 
     sum_k G_k = lambda sum_k W_k,
 
-which is one unknown in d equations. Errors of other losses (squared errors, binary cross-entropy) do not sum to
-zero. Noise does not either, but noise fills all singular values of G, while a loss of few images leaves most of them
-empty. No softmax error is longer than 2 in the sum of its magnitudes, so sum_k |gamma_k| > 2 shows a gradient that is
-no mean.
+which is one unknown in d equations; an L1 penalty adds lambda sign(W). Errors of other losses (squared errors, binary
+cross-entropy) do not sum to zero. Noise does not either, but noise fills all singular values of G, while a loss of
+few images leaves most of them empty. No softmax error is longer than 2 in the sum of its magnitudes, so sum_k
+|gamma_k| > 2 shows a gradient that is no mean.
 
 Entries show what was done to them after training: many zeros, one magnitude a tensor, a pile-up at the largest. What an
 update says of BatchNorm stands in `norm_modes`.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ from network.parameters import trainable
 UNBALANCED = 3e-3  # share of G beyond which its sum over the classes is no rounding: squared errors leave 0.02
 SURE = 8.0  # standard deviations by which a weight decay must differ from zero
 LEFT = 0.5  # share of the sum that a weight decay may leave unexplained
+SIGNS = 0.1  # an L1 penalty leaves but rounding: so much less than a weight decay, to which its signs are similar
+DECAY, L1 = "weight decay", "an L1 penalty"
+PULLS: Mapping[str, Callable[[Tensor], Tensor]] = {  # penalties, by what they pull each weight with
+    DECAY: lambda weight: weight,
+    L1: torch.sign,
+}
 FILLED = 3.0  # noise leaves G's smallest singular value no smaller than this part of what its columns sum to
 ROUNDINGS = 4.0  # standard deviations of what rounding makes of the sums over the classes
 SOFTMAX = 1e-6  # what the rounding of softmax errors leaves of their sum in float32: 1e-7 and less
@@ -83,14 +90,16 @@ class ClassSums:
 
     Attributes:
         share: |sum_k G_k| as a share of sum_k |G_k|.
-        decay: the weight decay lambda that explains it, 0 where none does.
+        decay: the factor lambda of the penalty that explains it, 0 where none does.
+        pull: the penalty, one of `PULLS`.
         error: standard deviation of `decay`.
-        is_other_loss: whether neither decay nor noise explains it: the loss is no cross-entropy.
+        is_other_loss: whether neither penalty nor noise explains it: the loss is no cross-entropy.
         reaches: sum_k |gamma_k|, at most 2 of a mean of softmax errors; None without a bias.
     """
 
     share: float
     decay: float
+    pull: str
     error: float
     is_other_loss: bool
     reaches: float | None
@@ -114,11 +123,11 @@ def class_sums(
     size = float(whole.abs().sum(0).norm())
     if not size:
         return None
-    sums, server_sums = whole.sum(0), server.sum(0)
-    length = float(server_sums.square().sum())
-    decay = float(sums @ server_sums) / length if length else 0.0
-    left = sums - decay * server_sums
-    error = float(left.norm()) / math.sqrt(max(1, len(sums) - 1) * length) if length else math.inf
+    sums = whole.sum(0)
+    (pull, decay, error, left), *others = (_fitted(sums, server, pull) for pull in PULLS)
+    for fit in others:
+        if float(fit.left.norm()) < SIGNS * float(left.norm()):
+            pull, decay, error, left = fit
     explains = decay > SURE * error and float(left.norm()) < LEFT * float(sums.norm())
     unexplained = left if explains else sums
     least = float(torch.linalg.svdvals(whole)[-1])
@@ -128,14 +137,34 @@ def class_sums(
     return ClassSums(
         share=float(sums.norm()) / size,
         decay=decay if explains else 0.0,
+        pull=pull,
         error=error,
         is_other_loss=float(unexplained.norm()) > max(UNBALANCED * size, ROUNDINGS * rounded) and not is_noise,
         reaches=None if bias is None else float(bias.detach().double().abs().sum()),
     )
 
 
-def decayed_parameters(gradients: Mapping[str, Tensor], model: nn.Module, decay: float) -> list[str]:
-    """The names of the parameters that a weight decay acts on: all, or all but those of one dimension.
+class _Fit(NamedTuple):
+    """A penalty's factor with its standard deviation, and what it leaves of the sums (d,)."""
+
+    pull: str
+    decay: float
+    error: float
+    left: Tensor
+
+
+def _fitted(sums: Tensor, server: Tensor, pull: str) -> _Fit:
+    """The penalty that explains most of the sums (d,), by the server's weights (K, d) of the head."""
+    pulled = PULLS[pull](server).sum(0)
+    length = float(pulled.square().sum())
+    decay = float(sums @ pulled) / length if length else 0.0
+    left = sums - decay * pulled
+    error = float(left.norm()) / math.sqrt(max(1, len(sums) - 1) * length) if length else math.inf
+    return _Fit(pull, decay, error, left)
+
+
+def decayed_parameters(gradients: Mapping[str, Tensor], model: nn.Module, sums: ClassSums) -> list[str]:
+    """The names of the parameters that a penalty acts on: all, or all but those of one dimension.
 
     Many clients leave biases and normalisations alone. The head's bias tells: its gradient sums to zero, or to lambda
     times its own sum.
@@ -143,21 +172,22 @@ def decayed_parameters(gradients: Mapping[str, Tensor], model: nn.Module, decay:
     parameters = trainable(model)
     head = Head.of(model)
     _, bias = head.among(gradients)
-    if bias is not None and decay:
-        found, expected = float(bias.double().sum()), decay * float(head.layer.bias.detach().double().sum())
+    if bias is not None and sums.decay:
+        pulled = PULLS[sums.pull](head.layer.bias.detach().double())
+        found, expected = float(bias.double().sum()), sums.decay * float(pulled.sum())
         if abs(found) < abs(found - expected):
             return [name for name, parameter in parameters.items() if parameter.dim() > 1]
     return list(parameters)
 
 
 def without_decay(
-    gradients: Mapping[str, Tensor], model: nn.Module, decay: float, names: Sequence[str]
+    gradients: Mapping[str, Tensor], model: nn.Module, sums: ClassSums, names: Sequence[str]
 ) -> dict[str, Tensor]:
-    """The gradients less `decay` times these parameters, in each gradient's own type."""
+    """The gradients less the penalty on these parameters, in each gradient's own type."""
     parameters = trainable(model)
 
     def reduced(name: str, gradient: Tensor) -> Tensor:
-        pull = decay * parameters[name].detach().double().to(gradient.device)
+        pull = sums.decay * PULLS[sums.pull](parameters[name].detach().double()).to(gradient.device)
         return (gradient.double() - pull).to(gradient.dtype)
 
     return {name: reduced(name, g) if name in names else g for name, g in gradients.items()}

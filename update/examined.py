@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from network.parameters import trainable
 from update.evidence import (
+    DECAY,
     ERRORS,
     LOSS,
     SCALE,
@@ -33,7 +34,7 @@ def of_gradients(
     rounding: Mapping[str, Tensor] | None = None,
     is_defended: bool = False,
 ) -> tuple[dict[str, Tensor], list[Evidence]]:
-    """The gradients of one step without weight decay, and what they say of how they were made.
+    """The gradients of one step without weight decay or an L1 penalty, and what they say of how they were made.
 
     Args:
         gradients: by parameter name.
@@ -47,8 +48,8 @@ def of_gradients(
     sums = class_sums(gradients, model, rounding) if loss.is_cross_entropy and not (found or is_defended) else None
     if sums is not None:
         if sums.decay:
-            names = decayed_parameters(gradients, model, sums.decay)
-            gradients = without_decay(gradients, model, sums.decay, names)
+            names = decayed_parameters(gradients, model, sums)
+            gradients = without_decay(gradients, model, sums, names)
             found.append(_of_decay(sums, len(names) < len(trainable(model))))
         if sums.is_other_loss:
             found.append(_of_loss(sums, loss))
@@ -74,8 +75,9 @@ def _of_kind(gradients: Mapping[str, Tensor], model: nn.Module, rate: float | No
 
 
 def _of_decay(sums: ClassSums, spares_biases: bool) -> Evidence:
+    whose = "its weights" if sums.pull == DECAY else "the signs of its weights"
     said = (
-        f"the head's gradient sums over the classes to {sums.decay:.4e} times its weights: weight decay of so much, "
+        f"the head's gradient sums over the classes to {sums.decay:.4e} times {whose}: {sums.pull} of so much, "
         f"which was subtracted{' from all weights but biases and scales' if spares_biases else ''}"
     )
     return Evidence("decay", said, sums.decay)

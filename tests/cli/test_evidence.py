@@ -101,15 +101,20 @@ def test_a_factor_and_a_sign_are_found(client, factor):
     assert client.levels == ["read", "read"]
 
 
-@pytest.mark.parametrize("spares_biases", [False, True])
-def test_weight_decay_is_subtracted(client, spares_biases):
+DECAY = (lambda w: w, "weight decay")
+PENALTIES = [(*DECAY, False), (*DECAY, True), (torch.sign, "an L1 penalty", False)]
+
+
+@pytest.mark.parametrize(("pull", "said", "spares_biases"), PENALTIES)
+def test_a_penalty_on_the_weights_is_subtracted(client, pull, said, spares_biases):
     parameters = dict(client.net.named_parameters())
     decayed = {
-        name: g + 5e-4 * parameters[name].detach() * (g.dim() > 1 or not spares_biases)
+        name: g + 5e-4 * pull(parameters[name].detach()) * (g.dim() > 1 or not spares_biases)
         for name, g in client.gradients().items()
     }
     client.attacked(decayed)
     assert client.said["decay"]["figure"] == pytest.approx(5e-4, rel=2e-3)
+    assert f": {said} of so much" in client.said["decay"]["said"]
     assert client.levels == ["read", "read"]
 
 
