@@ -14,7 +14,7 @@ import io
 import pickle
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +55,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     try:
         tensors = {name: tensor for source in asked.sources for name, tensor in weights_of(source).items()}
-        wanted = Lpips().state_dict()
-        if missing := wanted.keys() - tensors.keys():
-            raise StorageError(f"not in these files: {', '.join(sorted(missing))}")
-        write_tensors(asked.out, {name: tensors[name] for name in wanted})
-        Lpips.load(asked.out)
+        write_tensors(asked.out, chosen(tensors))
     except StorageError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     print(asked.out)
     return 0
+
+
+def chosen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of `Lpips` among the tensors.
+
+    Raises:
+        StorageError: one is missing, or has another shape.
+    """
+    wanted = Lpips().state_dict()
+    wrong = [name for name, own in wanted.items() if name not in tensors or tensors[name].shape != own.shape]
+    if wrong:
+        raise StorageError(f"not in these files, or of another shape: {', '.join(wrong)}")
+    return {name: tensors[name] for name in wanted}
 
 
 def weights_of(source: Path) -> dict[str, Tensor]:

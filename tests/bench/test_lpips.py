@@ -77,13 +77,15 @@ def test_grey_images_are_grey_photographs_and_small_ones_are_refused(drawn):
         drawn(truth[..., :30], pictures[..., :30])
 
 
-def test_two_files_of_torch_make_the_same_weights(drawn, file, tmp_path):
+def test_two_files_of_torch_make_the_same_weights(drawn, file, tmp_path, capsys):
     state = drawn.state_dict()
     torch.save({name: state[name] for name in state if name.startswith("features")}, tmp_path / "alexnet.pth")
     torch.save({f"lin{i}.model.1.weight": state[f"channels.{i}"] for i in range(5)}, tmp_path / "alex.pth")
     out = tmp_path / "lpips.safetensors"
     assert lpips_weights.main([str(tmp_path / "alexnet.pth"), str(tmp_path / "alex.pth"), "--out", str(out)]) == 0
     assert out.read_bytes() == file.read_bytes()
+    assert lpips_weights.main([str(tmp_path / "alex.pth"), "--out", str(out)]) == 2
+    assert "features.0.weight" in capsys.readouterr().err
 
 
 def test_nothing_but_arrays_is_unpickled(tmp_path, capsys):
