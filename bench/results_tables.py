@@ -200,7 +200,9 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
         pictures="""
 One complication alone leaves the MLP's images bit for bit, but for coarse arithmetic, which hides the last bits. All at
 once hide some of the images. On the ResNet in training mode the reading tells every image apart, but its course begins
-with soft kinks and has not got anywhere after so few evaluations: the loop alone is ahead.""",
+with soft kinks and has not got anywhere after so few evaluations: the loop alone is ahead. LPIPS agrees with PSNR where
+images come out. Where none is identified it says little: on LeNet `prior_alone` has less than the mean image
+([why](labbook.md#2026-11-29-what-does-lpips-say-of-images-of-32-pixels)).""",
     ),
     Table(
         "loop_batchnorm",
