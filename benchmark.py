@@ -47,6 +47,7 @@ from bench.measures import (
     mean_image_scores,
     measure,
     measure_signals,
+    perceived,
     run_folder,
     truth_of,
 )
@@ -61,6 +62,7 @@ from cli.output import lasting_output, refused
 from cli.runtime import INTERRUPTED, choose_device
 from cli.settings import resolve
 from data import LABEL_MODES, open_source
+from judge.perceptual import Lpips
 from network.zoo import MODELS
 from schedules import MODES
 
@@ -133,6 +135,13 @@ def add_budget(command: argparse.ArgumentParser) -> None:
     budget.add_argument("--max_seconds", type=listed(SECONDS), metavar="LIST", help="wall time instead")
 
 
+def add_lpips(command: argparse.ArgumentParser) -> None:
+    """The flag of a measure whose weights the program does not bring."""
+    command.add_argument(
+        "--lpips", type=Path, metavar="FILE", help="weights of LPIPS, which is then measured (docs/benchmark.md)"
+    )
+
+
 def build_parser() -> OneLineParser:
     """The subcommands and their flags."""
     parser = OneLineParser(
@@ -149,6 +158,7 @@ def build_parser() -> OneLineParser:
         "--peer_attacks", type=listed(str), metavar="LIST", help="which of them; default all that are known"
     )
     add_budget(command)
+    add_lpips(command)
     command = add(commands, "signals", "images read from the head's gradient", [1, 2, 4, 8, 16, 24, 32])
     command.add_argument("--num_classes", type=listed(SIZE), default=[100, 10], metavar="LIST")
     command = add(commands, "defences", "what defences leave of signals and images", [8])
@@ -158,11 +168,14 @@ def build_parser() -> OneLineParser:
     )  # fmt: skip
     command.add_argument("--presets", type=listed(one_with_flags(rows)), default=list(ATTACKS), metavar="LIST")
     command.add_argument("--signals_only", action="store_true", help="no images, signals alone: seconds, not minutes")
+    add_lpips(command)
     command = add(commands, "schedules", "S(t) with the subset term and without, each run to its end", [16])
     command.add_argument("--schedules", type=listed(str, MODES), default=list(MODES), metavar="LIST")
+    add_lpips(command)
     command = add(commands, "tune", "settings of attacks, on images that no table shows", [8])
     command.add_argument("--presets", type=listed(one_with_flags(SEARCHES)), default=list(SEARCHES), metavar="LIST")
     add_budget(command)
+    add_lpips(command)
     command = commands.add_parser(
         "speed", help="time and memory of an evaluation, whole attacks, and a reading's stages"
     )
@@ -261,24 +274,32 @@ def grid(asked: argparse.Namespace, flags: Sequence[str]) -> list[Cell]:
 def compared(
     cells: Sequence[Cell], flags: Sequence[str], asked: argparse.Namespace, names: Sequence[str]
 ) -> tuple[list[Cell], list[Cell]]:
-    """The rows of attacks, and their means over all rows that agree in `names`, also written to summary.csv and .md."""
+    """The rows of attacks, and their means over all rows that agree in `names`, also written to summary.csv and .md.
+
+    Raises:
+        StorageError: --lpips is no file of its weights.
+    """
+    distance = Lpips.load(asked.lpips) if asked.lpips else None
+    if distance is None:
+        print("no LPIPS: --lpips names no file of its weights (docs/benchmark.md#lpips)", file=sys.stderr)
     figures = (*FIGURES, "status")
     measured = _measured(partial(measure, flags=flags, out=asked.out), figures, cells, flags, asked)
     front = [name for name in names if name not in BUDGETS]
     columns = (*front, "batch", "seed", *figures, *(name for name in names if name in BUDGETS))
     rows = [{name: row.get(name) for name in columns} for row in measured]
-    counted = [row | worth(row, cell, flags) for row, cell in zip(rows, cells, strict=True)]
+    rows = [row | perceived(cell, flags, asked.out, distance) for row, cell in zip(rows, cells, strict=True)]
+    counted = [row | worth(row, cell, flags, distance) for row, cell in zip(rows, cells, strict=True)]
     lines = summarise(counted, names)
     write_table(lines, asked.out / "summary")
     return rows, lines
 
 
-def worth(row: Cell, cell: Cell, flags: Sequence[str]) -> Cell:
+def worth(row: Cell, cell: Cell, flags: Sequence[str], distance: Lpips | None) -> Cell:
     """A row's part in a mean: a run that failed or diverged counts with the figures of the mean image."""
     if not (has_failed(row) or row["status"] == DIVERGED):
         return {"lost": False}
     try:
-        return {"lost": True} | mean_image_scores(cell, flags)
+        return {"lost": True} | mean_image_scores(cell, flags, distance)
     except (ValueError, OSError):  # the images are missing too
         return {"lost": True, "psnr_mean": None, "ssim_mean": None}
 

@@ -19,12 +19,13 @@ from judge.tables import markdown, write_csv
 WALL = 8  # images in a row of the picture wall
 LEAST = {"evaluations": 1, "seconds": 0.1}  # resolution of the tables, and lower bound on a logarithmic axis
 MEANS = (
-    "psnr_mean", "ssim_mean", "label_accuracy", "identification", "bit_exact", "certified", "signals_found",
-    "evaluations", "seconds",
+    "psnr_mean", "ssim_mean", "lpips_mean", "label_accuracy", "identification", "bit_exact", "certified",
+    "signals_found", "evaluations", "seconds",
 )  # fmt: skip
 OVERVIEW = {
     "psnr_mean": "PSNR (dB)",
     "ssim_mean": "SSIM",
+    "lpips_mean": "LPIPS",
     "label_accuracy": "labels right",
     "identification": "identified",
     "bit_exact": "bit for bit",
@@ -36,7 +37,14 @@ MEASURES = {"psnr": "mean PSNR (dB)", "ssim": "mean SSIM"}
 PANEL = {"batch_size": "B = {}", "max_evals": "{} evaluations", "max_seconds": "{} seconds"}
 MARKERS = "os^v"  # one for every ten lines
 DECADE = 10
-SHARES = ("ssim_mean", "label_accuracy", "identification", "bit_exact", "certified")  # figures between 0 and 1
+SHARES = (
+    "ssim_mean",
+    "lpips_mean",
+    "label_accuracy",
+    "identification",
+    "bit_exact",
+    "certified",
+)  # figures between 0 and 1
 PANELS = 3  # in a row
 
 
@@ -60,7 +68,7 @@ def summarise(rows: Sequence[Cell], names: Sequence[str]) -> list[Cell]:
 
 def _means(rows: Sequence[Cell]) -> Cell:
     means: Cell = {"runs": len(rows), "failed": round(mean(bool(row["lost"]) for row in rows), 3)}
-    for name in MEANS:
+    for name in (name for name in MEANS if name in rows[0]):
         values = [row[name] for row in rows if row.get(name) is not None]
         means[name] = round(mean(values), 3) if values else None
         if name == "psnr_mean":
@@ -75,13 +83,18 @@ def write_overview(lines: Sequence[Cell], budget: str, path: Path) -> None:
     for key in dict.fromkeys((line["model"], line["labels"], line[budget]) for line in lines):
         own = [line for line in lines if (line["model"], line["labels"], line[budget]) == key]
         page.append(f"## {key[0]}, {key[1]} labels, {PANEL[budget].format(key[2])}\n")
-        for name, title in OVERVIEW.items():
+        for name, title in shown(lines).items():
             rows = []
             for preset in dict.fromkeys(line["preset"] for line in own):
                 at = {line["batch_size"]: line for line in own if line["preset"] == preset}
                 rows.append({title: preset} | {f"B = {b}": in_a_word(at[b], name) for b in sizes if b in at})
             page.append(markdown(rows))
     path.write_text("\n".join(page), encoding="utf-8")
+
+
+def shown(lines: Sequence[Cell]) -> dict[str, str]:
+    """The measures of OVERVIEW that the means have, and their titles."""
+    return {name: title for name, title in OVERVIEW.items() if name in lines[0]}
 
 
 def in_a_word(line: Cell, name: str) -> str:

@@ -27,6 +27,7 @@ from cli.victim import client_batch, victim
 from data import Batch, open_source
 from judge import metrics
 from judge.layers import matched
+from judge.perceptual import LEAST_SIDE, Lpips
 from judge.pictures import read_images, save_images
 from judge.report import read_facts
 from judge.run_directory import RunDirectory
@@ -37,6 +38,7 @@ CLOSE = 0.01  # features count as read when their relative error is below this
 MANY_STEPS = 100_000  # steps of a run whose budget is seconds, so that seconds end the run
 QUALITY = ("psnr_mean", "ssim_mean", "label_accuracy", "identification", "bit_exact", "certified")
 FIGURES = (*QUALITY, "signals_found", "evaluations", "seconds")
+LPIPS = "lpips_mean"  # a figure that `perceived` adds, of what a run has left
 UNREAD = {"certified": 0.0, "signals_found": 0}  # figures of what reads no signals
 READ = ("found", "labels_right", "within_1_percent", "worst_error", "signal_seconds", "note")  # figures of signals
 
@@ -183,10 +185,35 @@ def measure_guess(cell: Cell, flags: Sequence[str], out: Path) -> Cell:
     return _recorded(cell, flags, out, images, figures)
 
 
-def mean_image_scores(cell: Cell, flags: Sequence[str]) -> Cell:
-    """PSNR and SSIM of the mean image on the batch of a cell: the figures of an attack that failed or diverged."""
-    _, figures = _guessed(MEAN, cell, flags)
-    return {name: figures[name] for name in ("psnr_mean", "ssim_mean")}
+def mean_image_scores(cell: Cell, flags: Sequence[str], distance: Lpips | None) -> Cell:
+    """PSNR, SSIM and LPIPS of the mean image on a cell's batch: the figures of an attack that failed or diverged."""
+    images, figures = _guessed(MEAN, cell, flags)
+    scores = {name: figures[name] for name in ("psnr_mean", "ssim_mean")}
+    return scores | ({LPIPS: mean_lpips(truth_of(cell, flags).images, images, distance)} if distance else {})
+
+
+def perceived(cell: Cell, flags: Sequence[str], out: Path, distance: Lpips | None) -> Cell:
+    """The mean LPIPS of the pictures that a cell's run has left, each beside its truth; None where it left none.
+
+    Nothing without a distance.
+    """
+    if distance is None:
+        return {}
+    path = run_folder(cell, flags, out)
+    if not (path / "metrics.json").is_file():
+        return {LPIPS: None}
+    order = json.loads((path / "metrics.json").read_text())["assignment"]
+    return {LPIPS: mean_lpips(truth_of(cell, flags).images, pictures(path)[order], distance)}
+
+
+def mean_lpips(truth: Tensor, images: Tensor, distance: Lpips) -> float | None:
+    """The mean distance of images (B, C, H, W) in [0, 1], as pictures of 8 bits, from their truths.
+
+    None where the distance is of larger images.
+    """
+    if min(truth.shape[2:]) < LEAST_SIDE:
+        return None
+    return float(distance(truth, (images * 255).round() / 255).mean())
 
 
 def _guessed(name: str, cell: Cell, flags: Sequence[str]) -> tuple[Tensor, Cell]:

@@ -41,6 +41,7 @@ MEASURED = {
     "psnr_least": ("psnr_least", ".1f"),
     "psnr_spread": ("psnr_spread", ".1f"),
     "ssim": ("ssim_mean", ".2f"),
+    "lpips": ("lpips_mean", ".3f"),
     "label_accuracy": ("label_accuracy", ".2f"),
     "identification": ("identification", ".2f"),
     "bit_exact": ("bit_exact", ".2f"),
@@ -227,7 +228,7 @@ def with_paths(words: Sequence[str], data_path: Path | None, weights_dir: Path |
     for flag, word in pairwise(words):
         if flag == "--data_path":
             word = str((data_path if data_path and word.endswith(".npz") else Path(word)).resolve())
-        elif flag == "--weights":
+        elif flag in ("--weights", "--lpips"):
             word = str(there / word)
         elif flag == "--model" and ".py:" in word:
             word = str(ROOT / word)

@@ -32,7 +32,7 @@ they are, and the [glossary](architecture.md#glossary) explains the words.
 **PSNR and SSIM** are means over a batch, after the best one-to-one assignment of reconstructions to true images,
 since the order of a batch cannot be known. PSNR is in dB and cut off at 100. PSNR varies by about 2 dB from batch to
 batch, so compare figures of the same batch and the same number of evaluations: a longer attack on the same network
-reaches more dB.
+reaches more dB. **LPIPS** ([what it is](benchmark.md#lpips)) is 0 for equal pictures and larger for unlike ones.
 
 **Data.** Commands name `cifar10_test.npz`, the first 256 images of the CIFAR-10 test set
 ([reproducibility.md](reproducibility.md#set-up) makes the file). Unless a command says otherwise, the update is one
@@ -48,6 +48,7 @@ RIVAL = ("{psnr}", " ± {psnr_spread}", ", {ssim}", ", {seconds} s", " (diverged
 RIVALS = {"method": "`{method}`", "labels": "{labels}"}
 FIGURES = "PSNR ± standard deviation over runs, SSIM, seconds"
 SHARE = "share of the labels that are right"
+SHARES = "{identification}, {certified}, {bit_exact}"
 BY_SIZE = "B = {batch_size}"
 
 TABLES = (
@@ -192,19 +193,16 @@ row: their reconstructions from one averaged gradient of `torchvision:resnet18`.
         elsewhere it is an example of one run. ResNet-8 is [this file](../examples/small_resnet.py).""",
         {"network": "{network}, {stage}", "training": "{training}", "BatchNorm": "{norms}", "budget": "{evaluations}"},
         {
-            "PSNR ± standard deviation in dB (SSIM), share of the labels right, identified, certified, bit for bit": (
-                "{psnr}",
-                " ± {psnr_spread}",
-                " ({ssim}), ",
-                "{label_accuracy}, ",
-                "{identification}, {certified}, {bit_exact}",
-            )
+            "PSNR ± standard deviation in dB (SSIM, LPIPS), share of the labels right, identified, certified, bit for "
+            "bit": ("{psnr}", " ± {psnr_spread}", " ({ssim}", ", {lpips}", "), ", "{label_accuracy}, ", SHARES)
         },
         "`{attack}`: {knows}",
         pictures="""
 One complication alone leaves the MLP's images bit for bit, but for coarse arithmetic, which hides the last bits. All at
 once hide some of the images. On the ResNet in training mode the reading tells every image apart, but its course begins
-with soft kinks and has not got anywhere after so few evaluations: the loop alone is ahead.""",
+with soft kinks and has not got anywhere after so few evaluations: the loop alone is ahead. LPIPS agrees with PSNR where
+images come out. Where none is identified it says little: on LeNet `prior_alone` has less than the mean image
+([why](labbook.md#2026-11-29-what-does-lpips-say-of-images-of-32-pixels)).""",
     ),
     Table(
         "loop_batchnorm",

@@ -19,7 +19,8 @@ from bench.planned import Planned, measure_planned
 
 TABLE = "settings"
 COLUMNS = (
-    "runs", "psnr", "psnr_spread", "ssim", "label_accuracy", "identification", "certified", "bit_exact", "diverged",
+    "runs", "psnr", "psnr_spread", "ssim", "lpips", "label_accuracy", "identification", "certified", "bit_exact",
+    "diverged",
 )  # fmt: skip
 SPREAD, EXAMPLE = "--batches 0,1,2 --seeds 0,1,2", "--batches 0 --seeds 0"
 SMALL_RESNET = "examples/small_resnet.py:resnet8"
@@ -138,7 +139,7 @@ def command(setting: Setting, attack: Attack) -> str:
     """That measures the row."""
     words = (
         f'python benchmark.py grid {attack.words} --models "{setting.model}" --batch_sizes {setting.images} '
-        f"{setting.runs} --max_evals {setting.evaluations} {setting.flags} --out DIR"
+        f"{setting.runs} --max_evals {setting.evaluations} {setting.flags} --lpips lpips.safetensors --out DIR"
     )
     return words.replace("'", '"')
 

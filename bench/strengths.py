@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from bench.cells import Cell
-from bench.figures import OVERVIEW, file_suffix, in_a_word
+from bench.figures import OVERVIEW, file_suffix, in_a_word, shown
 from bench.guesses import MEAN
 from judge.tables import markdown
 from update.defences import Defences
@@ -74,7 +74,7 @@ def write_strengths(lines: Sequence[Cell], path: Path) -> None:
     page: list[str] = []
     for (model, labels, size), own in panels(lines).items():
         rows: dict[str, Cell] = {}
-        for (name, title), line in itertools.product(OVERVIEW.items(), own):
+        for (name, title), line in itertools.product(shown(own).items(), own):
             row = rows.setdefault(line["defence"], {"defence": line["defence"]})
             if line["preset"] != MEAN or name in WORTH:
                 row[f"{title}, {line['preset']}"] = in_a_word(line, name)
