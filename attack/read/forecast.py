@@ -6,6 +6,8 @@ For each linear or convolutional layer:
   of every image, and the layer's inputs can be told apart without anything above it.
 - Determined from above. With inputs known further up, delta is, and each input channel has c_out k^2 gradient rows for
   B H W unknowns. Forward rows add up to c_out P an image; behind a ReLU about half of them are known.
+- Behind a gate in front of a sum. What the gate puts out is not known, so its layers and the one below it are told
+  together with the block's input, or that layer's input by its own gradient.
 - Determined together. Inside a residual block, a layer whose own equations are too few has the block's output beside
   them, for the block's input in place of its own (`block`); equations and unknowns are then those.
 
@@ -22,6 +24,7 @@ from typing import NamedTuple
 
 from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
+from attack.walk.gates import is_held
 from attack.walk.gauge import is_part_of_layer_below, why_not_in_front
 from attack.walk.per_image import ROOM
 from network.chain import Layer, in_products, input_shapes, measured, mixed_below, parametrised, skips
@@ -30,9 +33,10 @@ from network.kinds import kind_of
 from network.kinds.affine import is_spanned
 from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
+from network.kinds.product import CUT_OFF
 from network.parametrised import why_no_gradient
 from network.perceptrons import Perceptron
-from network.stage import Chain, Residual
+from network.stage import Chain, Gate, Residual
 
 ONE_BY_ONE = "its tokens are told apart one by one, and neither their images nor their positions"
 
@@ -220,7 +224,7 @@ class _Forecast:
             shape: of its inputs.
             block: whose branch it is.
         """
-        shapes, norm = input_shapes(chain, shape) if chain else [], None
+        shapes, norm, held = input_shapes(chain, shape) if chain else [], None, []
         for index in reversed(range(len(chain))):
             stage, kind, lowest = chain[index], kind_of(chain[index].module), block is not None and not index
             is_behind_image_norm = norm is not None and not kind_of(norm.module).mixes_images(norm.module)
@@ -229,6 +233,13 @@ class _Forecast:
             norm = stage if is_part_of_layer_below(stage.module, shapes[index], chain[:index]) else None
             if norm is not None:  # a part of the equations of the layer below it
                 continue
+            is_untold_gate = isinstance(stage.module, Gate) and told == Told() and block is not None
+            if (held or is_untold_gate) and is_held(stage.module):
+                held.append(stage)
+                continue
+            if held and not kind.is_affine:
+                told = self._cut_off(held)
+                held = []
             if isinstance(stage.module, Residual) and lowest:
                 return self._branches(_Block(stage.module, told, shapes[index]))
             if isinstance(stage.module, Residual):
@@ -236,11 +247,13 @@ class _Forecast:
             elif kind.is_affine:
                 step = self._layer(self.layers[stage.name], told)
                 step = step._replace(room=ROOM) if is_behind_image_norm else step
+                names = [*(layer.name for layer in parametrised(held)), stage.name]
                 if lowest:
-                    self.steps[stage.name] = step
-                    return _Entry([stage.name], step.equations, step.reason)
-                self.steps[stage.name] = step = self._in_block(step, block, chain, index)
-                told = Told(1.0)
+                    self.steps |= dict.fromkeys(names, step)
+                    return _Entry(names, step.equations, step.reason)
+                step = self._in_front_of_gate(step, block) if held else self._in_block(step, block, chain, index)
+                self.steps |= dict.fromkeys(names, step)
+                told, held = Told(1.0), []
                 if block is not None and step.is_determined and block.is_told_by(chain):
                     return _Entry(equations=self._entries(shape), is_told=True)
             else:
@@ -248,6 +261,7 @@ class _Forecast:
                 reason = reason or (kind.needs_all if told.share < 1 else "")
                 told = told if told.reason else Told(min(told.share, kind.known_share), reason)
                 self.steps |= {layer.name: self._in_gate(layer.name, told.reason) for layer in parametrised([stage])}
+        told = self._cut_off(held) if held else told
         reason = told.reason or (MIXES if norm is not None else "")
         return _Entry(equations=int(told.share * self._entries(shape)), reason=reason)
 
@@ -261,6 +275,19 @@ class _Forecast:
         reason = reason or self._silent(layer, told.share)
         known = int(told.share * self._entries(layer.output_shape))
         return Step(0 if reason else kind.equations(layer.module, known, layer.input_shape), unknowns, reason)
+
+    def _cut_off(self, held: Chain) -> Told:
+        """What is known below a gate whose outputs are not, and below what was passed with it: nothing."""
+        self.steps |= {layer.name: self._in_gate(layer.name, CUT_OFF) for layer in parametrised(held)}
+        return Told(reason=CUT_OFF)
+
+    def _in_front_of_gate(self, step: Step, block: _Block) -> Step:
+        """The step to a layer in front of a gate: alone where it can be, unless the block's output is its input too."""
+        if step.is_determined and not skips(block.module):
+            return step
+        outputs = int(block.told.share * self._entries(block.output_shape))
+        together = Step(min(step.equations, step.unknowns) + outputs, self._entries(block.shape), step.reason)
+        return together
 
     def _in_gate(self, name: str, reason: str) -> Step:
         """The step to a layer of a gate, whose input follows from what the gate multiplies."""
