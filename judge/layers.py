@@ -70,7 +70,8 @@ def matched(found: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         error: (N,) relative distance |found - true| / |true| of each pair.
     """
     found, truth = found.flatten(1).to(truth), truth.flatten(1)
-    distance = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist") / truth.norm(dim=1)  # (N, B)
+    sizes = truth.norm(dim=1).clamp(min=torch.finfo(truth.dtype).tiny)  # all of a small layer may be cut off
+    distance = torch.cdist(found, truth, compute_mode="donot_use_mm_for_euclid_dist") / sizes  # (N, B)
     pairs = tuple(map(torch.from_numpy, linear_sum_assignment(distance.cpu().numpy())))
     return *pairs, distance.cpu()[pairs]
 

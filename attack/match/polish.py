@@ -36,7 +36,7 @@ from attack.solve.gauss_newton import Linearised, Tangent, gauss_newton
 from network.chain import is_walked, mixes_images, modules
 from network.kinds import kind_of
 from network.memory import is_out_of_memory
-from network.stage import Chain, Residual
+from network.stage import Branched, Chain
 from priors import Prior
 from update.evidence import POLISH, Evidence
 
@@ -70,7 +70,7 @@ def _above_kinks(chain: Chain) -> tuple[list[str], bool]:
     """These layers, and whether there is no kink in the chain at all."""
     found: list[str] = []
     for stage in reversed(chain):
-        if isinstance(stage.module, Residual):
+        if isinstance(stage.module, Branched):
             branches = [_above_kinks(branch) for branch in stage.module.branches]
             found += [name for names, _ in branches for name in names]
             if not all(is_smooth for _, is_smooth in branches):

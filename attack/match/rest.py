@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from attack.match.entries import observed
 from attack.prepare import Known
+from network.parameters import trainable
+from update.gradients import averaged_gradient
 from update.shared import SharedUpdate
 
 
@@ -33,12 +35,11 @@ def without_known(update: SharedUpdate, model: nn.Module, known: Known) -> tuple
     gradients: dict[str, Tensor] = {}
     if update.training.is_gradient and observed(update, model).is_whole:
         own = copy.deepcopy(model).double()
-        weights = [own.get_parameter(name).requires_grad_() for name in update.gradients]
         with torch.enable_grad():
-            total = loss.each(own(known.pixels.double()), known.labels[:count]).sum()
-            parts = torch.autograd.grad(total, weights, materialize_grads=True)
-        named = zip(update.gradients.items(), parts, strict=True)
-        gradients = {name: ((known.batch_size * g.double() - p) / left).to(g) for (name, g), p in named}
+            of_known = averaged_gradient(own, known.pixels.double(), known.labels[:count], loss=loss)
+        parts = {name: count * part for name, part in zip(trainable(own), of_known, strict=True)}
+        sums = {name: known.batch_size * sent.double() - parts[name] for name, sent in update.gradients.items()}
+        gradients = {name: (sums[name] / left).to(sent) for name, sent in update.gradients.items()}
     rest = replace(
         known,
         batch_size=left,

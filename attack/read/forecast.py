@@ -5,7 +5,10 @@ For each linear or convolutional layer:
 - Spanned. Its averaged gradient has rank B P at most. Up to c_out, and below c_in k^2, the row space holds every patch
   of every image, and the layer's inputs can be told apart without anything above it.
 - Determined from above. With inputs known further up, delta is, and each input channel has c_out k^2 gradient rows for
-  B H W unknowns. Forward rows add up to c_out P an image; behind a ReLU about half of them are known.
+  B H W unknowns. Forward rows add up to c_out P an image; behind a ReLU about half of them are known. A stride sorts
+  the positions into classes, and rows that one has too many do not make up for those that another lacks.
+- Behind a gate in front of a sum. What the gate puts out is not known, so its layers and the one below it are told
+  together with the block's input, or that layer's input by its own gradient.
 - Determined together. Inside a residual block, a layer whose own equations are too few has the block's output beside
   them, for the block's input in place of its own (`block`); equations and unknowns are then those.
 
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 from attack.read.layer_choice import candidate_layers, order
 from attack.walk.equations import ENOUGH
+from attack.walk.gates import is_held
 from attack.walk.gauge import is_part_of_layer_below, why_not_in_front
 from attack.walk.per_image import ROOM
 from network.chain import Layer, in_products, input_shapes, measured, mixed_below, parametrised, skips
@@ -30,10 +34,12 @@ from network.kinds import kind_of
 from network.kinds.affine import is_spanned
 from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
+from network.kinds.product import CUT_OFF
 from network.parametrised import why_no_gradient
 from network.perceptrons import Perceptron
-from network.stage import Chain, Residual
+from network.stage import Chain, Gate, Residual
 
+RARE = 0.05  # cases expected in a batch up to which a thing is not expected
 ONE_BY_ONE = "its tokens are told apart one by one, and neither their images nor their positions"
 
 
@@ -220,7 +226,7 @@ class _Forecast:
             shape: of its inputs.
             block: whose branch it is.
         """
-        shapes, norm = input_shapes(chain, shape) if chain else [], None
+        shapes, norm, held = input_shapes(chain, shape) if chain else [], None, []
         for index in reversed(range(len(chain))):
             stage, kind, lowest = chain[index], kind_of(chain[index].module), block is not None and not index
             is_behind_image_norm = norm is not None and not kind_of(norm.module).mixes_images(norm.module)
@@ -229,6 +235,13 @@ class _Forecast:
             norm = stage if is_part_of_layer_below(stage.module, shapes[index], chain[:index]) else None
             if norm is not None:  # a part of the equations of the layer below it
                 continue
+            is_untold_gate = isinstance(stage.module, Gate) and told == Told() and block is not None
+            if (held or is_untold_gate) and is_held(stage.module):
+                held.append(stage)
+                continue
+            if held and not kind.is_affine:
+                told = self._cut_off(held)
+                held = []
             if isinstance(stage.module, Residual) and lowest:
                 return self._branches(_Block(stage.module, told, shapes[index]))
             if isinstance(stage.module, Residual):
@@ -236,11 +249,16 @@ class _Forecast:
             elif kind.is_affine:
                 step = self._layer(self.layers[stage.name], told)
                 step = step._replace(room=ROOM) if is_behind_image_norm else step
+                names = [*(layer.name for layer in parametrised(held)), stage.name]
                 if lowest:
-                    self.steps[stage.name] = step
-                    return _Entry([stage.name], step.equations, step.reason)
-                self.steps[stage.name] = step = self._in_block(step, block, chain, index)
-                told = Told(1.0)
+                    self.steps |= dict.fromkeys(names, step)
+                    return _Entry(names, step.equations, step.reason)
+                if held:
+                    step = self._in_front_of_gate(step, block, chain[:index])
+                else:
+                    step = self._in_block(step, block, chain, index)
+                self.steps |= dict.fromkeys(names, step)
+                told, held = Told(1.0), []
                 if block is not None and step.is_determined and block.is_told_by(chain):
                     return _Entry(equations=self._entries(shape), is_told=True)
             else:
@@ -248,6 +266,7 @@ class _Forecast:
                 reason = reason or (kind.needs_all if told.share < 1 else "")
                 told = told if told.reason else Told(min(told.share, kind.known_share), reason)
                 self.steps |= {layer.name: self._in_gate(layer.name, told.reason) for layer in parametrised([stage])}
+        told = self._cut_off(held) if held else told
         reason = told.reason or (MIXES if norm is not None else "")
         return _Entry(equations=int(told.share * self._entries(shape)), reason=reason)
 
@@ -260,7 +279,20 @@ class _Forecast:
         reason = told.reason or kind.why_not(layer.module, layer.input_shape, layer.output_shape)
         reason = reason or self._silent(layer, told.share)
         known = int(told.share * self._entries(layer.output_shape))
-        return Step(0 if reason else kind.equations(layer.module, known, layer.input_shape), unknowns, reason)
+        if reason:
+            return Step(0, unknowns, reason)
+        return Step(kind.equations(layer.module, known, layer.input_shape, self.batch_size), unknowns)
+
+    def _cut_off(self, held: Chain) -> Told:
+        """What is known below a gate whose outputs are not, and below what was passed with it: nothing."""
+        self.steps |= {layer.name: self._in_gate(layer.name, CUT_OFF) for layer in parametrised(held)}
+        return Told(reason=CUT_OFF)
+
+    def _in_front_of_gate(self, step: Step, block: _Block, below: Chain) -> Step:
+        """The step to a layer in front of a gate: alone where it can be, unless the block's output is its input too."""
+        if step.is_determined and not skips(block.module):
+            return step
+        return self._with_block(step, block, below)
 
     def _in_gate(self, name: str, reason: str) -> Step:
         """The step to a layer of a gate, whose input follows from what the gate multiplies."""
@@ -275,9 +307,9 @@ class _Forecast:
         groups = getattr(layer.module, "groups", 1)
         off = groups * self.batch_size * (1 - share) ** (layer.positions * layer.channels_out)
         is_gated = 0 < share < 1  # of a body's output nothing is known, and that cuts nothing off
-        if not is_gated or off <= 0.5:
+        if not is_gated or off <= RARE:
             return ""
-        return f"an image has all outputs cut off in one of its {groups} groups, in about {round(off)} cases"
+        return f"an image has all outputs cut off in one of its {groups} groups, in about {off:.2g} cases"
 
     def _in_block(self, step: Step, block: _Block | None, chain: Chain, index: int) -> Step:
         """The step to a layer of a block's body, with the block's output beside it where it is too short alone."""
@@ -285,9 +317,19 @@ class _Forecast:
             return step
         if chain[index].name in mixed_below(chain):
             return step
-        outputs = int(block.told.share * self._entries(block.output_shape))
-        together = Step(step.equations + outputs, self._entries(block.shape))
+        together = self._with_block(step, block, chain[:index])
         return together if together.is_determined else step
+
+    def _with_block(self, step: Step, block: _Block, below: Chain) -> Step:
+        """The step to a layer's input h and the block's input together; `below` is the part of the body that makes h.
+
+        Where the shortcut is the identity, the block's output nearly is its input. Elsewhere h has to tell it, and what
+        an activation has cut off of h tells nothing of what came in.
+        """
+        is_cut = bool(below) and not skips(block.module)
+        told = int((kind_of(below[-1].module).known_share if is_cut else 1.0) * step.unknowns)
+        outputs = int(block.told.share * self._entries(block.output_shape))
+        return Step(min(step.equations, told) + outputs, self._entries(block.shape), step.reason)
 
     def _past_block(self, name: str, block: _Block) -> Told:
         """Take the steps inside a residual stage; what is known of its input. The layers that take it share a step."""

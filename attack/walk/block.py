@@ -28,7 +28,7 @@ from torch import Tensor
 from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Solution, cgls
 from attack.solve.gauss_newton import NonlinearEquations, gauss_newton
-from attack.walk.equations import GradientRows, Rows, stack
+from attack.walk.equations import GatedGradientRows, GradientRows, KnownRows, Rows, stack
 from attack.walk.noise import beside, relative, size_of
 from network.chain import in_float32
 from network.stage import Residual, run
@@ -124,10 +124,12 @@ class Together:
     def _equations(self, above: Sequence[Rows], below: Sequence[Rows]) -> NonlinearEquations:
         groups = [group for group in (above, self.output, below) if group]
         values = [[_balanced(r, self.loudness) for r in group] for group in groups]
+        gated = [r.operator for r in above if isinstance(r.operator, GatedGradientRows)]
+        values[0] = [_of_made(r) for r in values[0]]
         stacked = [stack(group) for group in values]
         return NonlinearEquations(
-            function=self._function(self.block, bool(below)),
-            rough=self._function(self.rough, bool(below)),
+            function=self._function(self.block, bool(below), gated),
+            rough=self._function(self.rough, bool(below), [rows.float() for rows in gated]),
             rows=[operator for operator, _ in stacked],
             rough_rows=[stack([r.float() for r in group])[0] for group in values],
             targets=[target for _, target in stacked],
@@ -135,15 +137,29 @@ class Together:
             is_positive=self.is_positive,
         )
 
-    def _function(self, block: Residual, with_u: bool = False) -> Callable[[Tensor], Sequence[Tensor]]:
-        """u to h, to what the block puts out, and to itself."""
+    def _function(
+        self, block: Residual, with_u: bool = False, gated: Sequence[GatedGradientRows] = ()
+    ) -> Callable[[Tensor], Sequence[Tensor]]:
+        """u to h, to what the block puts out if that is known, and to itself; to the gradient of a gated layer for h.
+
+        Only one layer takes h, so rows on it are all of one kind.
+        """
 
         def values(u: Tensor) -> Sequence[Tensor]:
             h = run(block.body[: self.index], u)
-            found = h, run(block.body[self.index :], h) + run(block.shortcut, u)
-            return (*found, u.clone()) if with_u else found
+            found = [gated[0].forward(h) if gated else h]
+            if self.output:
+                found.append(run(block.body[self.index :], h) + run(block.shortcut, u))
+            return [*found, u.clone()] if with_u else found
 
         return values
+
+
+def _of_made(rows: Rows) -> Rows:
+    """Rows on what `Together` makes of u: a gradient behind a gate is made already."""
+    if not isinstance(rows.operator, GatedGradientRows):
+        return rows
+    return replace(rows, operator=KnownRows(torch.ones_like(rows.target, dtype=torch.bool)))
 
 
 def _balanced(rows: Rows, loudness: Tensor) -> Rows:

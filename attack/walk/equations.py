@@ -5,6 +5,8 @@ With delta (B, ...) the derivative of each image's own loss by the layer's outpu
     gradient rows   sum_i corr(delta_i, u_i) = B G
     forward rows    W * u + b = z                    wherever z is known
     known rows      u = value                        wherever it is known
+
+Behind a gate whose outputs are not known, delta depends on what the layer puts out, and so on u: `GatedGradientRows`.
 """
 
 import math
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from attack.solve.cgls import Operator, Stacked
 from attack.walk.trajectory import MovingMap
+from network.chain import in_float32
 from network.kinds.affine import LinearMap
+from network.stage import Chain, run
 
 # Equations for each unknown from which a layer is expected to be determined, and a block is tried as a whole: on a
 # small net 1.11 are enough, 1.03 are not.
@@ -44,6 +48,36 @@ class GradientRows:
     def float(self) -> "GradientRows":
         """The same in float32."""
         return GradientRows(self.map.float(), self.delta.float())
+
+
+@dataclass(frozen=True)
+class GatedGradientRows(GradientRows):
+    """u -> sum_i corr(delta_i(u), u_i), where stages behind the layer make delta of what it puts out: not linear.
+
+    Attributes:
+        delta: (B, ...) of the outputs of these stages.
+        bias: (c_out,).
+        behind: the stages.
+    """
+
+    bias: Tensor
+    behind: Chain
+
+    def delta_at(self, u: Tensor) -> Tensor:
+        """delta of the layer's output at u, differentiable by u where a graph of it is kept."""
+        with torch.enable_grad():
+            z = self.map.outputs(u) + self.bias.view(-1, *(1,) * (self.delta.dim() - 2))
+            is_followed = z.requires_grad
+            z = z if is_followed else z.requires_grad_()
+            return torch.autograd.grad(run(self.behind, z), z, self.delta, create_graph=is_followed)[0]
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Of the weight's shape."""
+        return self.map.weights(u, self.delta_at(u))
+
+    def float(self) -> "GatedGradientRows":
+        """The same in float32."""
+        return GatedGradientRows(self.map.float(), self.delta.float(), self.bias.float(), in_float32(self.behind))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from attack.solve.rounding import precision_of
 from attack.walk.gauge import why_not_in_front
 from attack.walk.per_image import ImageNormSource
-from attack.walk.sources import LayerSource, Normalisation, NormalisedSource
+from attack.walk.sources import GatedSource, LayerSource, Normalisation, NormalisedSource
 from attack.walk.trajectory import MovingMap
 from attack.walk.way import Way
 from network.kinds import kind_of
@@ -70,7 +70,7 @@ def layer_source(
         stage: the layer.
         linear: its linear part.
         bias: (c_out,), or (B, c_out) where it moves.
-        way: down to its outputs, or to those of the BatchNorm in training mode behind it.
+        way: down to its outputs, or to those of the BatchNorm in training mode or the gate behind it.
         gradients: of the update.
         mask_error: (B,) relative error of each image's delta by wrong masks.
 
@@ -88,6 +88,8 @@ def layer_source(
         "additive": gradients.error(stage.name, outputs.values),
         "mask_error": mask_error.to(outputs.values),
     }
+    if way.held:
+        return GatedSource(**facts, behind=way.held)
     if way.norm is None:
         return LayerSource(**facts)
     shape = tuple(outputs.values.shape[1:])

@@ -16,7 +16,7 @@ from torch import Tensor
 from attack.solve.budget import WorkBudget
 from attack.solve.cgls import Operator, Product, Solution, refined
 from attack.walk.block import PATIENT, Together
-from attack.walk.equations import GradientRows, Rows, Scaling, stack
+from attack.walk.equations import GatedGradientRows, GradientRows, Rows, Scaling, stack
 from attack.walk.noise import beside, relative, size_of
 from network.known_outputs import FLOOR
 
@@ -248,11 +248,12 @@ class LayerInBlock(_InBlock):
 
 
 class BlockInput(_InBlock):
-    """The input of a block, once `LayerInBlock` has found the input of a layer of its body.
+    """The input of a block, once `LayerInBlock` has found the input of a layer of its body, or of a gated layer.
 
     Args:
-        together: the equations in which that layer's input was found.
-        above: that layer's rows, their masks decided.
+        together: the equations in which that layer's input was found, or those around a gated layer that takes the
+            block's input itself.
+        above: that layer's rows, their masks decided; none of a gated one, which is a source.
     """
 
     def __init__(self, together: Together, above: Sequence[Rows]) -> None:
@@ -260,7 +261,8 @@ class BlockInput(_InBlock):
         self.above = list(above)
 
     def _rows(self, sources: Sequence[RowSource]) -> tuple[list[Rows], list[Rows]]:
-        return self.above, _gradients(sources)
+        gated = [rows for rows in rows_of(sources) if isinstance(rows.operator, GatedGradientRows)]
+        return [*self.above, *gated], _gradients(sources)
 
     def solve(self, sources: Sequence[RowSource]) -> tuple[Tensor, Solution]:
         """u (B, ...), and the solver's word."""
@@ -269,5 +271,6 @@ class BlockInput(_InBlock):
 
 
 def _gradients(sources: Sequence[RowSource]) -> list[Rows]:
-    """The lowest layers' gradient rows. The block's own equations hold what is known of these layers' outputs."""
-    return [rows for rows in rows_of(sources) if isinstance(rows.operator, GradientRows)]
+    """The lowest layers' linear gradient rows; the block's own equations hold what is known of their outputs."""
+    every = [rows for rows in rows_of(sources) if isinstance(rows.operator, GradientRows)]
+    return [rows for rows in every if not isinstance(rows.operator, GatedGradientRows)]

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from attack.walk.equations import ForwardRows, GradientRows, KnownRows, Rows
+from attack.walk.equations import ForwardRows, GatedGradientRows, GradientRows, KnownRows, Rows
 from attack.walk.trajectory import MovingMap
 from network.kinds.affine import LinearMap
 from network.known_outputs import KnownOutputs
-from network.stage import Residual, delta_before
+from network.stage import Chain, Residual, delta_before, run
 
 CANCELLED = 1e-3  # of the strongest row: by cancellation no row is more exact than that one would be
 
@@ -117,6 +117,39 @@ class LayerSource:
     def residual(self, u: Tensor) -> Tensor:
         """What the gradient leaves unexplained at u, of its shape."""
         return self.gradient - self.map.weights(u, self.above.delta)
+
+
+@dataclass(frozen=True)
+class GatedSource(LayerSource):
+    """A layer in front of a gate whose outputs are not known; `above` is what is known of the gate's output: delta.
+
+    Attributes:
+        behind: the stages from the layer to the gate, the gate among them.
+    """
+
+    behind: Chain
+
+    def _gradient_rows(self) -> GatedGradientRows:
+        return GatedGradientRows(self.map, self.above.delta, self.bias, self.behind)
+
+    def rows(self) -> list[Rows]:
+        """Its gradient rows, which are not linear; none where the update has no gradient."""
+        if self.gradient is None:
+            return []
+        return [Rows(self._gradient_rows(), self.gradient, self.gradient_weights)]
+
+    def delta(self, u: Tensor) -> Tensor:
+        """delta at the input u."""
+        return self.map.inputs(self._gradient_rows().delta_at(u))
+
+    def flip_direction(self) -> Tensor:
+        """The sign of what each entry's flip adds to the delta of the layer's output: the gate itself has none."""
+        nothing = torch.zeros_like(self.above.delta)
+        return super().flip_direction() * delta_before(partial(run, self.behind), nothing, nothing + 1).sign()
+
+    def residual(self, u: Tensor) -> Tensor:
+        """What the gradient leaves unexplained at u, of its shape."""
+        return self.gradient - self._gradient_rows().forward(u)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ place. Between the layers:
   the shortcut is the identity, that is the block's input, and the lower layers of the body need not be solved.
 - Layers of a body whose gradient has too few rows. Their input is a function of the block's input, which the block maps
   to its output. Both together determine the block's input, nonlinearly, see `block`.
+- Gates in front of a sum. What such a gate puts out is not known, and delta below it depends on what comes into it. So
+  the layer below it is one of those whose equations are taken together with the block's; delta is then a function too.
 
 Images that are too weak. An image that the network is sure of hardly moves the gradient, and its inputs come out
 accordingly: in a trained network's batch of 32 the loudest may be 5,000 times as loud as the quietest. The walk goes on
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.walk.block import Together
 from attack.walk.equations import ENOUGH
-from attack.walk.gates import contradicted
+from attack.walk.gates import contradicted, gates_behind, is_held
 from attack.walk.gauge import Gauge, is_part_of_layer_below, why_not_in_front
 from attack.walk.layer_solve import LayerSolver, Record, SolvedLayer
 from attack.walk.layer_source import BatchGradients, layer_source
@@ -45,7 +47,14 @@ from attack.walk.methods import Alone, BlockInput, LayerInBlock, SolveMethod, ro
 from attack.walk.noise import beside, is_after_relu, noise_of, relative, size_of
 from attack.walk.normalised import BehindNorm
 from attack.walk.per_image import Factors
-from attack.walk.sources import BehindNormSource, IdentitySource, NormalisedSource, SkippedBlock, Source
+from attack.walk.sources import (
+    BehindNormSource,
+    GatedSource,
+    IdentitySource,
+    NormalisedSource,
+    SkippedBlock,
+    Source,
+)
 from attack.walk.trajectory import MovingMap, OnePass, Trajectory
 from attack.walk.way import Given, Way
 from network.chain import input_shapes, inputs_along, mean_before, parameters, parametrised, shift_before, skips
@@ -53,6 +62,7 @@ from network.kinds import kind_of
 from network.kinds.affine import LinearMap
 from network.kinds.joining import is_joined
 from network.kinds.norm import MIXES
+from network.kinds.product import CUT_OFF
 from network.known_outputs import KnownOutputs, UndeterminedError
 from network.stage import Chain, Gate, Residual, Stage, run
 from update.loss import Loss
@@ -219,7 +229,17 @@ class _Walk:
         if not solved.record.determined:
             raise UndeterminedError(solved.record.reason)
         self.too_weak, self.noises[name] = solved.record.too_weak, solved.noise
+        for source in solved.sources:
+            if isinstance(source, GatedSource):
+                self._gate_told(source, solved.u, solved.noise)
         return solved
+
+    def _gate_told(self, source: GatedSource, u: Tensor, noise: Tensor) -> None:
+        """Compare a gate with its own layers' gradients, where the input u of the layer in front of it is known."""
+        for gate, inputs, delta in gates_behind(source, u):
+            contradicted(gate, inputs, delta, self.gradients)
+            errors = beside(relative(noise.expand_as(u), u) * size_of(inputs), inputs)
+            self._told_along([gate], KnownOutputs.of(inputs, delta, errors))
 
     def stopped(self, name: str, stop: Exception, seconds: float) -> None:
         """Keep a record of why the walk has ended at a stage, unless a layer's record says it already."""
@@ -251,6 +271,10 @@ class _Walk:
         if way.norm is not None:
             raise UndeterminedError(why_not_in_front(stage.module))
         passed = (*way.passed, (stage, shape, rest))
+        if way.held or (isinstance(stage.module, Gate) and not way.outputs.is_told and self.steps is None):
+            if not is_held(stage.module):
+                raise UndeterminedError(CUT_OFF)
+            return replace(way, passed=passed, held=(stage, *way.held))
         if is_part_of_layer_below(stage.module, shape, rest) and self.steps is None:
             return replace(way, passed=passed, norm=stage)
         if isinstance(stage.module, Gate) and self.steps is not None and parameters([stage]):
@@ -296,8 +320,8 @@ class _Walk:
         if not isinstance(stage.module, Residual):
             given = [self._given(way, stage, shape)]
             return given, self._method(given, shape, below)
-        if way.norm is not None:
-            raise UndeterminedError(MIXES)
+        if way.norm is not None or way.held:
+            raise UndeterminedError(CUT_OFF if way.held else MIXES)
         outputs, joined = way.outputs, is_joined(stage.module)
         block = _Block(stage.module, outputs, shape, below)
         body = self._branch(stage.module.body, outputs if joined else outputs.untold(), shape, block)
@@ -358,15 +382,22 @@ class _Walk:
                 continue
             below = chain[:index] if index else block.below
             given, method = self.given(stage, way, shapes[index], below)
+            if way.held and chain is not block.module.body:
+                raise UndeterminedError(CUT_OFF)
             if index == 0:
-                return replace(branch, given=given)
+                onward = BlockInput(self._together(block, 0, way.outputs.delta), []) if way.held else branch.onward
+                return replace(branch, given=given, onward=onward)
             is_alone = isinstance(method, Alone) and chain is block.module.body and self.steps is None
-            sources = [each.source for each in given]
-            if is_alone and 0 < method.count(sources) < method.unknowns:
+            sources, around = [each.source for each in given], block
+            if way.held and not skips(block.module) and method.count(sources) >= ENOUGH * method.unknowns:
+                around = _Block(Residual(chain[index:]), block.above.untold(), shapes[index], below)
+                method = LayerInBlock(self._together(around, 0, way.outputs.delta))
+            elif is_alone and (way.held or 0 < method.count(sources) < method.unknowns):
                 in_block = LayerInBlock(self._together(block, index, way.outputs.delta))
-                method = in_block if in_block.count(sources) >= ENOUGH * in_block.unknowns else method
+                is_enough = way.held or in_block.count(sources) >= ENOUGH * in_block.unknowns
+                method = in_block if is_enough else method
             solved = self.solve(stage.name, given, method, is_rectified=is_after_relu(below), needs_all=False)
-            if isinstance(method, LayerInBlock):
+            if isinstance(method, LayerInBlock) and around is block:
                 branch = replace(branch, onward=BlockInput(method.together, rows_of(solved.sources)))
             if branch.output is None:
                 output = self.trajectory.run(chain[index:], solved.u)
@@ -378,8 +409,8 @@ class _Walk:
                     return replace(branch, tells_all=True)
             self.inner[stage.name] = solved.u
             way = Way.from_known(solved.outputs)
-        if way.norm is not None:
-            raise UndeterminedError(MIXES)
+        if way.norm is not None or way.held:
+            raise UndeterminedError(CUT_OFF if way.held else MIXES)
         return replace(branch, given=[self._given(way, None, shape)])
 
     def _tells_all(self, branch: _Branch, chain: Chain, block: _Block) -> bool:

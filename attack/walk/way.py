@@ -19,12 +19,15 @@ class Way:
         passed: the stages, in the order of the walk, each with the shape of its input and the stages below it.
         outputs: what is known where it ends.
         norm: the BatchNorm in training mode that was passed last, which is a part of the equations of the layer below.
+        held: a gate whose outputs are not known, and the stages below it that were passed, in the order in which they
+            are applied: they too are a part of these equations, and `outputs` are the gate's.
     """
 
     top: KnownOutputs
     passed: tuple[tuple[Stage, tuple[int, ...], Chain], ...]
     outputs: KnownOutputs
     norm: Stage | None
+    held: Chain = ()
 
     @classmethod
     def from_known(cls, top: KnownOutputs) -> "Way":

@@ -4,6 +4,7 @@ A linear layer has one position, and its patch is its whole input. `Geometry` sa
 patches, `LinearMap` is the layer without its bias, as a linear operator with its adjoints.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -35,14 +36,14 @@ class Affine(Kind):
             return f"a convolution with padding={module.padding!r}: give it in pixels"
         return ""
 
-    def equations(self, module: nn.Module, known_outputs: int, inputs: Shape) -> int:
-        """Equations for the layer's inputs: a row for each entry of its gradient, and one for each known output.
+    def equations(self, module: nn.Module, known_outputs: int, inputs: Shape, batch_size: int) -> int:
+        """Equations for the inputs of so many images: rows of its gradient, and one for each known output.
 
-        A weight that meets nothing but padding has no row.
+        A weight that meets nothing but padding has no row. See `LinearMap.telling` for a stride.
         """
         if why_no_gradient(module):
             return known_outputs
-        return known_outputs + module.weight.shape[:2].numel() * LinearMap.of(module, tuple(inputs)).taps
+        return known_outputs + LinearMap.of(module, tuple(inputs)).telling(batch_size)
 
     def gives_weight_gradients(self, module: nn.Module) -> bool:
         """Of torch's own layers, grouped convolutions among them, as long as they pad with zeros."""
@@ -237,14 +238,31 @@ class LinearMap:
         """How many weights of a kernel meet more than padding; one of a linear layer."""
         if self.weight.dim() == 2:
             return 1
-        met = 1
-        for axis, side in enumerate(self.input_shape[1:]):
-            stride, padding, dilation = self.stride[axis], self.padding[axis], self.dilation[axis]
-            kernel = self.weight.shape[2 + axis]
-            last = side + 2 * padding - dilation * (kernel - 1) - 1  # where the last patch may begin
-            begins = range(-padding, last - padding + 1, stride)
-            met *= sum(any(0 <= begin + tap * dilation < side for begin in begins) for tap in range(kernel))
-        return met
+        return math.prod(sum(taps for taps, _ in self._classes(axis)) for axis in (0, 1))
+
+    def telling(self, batch_size: int) -> int:
+        """The rows of a gradient that tell something of so many images' inputs, about.
+
+        A stride sorts an input's positions into classes, each of which meets weights of its own. Where a class has
+        fewer rows than unknowns, those that another has too many do not make up for it, and are not counted.
+        """
+        channels_out, channels = len(self.weight) // self.groups, self.weight.shape[1] * self.groups
+        if self.weight.dim() == 2:
+            return channels_out * channels
+        pairs = itertools.product(self._classes(0), self._classes(1))
+        each = [(channels_out * a * b, batch_size * rows * columns) for (a, rows), (b, columns) in pairs]
+        is_enough = all(rows >= unknowns for rows, unknowns in each)
+        return channels * sum(rows if is_enough else min(rows, unknowns) for rows, unknowns in each)
+
+    def _classes(self, axis: int) -> list[tuple[int, int]]:
+        """Along an axis, how many weights meet the positions of each class, and how many positions these are."""
+        side, kernel = self.input_shape[1 + axis], self.weight.shape[2 + axis]
+        stride, padding, dilation = self.stride[axis], self.padding[axis], self.dilation[axis]
+        last = side + 2 * padding - dilation * (kernel - 1) - 1  # where the last patch may begin
+        begins = range(-padding, last - padding + 1, stride)
+        met = [tap for tap in range(kernel) if any(0 <= begin + tap * dilation < side for begin in begins)]
+        classes = [(tap * dilation - padding) % stride for tap in met]
+        return [(classes.count(first), len(range(first, side, stride))) for first in range(stride)]
 
     def of_one_channel(self, taps: Tensor) -> "LinearMap":
         """The map of one input channel, with these weights (n, 1, k, k)."""

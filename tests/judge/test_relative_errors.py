@@ -10,7 +10,7 @@ from attack.prepare import Known
 from attack.read.reader import read_layers
 from cli.runtime import stream
 from cli.victim import victim
-from judge.layers import measured, relative_errors
+from judge.layers import matched, measured, relative_errors
 
 MLP = "--model mlp --activation relu --width 32 --labels dataset".split()  # noqa: SIM905
 LENET = "--model lenet --labels dataset --batch_size 2".split()  # noqa: SIM905
@@ -95,3 +95,8 @@ def test_an_error_is_found_whatever_the_order_and_only_where_something_was_recov
     assert [row["relative_error"] for row in judged.layers] == [pytest.approx(3e-4, rel=1e-6), None]
     assert list(judged.layers[0]) == ["layer", "uncertainty", "relative_error", "note"]
     assert not judged.recovered
+
+
+def test_an_input_that_is_cut_off_entirely_is_right_where_it_is_found_so():
+    truth = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert matched(truth.flip(0), truth)[2].tolist() == [0, 0]

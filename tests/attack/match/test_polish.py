@@ -16,7 +16,7 @@ from attack.optimise.pixels import PixelMap
 from attack.optimise.state import AttackState
 from client.victim import share_update
 from network.chain import index_of
-from network.stage import Residual, Stage, run
+from network.stage import Gate, Residual, Stage, run
 from network.tracing import stages
 from network.zoo import build_model
 from priors import Prior
@@ -180,9 +180,10 @@ def test_nothing_is_begun_again_where_evaluations_are_missing():
     assert state.evaluations < 2100  # a step of all
 
 
-def test_only_layers_above_all_kinks_are_compared():
+@pytest.mark.parametrize("branched", [Residual, Gate])
+def test_only_layers_above_all_kinks_are_compared(branched):
     layers = {name: nn.Conv2d(3, 3, 1) for name in ("first", "inner", "outer", "last")}
-    block = Residual([Stage("inner", layers["inner"]), Stage("relu", nn.ReLU()), Stage("outer", layers["outer"])], [])
+    block = branched([Stage("inner", layers["inner"]), Stage("relu", nn.ReLU()), Stage("outer", layers["outer"])], [])
     chain = [Stage("first", layers["first"]), Stage("block", block), Stage("last", layers["last"])]
     assert sorted(set(above_kinks(chain)) & set(layers)) == ["last", "outer"]
 

@@ -51,8 +51,9 @@ def test_larger_batches_leave_more_unknown():
 def test_both_branches_of_a_block_share_their_input():
     table = rows("resnet18_cifar", 4)
     assert table["body.layer4.0.conv1"]["equations"] == table["body.layer4.0.downsample.0"]["equations"]
-    # 4,608 rows for each of 256 channels in the body, 512 in the shortcut, half of what conv1 and the block put out
-    assert table["body.layer4.0.conv1"]["equations"] == 256 * (4608 + 512) + 2 * (4 * 512 * 16 // 2)
+    # 4,608 rows for each of 256 channels in the body, in the shortcut 512 for a quarter of the 4 x 64 entries that it
+    # leaves no more open, half of what conv1 and the block put out
+    assert table["body.layer4.0.conv1"]["equations"] == 256 * (4608 + 64) + 2 * (4 * 512 * 16 // 2)
 
 
 def test_pools_keep_delta_from_coming_down():
@@ -239,3 +240,25 @@ def test_where_an_image_has_no_active_output_in_a_group_its_inputs_there_are_not
     few, many = (explained(net(groups, 64), 2, 16)["2"] for groups in (16, 64))
     assert not few["reason"]
     assert "of its 64 groups, in about 8 cases" in many["reason"]
+
+
+class Bottleneck(nn.Module):
+    """A grouped convolution of stride 2 between two of one pixel, beside a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3, 2, 1, groups=2)
+        self.last, self.shortcut = nn.Conv2d(32, 64, 1), nn.Conv2d(32, 64, 1, 2)
+
+    def forward(self, x):
+        return (self.last(self.inner(self.first(x).relu()).relu()) + self.shortcut(x)).relu()
+
+
+def test_rows_of_a_strided_layer_that_tell_some_positions_do_not_count_for_others():
+    net = sequential(nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), Bottleneck(), nn.Flatten(), nn.Linear(64 * 16, 10))
+    step = explained(net, 2, 16)["2.inner"]
+    # of each of 32 channels 16, 32, 32 and 64 rows for 32 entries each, and half of what comes out
+    assert step["equations"] == 32 * (16 + 32 + 32 + 32) + 32 * 16
+    assert step["unknowns"] == 32 * 64 * 2
+    assert not step["determined"]  # what the ReLU has cut off of the layer's input tells nothing of the block's
+    assert explained(net, 1, 16)["2.inner"]["determined"]

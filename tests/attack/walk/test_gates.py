@@ -70,22 +70,51 @@ def test_a_gate_whose_gradient_contradicts_its_inputs_ends_the_walk():
 
 
 class Block(nn.Module):
-    """A convolution and its gate beside the identity, with a ReLU behind the sum."""
+    """Convolutions and a gate beside a shortcut, with a ReLU behind the sum."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, out, stride, depth):
         super().__init__()
-        self.conv, self.gate = nn.Conv2d(channels, channels, 3, padding=1), Excitation(channels)
+        sizes = [channels, *[out] * depth]
+        layers = [[nn.Conv2d(a, out, 3, 1 if i else stride, 1), nn.BatchNorm2d(out)] for i, a in enumerate(sizes[:-1])]
+        body = [module for pair in layers for module in (nn.ReLU(), *pair)][1:]
+        self.body, self.gate = nn.Sequential(*body), Excitation(out)
+        self.shortcut = nn.Conv2d(channels, out, 1, stride) if stride > 1 else nn.Identity()
 
     def forward(self, x):
-        return (x + self.gate(self.conv(x))).relu()
+        return (self.shortcut(x) + self.gate(self.body(x))).relu()
 
 
-def test_a_gate_in_front_of_a_sum_is_not_promised():
+def block_net(channels, out, stride, depth):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.ReLU(), Block(16), nn.Flatten(), nn.Linear(256, 10)
-        ).eval()
+        stem = nn.Conv2d(3, channels, 3, 4 // stride, 1)
+        net = nn.Sequential(stem, nn.ReLU(), Block(channels, out, stride, depth), nn.Flatten(), nn.Linear(out * 16, 10))
+        for module in net.modules():
+            if isinstance(module, Excitation):  # a gate that is open here and nearly closed there
+                module.outer.weight.data *= 4
+    return net.eval()
+
+
+@pytest.mark.parametrize("block", [(8, 8, 1, 2), (4, 16, 2, 2)], ids=["with the identity", "with a stride"])
+def test_a_gate_in_front_of_a_sum_is_told_with_the_layer_below_it(block):
+    model = block_net(*block)
+    batch, update = shared(model, 2)
     table = {row["layer"]: row for row in explain(stages(model), (3, 16, 16), 2)}
-    assert not table["2.gate.inner"]["known"]
-    assert "all of its outputs" in table["2.conv"]["reason"]
+    reading = read_layers(update, model, generator=generator(3))
+    errors = relative_errors(reading.recovered, model, batch.images)
+    claimed = {row["layer"]: row["uncertainty"] for row in reading.layers}
+    for layer in ("2.body.0", "2.body.3", "2.gate.inner", "2.gate.outer"):
+        assert table[layer]["known"]
+        assert errors[layer] < 1e-5
+        assert errors[layer] < 6 * claimed[layer]
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1])
+def test_a_gate_in_front_of_a_sum_is_compared_with_its_own_gradient(factor):
+    model = block_net(8, 8, 1, 1)
+    _, update = shared(model, 2)
+    gradients = update.gradients | {"2.gate.outer.bias": factor * update.gradients["2.gate.outer.bias"]}
+    reading = read_layers(dataclasses.replace(update, gradients=gradients), model, generator=generator(3))
+    is_contradicted = any("2.gate.outer.bias, in its gate, contradicts" in row["note"] for row in reading.layers)
+    assert is_contradicted == (factor != 1)
+    assert ("2" in reading.recovered) == (factor == 1)
