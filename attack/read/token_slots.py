@@ -290,15 +290,20 @@ class SlottedTokens:
         return seen / seen.norm(dim=1, keepdim=True)
 
     def put(self, slots: Tensor, c: Tensor, fits: Tensor) -> None:
-        """Fill slots (n,) with tokens c (n, r); tokens that are of no slot any more, and like these, are forgotten."""
-        self.slots[slots] = len(self.values) + torch.arange(len(c), device=slots.device)
-        self.values, self.fits = torch.cat([self.values, c]), torch.cat([self.fits, fits])
+        """Fill slots (n,) with tokens c (n, r). Another slot that has one of these loses it: no token is in two slots.
+
+        Tokens that are of no slot any more, and like these, are forgotten.
+        """
         apart = torch.cdist(self.values, c) / self.values.norm(dim=1, keepdim=True)
-        kept = apart.min(1).values >= 2 * SAME
+        least = apart.min(1).values
+        others = self.filled.nonzero()[:, 0]
+        self.slots[others[least[self.slots[others]] < SAME]] = -1
+        self.slots[slots] = len(self.values) + torch.arange(len(c), device=slots.device)
+        kept = torch.cat([least >= 2 * SAME, torch.ones_like(fits, dtype=torch.bool)])
         kept[self.slots[self.filled]] = True
+        self.values, self.fits = torch.cat([self.values, c])[kept], torch.cat([self.fits, fits])[kept]
         number = kept.cumsum(0) - 1
         self.slots[self.filled] = number[self.slots[self.filled]]
-        self.values, self.fits = self.values[kept], self.fits[kept]
 
     def _add(self, c: Tensor, fit: Tensor) -> None:
         found = self.space.tokens(c[None])

@@ -80,3 +80,10 @@ def test_a_token_that_is_put_again_is_kept_once(client):
         tokens.put(slots, client.tokens[slots] @ client.space.basis, torch.ones(4, dtype=torch.float64))
     assert len(tokens.values) == 4
     assert torch.allclose(tokens.tokens(slots), client.tokens[slots], atol=1e-3)
+
+
+def test_a_token_that_is_put_elsewhere_leaves_the_slot_it_was_in(client):
+    tokens, one = SlottedTokens(client.space, len(client.tokens), unlimited()), torch.ones(1, dtype=torch.float64)
+    for slot in (3, 20):
+        tokens.put(torch.tensor([slot]), client.tokens[20:21] @ client.space.basis, one)
+    assert tokens.filled.nonzero().tolist() == [[20]]
