@@ -3,7 +3,8 @@
 Below a max-pool the loop matches no gradients (`attack.match.activations`), so those of the layers between the pool and
 the known activations are used by nobody where the walk ends above the pool. What pictures predict of these layers'
 inputs and what the gradients say of them are put together, block by block (`attack.walk.again`); the next pictures
-match what came of it.
+match what came of it. Whether it led the right way shows in what the walk knows: pictures that match lower inputs and
+miss the walk's own by more than the pictures before them are dropped, with these inputs.
 """
 
 import copy
@@ -20,8 +21,9 @@ from attack.read.arithmetic import additive_noise
 from attack.solve.budget import OutOfTimeError, WorkBudget
 from attack.walk.again import Reread, is_reread, reread
 from attack.walk.layer_source import BatchGradients
+from attack.walk.noise import relative
 from network.chain import mixes_images, modules, parametrised
-from network.stage import Chain
+from network.stage import Chain, run
 from network.tracing import stages
 from update.shared import SharedUpdate
 
@@ -63,15 +65,20 @@ def known_between(
         generator: what errors are drawn from, on the CPU.
         clock: when it has run out, what has been found by then is kept.
     """
-    chain, best = stages(copy.deepcopy(model).requires_grad_(False).double()), known
+    chain = stages(copy.deepcopy(model).requires_grad_(False).double())
     labels = known.labels[: len(known.inputs)]
     loss = update.training.loss.of_batch(labels)
     given = BatchGradients(update.gradients, update.batch_size, additive_noise(update, model), loss=loss)
     outputs = (chain, given, known.start, known.inputs.double(), _errors(known, chain), labels)
-    error = float("inf")
+    best = shown = known
+    error = missed = float("inf")
     for _ in range(ROUNDS):
         try:
             seen = pictures(best).double()
+            last, missed = missed, _missed(chain[: known.start], seen, known.inputs)
+            if missed > last:
+                return shown
+            shown = best
             blocks = reread(*outputs, seen, known.recovered, generator=generator, budget=clock)
         except OutOfTimeError:
             break
@@ -83,6 +90,12 @@ def known_between(
         if not (is_lower or error < WORTH * before):
             break
     return best
+
+
+@torch.no_grad()
+def _missed(below: Chain, images: Tensor, outputs: Tensor) -> float:
+    """What the images leave of known outputs (B, ...) of this chain: the relative error of the median image."""
+    return float(relative(run(below, images) - outputs, outputs).median())
 
 
 def _errors(known: Known, chain: Chain) -> Tensor:

@@ -105,6 +105,17 @@ def test_poor_pictures_change_nothing():
     assert between(update, model, known, lambda _: torch.rand(images.shape, generator=generator(5)) * 9) is known
 
 
+def test_what_leads_pictures_away_from_what_the_walk_knows_is_dropped():
+    update, model, images, known = scene()
+    off = [0.03, 0.1]  # the second are by what the first have told
+
+    def pictures(_):
+        return images + off.pop(0) * torch.randn(images.shape, generator=generator())
+
+    assert between(update, model, known, pictures) is known
+    assert not off
+
+
 def test_a_clock_that_has_run_out_leaves_what_is_known():
     update, model, images, known = scene()
     assert between(update, model, known, lambda _: images, WorkBudget(deadline=0.0)) is known
