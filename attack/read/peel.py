@@ -203,7 +203,7 @@ class _Peeling:
         for _ in range(PASSES):
             self._peel()
             is_complete = len(self.given) + len(self.found) == self.found.batch_size
-            is_over = self.budget.is_spent or self.rows_alone or self.enough(self.found)
+            is_over = self.budget.is_spent or self.rows_alone or self.has_few_rays or self.enough(self.found)
             if is_complete or is_over or not len(self.found):
                 break
         if self.takes_rows and self.found.complete:
@@ -223,6 +223,14 @@ class _Peeling:
         """
         return self.takes_rows and not self.is_guided and self.rest.dimension > self.whole.classes + 1
 
+    @property
+    def has_few_rays(self) -> bool:
+        """Whether another pass would propose the same again.
+
+        Inputs that are never negative have two extreme rays in two dimensions, and the second is what the first leaves.
+        """
+        return self.is_sparse and self.whole.span.dimension - len(self.given) <= 2
+
     def _refit(self) -> None:
         """The images from all rows together, where that makes them surer."""
         together = self.found
@@ -238,7 +246,7 @@ class _Peeling:
         self.rests = self._without(self.given) if len(self.given) else [layer.span for layer in self.layers]
         before, own, fruitless = self.found, self.whole.nobody(), 0
         while self.rest.dimension and fruitless < FRUITLESS and not (self.budget.is_spent or self.enough(self.found)):
-            if fruitless and self.rows_alone:
+            if fruitless and (self.rows_alone or self.rest.dimension == 1):  # one direction: nothing else to propose
                 break
             known = self.given.joined(own)
             new = self.whole.nobody() if fruitless else self._by_rows(known)

@@ -27,7 +27,7 @@ from attack.read.arithmetic import additive_noise, blurred, forward_errors, roun
 from attack.read.carried import carried_down, inverted, layers_below, owned
 from attack.read.head.whole import WholeHead
 from attack.read.jointly import Upwards, told_apart_jointly
-from attack.read.layer_choice import CandidateLayer, candidate_layers, order
+from attack.read.layer_choice import CandidateLayer, candidate_layers, farther_up, order
 from attack.read.layer_rows import LayerRows
 from attack.read.left_out import left_out
 from attack.read.one_step import against_one_step
@@ -173,12 +173,14 @@ class _Reader:
         best, at = None, None
         asked = [layer for layer in self.candidates.values() if self.labels is None or self._is_head(layer)]
         waiting = order(asked, self.update.batch_size, self.like)
-        for layer in waiting:
-            found = self._asked(layer, is_last=layer is waiting[-1])
+        while waiting:
+            layer = waiting.pop(0)
+            found = self._asked(layer, is_last=not waiting)
             if found is not None and (best is None or len(found) > len(best)):
                 best, at = found, layer
             if self.is_aborted or (best is not None and best.complete):
                 break
+            waiting = farther_up(waiting, layer)
         return best, at
 
     @property

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from attack.read.forecast import explain
+from attack.read.layer_choice import candidate_layers, farther_up, order
 from attack.read.reader import read_layers
 from client.victim import share_update
 from data import load_batch, open_source
@@ -110,3 +111,18 @@ def test_bottlenecks_that_mix_their_images_are_not_entered_there():
     net = Bottlenecks()
     use_batch_statistics(net)
     assert not explained(net, 2)["layers.0.conv2"]["known"]
+
+
+def test_after_an_inner_layer_that_does_not_tell_all_images_one_halfway_up_is_asked():
+    chain, shape = stages(Bottlenecks(blocks=6).eval()), (3, 16, 16)
+    waiting, asked = order(candidate_layers(chain, shape, {}, 2), 2, torch.zeros(1)), []
+    inner = {f"layers.{i}.conv2" for i in range(6)}
+    everything = {layer.name for layer in waiting}
+    while waiting:
+        failed = waiting.pop(0)
+        asked.append(failed.name)
+        waiting = farther_up(waiting, failed)
+    assert set(asked) == everything > inner
+    assert len(asked) == len(everything)
+    assert asked[:3] == ["layers.0.conv2", "layers.3.conv2", "layers.5.conv2"]
+    assert asked[-3:] == ["layers.1.conv2", "layers.4.conv2", "layers.2.conv2"]  # halfway up again
