@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import signal
 import zipfile
 
 import numpy as np
@@ -213,6 +214,15 @@ def test_a_model_that_cannot_be_attacked_is_one_line(cli, tmp_path, factory, wor
     assert words in cli.error("--model", f"{tmp_path / 'net.py'}:{factory}", "--batch_size", 4)
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """A process that was started in the background may ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_ctrl_c_while_a_model_is_made_is_no_word_of_the_model(cli, tmp_path):
     (tmp_path / "net.py").write_text("import signal\n\n\ndef net():\n    signal.raise_signal(signal.SIGINT)\n")
     with pytest.raises(KeyboardInterrupt):
