@@ -67,6 +67,7 @@ def _loss(
         labels,
         update.gradients if only is None else only,
         known.uncertainty,
+        doubt=known.uncertainty_at(stages(model)[known.start]),
         uses_gradients=only is not None or (None if known.is_complete else False),
         observed=observed(update, model),
         client_loss=update.training.loss.of_batch(labels),

@@ -38,7 +38,9 @@ from network.stage import Chain, Residual, Stage, delta_before, run
 OFF = 1.5  # times what a prediction misses the known outputs by: its expected error one block further down
 NEAR, FAR = 0.03, 0.3  # least relative error that is expected of a prediction, and most of one that is of use
 FINEST = 1e-3  # least relative error that outputs count with: finer ones take more iterations and add nothing in sight
-BETTER = 0.8  # share of the prediction's expected error, by the median image, that equations must leave or less
+# Share of the prediction's expected error, by the median image, that equations must leave or less. It is 0.4 where they
+# tell something, and 0.8 at `layer2.0` of four photographs of 224 pixels: off by 13 % there, predicted to 14 %.
+BETTER = 0.5
 STEPS, INNER = 7, 60  # of Gauss-Newton, and iterations of CGLS in each
 DRAWN = 150  # iterations of CGLS that the answer to drawn errors takes, at most
 

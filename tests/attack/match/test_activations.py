@@ -84,6 +84,21 @@ def test_what_is_smaller_than_the_noise_counts_as_stopped_by_the_relu():
     assert float(aware(images)[0]) < 1e-10 < float(blind(images)[0])
 
 
+def test_an_entry_that_may_be_inactive_is_compared_as_output_of_the_relu():
+    net = build_model("convnet", image_shape=(3, 16, 16), num_classes=10, generator=generator())
+    images, labels, off = torch.rand(2, 3, 16, 16, generator=generator()), torch.tensor([1, 2]), 0.03
+    chain, features = stages(net), features_of(net, images).detach()
+    size = features.square().mean(1, keepdim=True).sqrt()
+    told = (features + off * size * torch.randn(features.shape, generator=generator())).clamp(min=0)
+    held, doubted = (
+        ForwardLoss(chain, (3, 16, 16), index_of(chain, "head"), told, labels, {}, 1e-6, doubt=doubt)
+        for doubt in (0.0, off)
+    )
+    left = (held.units[0] * float(held(images)[0]), doubted.units[0] * float(doubted(images)[0]))
+    assert left[1] == pytest.approx(float((told - features).square().sum() / told.square().sum()), rel=1e-3)
+    assert left[1] < 0.1 * left[0]
+
+
 @pytest.mark.parametrize("name", ["lenet", "convnet"])
 def test_every_term_is_measured_by_what_grey_images_leave(name):
     images, loss = scene(name, "head", uses_gradients=True)
