@@ -37,14 +37,8 @@ MEASURES = {"psnr": "mean PSNR (dB)", "ssim": "mean SSIM"}
 PANEL = {"batch_size": "B = {}", "max_evals": "{} evaluations", "max_seconds": "{} seconds"}
 MARKERS = "os^v"  # one for every ten lines
 DECADE = 10
-SHARES = (
-    "ssim_mean",
-    "lpips_mean",
-    "label_accuracy",
-    "identification",
-    "bit_exact",
-    "certified",
-)  # figures between 0 and 1
+# Figures between 0 and 1.
+SHARES = ("ssim_mean", "lpips_mean", "label_accuracy", "identification", "bit_exact", "certified")
 PANELS = 3  # in a row
 
 

@@ -53,21 +53,21 @@ def _loss(
     update: SharedUpdate, model: nn.Module, known: Known, moments: Moments, only: Mapping[str, Tensor] | None = None
 ) -> ForwardLoss:
     """The loss, with the gradients that it needs, or with `only` these."""
-    labels, below = known.labels[: len(known.inputs)], None
+    chain, labels, below = stages(model), known.labels[: len(known.inputs)], None
     if known.uses:
         update, labels = as_one_pass(update), known.labels[list(known.uses)]
     if known.in_steps and known.start:
         deltas = ClosedSystem(update, model, known.start).deltas(known.inputs.double(), labels)
         below = TrainedBelow(update.training, deltas.to(**place_of(model)))
     return ForwardLoss(
-        stages(model),
+        chain,
         update.image_shape,
         known.start,
         known.inputs.to(**place_of(model)),
         labels,
         update.gradients if only is None else only,
         known.uncertainty,
-        doubt=known.uncertainty_at(stages(model)[known.start]),
+        doubt=known.uncertainty_at(chain[known.start]),
         uses_gradients=only is not None or (None if known.is_complete else False),
         observed=observed(update, model),
         client_loss=update.training.loss.of_batch(labels),
