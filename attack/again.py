@@ -59,7 +59,7 @@ def known_between(
     generator: torch.Generator,
     clock: WorkBudget,
 ) -> Known:
-    """With the inputs of a lower stage, as far as pictures and gradients tell them; as it was where they tell none.
+    """With the inputs of a lower stage, as far as pictures and gradients tell them, and with the last pictures.
 
     Args:
         update: an averaged gradient.
@@ -82,15 +82,15 @@ def known_between(
             last, missed = missed, _missed(chain[: known.start], seen, known.inputs)
             if missed > WORSE * last:
                 return shown
-            shown = best
+            shown = replace(best, likely=seen)
             blocks = reread(*outputs, seen, known.recovered, generator=generator, budget=clock)
         except OutOfTimeError:
             break
         if not blocks:
-            break
+            return shown
         before, error = error, float(blocks[-1].errors.median())
         is_lower = blocks[-1].index < best.start
-        best = _at(known, chain, blocks)
+        best = replace(_at(known, chain, blocks), likely=seen)
         if not (is_lower or error < WORTH * before):
             break
     return best

@@ -1,6 +1,7 @@
 """From settings to what is known before the first step, see `attack.ahead`."""
 
 import argparse
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from attack.again import is_read_again, known_between
 from attack.ahead import READS, Means, known_again, read_ahead, with_scale
+from attack.opening import is_opened, opened
 from attack.optimise.budget import Budget
 from attack.prepare import Known
-from attack.solve.budget import WorkBudget
+from attack.solve.budget import OutOfTimeError, WorkBudget
 from cli.console import ReadingBar
 from cli.runtime import stream
 from cli.settings import schedule_of
@@ -63,12 +65,12 @@ def known_from_pictures(
     attack: Callable,
     began: dict | None = None,
 ) -> Known:
-    """What is known once blocks were read again from first pictures, where that is of use; see `attack.again`.
+    """What is known once pictures have told what they can: what to begin with, and blocks that are read again by them.
 
-    An attack whose evaluations are bounded (--max_evals) has none to spare.
+    See `attack.opening` and `attack.again`. An attack whose evaluations are bounded (--max_evals) has none to spare.
 
     Args:
-        update: an averaged gradient.
+        update: as it was shared.
         model: that it was computed on.
         known: what was read of it.
         settings: of the attack.
@@ -76,21 +78,48 @@ def known_from_pictures(
         attack: moves a state by an objective, a schedule and a budget, and reports its steps.
         began: the record of a run that is resumed, which keeps what was known; None at the start.
     """
-    if began is not None or settings.max_evals is not None or not is_read_again(update, model, known):
+    if began is not None or settings.max_evals is not None or not is_opened(model, known):
         return known
     left = SIGNALS_SHARE * settings.max_seconds - known.seconds if settings.max_seconds else math.inf
     with ReadingBar(quiet=settings.quiet) as bar:
         clock = WorkBudget(deadline=time.perf_counter() + left, tick=bar.update)
 
-        def pictures(known: Known) -> Tensor:
+        def course(known: Known, share: float, *, is_whole: bool = False) -> Tensor:
             clock.check()
             pixels = pixel_map(update, model, known, settings)
-            objective = build_objective(update, model, known, pixels, settings)
-            course, state = objective.annealing.shortened(GLANCE), first_state(update, known, pixels, settings)
+            begun = replace(known, likely=None) if is_whole else known
+            objective = build_objective(update, model, begun, pixels, settings)
+            shortened, state = objective.annealing.shortened(share), first_state(update, known, pixels, settings)
             seconds = clock.deadline - time.perf_counter()
-            budget = Budget(settings.n_iter, settings.restarts * course.evaluations, seconds)
-            objective = replace(objective, annealing=course)
+            budget = Budget(settings.n_iter, settings.restarts * shortened.evaluations, seconds)
+            objective = replace(objective, annealing=shortened)
             attack(state, objective, schedule_of(settings), budget, lambda *_: bar.update())
             return objective.images(state)[state.leader].detach().clamp(0, 1)
 
-        return known_between(update, model, known, pictures, stream(settings.seed, "between"), clock)
+        return _from_pictures(update, model, known, settings, course, clock)
+
+
+def _from_pictures(
+    update: SharedUpdate,
+    model: nn.Module,
+    known: Known,
+    settings: argparse.Namespace,
+    course: Callable[..., Tensor],
+    clock: WorkBudget,
+) -> Known:
+    """The same by pictures after a share of a `course`, until the clock has run out.
+
+    A start that was asked for, or several of them, are left as they are.
+    """
+    is_free = settings.init == "grey" and settings.restarts == 1
+    generator = stream(settings.seed, "opening")
+
+    def begun(known: Known) -> Known:
+        return opened(update, model, known, course, generator) if is_free else replace(known, likely=None)
+
+    if is_read_again(update, model, known):
+        between = stream(settings.seed, "between")
+        known = known_between(update, model, known, lambda k: course(begun(k), GLANCE), between, clock)
+    with contextlib.suppress(OutOfTimeError):
+        return begun(known)
+    return known

@@ -78,7 +78,8 @@ def introduction(
             deepest += f", {known.apart} of them to their pixels" if known.apart else ""
             found += ", " + (deepest if known.start else "pixels and all")
         found += f", in {known.seconds:.1f} s"
-        found += "; the attack begins with the likely image" if known.likely is not None else ""
+        which = "pictures by these" if known.is_followed and not known.held else "the likely image"
+        found += f"; the attack begins with {which}" if known.likely is not None else ""
     elif known.local_labels is not None and update.training.is_gradient:
         found += f"; labels counted by the last convolution's bias (they leave {known.local_labels.distance:.2g})"
     told = [row for row in known.layers if TOLD in row["note"] or SEEN in row["note"]]

@@ -291,7 +291,12 @@ class SumOfSquares(torch.autograd.Function):
 
 
 def course_for(
-    chain: Chain, loss: ForwardLoss, prior_weight: float = MEASURED_AT, maxima: Maxima | None = None
+    chain: Chain,
+    loss: ForwardLoss,
+    prior_weight: float = MEASURED_AT,
+    maxima: Maxima | None = None,
+    *,
+    is_begun: bool = False,
 ) -> Course:
     """The course for the stages between images and known activations, down to the activations' relative error.
 
@@ -299,7 +304,7 @@ def course_for(
 
     Soft kinks change the activations more from layer to layer: eight layers of VGG multiply the error of grey images by
     a million. Phases in which this change drowns the images' own part are left out; where it drowns it in all phases,
-    the last one goes without softening.
+    the last one goes without softening. A course `is_begun` that does not begin with grey images.
     """
 
     def is_heard(phase: Phase) -> bool:
@@ -307,7 +312,7 @@ def course_for(
         return float(activations.detach()) < drowned
 
     drowned = DROWNED_BEHIND_POOLS if max_pools(chain) > 1 else DROWNED
-    scale, phases = prior_weight / MEASURED_AT, phases_for(chain)
+    scale, phases = prior_weight / MEASURED_AT, phases_for(chain, is_begun=is_begun)
     heard = tuple(filter(is_heard, phases)) or (replace(phases[-1], hardness=math.inf),)
     heard += ASSIGNED if maxima else ()
     return Course(heard, NOISE_FLOOR * loss.uncertainty**2, scale, least_gain_for(chain))

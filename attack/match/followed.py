@@ -98,7 +98,9 @@ def followed(
         penalties = [Penalty("statistics", MOMENTS * UNITS, MomentsLoss(below, moments))]
     below = below if loss.weights else with_moments(below, moments)
     maxima = None if known.is_exact else _maxima(update, model, known, loss, moments)
-    course = Course(()) if known.is_exact else course_for(below, loss, prior_weight, maxima)
+    course = Course(())
+    if not known.is_exact:
+        course = course_for(below, loss, prior_weight, maxima, is_begun=known.likely is not None)
     scale = CommonScale.of(below, moments)
     penalties += [Penalty("scale", HELD * UNITS, scale)] if scale else []
     polish = _polish(update, model, known, loss, course, prior, apart)

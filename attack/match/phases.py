@@ -56,6 +56,9 @@ POOLED = (
     Phase(100, 3e-3, 80),
 )
 
+# Where a course below a max-pool begins with pictures (`attack.opening`): what softer phases find is in them.
+BEGUN = 12
+
 # The same, once its largest entries are nearly found: their windows are matched, with the gradient of the layer below.
 ASSIGNED = (
     Phase(100, 1e-3, width=0.15),
@@ -93,10 +96,11 @@ def is_kinked(chain: Chain) -> bool:
     return any(kind_of(module).has_kink for module in modules(chain))
 
 
-def phases_for(chain: Chain) -> tuple[Phase, ...]:
-    """The phases for the stages between images and the known activations."""
+def phases_for(chain: Chain, *, is_begun: bool = False) -> tuple[Phase, ...]:
+    """The phases for the stages between images and the known activations, or what is left of them of a course that
+    begins with pictures."""
     if is_pooled(chain):
-        return POOLED
+        return tuple(phase for phase in POOLED if phase.hardness >= BEGUN or not is_begun)
     return RECTIFIED if is_kinked(chain) else SMOOTH
 
 
