@@ -91,7 +91,8 @@ def known_from_pictures(
             objective = build_objective(update, model, begun, pixels, settings)
             shortened, state = objective.annealing.shortened(share), first_state(update, known, pixels, settings)
             seconds = clock.deadline - time.perf_counter()
-            budget = Budget(settings.n_iter, settings.restarts * shortened.evaluations, seconds)
+            most = settings.restarts * shortened.evaluations
+            budget = Budget(most, most, seconds)  # whatever n_iter is: a run may be resumed with another
             objective = replace(objective, annealing=shortened)
             attack(state, objective, schedule_of(settings), budget, lambda *_: bar.update())
             return objective.images(state)[state.leader].detach().clamp(0, 1)
