@@ -22,7 +22,9 @@ from cli.start import first_state, pixel_map
 from update.shared import SharedUpdate
 
 SIGNALS_SHARE = 0.5  # of max_seconds, after which a reading is aborted
-GLANCE = 0.5  # share of a course's evaluations that first pictures take
+# Share of a course's evaluations that pictures to read by take. Photographs of 224 pixels, known inputs of `layer3.0`:
+# after 150 evaluations from an opening `layer2.1` is read to 3.8 %, after 700 to 1.9 %.
+GLANCE = 1.0
 
 
 def scaled_update(
@@ -118,9 +120,12 @@ def _from_pictures(
     def begun(known: Known) -> Known:
         return opened(update, model, known, course, generator) if is_free else replace(known, likely=None)
 
+    def pictures(known: Known) -> Tensor:
+        is_new = known.likely is None or not is_free  # else what was read since says where to go
+        return course(begun(known) if is_new else known, GLANCE)
+
     if is_read_again(update, model, known):
-        between = stream(settings.seed, "between")
-        known = known_between(update, model, known, lambda k: course(begun(k), GLANCE), between, clock)
+        known = known_between(update, model, known, pictures, stream(settings.seed, "between"), clock)
     with contextlib.suppress(OutOfTimeError):
         return begun(known)
     return known

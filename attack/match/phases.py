@@ -134,10 +134,9 @@ class Course:
         return sum(phase.evaluations for phase in self.phases)
 
     def shortened(self, share: float) -> "Course":
-        """The phases before any window is assigned, each with this share of its evaluations."""
-        soft = (phase for phase in self.phases if not phase.width)
-        phases = tuple(replace(phase, evaluations=math.ceil(share * phase.evaluations)) for phase in soft)
-        return replace(self, phases=phases)
+        """The same phases, each with this share of its evaluations."""
+        phases = (replace(phase, evaluations=math.ceil(share * phase.evaluations)) for phase in self.phases)
+        return replace(self, phases=tuple(phases))
 
     @property
     def weight(self) -> float:
