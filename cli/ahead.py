@@ -22,9 +22,6 @@ from cli.start import first_state, pixel_map
 from update.shared import SharedUpdate
 
 SIGNALS_SHARE = 0.5  # of max_seconds, after which a reading is aborted
-# Share of a course's evaluations that pictures to read by take. Photographs of 224 pixels, known inputs of `layer3.0`:
-# after 150 evaluations from an opening `layer2.1` is read to 3.8 %, after 700 to 1.9 %.
-GLANCE = 1.0
 
 
 def scaled_update(
@@ -122,7 +119,7 @@ def _from_pictures(
 
     def pictures(known: Known) -> Tensor:
         is_new = known.likely is None or not is_free  # else what was read since says where to go
-        return course(begun(known) if is_new else known, GLANCE)
+        return course(begun(known) if is_new else known, 1.0)  # by half of one, layers are read half as well
 
     if is_read_again(update, model, known):
         known = known_between(update, model, known, pictures, stream(settings.seed, "between"), clock)
