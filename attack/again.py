@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attack.match.entries import observed
-from attack.match.phases import is_pooled
+from attack.opening import is_opened
 from attack.prepare import Known
 from attack.read.arithmetic import additive_noise
 from attack.solve.budget import OutOfTimeError, WorkBudget
@@ -42,11 +42,10 @@ SEEN = "from pictures and gradients"  # of the note on what was read so
 
 def is_read_again(update: SharedUpdate, model: nn.Module, known: Known) -> bool:
     """Whether what is known of all images ends at a residual block above a max-pool."""
-    if not known.is_followed or known.is_exact or known.uses or known.in_steps or known.drift is not None:
+    if not is_opened(model, known) or known.uses or known.in_steps or known.drift is not None:
         return False
     chain = stages(model)
-    below = chain[: known.start]
-    if not (is_reread(below) and is_pooled(below)) or mixes_images(modules(chain)):
+    if not is_reread(chain[: known.start]) or mixes_images(modules(chain)):
         return False
     return update.training.is_plain and observed(update, model).is_whole
 

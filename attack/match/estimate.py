@@ -46,7 +46,7 @@ def estimated_pictures(loss: ForwardLoss, generator: torch.Generator) -> Tensor 
     if stride is None:
         return None
     estimate = LinearEstimate.of(loss, stride, generator)
-    return estimate(loss.inputs.relu() if loss.is_rectified else loss.inputs).clamp(MARGIN, 1 - MARGIN)
+    return estimate(_activations(loss, loss.inputs)).clamp(MARGIN, 1 - MARGIN)
 
 
 def _stride(loss: ForwardLoss) -> int | None:
@@ -58,6 +58,11 @@ def _stride(loss: ForwardLoss) -> int | None:
     stride = height // grid[0]
     fits = stride > 0 and stride % 2 == 0 and (height, width) == (stride * grid[0], stride * grid[1])
     return stride if fits else None
+
+
+def _activations(loss: ForwardLoss, outputs: Tensor) -> Tensor:
+    """What is regressed on, of outputs (B, C', h, w) of the loss's chain."""
+    return outputs.relu() if loss.is_rectified else outputs
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class LinearEstimate:
         count = max(FEWEST, math.ceil(SAMPLES * channels * (2 * radius + 1) ** 2 / math.prod(grid)))
         images = textured_images(tuple(loss.grey.shape[1:]), count, generator).to(loss.inputs)
         outputs = torch.cat([run(loss.chain, some) for some in images.split(AT_ONCE)])
-        a = _around(outputs.relu() if loss.is_rectified else outputs, radius).flatten(0, 1)  # (N h w, F)
+        a = _around(_activations(loss, outputs), radius).flatten(0, 1)  # (N h w, F)
         patches = _patches(images, stride).flatten(0, 1)  # (N h w, P)
         mean, patch, scale = a.mean(0), patches.mean(0), a.std(0)
         scale = scale.clamp(min=float(scale.max()) * torch.finfo(scale.dtype).eps)  # of activations that never vary
